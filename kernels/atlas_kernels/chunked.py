@@ -1,0 +1,138 @@
+"""The memory in matrix products, chunk by chunk: the map of `reference.py`, exact.
+
+The sequence is cut into segments of about sqrt(N) of its N chunks; each is recomputed in the backward from the state
+at its border (torch.utils.checkpoint), so what is held between forward and backward, beyond inputs and outputs,
+grows with the square root of T. With ns_steps = 0 no matrix is formed per token.
+
+Dims: B batch, T tokens, H heads, G = B x H, N chunks of a segment, C tokens of a chunk, W window, I = C + W - 1
+sources of a chunk (its tokens and their halo), D lifted key, V value.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from atlas_kernels.decays import pair_band, source_band
+from atlas_kernels.memories import memory_of
+from atlas_kernels.rule import Gates, MemoryRule, MemoryState
+from atlas_kernels.writes import OrthogonalWrites, RawWrites
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stretch of tokens brings, [B, T, H, ...] each; residuals and gamma as in `omega_memory`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    residual_q: Tensor | None
+    residual_k: Tensor | None
+    alpha: Tensor
+    eta: Tensor
+    theta: Tensor
+    gamma: Tensor
+
+    def split(self, lengths: list[int]) -> list[Inputs]:
+        """Stretches of the given lengths (one split a tensor: its backward is one concatenation)."""
+        parts = ([None] * len(lengths) if t is None else t.split(lengths, 1) for t in vars(self).values())
+        return [Inputs(*stretch) for stretch in zip(*parts, strict=True)]
+
+
+def omega_memory_chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    rule: MemoryRule,
+    state: MemoryState,
+    residual: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, MemoryState]:
+    """The map of `reference.py`. Arguments as in `omega_memory`, checked and in one dtype; the state is given."""
+    inputs = Inputs(q, k, v, *(residual or (None, None)), gates.alpha, gates.eta, gates.theta, gates.gamma)
+    pieces = cut(state.position, q.shape[1], rule.chunk)
+    outputs = []
+    for part, (chunks, tokens) in zip(inputs.split([n * c for n, c in pieces]), pieces, strict=True):
+        if torch.is_grad_enabled():
+            y, state = checkpoint(
+                scan, rule, state, part, chunks, tokens, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            y, state = scan(rule, state, part, chunks, tokens)
+        outputs.append(y)
+    return torch.cat(outputs, 1), state
+
+
+def cut(position: int, tokens: int, chunk: int) -> list[tuple[int, int]]:
+    """Segments as (chunks, tokens a chunk): the rest of a begun chunk, whole chunks by about sqrt(N), a tail."""
+    head = min(-position % chunk, tokens)
+    whole, tail = divmod(tokens - head, chunk)
+    step = max(1, round(math.sqrt(whole)))
+    pieces = [(1, head)] if head else []
+    pieces += [(min(step, whole - i), chunk) for i in range(0, whole, step)]
+    return pieces + ([(1, tail)] if tail else [])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """From [B, N*C, H, ...] to chunks with their memories side by side, [N, G, C, ...]."""
+
+    chunks: int
+    tokens: int
+    window: int
+
+    def by_chunk(self, t: Tensor) -> Tensor:
+        return t.unflatten(1, (self.chunks, self.tokens)).movedim(3, 1).movedim(2, 0).flatten(1, 2)
+
+    def with_halo(self, halo: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The sources of each chunk [N, G, I, ...] and the halo that follows the segment [B, W-1, H, ...]."""
+        t = torch.cat([halo, t], 1)
+        windows = t.unfold(1, self.tokens + self.window - 1, self.tokens)  # [B, N, H, ..., I]
+        return windows.movedim(-1, 3).transpose(0, 1).flatten(1, 2), t[:, t.shape[1] - self.window + 1 :]
+
+
+def scan(rule: MemoryRule, state: MemoryState, inputs: Inputs, chunks: int, tokens: int) -> tuple[Tensor, MemoryState]:
+    """Write and read one segment: `chunks` chunks of `tokens` tokens. (y [B, N*C, H, V], the state after it)."""
+    layout = Layout(chunks, tokens, rule.window)
+    q = read_residual = layout.by_chunk(inputs.q)
+    x, keys = layout.with_halo(state.keys, inputs.k)
+    v, values = layout.with_halo(state.values, inputs.v)
+    r, residuals = x, None
+    if inputs.residual_q is not None:
+        read_residual = layout.by_chunk(inputs.residual_q)
+        r, residuals = layout.with_halo(state.residuals, inputs.residual_k)
+    gamma = None
+    if state.gamma is None:
+        band = pair_band(layout.by_chunk(inputs.gamma))
+    else:
+        sources, gamma = layout.with_halo(state.gamma, inputs.gamma)
+        band = source_band(sources, tokens)
+
+    offset = state.position % rule.chunk
+    gates = (layout.by_chunk(g) for g in (inputs.alpha, inputs.eta, inputs.theta))
+    if rule.ns_steps == 0:
+        writes = RawWrites(*gates, band)
+    else:
+        at = [t for t in range(tokens) if rule.writes_at(offset + t)]
+        writes = OrthogonalWrites(*gates, band, at, rule.ns_steps, rule.ns_coefficients)
+
+    memory, outputs = memory_of(rule), []
+    weights, momentum, anchor = (tuple(m.flatten(0, 1) for m in ms) for ms in state.matrices())
+    for n in range(chunks):
+        if n > 0 or offset == 0:
+            anchor = weights
+        factors = memory.factors(anchor, x[n], v[n], r[n])
+        apply, weights, momentum = writes.advance(n, weights, momentum, factors)
+        outputs.append(memory.read(apply, q[n], read_residual[n]))
+
+    batch, _, heads, _ = inputs.q.shape
+    weights, momentum, anchor = (tuple(m.unflatten(0, (batch, heads)) for m in ms) for ms in (weights, momentum, anchor))
+    position = state.position + chunks * tokens
+    if position % rule.chunk == 0:
+        anchor = weights
+    y = torch.stack(outputs, 1).unflatten(0, (batch, heads)).flatten(2, 3).transpose(1, 2)
+    return y, MemoryState(weights, momentum, anchor, keys, values, residuals, gamma, position)

@@ -1,0 +1,154 @@
+"""`omega_memory`: the one door to the memory. Checks its arguments, chooses an implementation, says which."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from atlas_kernels.chunked import omega_memory_chunked
+from atlas_kernels.reference import omega_memory_reference
+from atlas_kernels.rule import Gates, MemoryRule, MemoryState, initial_state
+
+logger = logging.getLogger("atlas_kernels")
+
+IMPLEMENTATIONS = {"reference": omega_memory_reference, "chunked": omega_memory_chunked}
+
+_announced: set[str] = set()
+
+
+def omega_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    weights: tuple[Tensor, ...],
+    rule: MemoryRule,
+    state: MemoryState | None = None,
+    residual: tuple[Tensor, Tensor] | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, MemoryState]:
+    """Write every token into the memory and read it back with the token's query (paper Eqs 9, 32, 33).
+
+    q, k [B, T, H, D] lifted; v [B, T, H, V]; gates: see `Gates`. weights: the start weights of each head,
+    [H, V, D] (linear) or [H, V, F], [H, F, D] (mlp), shared by all sequences; not read when `state` is given.
+    state: where an earlier call stopped; op(prefix) then op(suffix, state) equals op(whole) at any cut.
+    residual: the r of a deep memory for queries and keys, [B, T, H, V] each; None is the lifted input itself (D = V).
+    impl: "reference" (token by token), "chunked" (matrix products), "auto".
+
+    Returns y [B, T, H, V] in q's dtype and the state after the last token. Inside, everything is float32, or float64
+    where the weights are; differentiable once in every tensor, the state's included.
+    Raises ValueError that names the argument, what came and what would do.
+    """
+    if impl not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"impl={impl!r} is unknown; choose one of auto, {', '.join(IMPLEMENTATIONS)}")
+    _check_tokens(q, k, v, gates, rule)
+    _check_weights(weights, rule, q, v)
+    _check_residual(residual, rule, q, v)
+    if state is not None:
+        _check_state(state, rule, weights, q, v, gates, residual)
+
+    dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
+    cast = lambda t: t.to(dtype)  # noqa: E731  bfloat16 activations: the inner loop sums many small steps
+    if state is None:
+        state = initial_state(
+            rule, tuple(map(cast, weights)), k, v, residuals=residual is not None, source_gates=not gates.pair
+        )
+    else:
+        state = state.map(cast)
+    gates = Gates(cast(gates.alpha), cast(gates.eta), cast(gates.theta), cast(gates.gamma))
+    residual = None if residual is None else (cast(residual[0]), cast(residual[1]))
+    y, state = IMPLEMENTATIONS[_choose(impl)](cast(q), cast(k), cast(v), gates, rule, state, residual)
+    return y.to(q.dtype), state
+
+
+def _choose(impl: str) -> str:
+    if impl != "auto":
+        return impl
+    if "chunked" not in _announced:
+        _announced.add("chunked")
+        logger.info("omega_memory: impl='auto' chose 'chunked'")
+    return "chunked"
+
+
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], legend: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {legend} = {shape}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} has dtype {tensor.dtype}; expected a floating-point dtype")
+
+
+def _check_tokens(q: Tensor, k: Tensor, v: Tensor, gates: Gates, rule: MemoryRule) -> None:
+    if q.dim() != 4 or q.shape[1] == 0:
+        raise ValueError(f"q has shape {tuple(q.shape)}; expected [B, T, H, D] with at least one token")
+    if v.dim() != 4:
+        raise ValueError(f"v has shape {tuple(v.shape)}; expected [B, T, H, V]")
+    batch, tokens, heads, width = q.shape
+    _expect("q", q, (batch, tokens, heads, width), "[B, T, H, D]")
+    _expect("k", k, (batch, tokens, heads, width), "[B, T, H, D] like q")
+    _expect("v", v, (batch, tokens, heads, v.shape[-1]), "[B, T, H, V]")
+    for name in ("alpha", "eta", "theta"):
+        _expect(f"gates.{name}", getattr(gates, name), (batch, tokens, heads), "[B, T, H]")
+    if gates.pair:
+        _expect("gates.gamma", gates.gamma, (batch, tokens, heads, rule.window), "[B, T, H, window]")
+    else:
+        _expect("gates.gamma", gates.gamma, (batch, tokens, heads), "[B, T, H] (source) or [B, T, H, window] (pair)")
+
+
+def _check_weights(weights: tuple[Tensor, ...], rule: MemoryRule, q: Tensor, v: Tensor) -> None:
+    heads, width, value = q.shape[2], q.shape[3], v.shape[3]
+    if rule.memory == "linear":
+        expected, legend = [(heads, value, width)], ["[H, V, D]"]
+    else:
+        hidden = weights[-1].shape[-2] if weights and weights[-1].dim() == 3 else 0
+        expected, legend = [(heads, value, hidden), (heads, hidden, width)], ["[H, V, F]", "[H, F, D]"]
+    if len(weights) != len(expected):
+        raise ValueError(
+            f"weights holds {len(weights)} matrices; memory={rule.memory!r} takes {len(expected)}: {', '.join(legend)}"
+        )
+    for i, (w, shape, text) in enumerate(zip(weights, expected, legend, strict=True)):
+        _expect(f"weights[{i}]", w, shape, text)
+
+
+def _check_residual(residual: tuple[Tensor, Tensor] | None, rule: MemoryRule, q: Tensor, v: Tensor) -> None:
+    if rule.memory == "linear":
+        if residual is not None:
+            raise ValueError("residual was given, but memory='linear' has none; pass residual=None")
+    elif residual is None:
+        if q.shape[-1] != v.shape[-1]:
+            raise ValueError(
+                f"residual=None takes the lifted input as the residual, which needs D = V; got D={q.shape[-1]}, "
+                f"V={v.shape[-1]}; pass residual=(r_q, r_k), [B, T, H, V] each"
+            )
+    else:
+        for name, r in zip(("residual[0]", "residual[1]"), residual, strict=True):
+            _expect(name, r, tuple(v.shape), "[B, T, H, V] like v")
+
+
+def _check_state(
+    state: MemoryState,
+    rule: MemoryRule,
+    weights: tuple[Tensor, ...],
+    q: Tensor,
+    v: Tensor,
+    gates: Gates,
+    residual: tuple[Tensor, Tensor] | None,
+) -> None:
+    batch, halo, heads = q.shape[0], rule.window - 1, q.shape[2]
+    for name, matrices in zip(("weights", "momentum", "anchor"), state.matrices(), strict=True):
+        if len(matrices) != len(weights):
+            raise ValueError(f"state.{name} holds {len(matrices)} matrices; this memory has {len(weights)}")
+        for i, (m, w) in enumerate(zip(matrices, weights, strict=True)):
+            _expect(f"state.{name}[{i}]", m, (batch, *w.shape), "[B, H, rows, cols]")
+    _expect("state.keys", state.keys, (batch, halo, heads, q.shape[-1]), "[B, window-1, H, D]")
+    _expect("state.values", state.values, (batch, halo, heads, v.shape[-1]), "[B, window-1, H, V]")
+    for name, given, wanted in (
+        ("residuals", state.residuals, residual is not None),
+        ("gamma", state.gamma, not gates.pair),
+    ):
+        if (given is not None) != wanted:
+            raise ValueError(
+                f"state.{name} is {'missing' if wanted else 'present'}; the state comes from a call with other "
+                f"{'gates' if name == 'gamma' else 'residuals'}"
+            )

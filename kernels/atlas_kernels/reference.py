@@ -1,0 +1,134 @@
+"""The paper, token by token: one function an equation, in the paper's letters. Never optimised.
+
+Everything else in this package is tested against this file, and this file against autograd. Numbers in
+brackets are equations of arXiv 2505.23735.
+
+W: the memory's matrices, each [B, H, rows, cols]; S: their momenta, same shapes. x = phi(k) [B, I, H, D],
+v and r [B, I, H, V]: I sources at once (the tokens of one window).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from atlas_kernels.newton_schulz import newton_schulz
+from atlas_kernels.rule import Gates, MemoryRule, MemoryState
+
+LAYER_NORM_EPSILON = 1e-5
+
+Matrices = tuple[Tensor, ...]
+
+
+def times(W: Tensor, x: Tensor) -> Tensor:
+    """W x, for each head: W [B, H, m, n], x [B, I, H, n] -> [B, I, H, m]."""
+    return torch.einsum("bhmn,bihn->bihm", W, x)
+
+
+def gelu(z: Tensor) -> tuple[Tensor, Tensor]:
+    """act(z), tanh form, and its derivative act'(z)."""
+    c = math.sqrt(2 / math.pi)
+    t = torch.tanh(c * (z + 0.044715 * z**3))
+    return 0.5 * z * (1 + t), 0.5 * (1 + t) + 0.5 * z * (1 - t**2) * c * (1 + 3 * 0.044715 * z**2)
+
+
+def layer_norm(o: Tensor) -> tuple[Tensor, Tensor]:
+    """n = (o - mean) / sd over the last dimension, and sd."""
+    sd = (o.var(-1, keepdim=True, unbiased=False) + LAYER_NORM_EPSILON).sqrt()
+    return (o - o.mean(-1, keepdim=True)) / sd, sd
+
+
+def memory(rule: MemoryRule, W: Matrices, x: Tensor, r: Tensor | None) -> Tensor:
+    """M(x): W x (linear), or r + W1 act(W2 x) (mlp, Eq 42), or r + LN(W1 act(W2 x))."""
+    if rule.memory == "linear":
+        return times(W[0], x)
+    W1, W2 = W
+    o = times(W1, gelu(times(W2, x))[0])
+    return r + (layer_norm(o)[0] if rule.norm == "layer" else o)
+
+
+def inner_loss(rule: MemoryRule, W: Matrices, x: Tensor, v: Tensor, r: Tensor | None) -> Tensor:
+    """loss(M(x), v) = 1/2 |M(x) - v|^2, [B, I, H]."""
+    return 0.5 * (memory(rule, W, x, r) - v).square().sum(-1)
+
+
+def inner_gradient(
+    rule: MemoryRule, W: Matrices, x: Tensor, v: Tensor, r: Tensor | None, gamma: Tensor
+) -> Matrices:
+    """sum_i gamma_i d/dW loss(M(x_i), v_i), by hand; each source adds a rank-one matrix. gamma [B, I, H]."""
+    e = memory(rule, W, x, r) - v  # dloss / dM
+
+    def outer(left: Tensor, right: Tensor) -> Tensor:
+        return torch.einsum("bih,bihm,bihn->bhmn", gamma, left, right)
+
+    if rule.memory == "linear":
+        return (outer(e, x),)
+    W1, W2 = W
+    h, dh = gelu(times(W2, x))
+    if rule.norm == "layer":  # e' = J^T e: through the layer norm, to W1's output
+        n, sd = layer_norm(times(W1, h))
+        e = (e - e.mean(-1, keepdim=True) - n * (e * n).mean(-1, keepdim=True)) / sd
+    return outer(e, h), outer(times(W1.mT, e) * dh, x)
+
+
+def momentum(theta: Tensor, S: Matrices, G: Matrices) -> Matrices:
+    """S_t = theta_t S_{t-1} + G_t (Eq 33). theta [B, H]."""
+    return tuple(theta[..., None, None] * s + g for s, g in zip(S, G, strict=True))
+
+
+def write(rule: MemoryRule, alpha: Tensor, eta: Tensor, W: Matrices, S: Matrices, position: int) -> Matrices:
+    """M_t = alpha_t M_{t-1} - eta_t NS_k(S_t) (Eq 32); between the writes of `ns_period` only the decay."""
+    decayed = tuple(alpha[..., None, None] * w for w in W)
+    if not rule.writes_at(position):
+        return decayed
+    O = (newton_schulz(s, rule.ns_steps, rule.ns_coefficients) for s in S)  # noqa: E741
+    return tuple(w - eta[..., None, None] * o for w, o in zip(decayed, O, strict=True))
+
+
+def omega_memory_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    rule: MemoryRule,
+    state: MemoryState,
+    residual: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, MemoryState]:
+    """The whole recurrence. Arguments as in `omega_memory`, checked and in one dtype; the state is given."""
+    c, T = rule.window, q.shape[1]
+    r_q, r_k = residual if residual is not None else (None, None)
+    halo_r = state.residuals
+    if rule.memory != "linear" and residual is None:
+        r_q, r_k, halo_r = q, k, state.keys
+    X, V = torch.cat([state.keys, k], 1), torch.cat([state.values, v], 1)
+    R = None if r_k is None else torch.cat([halo_r, r_k], 1)
+    sources = None if gates.pair else torch.cat([state.gamma, gates.gamma], 1)
+
+    W, S, A, y = state.weights, state.momentum, state.anchor, []
+    for t in range(T):
+        position = state.position + t
+        if position % rule.chunk == 0:
+            A = W  # every gradient of a chunk is taken at its first weights (Eq 16)
+        window = slice(t, t + c)  # sources t-c+1 .. t, counted from the start of the halo
+        # Pair gates count backwards from the reader: entry j is source t-j.
+        gamma = gates.gamma[:, t].flip(-1).transpose(1, 2) if sources is None else sources[:, window]
+        r = None if R is None else R[:, window]
+        G = inner_gradient(rule, A, X[:, window], V[:, window], r, gamma)  # Omega rule (Eq 9)
+        S = momentum(gates.theta[:, t], S, G)
+        W = write(rule, gates.alpha[:, t], gates.eta[:, t], W, S, position)
+        y.append(memory(rule, W, q[:, t : t + 1], None if r_q is None else r_q[:, t : t + 1]))  # read after the write
+
+    last = slice(T, T + c - 1)
+    after = MemoryState(
+        weights=W,
+        momentum=S,
+        anchor=W if (state.position + T) % rule.chunk == 0 else A,
+        keys=X[:, last],
+        values=V[:, last],
+        residuals=None if residual is None else R[:, last],
+        gamma=None if sources is None else sources[:, last],
+        position=state.position + T,
+    )
+    return torch.cat(y, 1), after

@@ -1,0 +1,164 @@
+"""What a memory is: the rule it learns by, the gates that steer it, the state it carries.
+
+Dims: B batch, T tokens, H heads, V value, D lifted key, F memory hidden, W window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from atlas_kernels.newton_schulz import COEFFICIENTS
+
+MEMORIES = ("linear", "mlp")
+LOSSES = ("l2",)
+NORMS = ("none", "layer")
+ACTIVATIONS = ("gelu",)
+
+
+def _choose(name: str, given: str, known: tuple[str, ...]) -> None:
+    if given not in known:
+        raise ValueError(f"{name}={given!r} is unknown; choose one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class MemoryRule:
+    """How the memory learns at test time (paper Eqs 9, 32, 33; `ns_period` is ours).
+
+    Raises ValueError when the fields do not fit together.
+    """
+
+    memory: str = "mlp"  # linear: W x; mlp: r + W1 act(W2 x)
+    loss: str = "l2"  # 1/2 |M(x) - v|^2
+    window: int = 16  # c: tokens whose gradients one step sums
+    chunk: int = 64  # b: gradients are taken at the weights of the chunk's start
+    ns_steps: int = 5  # k: Newton-Schulz steps of a write; 0 writes the momentum itself
+    ns_period: int = 1  # m: an orthogonalised write at every m-th token of a chunk
+    ns_coefficients: str = "jordan"
+    activation: str = "gelu"
+    norm: str = "none"  # layer: a gainless LayerNorm on the memory's output
+
+    def __post_init__(self) -> None:
+        _choose("memory", self.memory, MEMORIES)
+        _choose("loss", self.loss, LOSSES)
+        _choose("norm", self.norm, NORMS)
+        _choose("activation", self.activation, ACTIVATIONS)
+        _choose("ns_coefficients", self.ns_coefficients, tuple(COEFFICIENTS))
+        for name in ("window", "chunk", "ns_period"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1 token")
+        if self.ns_steps < 0:
+            raise ValueError(f"ns_steps={self.ns_steps} must be 0 (no Newton-Schulz) or more")
+        if self.ns_steps == 0 and self.ns_period != 1:
+            raise ValueError(f"ns_period={self.ns_period} needs ns_steps > 0; without Newton-Schulz use ns_period=1")
+        if self.chunk % self.ns_period:
+            raise ValueError(
+                f"ns_period={self.ns_period} must divide chunk={self.chunk}; "
+                f"nearest that does: {_nearest_divisor(self.chunk, self.ns_period)}"
+            )
+        if self.memory == "linear" and self.norm != "none":
+            raise ValueError(f"norm={self.norm!r} belongs to deep memories; memory='linear' takes norm='none'")
+
+    def writes_at(self, position: int) -> bool:
+        """Whether the token at absolute `position` writes to the weights."""
+        return position % self.chunk % self.ns_period == self.ns_period - 1
+
+
+def _nearest_divisor(n: int, wanted: int) -> int:
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What each token says about the write. All float32 (float64 in tests).
+
+    alpha [B, T, H] retention in [0, 1]; eta [B, T, H] step size, >= 0; theta [B, T, H] momentum
+    decay in [0, 1]; gamma in [0, 1], the Omega rule's gate: [B, T, H, W] one for each reader t and
+    source t-j (`pair`), or [B, T, H] one for each source (`source`).
+    """
+
+    alpha: Tensor
+    eta: Tensor
+    theta: Tensor
+    gamma: Tensor
+
+    @property
+    def pair(self) -> bool:
+        return self.gamma.dim() == 4
+
+    def check_values(self) -> None:
+        """Raise ValueError if a gate leaves its range. Reads the values (a device sync on a GPU)."""
+        for name, top in (("alpha", 1.0), ("eta", float("inf")), ("theta", 1.0), ("gamma", 1.0)):
+            gate = getattr(self, name)
+            low, high = gate.min().item(), gate.max().item()
+            if not (low >= 0.0 and high <= top):
+                raise ValueError(f"gates.{name} spans [{low:g}, {high:g}]; it must lie in [0, {top:g}]")
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """All that a memory carries over a cut of the sequence; its size does not depend on the length read.
+
+    weights, momentum, anchor: one [B, H, rows, cols] tensor for each matrix of the memory (anchor: the
+    weights at the start of the chunk that `position` lies in). keys [B, W-1, H, D], values and
+    residuals [B, W-1, H, V]: the lifted halo, zero where the sequence had not begun (a zero source
+    contributes nothing). gamma [B, W-1, H]: with `source` gates only. position: tokens read.
+    """
+
+    weights: tuple[Tensor, ...]
+    momentum: tuple[Tensor, ...]
+    anchor: tuple[Tensor, ...]
+    keys: Tensor
+    values: Tensor
+    residuals: Tensor | None
+    gamma: Tensor | None
+    position: int
+
+    def map(self, fn) -> MemoryState:
+        """The state with `fn` applied to every tensor (detach, a cast, a copy to another device)."""
+        changed = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, tuple):
+                changed[f.name] = tuple(fn(t) for t in value)
+            elif isinstance(value, Tensor):
+                changed[f.name] = fn(value)
+        return replace(self, **changed)
+
+    def detach(self) -> MemoryState:
+        return self.map(Tensor.detach)
+
+    def matrices(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(weights, momentum, anchor)."""
+        return self.weights, self.momentum, self.anchor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor of the state, in the order of its fields."""
+        optional = (t for t in (self.keys, self.values, self.residuals, self.gamma) if t is not None)
+        return (*self.weights, *self.momentum, *self.anchor, *optional)
+
+
+def initial_state(
+    rule: MemoryRule, weights: tuple[Tensor, ...], keys: Tensor, values: Tensor, *, residuals: bool, source_gates: bool
+) -> MemoryState:
+    """The state before the first token: start weights, no momentum, an empty halo.
+
+    weights: per-head [H, rows, cols], shared by all sequences; keys [B, T, H, D] and values
+    [B, T, H, V] give batch, widths, device; the state takes the weights' dtype.
+    """
+    batch, _, heads, _ = keys.shape
+    start = tuple(w.expand(batch, *w.shape) for w in weights)
+    dtype, halo = weights[0].dtype, rule.window - 1
+    zeros = lambda *shape: torch.zeros(shape, dtype=dtype, device=keys.device)  # noqa: E731
+    return MemoryState(
+        weights=start,
+        momentum=tuple(torch.zeros_like(w, memory_format=torch.contiguous_format) for w in start),
+        anchor=start,
+        keys=zeros(batch, halo, heads, keys.shape[-1]),
+        values=zeros(batch, halo, heads, values.shape[-1]),
+        residuals=zeros(batch, halo, heads, values.shape[-1]) if residuals else None,
+        gamma=zeros(batch, halo, heads) if source_gates else None,
+        position=0,
+    )
