@@ -121,7 +121,11 @@ def scan(rule: MemoryRule, state: MemoryState, inputs: Inputs, chunks: int, toke
         writes = OrthogonalWrites(*gates, band, at, rule.ns_steps, rule.ns_coefficients)
 
     memory, outputs = memory_of(rule), []
-    weights, momentum, anchor = (tuple(m.flatten(0, 1) for m in ms) for ms in state.matrices())
+
+    def oriented(matrices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(m.mT if flip else m for m, flip in zip(matrices, memory.transposed, strict=True))
+
+    weights, momentum, anchor = (oriented(tuple(m.flatten(0, 1) for m in ms)) for ms in state.matrices())
     for n in range(chunks):
         if n > 0 or offset == 0:
             anchor = weights
@@ -130,7 +134,9 @@ def scan(rule: MemoryRule, state: MemoryState, inputs: Inputs, chunks: int, toke
         outputs.append(memory.read(apply, q[n], read_residual[n]))
 
     batch, _, heads, _ = inputs.q.shape
-    weights, momentum, anchor = (tuple(m.unflatten(0, (batch, heads)) for m in ms) for ms in (weights, momentum, anchor))
+    weights, momentum, anchor = (
+        tuple(m.unflatten(0, (batch, heads)) for m in oriented(ms)) for ms in (weights, momentum, anchor)
+    )
     position = state.position + chunks * tokens
     if position % rule.chunk == 0:
         anchor = weights

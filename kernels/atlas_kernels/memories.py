@@ -1,74 +1,83 @@
 """The memories in factored form, for the chunk form: what each one gives to a sum of rank-one gradients.
 
-A memory is its number of matrices and two functions. `factors`: the gradient of the inner loss at the anchor as
-one (left, right) pair a matrix, gradient = sum_i left_i right_i^T, never formed. `read`: the memory's output,
-written over `apply(j, x)`, which multiplies token t's vector by matrix j as it stands after token t's write.
+A memory's matrices meet its hidden width (wide, F) and its input or output (narrow, D or V). The chunk form keeps each
+as [G, wide, narrow], W1 transposed, so that one code serves them all; `factors` gives the gradient of the inner loss
+at the anchor as one pair a matrix, gradient = sum_i wide_i narrow_i^T, never formed; `read` is the memory's output,
+written over the two ways to multiply by a matrix as it stands after token t's write.
 
 Dims: G = B x H memories side by side, I tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from atlas_kernels.activations import gelu, gelu_with_derivative
+from atlas_kernels.products import times_transpose
 from atlas_kernels.reference import LAYER_NORM_EPSILON
 from atlas_kernels.rule import MemoryRule
 
-Apply = Callable[[int, Tensor], Tensor]
+Matrices = tuple[Tensor, ...]
 Factors = tuple[tuple[Tensor, Tensor], ...]
+
+
+class Reader(Protocol):
+    """Multiplies each token's vector by matrix j after that token's write, without forming the matrix."""
+
+    def widen(self, j: int, x: Tensor) -> Tensor:
+        """[G, C, narrow] -> [G, C, wide]: M_t x_t."""
+
+    def narrow(self, j: int, h: Tensor) -> Tensor:
+        """[G, C, wide] -> [G, C, narrow]: M_t^T h_t."""
 
 
 class Memory(Protocol):
     """One row of MATH's table of memories."""
 
-    matrices: int
+    transposed: tuple[bool, ...]  # for each matrix: whether the chunk form keeps its transpose
 
-    def factors(self, anchor: tuple[Tensor, ...], x: Tensor, v: Tensor, r: Tensor | None) -> Factors:
-        """anchor: [G, rows, cols] each; x [G, I, D], v and r [G, I, V] -> ([G, I, rows], [G, I, cols]) a matrix."""
+    def factors(self, anchor: Matrices, x: Tensor, v: Tensor, r: Tensor) -> Factors:
+        """anchor [G, wide, narrow] each; x [G, I, D], v, r [G, I, V] -> ([G, I, wide], [G, I, narrow]) a matrix."""
 
-    def read(self, apply: Apply, x: Tensor, r: Tensor | None) -> Tensor:
-        """x [G, I, D], r [G, I, V] -> [G, I, V]."""
+    def read(self, reader: Reader, x: Tensor, r: Tensor) -> Tensor:
+        """x [G, C, D], r [G, C, V] -> [G, C, V]."""
 
 
 class Linear:
-    """M(x) = W x."""
+    """M(x) = W x; V counts as the wide side."""
 
-    matrices = 1
+    transposed = (False,)
 
-    def factors(self, anchor: tuple[Tensor, ...], x: Tensor, v: Tensor, r: Tensor | None) -> Factors:
-        return ((torch.baddbmm(v, x, anchor[0].mT, beta=-1), x),)
+    def factors(self, anchor: Matrices, x: Tensor, v: Tensor, r: Tensor) -> Factors:
+        return ((times_transpose(x, anchor[0]) - v, x),)
 
-    def read(self, apply: Apply, x: Tensor, r: Tensor | None) -> Tensor:
-        return apply(0, x)
+    def read(self, reader: Reader, x: Tensor, r: Tensor) -> Tensor:
+        return reader.widen(0, x)
 
 
 class Mlp:
     """M(x) = r + W1 gelu(W2 x), or r + LN(W1 gelu(W2 x)) (paper Eq 42)."""
 
-    matrices = 2
+    transposed = (True, False)
 
     def __init__(self, output_norm: bool) -> None:
         self.output_norm = output_norm
 
-    def factors(self, anchor: tuple[Tensor, ...], x: Tensor, v: Tensor, r: Tensor | None) -> Factors:
+    def factors(self, anchor: Matrices, x: Tensor, v: Tensor, r: Tensor) -> Factors:
         W1, W2 = anchor
-        z = torch.bmm(x, W2.mT)
-        h = F.gelu(z, approximate="tanh")
-        o = torch.bmm(h, W1.mT)
-        e = (r - v) + _normalise(o) if self.output_norm else (r - v) + o
+        h, slope = gelu_with_derivative(times_transpose(x, W2))
+        o = torch.bmm(h, W1)
+        e = (r - v) + (_normalise(o) if self.output_norm else o)
         if self.output_norm:
             e = _normalise_backward(e, o)
-        # gelu_backward(g, z) = g * act'(z) in one pass; torch differentiates it again.
-        d = torch.ops.aten.gelu_backward(torch.bmm(e, W1), z, approximate="tanh")
-        return (e, h), (d, x)
+        return (h, e), (times_transpose(e, W1) * slope, x)
 
-    def read(self, apply: Apply, x: Tensor, r: Tensor | None) -> Tensor:
-        o = apply(0, F.gelu(apply(1, x), approximate="tanh"))
+    def read(self, reader: Reader, x: Tensor, r: Tensor) -> Tensor:
+        o = reader.narrow(0, gelu(reader.widen(1, x)))
         return r + (_normalise(o) if self.output_norm else o)
 
 
@@ -77,7 +86,7 @@ def _normalise(o: Tensor) -> Tensor:
 
 
 def _normalise_backward(e: Tensor, o: Tensor) -> Tensor:
-    """J^T e, J the Jacobian of the layer norm at o: what autograd's own layer norm computes."""
+    """J^T e, J the Jacobian of the layer norm at o: the backward of torch's own, which differentiates again."""
     _, mean, rstd = torch.native_layer_norm(o, o.shape[-1:], None, None, LAYER_NORM_EPSILON)
     only_input = [True, False, False]
     return torch.ops.aten.native_layer_norm_backward(e, o, o.shape[-1:], mean, rstd, None, None, only_input)[0]

@@ -1,0 +1,66 @@
+"""Newton-Schulz: an orthogonal factor, the same in both forms, differentiable."""
+
+import pytest
+import torch
+
+from atlas_kernels import newton_schulz
+from atlas_kernels.newton_schulz import COEFFICIENTS, direct_form, gram_form, schedule
+
+SHAPES = [(6, 6), (4, 20), (20, 4), (1, 5)]
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_singular_values_of_a_well_conditioned_matrix(coefficients, shape):
+    rank = min(shape)
+    U, V = torch.linalg.qr(normal(shape[0], rank))[0], torch.linalg.qr(normal(shape[1], rank, seed=1))[0]
+    S = (U * torch.linspace(0.3, 1.0, rank, dtype=torch.float64)) @ V.T
+    singular = torch.linalg.svdvals(newton_schulz(S, 5, coefficients))
+    assert singular.min() > 0.6 and singular.max() < 1.3
+
+
+def test_scale_free_and_zero():
+    S = normal(3, 4, 9)
+    torch.testing.assert_close(newton_schulz(S * 1000, 5), newton_schulz(S, 5), rtol=1e-6, atol=1e-7)
+    zero = torch.zeros(2, 4, 9, requires_grad=True)
+    out = newton_schulz(zero, 5)
+    assert torch.equal(out, torch.zeros_like(out))
+    out.sum().backward()
+    assert torch.isfinite(zero.grad).all()
+
+
+def test_no_steps_is_the_identity():
+    S = normal(3, 4)
+    assert newton_schulz(S, 0) is S
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+def test_gram_form_equals_the_direct_form(coefficients):
+    X = normal(2, 5, 12) / 8
+    for steps in (1, 2, 5, 9):
+        table = schedule(steps, coefficients)
+        torch.testing.assert_close(gram_form(X, table), direct_form(X, table), rtol=1e-9, atol=1e-11)
+
+
+def test_polar_express_needs_fewer_steps_than_jordan():
+    """Its table is made to reach one, jordan's only to grow fast."""
+    S = normal(16, 16)
+    error = {c: (torch.linalg.svdvals(newton_schulz(S, 8, c)) - 1).abs().max() for c in COEFFICIENTS}
+    assert error["polar_express"] < 0.02 < error["jordan"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient(shape):
+    S = normal(2, *shape).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: newton_schulz(s, 3), S, atol=1e-7)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="coefficients='muon' is unknown; choose one of jordan, polar_express"):
+        newton_schulz(normal(3, 3), 5, "muon")
+    with pytest.raises(ValueError, match="steps=-1"):
+        newton_schulz(normal(3, 3), -1)
