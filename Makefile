@@ -1,0 +1,53 @@
+# `make help` lists the commands. Everything runs in .venv with the versions of constraints.txt.
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+# Options that a command passes on, e.g. make test ARGS="-k data", make quickstart ARGS="train.steps=50".
+ARGS ?=
+# By content, so that a fresh checkout of the same pins does not install again; by place, because the
+# project is installed where it lies.
+PINS := $(shell { cat constraints.txt setup.py pyproject.toml; echo "$(CURDIR)"; } | cksum | cut -d ' ' -f 1)
+INSTALLED := $(VENV)/installed-$(PINS)
+BENCH := $(VENV)/bench-$(PINS)
+IS_3_12 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null
+
+.PHONY: help setup quickstart test lint bench-memory
+.DEFAULT_GOAL := help
+
+help: ## list the commands
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+setup: $(INSTALLED) ## make .venv with the pinned versions (instant when they have not changed)
+	@:
+
+quickstart: setup ## pretrain a small ATLAS on real text and show what came out
+	@$(RUN) tools/quickstart.py $(ARGS)
+
+test: setup ## run the whole test suite
+	@$(RUN) -m pytest $(ARGS)
+
+lint: setup ## ruff and mypy
+	@$(RUN) -m ruff check .
+	@$(RUN) -m mypy
+
+bench-memory: setup $(BENCH) ## time the memory beside titans-pytorch's; prints a table and JSON
+	@$(RUN) tools/bench_memory.py $(ARGS)
+
+$(INSTALLED): | $(RUN)
+	@$(RUN) $(IS_3_12) || { echo "$(VENV) is not of Python 3.12: remove it and run make setup again" >&2; exit 2; }
+	$(RUN) -m pip install --quiet -c constraints.txt setuptools
+	$(RUN) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
+	@rm -f $(VENV)/installed-* && touch $@
+
+$(BENCH):
+	$(RUN) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[bench]'
+	@rm -f $(VENV)/bench-* && touch $@
+
+# A python3.12 on PATH may be a pyenv shim that runs nothing, so every candidate is tried.
+$(RUN):
+	@for python in $(or $(PYTHON),python3.12 $$HOME/.pyenv/versions/3.12*/bin/python \
+	    $$(pyenv root 2>/dev/null)/versions/3.12*/bin/python python3 python); do \
+	  if "$$python" $(IS_3_12); then echo "$(VENV): $$python"; exec "$$python" -m venv $(VENV); fi; \
+	done; \
+	echo "Python 3.12 was not found$(if $(PYTHON), at $(PYTHON)): install it (pyenv install 3.12, or the system's" \
+	  "python3.12 with venv), or name one: make setup PYTHON=/path/to/python3.12" >&2; exit 2

@@ -1,0 +1,288 @@
+"""What a run is: frozen dataclasses, read from TOML, changed by ``section.key=value`` words.
+
+One dataclass is one TOML section. Every field has a unit or a meaning beside it; `--help` prints them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from atlas_kernels.rule import MemoryRule
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what makes it repeatable."""
+
+    directory: str = "runs/atlas"  # everything the run writes
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The stack around the mixers (Llama-style: pre-RMSNorm, SwiGLU)."""
+
+    # One symbol a layer: M memory, * sliding-window attention, - SwiGLU MLP, | pipeline cut.
+    pattern: str = "M-M-*-M-"
+    hidden_size: int = 256
+    ffn_hidden_size: int = 704
+    vocab_size: int = 4096  # rows of the embedding; the tokenizer's vocabulary must fit
+    seq_length: int = 512  # tokens of one training sequence
+    tied_embeddings: bool = True
+    norm_epsilon: float = 1e-5
+    init_std: float = 0.02
+    transformer_engine: bool = False  # linears and norms from Transformer Engine (needs a GPU)
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """The neural memory of every `M` layer; the letters of the paper in brackets."""
+
+    memory: str = "mlp"  # linear | mlp
+    loss: str = "l2"
+    norm: str = "layer"  # none | layer: LayerNorm on the memory's output
+    activation: str = "gelu"
+    heads: int = 4
+    head_dim: int = 64  # K = V
+    expansion: int = 4  # F / V of a deep memory
+    feature_map: str = "hadamard"  # identity | hadamard
+    degree: int = 2  # p of the feature map
+    window: int = 16  # c of the Omega rule, tokens
+    chunk: int = 64  # b, tokens that share one gradient anchor
+    omega_gates: str = "pair"  # gamma: pair (one a reader and source) | source
+    momentum: bool = True
+    ns_steps: int = 5  # k, Newton-Schulz steps; 0 writes the raw momentum
+    ns_period: int = 1  # m, tokens between orthogonalised writes (1 is the paper); divides chunk
+    ns_coefficients: str = "jordan"  # jordan | polar_express
+    conv_size: int = 4  # taps of the short convolutions on q, k, v
+    gate_rank: int = 32  # of the low-rank pairs behind alpha, eta, theta, gamma
+    alpha_start: float = 0.99  # retention of one token at initialisation
+    theta_start: float = 0.9  # momentum decay at initialisation
+    gamma_start: float = 0.5  # Omega gate at initialisation
+    # Step size at initialisation; 0 derives it: Newton-Schulz: 0.01 a token; none: the steps of one
+    # chunk (eta x gamma x window / (1 - theta) x chunk, all at one anchor) then sum to eta_sum.
+    eta_start: float = 0.0
+    eta_sum: float = 1.0
+    impl: str = "auto"  # reference | chunked | auto
+
+    def rule(self) -> MemoryRule:
+        """The part of this section that `atlas_kernels` learns by; raises ValueError where it does not fit together."""
+        names = (f.name for f in fields(MemoryRule))
+        return MemoryRule(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Sliding-window attention of every `*` layer."""
+
+    heads: int = 4
+    head_dim: int = 64
+    window: int = 128  # tokens a query sees, itself included
+    rotary_base: float = 10000.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """AdamW, linear warm-up, cosine decay."""
+
+    steps: int = 1000
+    global_batch: int = 8  # sequences a step
+    micro_batch: int = 8  # sequences a forward pass on one device
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    warmup_steps: int = 100
+    weight_decay: float = 0.1  # not on norms, gates, start weights
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    precision: str = "auto"  # auto: bfloat16 with float32 master weights on a GPU, float32 on a CPU
+    recompute: bool = False  # recompute each layer's activations in the backward
+    validate_every: int = 100  # steps; 0 never
+    validate_sequences: int = 64
+    log_every: int = 1  # steps between progress lines; metrics.jsonl has every step
+    stats_every: int = 10  # steps between gate, norm and surprise measurements
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 200  # steps; the last step is always saved
+    keep: int = 2  # newest checkpoints kept
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Megatron .bin/.idx prefixes; a blend is a list of ``"weight prefix"``."""
+
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    tokenizer: str = ""  # folder with tokenizer.json
+    workers: int = 0  # loader processes
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Devices along each axis; data parallel is what remains of the world."""
+
+    tensor: int = 1
+    sequence: bool = False  # Megatron sequence parallel inside the tensor group
+    pipeline: int = 1
+    context: int = 1
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    tensorboard: bool = True
+    wandb: str = ""  # project name; empty is off
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, then apply ``section.key=value`` words to it, last word winning.
+
+    A value is written as in TOML; a bare word is taken as a string. Raises ValueError for an unknown section or key
+    (the nearest known one is named), a value of another type, a word of another form, or a file that is not TOML.
+    """
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a TOML file: {error}; mend that line") from error
+    for word in overrides:
+        name, equals, value = word.partition("=")
+        section, dot, key = name.partition(".")
+        if not (equals and dot and section and key):
+            raise ValueError(f"{word!r} is not an override; write section.key=value, for example train.steps=100")
+        _check_key(section, key)
+        tables.setdefault(section, {})[key] = _parse_word(value, _types(section)[key])
+    return _from_tables(tables)
+
+
+def to_toml(config: Config) -> str:
+    """The whole resolved configuration as TOML; `load` reads it back to an equal Config."""
+    blocks = []
+    for section in fields(config):
+        values = getattr(config, section.name)
+        lines = [f"{f.name} = {_toml_value(getattr(values, f.name))}" for f in fields(values)]
+        blocks.append("\n".join([f"[{section.name}]", *lines]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def describe() -> str:
+    """Every section with its keys, defaults and meanings, as declared above: the config's help."""
+    blocks = []
+    for section, kind in get_type_hints(Config).items():
+        names = {f.name for f in fields(kind)}
+        lines = [line.strip() for line in inspect.getsource(kind).splitlines()]
+        kept = [f"  {line}" for line in lines if line.startswith("#") or line.partition(":")[0] in names]
+        blocks.append("\n".join([f"[{section}]", *kept]))
+    return "\n\n".join(blocks)
+
+
+def model_differences(ours: Config, theirs: Config) -> list[str]:
+    """The fields, as ``section.key: ours, theirs``, in which two configurations describe different models.
+
+    How a model is run (implementation of the memory, Transformer Engine, pipeline cuts) is not part of what it is.
+    """
+    found = []
+    for section in ("model", "memory", "attention"):
+        a, b = getattr(ours, section), getattr(theirs, section)
+        for f in fields(a):
+            mine, other = getattr(a, f.name), getattr(b, f.name)
+            if f.name in ("impl", "transformer_engine"):
+                continue
+            if f.name == "pattern":
+                mine, other = mine.replace("|", ""), other.replace("|", "")
+            if mine != other:
+                found.append(f"{section}.{f.name}: {mine!r}, the checkpoint has {other!r}")
+    return found
+
+
+def _types(section: str) -> dict[str, type]:
+    return get_type_hints(get_type_hints(Config)[section])
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+def _check_key(section: str, key: str | None = None) -> None:
+    sections = list(get_type_hints(Config))
+    if section not in sections:
+        raise ValueError(
+            f"unknown config section {section!r}; {_nearest(section, sections)}sections: {', '.join(sections)}"
+        )
+    keys = list(_types(section))
+    if key is not None and key not in keys:
+        raise ValueError(
+            f"unknown config key {f'{section}.{key}'!r}; {_nearest(key, keys)}keys of [{section}]: {', '.join(keys)}"
+        )
+
+
+def _parse_word(text: str, kind: Any) -> Any:
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    # A string key keeps its word as typed: log.wandb=2024 and run.directory=2024-05-01 are names.
+    return text if kind is str and not isinstance(value, str) else value
+
+
+def _from_tables(tables: dict[str, Any]) -> Config:
+    built = {}
+    for section, table in tables.items():
+        _check_key(section)
+        if not isinstance(table, dict):
+            raise ValueError(f"config section {section!r} is {table!r}; write it as a table: [{section}]")
+        for key in table:
+            _check_key(section, key)
+        types = _types(section)
+        kind = get_type_hints(Config)[section]
+        built[section] = kind(**{key: _typed(f"{section}.{key}", value, types[key]) for key, value in table.items()})
+    return Config(**built)
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind == tuple[str, ...]:
+        if isinstance(value, str):
+            return (value,)
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise ValueError(f'{name}={value!r} must be a list of strings; write {name}=["one", "two"]')
+    # type() and not isinstance(): a bool is an int to Python, not to a config.
+    if type(value) is not kind:
+        said = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[kind]
+        raise ValueError(f"{name}={value!r} is of type {type(value).__name__}; it must be {said}")
+    return value
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    # A JSON string is a TOML basic string as long as no character is escaped as a surrogate pair.
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

@@ -1,0 +1,281 @@
+"""Training data: Megatron indexed datasets, checked before use, read as resumable batches."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import DType
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from atlas_megatron.config import Config
+from atlas_megatron.parallel.cpu import device
+from atlas_megatron.tokenizer import Tokenizer, load_tokenizer
+
+type SampleSet = GPTDataset | BlendedDataset
+FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
+
+# The .idx file, as megatron.core.datasets.indexed_dataset writes it: magic, version, dtype code,
+# sequence and document counts, then int32 lengths, int64 byte offsets, int64 document borders.
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_HEADER = struct.Struct("<9sQBQQ")
+# Token ids are checked against the vocabulary in full up to this much of a .bin, in evenly spaced
+# windows beyond it: a terabyte is not read before the first step.
+SCANNED_BYTES = 64 << 20
+SCAN_WINDOWS = 64
+
+
+@dataclass(frozen=True)
+class Source:
+    """One checked .bin/.idx pair of a blend."""
+
+    prefix: str
+    tokens: int
+    weight: float
+
+
+def build_datasets(config: Config, train_samples: int, validation_samples: int) -> tuple[SampleSet, SampleSet | None]:
+    """Build the train and validation sets through Megatron-Core; call it on every rank.
+
+    Sequences hold `model.seq_length` tokens and one more for the last label. The sets repeat their
+    sources as often as the samples asked for need. No validation set or samples: None in its place.
+    Every rank builds both, so that all ranks of a tensor or pipeline group see one batch.
+    Raises ValueError for data that cannot be trained on, on every rank alike and before any
+    collective call.
+    """
+    if not config.data.train:
+        raise ValueError("data.train is empty; give the prefix of a .bin/.idx pair, as tools/prepare_data.py writes it")
+    return _build(config, sources(config, config.data.train), train_samples, validation_samples)
+
+
+def _build(
+    config: Config, train: tuple[Source, ...], train_samples: int, validation_samples: int
+) -> tuple[SampleSet, SampleSet | None]:
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens but model.vocab_size is "
+            f"{config.model.vocab_size}; set model.vocab_size={tokenizer.vocab_size} or more"
+        )
+    validation = sources(config, config.data.validation) if validation_samples else ()
+    core_config = GPTDatasetConfig(
+        random_seed=config.run.seed,
+        sequence_length=config.model.seq_length,
+        blend_per_split=[_core_blend(train), _core_blend(validation), None],
+        path_to_cache=str(_index_cache(config, train + validation)),
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    builder = BlendedMegatronDatasetBuilder(
+        GPTDataset, [train_samples, validation_samples, None], lambda: True, core_config
+    )
+    train_set, validation_set, _ = builder.build()
+    return train_set, validation_set
+
+
+def validation_labels(config: Config) -> list[list[int]]:
+    """The token ids that each validation of the run predicts, a list a sequence; call it on every rank."""
+    count = config.train.validate_sequences if config.data.validation else 0
+    if count == 0:
+        return []
+    _, validation = _build(config, (), 0, count)
+    assert validation is not None  # `count` samples were asked for
+    return [validation[number]["labels"].tolist() for number in range(count)]
+
+
+def text_of(labels: list[list[int]], tokenizer: Tokenizer) -> bytes:
+    """The text behind sequences of token ids, end-of-document tokens left out."""
+    texts = (tokenizer.decode([token for token in row if token != tokenizer.eod]) for row in labels)
+    return "".join(texts).encode(errors="replace")
+
+
+def bytes_per_token(config: Config) -> float | None:
+    """Bytes of text behind a token of the validation sequences; None without validation. Call it on every rank.
+
+    Bits per byte = nats per token / ln 2 / bytes per token: of the very sequences that the loss is of.
+    """
+    labels = validation_labels(config)
+    if not labels:
+        return None
+    return len(text_of(labels, load_tokenizer(config.data.tokenizer))) / sum(map(len, labels))
+
+
+def blend(words: tuple[str, ...]) -> list[tuple[float | None, str]]:
+    """Split each ``"weight prefix"`` or ``"prefix"`` of a blend; either all carry a weight or none does."""
+    pairs: list[tuple[float | None, str]] = []
+    for word in words:
+        first, _, rest = word.strip().partition(" ")
+        try:
+            pairs.append((float(first), rest.strip()) if rest else (None, first))
+        except ValueError:
+            pairs.append((None, word.strip()))
+    for weight, prefix in pairs:
+        if weight is not None and not (weight > 0 and math.isfinite(weight)):
+            raise ValueError(f"the weight of {prefix} is {weight}; give a number greater than 0")
+    if len({weight is None for weight, _ in pairs}) > 1:
+        raise ValueError(f"some sets of the blend {list(words)} carry a weight and some none; write one for each")
+    return pairs
+
+
+def inspect(prefix: str, vocab_size: int) -> int:
+    """Check one .bin/.idx pair against itself and the vocabulary; return its tokens.
+
+    Raises ValueError that names the file, what is wrong with it and what to do.
+    """
+    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for file in (index, data):
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist; prepare the data (tools/prepare_data.py) or correct the prefix")
+    dtype, lengths = _read_index(index)
+    tokens = int(lengths.sum(dtype=np.int64))
+    if tokens == 0:
+        raise ValueError(f"{data} holds no tokens; prepare it again from text that is not empty")
+    if data.stat().st_size != tokens * dtype.itemsize:
+        raise ValueError(
+            f"{data} has {data.stat().st_size} bytes but its index says {tokens * dtype.itemsize}: "
+            "it is truncated or belongs to another index; prepare it again"
+        )
+    largest = _largest_token(np.memmap(data, dtype=dtype, mode="r"))
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{data} holds token {largest} but model.vocab_size is {vocab_size}; "
+            f"set model.vocab_size={largest + 1} or more, or prepare the data with the model's tokenizer"
+        )
+    return tokens
+
+
+def _read_index(index: Path) -> tuple[np.dtype, np.ndarray]:
+    """The token dtype and the sequence lengths of an .idx file, every field of it checked."""
+    broken = f"{index} is truncated or not a Megatron index; prepare the data again"
+    raw = index.read_bytes() if index.stat().st_size < INDEX_HEADER.size else np.memmap(index, dtype=np.uint8, mode="r")
+    if len(raw) < INDEX_HEADER.size:
+        raise ValueError(broken)
+    magic, version, code, sequences, borders = INDEX_HEADER.unpack(bytes(raw[: INDEX_HEADER.size]))
+    whole = INDEX_HEADER.size + 12 * sequences + 8 * borders
+    if magic != INDEX_MAGIC or version != 1 or code not in {kind.value for kind in DType} or len(raw) != whole:
+        raise ValueError(broken)
+    dtype = np.dtype(DType.dtype_from_code(code))
+    lengths = np.frombuffer(raw, np.int32, sequences, INDEX_HEADER.size)
+    offsets = np.frombuffer(raw, np.int64, sequences, INDEX_HEADER.size + 4 * sequences)
+    documents = np.frombuffer(raw, np.int64, borders, INDEX_HEADER.size + 12 * sequences)
+    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
+    consistent = (
+        dtype.kind in "iu"
+        and bool(np.all(lengths >= 0))
+        and np.array_equal(offsets[1:], ends[:-1])
+        and bool(np.all(np.diff(documents) >= 0))
+        and borders > 0
+        and documents[0] == 0
+        and documents[-1] == sequences
+    )
+    if not consistent:
+        raise ValueError(broken)
+    return dtype, lengths
+
+
+def _largest_token(tokens: np.ndarray) -> int:
+    """The largest id of a .bin, or of evenly spaced windows of a large one."""
+    scanned = SCANNED_BYTES // tokens.itemsize
+    if len(tokens) <= scanned:
+        return int(tokens.max())
+    window = scanned // SCAN_WINDOWS
+    starts = np.linspace(0, len(tokens) - window, SCAN_WINDOWS).astype(np.int64)
+    return max(int(tokens[start : start + window].max()) for start in starts)
+
+
+def sources(config: Config, words: tuple[str, ...]) -> tuple[Source, ...]:
+    """The checked sets of a blend; a blend without weights is drawn in proportion to tokens."""
+    checked = []
+    for weight, prefix in blend(words):
+        tokens = inspect(prefix, config.model.vocab_size)
+        if tokens < config.model.seq_length + 1:
+            raise ValueError(
+                f"{prefix}.bin holds {tokens} tokens, fewer than one sequence of "
+                f"model.seq_length={config.model.seq_length} and its last label; "
+                f"give more text or set model.seq_length={tokens - 1} or less"
+            )
+        checked.append(Source(prefix, tokens, float(tokens) if weight is None else weight))
+    return tuple(checked)
+
+
+def _core_blend(drawn: tuple[Source, ...]) -> tuple[list[str], list[float]] | None:
+    return ([source.prefix for source in drawn], [source.weight for source in drawn]) if drawn else None
+
+
+def _index_cache(config: Config, drawn: tuple[Source, ...]) -> Path:
+    """The folder of Megatron's sample indices for exactly these files.
+
+    Megatron keys its cache on paths; data prepared again under the same path would meet a stale index.
+    """
+    identity = hashlib.sha256()
+    for source in drawn:
+        for file in (f"{source.prefix}.idx", f"{source.prefix}.bin"):
+            stat = os.stat(file)
+            identity.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return Path(config.run.directory) / "index" / identity.hexdigest()[:16]
+
+
+class Batches(Iterator[dict[str, Tensor]]):
+    """This data-parallel rank's micro-batches of a set, in the set's order, from any sample on.
+
+    The position is `consumed_samples`, counted over all ranks: rank r of R takes samples
+    ``[n + r m, n + (r + 1) m)`` of each ``R m`` (m = train.micro_batch). So a resumed run, also
+    one with another number of ranks, goes on at the very next sample. What is left at the end of
+    the set and fills no micro-batch on every rank is not read.
+    Yields int64 ``tokens``, ``labels``, ``position_ids`` and float32 ``loss_mask``, each
+    ``[micro_batch, seq_length]``, on this rank's device.
+    """
+
+    def __init__(self, dataset: SampleSet, config: Config, consumed_samples: int = 0) -> None:
+        ranks, rank = 1, 0
+        if parallel_state.model_parallel_is_initialized():
+            ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        micro_batch = config.train.micro_batch
+        self.consumed_samples = consumed_samples
+        self._samples_per_batch = micro_batch * ranks
+        starts = range(consumed_samples, len(dataset) - self._samples_per_batch + 1, self._samples_per_batch)
+        own = (list(range(start + rank * micro_batch, start + (rank + 1) * micro_batch)) for start in starts)
+        self._device = device()
+        self._left = len(starts)
+        self._batches = iter(
+            DataLoader(
+                dataset,
+                batch_sampler=own,
+                collate_fn=_collate,
+                num_workers=config.data.workers,
+                pin_memory=self._device.type == "cuda",
+                # Its own: a loader draws a seed, and from torch's generator that draw would set a
+                # resumed run apart from one that never stopped.
+                generator=torch.Generator().manual_seed(config.run.seed),
+            )
+        )
+
+    def __len__(self) -> int:
+        """Micro-batches that are left."""
+        return self._left
+
+    def __next__(self) -> dict[str, Tensor]:
+        batch = next(self._batches)
+        self._left -= 1
+        self.consumed_samples += self._samples_per_batch
+        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    # A blend adds the number of the set a sample came from, which the model does not take.
+    return default_collate([{name: sample[name] for name in FIELDS} for sample in samples])

@@ -1,0 +1,34 @@
+"""The project's packages, commands and dependencies; constraints.txt pins the versions."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="atlas-megatron",
+    version="0.1.0",
+    description="ATLAS: memories that learn at test time, pretrained on Megatron-Core",
+    license="Apache-2.0",
+    python_requires=">=3.12,<3.13",
+    # kernels/ itself is no package: a package of that name would shadow Hugging Face's `kernels`.
+    package_dir={"atlas_kernels": "kernels/atlas_kernels"},
+    packages=find_packages(include=["atlas_megatron", "atlas_megatron.*"]) + find_packages("kernels"),
+    install_requires=[
+        "matplotlib",
+        "megatron-core==0.19.2",
+        "numpy",
+        "psutil",  # Megatron-Core's checkpoint writer asks for it without declaring it
+        "pyarrow",
+        "rich",
+        "tensorboard",
+        "tokenizers",
+        "torch==2.11.0",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]==2.20.2"],
+        "hf": ["safetensors", "transformers"],
+        "eval": ["lm-eval"],
+        "deepspeed": ["deepspeed==0.19.8"],
+        "bench": ["titans-pytorch==0.5.5"],
+        "dev": ["mypy", "pytest", "ruff"],
+    },
+    entry_points={"console_scripts": ["atlas-train=atlas_megatron.train:main"]},
+)

@@ -1,0 +1,29 @@
+"""Fixtures that several rooms share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def single_process_megatron(tmp_path: Path) -> Iterator[None]:
+    """Megatron-Core in a world of one, seeded; on the CPU where there is no GPU."""
+    from atlas_megatron.parallel import cpu
+
+    cpu.install()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    torch.distributed.init_process_group(
+        cpu.backend(), init_method=f"file://{tmp_path}/rendezvous", world_size=1, rank=0
+    )
+    parallel_state.initialize_model_parallel()
+    torch.manual_seed(1234)
+    model_parallel_cuda_manual_seed(1234)
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,102 @@
+"""The arrows between the rooms, their sizes, and the pins, held by reading the sources."""
+
+import ast
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("kernels", "atlas_megatron", "tools", "tests")
+SOURCES = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))
+KERNELS = [file for file in SOURCES if file.is_relative_to(ROOT / "kernels")]
+MEGATRON = [file for file in SOURCES if file.is_relative_to(ROOT / "atlas_megatron")]
+
+# Within a package, a module imports only what stands left of it; the rest is free.
+KERNEL_ARROW = ("reference", "chunked", "op")
+MEGATRON_ARROW = ("mixers", "layer_specs", "model", "train")
+LINES = 450
+
+
+def imports(file: Path) -> set[str]:
+    """The absolute names of all modules that a file imports, at whatever depth."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import; write the absolute name"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return names
+
+
+def reaches(names: set[str], module: str) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for name in names)
+
+
+@pytest.mark.parametrize("file", KERNELS, ids=lambda file: file.name)
+def test_the_mathematics_knows_no_megatron(file: Path) -> None:
+    names = imports(file)
+    for module in ("megatron", "torch.distributed", "atlas_megatron"):
+        assert not reaches(names, module), f"{file} imports {module}"
+
+
+@pytest.mark.parametrize("file", [*KERNELS, *MEGATRON], ids=lambda file: file.name)
+def test_packages_import_no_outer_room(file: Path) -> None:
+    names = imports(file)
+    for module in ("tools", "launch", "tests", "configs"):
+        assert not reaches(names, module), f"{file} imports {module}"
+
+
+@pytest.mark.parametrize(("package", "arrow"), [("atlas_kernels", KERNEL_ARROW), ("atlas_megatron", MEGATRON_ARROW)])
+def test_arrows_point_one_way(package: str, arrow: tuple[str, ...]) -> None:
+    folder = ROOT / "kernels" / package if package == "atlas_kernels" else ROOT / package
+    for place, module in enumerate(arrow):
+        files = [file for file in folder.rglob("*.py") if module in file.relative_to(folder).with_suffix("").parts]
+        assert files, f"{package}.{module} is gone; correct the arrow"
+        for file in files:
+            names = imports(file)
+            for later in arrow[place + 1 :]:
+                assert not reaches(names, f"{package}.{later}"), f"{file} imports {later}"
+
+
+def test_nothing_leaks_a_module_past_its_door() -> None:
+    """Code outside atlas_kernels uses its public names, not implementations."""
+    for file in MEGATRON:
+        for implementation in ("reference", "chunked", "gpu"):
+            assert not reaches(imports(file), f"atlas_kernels.{implementation}"), f"{file}: use omega_memory"
+
+
+def test_kernels_is_no_package() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow Hugging Face's `kernels` package"
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.name)
+def test_files_stay_readable(file: Path) -> None:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= LINES, f"{file} has {len(lines)} lines; name the piece that is missing"
+    assert file.stem not in ("utils", "helpers", "common"), f"{file}: name it for what it does"
+
+
+def test_constraints_pin_what_setup_asks_for() -> None:
+    pinned = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, version = line.split("==")
+            pinned[name.lower().replace("_", "-")] = version
+    call = next(node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call))
+    asked = {word.arg: word.value for word in call.keywords}
+    wanted = ast.literal_eval(asked["install_requires"])
+    for extra in ast.literal_eval(asked["extras_require"]).values():
+        wanted += extra
+    for requirement in wanted:
+        name, _, version = re.sub(r"\[.*\]", "", requirement).partition("==")
+        assert version or name in pinned, f"{name} is pinned neither in setup.py nor in constraints.txt"
+        assert not (version and name in pinned) or pinned[name] == version, f"{name}: two versions"
+
+
+def test_ci_can_be_run() -> None:
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)

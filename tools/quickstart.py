@@ -1,0 +1,116 @@
+"""Pretrain a small ATLAS on Python's own sources and show what came out: data, training, pictures, a sample."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+from rich.table import Table
+
+import plot
+import prepare_data
+from atlas_megatron import train
+from atlas_megatron.config import Config, load
+from atlas_megatron.corpus import standard_library
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.toml"
+CORPUS_BYTES = 10_000_000
+HELD_OUT = 0.04  # share of files
+PROMPT_TOKENS = 128
+NEW_TOKENS = 128
+
+
+def _prepare(config: Config) -> int:
+    files = [str(file) for file in standard_library(CORPUS_BYTES)]
+    out = Path(config.data.train[0]).parent
+    options = ["--train-tokenizer", str(config.model.vocab_size), "--validation", str(HELD_OUT)]
+    return prepare_data.main([*files, "--out", str(out), *options])
+
+
+def _write_sample(directory: Path) -> Path:
+    """Continue the beginning of a held-out file with the trained model."""
+    import numpy as np
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    from atlas_megatron.checkpoint import load_model
+    from atlas_megatron.parallel.cpu import device
+    from atlas_megatron.streaming import generate
+    from atlas_megatron.tokenizer import load_tokenizer
+
+    model, config = load_model(directory)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    held_out = IndexedDataset(config.data.validation[0])
+    document = int(np.argmax(held_out.sequence_lengths >= PROMPT_TOKENS + NEW_TOKENS))
+    prompt = held_out[document][:PROMPT_TOKENS].astype(np.int64)
+    tokens = generate(model, torch.from_numpy(prompt)[None].to(device()), NEW_TOKENS, temperature=0.7, top_p=0.9)
+    written = tokens[0].tolist()
+    sample = directory / "sample.txt"
+    sample.write_text(
+        f"=== prompt: the first {PROMPT_TOKENS} tokens of a held-out file ===\n"
+        f"{tokenizer.decode(written[:PROMPT_TOKENS])}\n"
+        f"=== continuation: {NEW_TOKENS} tokens by the model (temperature 0.7, top-p 0.9) ===\n"
+        f"{tokenizer.decode(written[PROMPT_TOKENS:])}\n",
+        encoding="utf-8",
+    )
+    return sample
+
+
+def _table(config: Config) -> Table:
+    from atlas_megatron.baselines import baselines
+    from atlas_megatron.metrics import mean_measurements, read
+    from atlas_megatron.model import num_params
+
+    records = read(config.run.directory)
+    validated = next(record for record in reversed(records) if "validation_bits_per_byte" in record)
+    against = baselines(config)
+    table = Table("quickstart", "value", title=config.run.directory)
+    table.columns[1].justify = "right"
+    table.add_row("parameters", f"{num_params(config):,}")
+    table.add_row("tokens seen", f"{records[-1]['tokens']:,}")
+    table.add_row("tokens/s, median", f"{median(record['tokens_per_second'] for record in records):,.0f}")
+    table.add_row("validation bits per byte: this model", f"{validated['validation_bits_per_byte']:.3f}")
+    table.add_row("  on the same bytes: unigram model of its tokens", f"{against.unigram:.3f}")
+    table.add_row("  on the same bytes: gzip -9", f"{against.gzip:.3f}")
+    for name, value in mean_measurements(records).items():
+        if name.endswith(("_mean", "_norm")):
+            table.add_row(f"{name.replace('_', ' ')} over the memory layers", f"{value:.4g}")
+    return table
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the quickstart; 0, or 2 after one line on what is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="quickstart.py",
+        description=__doc__,
+        epilog="example: python tools/quickstart.py train.steps=50 run.directory=runs/short",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"changes to {CONFIG.name}")
+    overrides = parser.parse_args(words).overrides
+    try:
+        config = load(CONFIG, overrides)
+        failed = _prepare(config) or train.main([str(CONFIG), *overrides])
+        if failed:
+            return failed
+        from atlas_megatron.metrics import read
+
+        if read(config.run.directory)[-1]["step"] < config.train.steps:
+            return 0  # asked to stop; training has said so, and the same command goes on
+        directory = Path(config.run.directory)
+        plot.plot_run(directory)
+        sample = _write_sample(directory)
+        Console(soft_wrap=True).print(_table(config))
+    except (ValueError, OSError) as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return 2
+    print(f"{sample}\n\n{sample.read_text(encoding='utf-8')}")
+    print(f"pictures: {directory}/loss.png and position_loss.png; curves: tensorboard --logdir {directory}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
