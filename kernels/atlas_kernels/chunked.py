@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from atlas_kernels.decays import pair_band, source_band
 from atlas_kernels.memories import memory_of
 from atlas_kernels.rule import Gates, MemoryRule, MemoryState
-from atlas_kernels.writes import OrthogonalWrites, RawWrites
+from atlas_kernels.writes import OrthogonalWrites, RawWrites, Writes
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ class Inputs:
 
     def split(self, lengths: list[int]) -> list[Inputs]:
         """Stretches of the given lengths (one split a tensor: its backward is one concatenation)."""
-        parts = ([None] * len(lengths) if t is None else t.split(lengths, 1) for t in vars(self).values())
-        return [Inputs(*stretch) for stretch in zip(*parts, strict=True)]
+        parts: dict[str, Any] = {
+            name: [None] * len(lengths) if t is None else t.split(lengths, 1) for name, t in vars(self).items()
+        }
+        return [Inputs(**{name: stretches[i] for name, stretches in parts.items()}) for i in range(len(lengths))]
 
 
 def omega_memory_chunked(
@@ -53,7 +56,8 @@ def omega_memory_chunked(
     residual: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, MemoryState]:
     """The map of `reference.py`. Arguments as in `omega_memory`, checked and in one dtype; the state is given."""
-    inputs = Inputs(q, k, v, *(residual or (None, None)), gates.alpha, gates.eta, gates.theta, gates.gamma)
+    residual_q, residual_k = residual if residual is not None else (None, None)
+    inputs = Inputs(q, k, v, residual_q, residual_k, gates.alpha, gates.eta, gates.theta, gates.gamma)
     pieces = cut(state.position, q.shape[1], rule.chunk)
     outputs = []
     for part, (chunks, tokens) in zip(inputs.split([n * c for n, c in pieces]), pieces, strict=True):
@@ -92,7 +96,9 @@ class Layout:
         """The sources of each chunk [N, G, I, ...] and the halo that follows the segment [B, W-1, H, ...]."""
         t = torch.cat([halo, t], 1)
         windows = t.unfold(1, self.tokens + self.window - 1, self.tokens)  # [B, N, H, ..., I]
-        return windows.movedim(-1, 3).transpose(0, 1).flatten(1, 2), t[:, t.shape[1] - self.window + 1 :]
+        # A copy: a view would keep the whole segment alive for as long as the state lives.
+        following = t[:, t.shape[1] - self.window + 1 :].clone()
+        return windows.movedim(-1, 3).transpose(0, 1).flatten(1, 2), following
 
 
 def scan(rule: MemoryRule, state: MemoryState, inputs: Inputs, chunks: int, tokens: int) -> tuple[Tensor, MemoryState]:
@@ -102,7 +108,7 @@ def scan(rule: MemoryRule, state: MemoryState, inputs: Inputs, chunks: int, toke
     x, keys = layout.with_halo(state.keys, inputs.k)
     v, values = layout.with_halo(state.values, inputs.v)
     r, residuals = x, None
-    if inputs.residual_q is not None:
+    if inputs.residual_q is not None and inputs.residual_k is not None and state.residuals is not None:
         read_residual = layout.by_chunk(inputs.residual_q)
         r, residuals = layout.with_halo(state.residuals, inputs.residual_k)
     gamma = None
@@ -113,12 +119,13 @@ def scan(rule: MemoryRule, state: MemoryState, inputs: Inputs, chunks: int, toke
         band = source_band(sources, tokens)
 
     offset = state.position % rule.chunk
-    gates = (layout.by_chunk(g) for g in (inputs.alpha, inputs.eta, inputs.theta))
+    alpha, eta, theta = (layout.by_chunk(g) for g in (inputs.alpha, inputs.eta, inputs.theta))
+    writes: Writes
     if rule.ns_steps == 0:
-        writes = RawWrites(*gates, band)
+        writes = RawWrites(alpha, eta, theta, band)
     else:
         at = [t for t in range(tokens) if rule.writes_at(offset + t)]
-        writes = OrthogonalWrites(*gates, band, at, rule.ns_steps, rule.ns_coefficients)
+        writes = OrthogonalWrites(alpha, eta, theta, band, at, rule.ns_steps, rule.ns_coefficients)
 
     memory, outputs = memory_of(rule), []
 

@@ -38,7 +38,9 @@ class Reader(Protocol):
 class Memory(Protocol):
     """One row of MATH's table of memories."""
 
-    transposed: tuple[bool, ...]  # for each matrix: whether the chunk form keeps its transpose
+    @property
+    def transposed(self) -> tuple[bool, ...]:
+        """For each matrix: whether the chunk form keeps its transpose."""
 
     def factors(self, anchor: Matrices, x: Tensor, v: Tensor, r: Tensor) -> Factors:
         """anchor [G, wide, narrow] each; x [G, I, D], v, r [G, I, V] -> ([G, I, wide], [G, I, narrow]) a matrix."""

@@ -40,7 +40,7 @@ def layer_norm(o: Tensor) -> tuple[Tensor, Tensor]:
     return (o - o.mean(-1, keepdim=True)) / sd, sd
 
 
-def memory(rule: MemoryRule, W: Matrices, x: Tensor, r: Tensor | None) -> Tensor:
+def memory(rule: MemoryRule, W: Matrices, x: Tensor, r: Tensor) -> Tensor:
     """M(x): W x (linear), or r + W1 act(W2 x) (mlp, Eq 42), or r + LN(W1 act(W2 x))."""
     if rule.memory == "linear":
         return times(W[0], x)
@@ -49,13 +49,13 @@ def memory(rule: MemoryRule, W: Matrices, x: Tensor, r: Tensor | None) -> Tensor
     return r + (layer_norm(o)[0] if rule.norm == "layer" else o)
 
 
-def inner_loss(rule: MemoryRule, W: Matrices, x: Tensor, v: Tensor, r: Tensor | None) -> Tensor:
+def inner_loss(rule: MemoryRule, W: Matrices, x: Tensor, v: Tensor, r: Tensor) -> Tensor:
     """loss(M(x), v) = 1/2 |M(x) - v|^2, [B, I, H]."""
     return 0.5 * (memory(rule, W, x, r) - v).square().sum(-1)
 
 
 def inner_gradient(
-    rule: MemoryRule, W: Matrices, x: Tensor, v: Tensor, r: Tensor | None, gamma: Tensor
+    rule: MemoryRule, W: Matrices, x: Tensor, v: Tensor, r: Tensor, gamma: Tensor
 ) -> Matrices:
     """sum_i gamma_i d/dW loss(M(x_i), v_i), by hand; each source adds a rank-one matrix. gamma [B, I, H]."""
     e = memory(rule, W, x, r) - v  # dloss / dM
@@ -98,13 +98,11 @@ def omega_memory_reference(
 ) -> tuple[Tensor, MemoryState]:
     """The whole recurrence. Arguments as in `omega_memory`, checked and in one dtype; the state is given."""
     c, T = rule.window, q.shape[1]
-    r_q, r_k = residual if residual is not None else (None, None)
-    halo_r = state.residuals
-    if rule.memory != "linear" and residual is None:
-        r_q, r_k, halo_r = q, k, state.keys
     X, V = torch.cat([state.keys, k], 1), torch.cat([state.values, v], 1)
-    R = None if r_k is None else torch.cat([halo_r, r_k], 1)
-    sources = None if gates.pair else torch.cat([state.gamma, gates.gamma], 1)
+    r_q, R = q, X
+    if residual is not None and state.residuals is not None:
+        r_q, R = residual[0], torch.cat([state.residuals, residual[1]], 1)
+    sources = None if state.gamma is None else torch.cat([state.gamma, gates.gamma], 1)
 
     W, S, A, y = state.weights, state.momentum, state.anchor, []
     for t in range(T):
@@ -114,11 +112,10 @@ def omega_memory_reference(
         window = slice(t, t + c)  # sources t-c+1 .. t, counted from the start of the halo
         # Pair gates count backwards from the reader: entry j is source t-j.
         gamma = gates.gamma[:, t].flip(-1).transpose(1, 2) if sources is None else sources[:, window]
-        r = None if R is None else R[:, window]
-        G = inner_gradient(rule, A, X[:, window], V[:, window], r, gamma)  # Omega rule (Eq 9)
+        G = inner_gradient(rule, A, X[:, window], V[:, window], R[:, window], gamma)  # Omega rule (Eq 9)
         S = momentum(gates.theta[:, t], S, G)
         W = write(rule, gates.alpha[:, t], gates.eta[:, t], W, S, position)
-        y.append(memory(rule, W, q[:, t : t + 1], None if r_q is None else r_q[:, t : t + 1]))  # read after the write
+        y.append(memory(rule, W, q[:, t : t + 1], r_q[:, t : t + 1]))  # read after the write
 
     last = slice(T, T + c - 1)
     after = MemoryState(
@@ -127,7 +124,7 @@ def omega_memory_reference(
         anchor=W if (state.position + T) % rule.chunk == 0 else A,
         keys=X[:, last],
         values=V[:, last],
-        residuals=None if residual is None else R[:, last],
+        residuals=None if state.residuals is None else R[:, last],
         gamma=None if sources is None else sources[:, last],
         position=state.position + T,
     )

@@ -5,7 +5,8 @@ Dims: B batch, T tokens, H heads, V value, D lifted key, F memory hidden, W wind
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -116,16 +117,14 @@ class MemoryState:
     gamma: Tensor | None
     position: int
 
-    def map(self, fn) -> MemoryState:
-        """The state with `fn` applied to every tensor (detach, a cast, a copy to another device)."""
-        changed = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, tuple):
-                changed[f.name] = tuple(fn(t) for t in value)
-            elif isinstance(value, Tensor):
-                changed[f.name] = fn(value)
-        return replace(self, **changed)
+    def map(self, fn: Callable[[Tensor], Tensor]) -> MemoryState:
+        """The state with `fn` applied to every tensor (a cast, a copy to another device)."""
+        weights, momentum, anchor = (tuple(fn(m) for m in matrices) for matrices in self.matrices())
+        residuals = None if self.residuals is None else fn(self.residuals)
+        gamma = None if self.gamma is None else fn(self.gamma)
+        return MemoryState(
+            weights, momentum, anchor, fn(self.keys), fn(self.values), residuals, gamma, self.position
+        )
 
     def detach(self) -> MemoryState:
         return self.map(Tensor.detach)

@@ -12,6 +12,8 @@ factors go to the narrow side. Dims: G = B x H, C tokens of a chunk, I sources (
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,15 @@ from atlas_kernels.decays import decay_matrix
 from atlas_kernels.memories import Factors, Matrices, Reader
 from atlas_kernels.newton_schulz import newton_schulz
 from atlas_kernels.products import plus_outer, times_transpose
+
+
+class Writes(Protocol):
+    """How the tokens of each chunk change the weights."""
+
+    def advance(
+        self, n: int, weights: Matrices, momentum: Matrices, factors: Factors
+    ) -> tuple[Reader, Matrices, Matrices]:
+        """(how tokens of chunk n read, weights after it, momentum after it)."""
 
 
 class RawWrites:
@@ -39,7 +50,6 @@ class RawWrites:
     def advance(
         self, n: int, weights: Matrices, momentum: Matrices, factors: Factors
     ) -> tuple[Reader, Matrices, Matrices]:
-        """(how tokens of chunk n read, weights after it, momentum after it)."""
         reader = _RawReader(self.of_weights[n], self.of_momentum[n], self.of_sources[n], weights, momentum, factors)
         alpha, kappa, sources = reader.of_weights[:, -1:], reader.of_momentum[:, -1:], reader.of_sources[:, -1, :, None]
         written, moved = [], []
@@ -95,7 +105,6 @@ class OrthogonalWrites:
     def advance(
         self, n: int, weights: Matrices, momentum: Matrices, factors: Factors
     ) -> tuple[Reader, Matrices, Matrices]:
-        """(how tokens of chunk n read, weights after it, momentum after it)."""
         alphas, of_writes = self.of_weights[n], self.of_writes[n]
         orthogonal, written, moved = [], [], []
         for W, S, (wide, narrow) in zip(weights, momentum, factors, strict=True):

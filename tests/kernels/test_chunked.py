@@ -132,9 +132,9 @@ def test_gates_of_exactly_zero():
 
 def test_decay_matrix_with_zeros():
     gate = torch.tensor([0.5, 0.0, 0.9, 1.0, 0.0, 0.3], dtype=torch.float64, requires_grad=True)
-    naive = torch.stack(
-        [torch.stack([gate[s + 1 : t + 1].prod() if s <= t else gate.new_zeros(()) for s in range(6)]) for t in range(6)]
-    )
+    zero = gate.new_zeros(())
+    rows = [[gate[s + 1 : t + 1].prod() if s <= t else zero for s in range(6)] for t in range(6)]
+    naive = torch.stack([torch.stack(row) for row in rows])
     torch.testing.assert_close(decay_matrix(gate), naive, rtol=1e-12, atol=1e-14)
     weight = torch.arange(36, dtype=torch.float64).view(6, 6)
     expected = torch.autograd.grad((naive * weight).sum(), gate)[0]

@@ -14,7 +14,7 @@ MEMORIES = [("linear", "none"), ("mlp", "none"), ("mlp", "layer")]
 def test_inner_gradient_equals_autograd(memory, norm):
     rule = MemoryRule(memory=memory, norm=norm, window=5)
     p = problem(rule, tokens=5, residual=memory != "linear", key=3, value=4)
-    r = None if p.residual is None else p.residual[1]
+    r = p.k if p.residual is None else p.residual[1]
     W = tuple(w.detach().expand(2, *w.shape).clone().requires_grad_() for w in p.weights)
     gamma = p.gates.alpha
     by_hand = inner_gradient(rule, W, p.k, p.v, r, gamma)
@@ -84,8 +84,9 @@ def test_one_token_chunks_are_the_online_rule():
             for j in range(min(3, t + 1))
         )
         G = torch.autograd.grad(loss, W)
-        S = tuple(p.gates.theta[0, t, 0].item() * s + g for s, g in zip(S, G, strict=True))
-        W = tuple(p.gates.alpha[0, t, 0].item() * w - p.gates.eta[0, t, 0].item() * s for w, s in zip(W, S, strict=True))
+        alpha, eta, theta = (g[0, t, 0].item() for g in (p.gates.alpha, p.gates.eta, p.gates.theta))
+        S = tuple(theta * s + g for s, g in zip(S, G, strict=True))
+        W = tuple(alpha * w - eta * s for w, s in zip(W, S, strict=True))
         z = torch.nn.functional.gelu(p.q[0, t, 0] @ W[1][0, 0].T, approximate="tanh") @ W[0][0, 0].T
         read[f"y[{t}]"] = (p.q[0, t, 0] + torch.nn.functional.layer_norm(z, z.shape)).detach()
     assert_close({f"y[{t}]": y[0, t, 0] for t in range(7)}, read)
