@@ -1,0 +1,114 @@
+"""From a Config to the layers of core's HybridStack: which module fills which symbol of the pattern."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor
+
+from atlas_megatron.config import Config
+from atlas_megatron.mixers.attention import SlidingWindowAttention
+from atlas_megatron.mixers.linears import MixerLinears
+from atlas_megatron.mixers.memory import AtlasMixer
+
+
+class RMSNorm(torch.nn.Module):
+    """x / rms(x) * weight. Core's plain norm is torch's, which it refuses under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        # Each rank sees its own tokens: core then sums this gradient over the tensor-parallel group.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class MixerLayer(MambaLayer):
+    """Norm, mixer, residual. Core passes two more arguments to an attention slot, of no use here."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MambaLayerSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        pp_layer_offset: int,
+        is_mtp_layer: bool = False,
+        add_layer_offset: bool = False,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config, submodules, layer_number, pg_collection, pp_layer_offset, name)
+
+
+class AtlasStack(HybridStack):
+    """Core's stack with a final norm of our choice: core's own is always Transformer Engine's."""
+
+    def __init__(self, config: TransformerConfig, submodules: HybridStackSubmodules, norm: type, **placement: Any):
+        super().__init__(config, submodules, post_layer_norm=False, **placement)
+        if self.post_process:
+            self.post_layer_norm = True
+            self.final_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+
+def stack_spec(config: Config) -> ModuleSpec:
+    """The stack of `config`. Raises ValueError if it asks for Transformer Engine where there is none."""
+    backend, norm = _backend(config)
+    linears = MixerLinears(backend.column_parallel_linear(), backend.row_parallel_linear())
+
+    def mixer_layer(mixer: type, params: dict[str, Any]) -> ModuleSpec:
+        spec = ModuleSpec(module=mixer, params=params, submodules=linears)
+        return ModuleSpec(
+            module=MixerLayer,
+            submodules=MambaLayerSubmodules(norm=norm, mixer=spec, mamba_bda=get_bias_dropout_add),
+        )
+
+    mlp = MLPSubmodules(linear_fc1=linears.column_type, linear_fc2=linears.row_type)
+    layers = HybridStackSubmodules(
+        mamba_layer=mixer_layer(AtlasMixer, {"memory": config.memory}),
+        attention_layer=mixer_layer(SlidingWindowAttention, {"attention": config.attention}),
+        mlp_layer=ModuleSpec(
+            module=MLPLayer,
+            submodules=TransformerLayerSubmodules(
+                pre_mlp_layernorm=norm,
+                mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
+                mlp_bda=get_bias_dropout_add,
+            ),
+        ),
+    )
+    return ModuleSpec(module=AtlasStack, submodules=layers, params={"norm": norm})
+
+
+def _backend(config: Config) -> tuple[BackendSpecProvider, type]:
+    if not config.model.transformer_engine:
+        return LocalSpecProvider(), RMSNorm
+    # Imported only when asked for: the package is optional, and its modules cannot be built without a GPU.
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if not (HAVE_TE and torch.cuda.is_available()):
+        missing = "no GPU is visible" if HAVE_TE else "transformer-engine is not installed"
+        raise ValueError(
+            f"model.transformer_engine=true but {missing}; install the `gpu` extra on a machine with a GPU, "
+            "or set model.transformer_engine=false"
+        )
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    backend = TESpecProvider()
+    return backend, backend.layer_norm(rms_norm=True)

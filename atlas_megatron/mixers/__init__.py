@@ -1,0 +1,1 @@
+"""Sequence mixers that fit the layer slots of Megatron-Core's HybridModel."""

@@ -1,0 +1,134 @@
+"""Sliding-window attention with rotary positions.
+
+Dims: B batch, T tokens, H heads of this tensor-parallel rank, K head size, W window, L query block, P tokens kept
+from before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from atlas_megatron.config import AttentionConfig
+from atlas_megatron.mixers.linears import MixerLinears
+
+if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from atlas_megatron.streaming import StreamContext
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """The last W-1 tokens read (fewer at the start): keys, rotated, and values [B, H, P, K]; tokens read in all."""
+
+    keys: Tensor
+    values: Tensor
+    position: int
+
+
+class SlidingWindowAttention(MegatronModule):
+    """Causal attention over the last W tokens; heads are split over the tensor-parallel group.
+
+    A row of `linear_qkv` belongs to one head, and a head's rows lie together (its q, k, v), so that a
+    shard of the rows is whole heads.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MixerLinears,
+        d_model: int,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        pp_layer_offset: int,
+        attention: AttentionConfig,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.layer_number = layer_number
+        self.tp_group = pg_collection.tp
+        self.head_dim = attention.head_dim
+        self.window = attention.window
+        self.rotary_base = attention.rotary_base
+        width = attention.heads * attention.head_dim
+        self.linear_qkv = submodules.column(d_model, 3 * width, config, pg_collection.tp)
+        self.linear_out = submodules.row(width, d_model, config, pg_collection.tp)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        inference_context: StreamContext | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> tuple[Tensor, None]:
+        """[T, B, hidden] -> [T, B, hidden]; continues from the context's state, if there is one, and leaves its own."""
+        if packed_seq_params is not None:
+            raise ValueError("packed sequences were given; attention takes one document a row, so unpack the batch")
+        state = inference_context.states.get(self.layer_number) if inference_context is not None else None
+        qkv, _ = self.linear_qkv(hidden_states)
+        q, k, v = qkv.unflatten(-1, (-1, 3, self.head_dim)).permute(3, 1, 2, 0, 4).unbind(0)  # [B, H, T, K] each
+
+        position = state.position if state else 0
+        rotation = rotary(position, q.shape[2], self.head_dim, self.rotary_base, q.device)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        if state:
+            k, v = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
+        if inference_context is not None:
+            kept = max(0, k.shape[2] - self.window + 1)
+            inference_context.states[self.layer_number] = AttentionState(
+                k[:, :, kept:], v[:, :, kept:], position + q.shape[2]
+            )
+        y = banded_attention(q, k, v, self.window)
+        return self.linear_out(y.permute(2, 0, 1, 3).flatten(2))[0], None
+
+
+def rotary(position: int, tokens: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, K/2], float32, of the rotary angles at absolute positions from `position` on."""
+    # float64: ten million tokens into a sequence, a float32 angle is wrong by half a radian.
+    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+    positions = torch.arange(position, position + tokens, dtype=torch.float64, device=device)
+    angle = positions[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (x_i, x_{i+K/2}) of x [..., T, K] by its angle; in float32 or wider, returned in x's dtype."""
+    cos, sin = rotation
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Attention of q [B, H, T, K] to the `window` keys that end at each query's own; k, v [B, H, P+T, K].
+
+    The last T keys are the queries' own tokens. Queries are taken in blocks of L = min(window, T): each
+    needs only the W-1+L keys up to its end, so that masks and scores grow with T x W, not with T x T.
+    """
+    heads, tokens, before = q.shape[1], q.shape[2], k.shape[2] - q.shape[2]
+    length = min(window, tokens)
+    blocks = -(-tokens // length)
+    # One block reads from the first key there is; several must all look back equally far.
+    reach = before if blocks == 1 else window - 1
+    front, back = reach - before, blocks * length - tokens
+    q = _in_blocks(F.pad(q, (0, 0, 0, back)), length, length)
+    k, v = (_in_blocks(F.pad(t, (0, 0, front, back)), reach + length, length) for t in (k, v))
+
+    query = torch.arange(length, device=q.device)[:, None]
+    key = torch.arange(reach + length, device=q.device) - reach
+    band = (key <= query) & (key > query - window)
+    start = torch.arange(0, blocks * length, length, device=q.device)[:, None, None]
+    mask = band & (start + key >= -before)  # no key before the first
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+    return y.unflatten(1, (-1, heads)).movedim(0, 2).flatten(2, 3)[:, :, :tokens]
+
+
+def _in_blocks(x: Tensor, size: int, step: int) -> Tensor:
+    """[B, H, T, K] -> the blocks of `size` tokens that begin `step` apart, [blocks, B*H, size, K]."""
+    return x.unfold(2, size, step).movedim(2, 0).mT.flatten(1, 2)

@@ -1,0 +1,1 @@
+"""Where Megatron-Core meets the devices."""

@@ -1,0 +1,63 @@
+"""The processes of a run: who they are, which groups they form, how they are seeded."""
+
+from __future__ import annotations
+
+import os
+import random
+from datetime import timedelta
+
+import numpy
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+from atlas_megatron.config import Config, ParallelConfig
+from atlas_megatron.parallel import cpu
+
+
+def size() -> int:
+    """Processes of this run: what torchrun says, else one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process among them."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def join(config: Config) -> None:
+    """Join the other processes (or be the only one), form Megatron's groups, seed every generator."""
+    cpu.install()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not torch.distributed.is_initialized():
+        # A single process needs no address: its store lives in memory. torchrun gives one in the environment.
+        alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1} if size() == 1 else {}
+        torch.distributed.init_process_group(cpu.backend(), timeout=timedelta(minutes=30), **alone)
+    form_groups(config.parallel)
+    seed(config.run.seed)
+
+
+def form_groups(parallel: ParallelConfig) -> None:
+    """Megatron's tensor, pipeline and data-parallel groups over all processes."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+    )
+
+
+def seed(value: int) -> None:
+    """Seed Python, numpy, torch and Megatron's streams; replicas of one shard draw the same numbers."""
+    # Pipeline stages hold different layers and must not initialise them alike.
+    value += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(value)
+    numpy.random.seed(value % 2**32)
+    torch.manual_seed(value)
+    tensor_parallel.model_parallel_cuda_manual_seed(value)
+
+
+def leave() -> None:
+    """Undo `join`, so that the process can join another run."""
+    if torch.distributed.is_initialized():
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,28 @@
+"""A mixer outside a stack, as its layer would build it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from atlas_megatron.config import Config
+
+
+def build_mixer(symbol: str, config: Config) -> Any:
+    """The mixer of an `M` or `*` layer, in an initialised Megatron-Core."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.spec_utils import build_module
+
+    from atlas_megatron.layer_specs import stack_spec
+    from atlas_megatron.model import transformer_config
+
+    layers = stack_spec(config).submodules
+    layer = layers.mamba_layer if symbol == "M" else layers.attention_layer
+    return build_module(
+        layer.submodules.mixer,
+        transformer_config(config),
+        d_model=config.model.hidden_size,
+        layer_number=1,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        pp_layer_offset=0,
+        name="mixer",
+    )

@@ -1,0 +1,128 @@
+"""Each mixer on its own: what it computes, what it lets a token see, what it measures."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from atlas_kernels import Gates, MemoryState, omega_memory
+from atlas_megatron.config import MemoryConfig
+from layouts import SMALL
+from single_mixer import build_mixer
+
+MEMORIES = {
+    "atlas": SMALL.memory,
+    "source gates": replace(SMALL.memory, omega_gates="source"),
+    "omeganet": replace(SMALL.memory, ns_steps=0, ns_period=1, momentum=False),
+    "linear": replace(SMALL.memory, memory="linear", norm="none", feature_map="identity"),
+}
+
+
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+@pytest.mark.usefixtures("single_process_megatron")
+def test_every_parameter_of_the_memory_layer_learns(memory: MemoryConfig) -> None:
+    mixer = build_mixer("M", replace(SMALL, memory=memory))
+    mixer(torch.randn(16, 2, 32))[0].square().mean().backward()
+    for name, parameter in mixer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("symbol", ["M", "*"])
+@pytest.mark.usefixtures("single_process_megatron")
+def test_a_token_sees_nothing_after_it(symbol: str) -> None:
+    mixer = build_mixer(symbol, SMALL)
+    x = torch.randn(32, 2, 32)
+    changed = x.clone()
+    changed[19:] = torch.randn(13, 2, 32)
+    with torch.no_grad():
+        y, z = mixer(x)[0], mixer(changed)[0]
+    assert torch.equal(y[:19], z[:19])
+    assert not torch.allclose(y[19], z[19])
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_gates_start_where_the_config_says() -> None:
+    memory = replace(SMALL.memory, alpha_start=0.97, theta_start=0.8, gamma_start=0.3, eta_start=0.05)
+    mixer = build_mixer("M", replace(SMALL, memory=memory))
+    mixer.measure = True
+    mixer(torch.zeros(16, 1, 32))
+    for name, start in (("alpha", 0.97), ("theta", 0.8), ("gamma", 0.3), ("eta", 0.05)):
+        assert mixer.measurements[f"{name}_mean"].item() == pytest.approx(start, rel=1e-5)
+        assert mixer.measurements[f"{name}_std"].item() == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_measurements_agree_with_the_states_they_describe() -> None:
+    mixer = build_mixer("M", SMALL)
+    mixer(torch.randn(9, 2, 32))
+    assert mixer.measurements == {}
+    mixer.measure = True
+    calls: list[tuple[tuple, Tensor, MemoryState]] = []
+
+    def recorded(*args):
+        calls.append((args, *omega_memory(*args[:4], mixer._start(), mixer.rule, state=args[4])))
+        return calls[-1][1:]
+
+    mixer._memory = recorded
+    mixer(torch.randn(24, 2, 32))
+    found = mixer.measurements
+    assert all(value.dtype == torch.float32 and value.dim() == 0 for value in found.values())
+
+    (_, k, v, gates, _), _, final = calls[0]
+    norms = [w.square().sum((-2, -1)).sqrt().mean() for w in final.weights]
+    torch.testing.assert_close(found["memory_norm"], sum(norms) / len(norms))
+    # Token by token: the loss of M_{t-1}, read without a write, and of M_t at token t.
+    raw = replace(mixer.rule, ns_steps=0, ns_period=1)
+    state, before, after = None, [], []
+    for t in range(24):
+        x, target = k[:, t : t + 1], v[:, t : t + 1]
+        alpha, eta, theta, gamma = (g[:, t : t + 1] for g in vars(gates).values())
+        if state is not None:
+            hold = Gates(torch.ones_like(alpha), torch.zeros_like(eta), torch.ones_like(theta), torch.zeros_like(gamma))
+            read, _ = omega_memory(x, x, target, hold, mixer._start(), raw, state)
+            before.append((read - target).square().sum(-1).mean() / 2)
+        read, state = omega_memory(x, x, target, Gates(alpha, eta, theta, gamma), mixer._start(), mixer.rule, state)
+        after.append((read - target).square().sum(-1).mean() / 2)
+    torch.testing.assert_close(found["surprise_after"], torch.stack(after).mean(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found["surprise_before"], torch.stack(before).mean(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "window"), [(1, 4), (7, 16), (16, 16), (17, 16), (33, 5), (12, 1)])
+def test_banded_attention_is_masked_attention(tokens: int, window: int) -> None:
+    from atlas_megatron.mixers.attention import banded_attention
+
+    torch.manual_seed(3)
+    before = min(window - 1, 3)
+    q = torch.randn(2, 3, tokens, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 3, before + tokens, 8, dtype=torch.float64).unbind(0)
+    distance = torch.arange(before, before + tokens)[:, None] - torch.arange(before + tokens)
+    scores = (q @ k.mT / math.sqrt(8)).masked_fill((distance < 0) | (distance >= window), -math.inf)
+    torch.testing.assert_close(banded_attention(q, k, v, window), scores.softmax(-1) @ v, rtol=1e-12, atol=1e-12)
+
+
+def test_rotary_attention_depends_on_distance_alone_even_far_out() -> None:
+    from atlas_megatron.mixers.attention import rotary, rotate
+
+    torch.manual_seed(3)
+    q, k = torch.randn(2, 1, 16)
+
+    def score(start: int) -> Tensor:
+        cos, sin = rotary(start, 8, 16, 10000.0, torch.device("cpu"))
+        return (rotate(q, (cos[7:], sin[7:])) * rotate(k, (cos[:1], sin[:1]))).sum()
+
+    for start in (5, 10_000_000, 2**40):
+        torch.testing.assert_close(score(start), score(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_packed_sequences_are_refused() -> None:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    for symbol in "M*":
+        with pytest.raises(ValueError, match="unpack the batch"):
+            build_mixer(symbol, SMALL)(torch.randn(8, 1, 32), packed_seq_params=PackedSeqParams())

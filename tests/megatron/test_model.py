@@ -1,0 +1,124 @@
+"""The whole model: parallel layouts agree, checkpoints reshard, closed forms match what is built and run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from atlas_megatron.config import Config, MemoryConfig
+from layouts import LAYOUTS, SMALL, free_port, load_step_save, run_layouts
+
+MEMORIES = {
+    "once a chunk": replace(SMALL.memory, ns_period=8),
+    "every token": replace(SMALL.memory, ns_period=1, window=16),
+    "wide": replace(SMALL.memory, expansion=4, ns_steps=2),
+    "source gates": replace(SMALL.memory, norm="none", omega_gates="source"),
+    "no newton-schulz": replace(SMALL.memory, ns_steps=0, ns_period=1),
+    "no momentum": replace(SMALL.memory, ns_steps=0, ns_period=1, momentum=False),
+    "linear": replace(SMALL.memory, memory="linear", norm="none", feature_map="identity"),
+    "linear, no newton-schulz": replace(SMALL.memory, memory="linear", norm="none", ns_steps=0, ns_period=1),
+}
+
+# A product that torch's counter does not know.
+IN_PLACE = {torch.ops.aten.baddbmm_: lambda c, a, b, **rest: 2 * a[0] * a[1] * a[2] * b[2]}
+
+
+def build(config: Config) -> torch.nn.Module:
+    from atlas_megatron.model import build_model
+
+    return build_model(config)
+
+
+@pytest.fixture
+def start(single_process_megatron: None, tmp_path: Path) -> Path:
+    """A folder with the checkpoint `start`, and `single`, which is one step further."""
+    from megatron.core import dist_checkpointing
+
+    for name in ("start", "single"):
+        (tmp_path / name).mkdir()
+    dist_checkpointing.save(build(SMALL).sharded_state_dict(), str(tmp_path / "start"))
+    load_step_save(SMALL, tmp_path / "start", tmp_path / "single")
+    return tmp_path
+
+
+def load(folder: Path) -> dict[str, torch.Tensor]:
+    from megatron.core import dist_checkpointing
+
+    loaded = dist_checkpointing.load(build(SMALL).double().sharded_state_dict(), str(folder))
+    return {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+
+
+def test_every_layout_takes_the_same_step(start: Path) -> None:
+    torch.multiprocessing.spawn(run_layouts, (start, free_port()), nprocs=2)
+    before, single = load(start / "start"), load(start / "single")
+    assert len(before) == len(dict(build(SMALL).named_parameters()))
+    for layout in LAYOUTS:
+        stepped = load(start / layout)
+        assert stepped.keys() == single.keys()
+        for name, value in stepped.items():
+            moved = (single[name] - before[name]).abs().max()
+            assert moved > 1e-6, name
+            error = (value - single[name]).abs().max() / moved
+            assert error < 1e-5, f"{layout}, {name}: off by {error:.1e} of the step"
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_recomputing_activations_changes_no_gradient() -> None:
+    model = build(SMALL)
+    again = build(replace(SMALL, train=replace(SMALL.train, recompute=True)))
+    again.load_state_dict(model.state_dict())
+    tokens = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(2))
+    for m in (model, again):
+        m(tokens, None, None, labels=tokens.roll(-1, 1)).mean().backward()
+    theirs = dict(again.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, theirs[name].grad), name
+
+
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+@pytest.mark.usefixtures("single_process_megatron")
+def test_closed_forms_match_the_built_model(memory: MemoryConfig) -> None:
+    from atlas_megatron.model import flops_per_token, num_params
+
+    for tied in (True, False):
+        config = replace(SMALL, model=replace(SMALL.model, tied_embeddings=tied), memory=memory)
+        assert num_params(config) == sum(p.numel() for p in build(config).parameters())
+
+    # The counter knows no attention kernel of the CPU, and attention computes keys that it masks: without `*` here.
+    config = replace(SMALL, model=replace(SMALL.model, pattern="MM-"), memory=memory)
+    tokens = torch.zeros(1, 32, dtype=torch.int64)
+    model = build(config)
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter, torch.no_grad():
+        model(tokens, None, None)
+    flops = flops_per_token(config)
+    assert flops.forward == pytest.approx(counter.get_total_flops() / 32, rel=0.02)
+    assert flops.training == 3 * flops.forward
+    assert 0 < flops.inner < flops.training
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_attention_is_counted_by_the_keys_that_a_query_sees() -> None:
+    from atlas_megatron.model import flops_per_token
+
+    config = replace(SMALL, model=replace(SMALL.model, pattern="*-"))
+    tokens = torch.zeros(1, 32, dtype=torch.int64)
+    model = build(config)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens, None, None)
+    window, width = config.attention.window, config.attention.heads * config.attention.head_dim
+    seen = sum(min(t + 1, window) for t in range(32))
+    linears = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    assert flops_per_token(config).forward * 32 == pytest.approx(linears + 4 * width * seen)
+
+
+def test_transformer_engine_without_a_gpu_is_refused() -> None:
+    from atlas_megatron.layer_specs import stack_spec
+
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is there")
+    with pytest.raises(ValueError, match="model.transformer_engine=true but"):
+        stack_spec(replace(SMALL, model=replace(SMALL.model, transformer_engine=True)))
