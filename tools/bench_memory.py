@@ -35,6 +35,8 @@ RULES = {
     "k=5, ns_period=64": MemoryRule(window=WINDOW, chunk=CHUNK, ns_steps=5, ns_period=CHUNK, norm="layer"),
 }
 MEMORY_LENGTHS = (4096, 16384)
+# torch's counter knows baddbmm, but not in place.
+IN_PLACE = {torch.ops.aten.baddbmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2]}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -88,7 +90,7 @@ def op_flops(layer: Layer, x: Tensor) -> int:
     """FLOPs of the op's matrix products in one forward, counted as it runs."""
     with torch.no_grad():
         q, k, v, gates = layer.memory_inputs(x)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
             omega_memory(q, k, v, gates, tuple(layer.weights), layer.rule, impl=layer.impl)
     return counter.get_total_flops()
 

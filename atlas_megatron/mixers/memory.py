@@ -213,12 +213,13 @@ class AtlasMixer(MegatronModule):
         found["memory_norm"] = _mean_norm(after.weights)
         found["momentum_norm"] = _mean_norm(after.momentum)
         found["start_norm"] = _mean_norm(self._start())
-        # M_t at k_t, and M_t at k_{t+1}: the same write, read by the token it has seen and by the next one.
-        seen, _ = self._memory(k, k, v, gates, before)
-        found["surprise_after"] = (seen - v).square().sum(-1).mean() / 2
-        if k.shape[1] > 1:
-            ahead, _ = self._memory(k.roll(-1, 1), k, v, gates, before)
-            found["surprise_before"] = (ahead - v.roll(-1, 1))[:, :-1].square().sum(-1).mean() / 2
+        # M_t read at the next key, and at the newest key that a write has surely reached: of each ns_period
+        # tokens the last one writes.
+        for name, shift in (("surprise_before", -1), ("surprise_after", self.memory.ns_period - 1)):
+            if k.shape[1] > abs(shift):
+                read, _ = self._memory(k.roll(shift, 1), k, v, gates, before)
+                loss = (read - v.roll(shift, 1)).square().sum(-1) / 2
+                found[name] = (loss[:, :shift] if shift < 0 else loss[:, shift:]).mean()
         self.measurements = {name: value.float() for name, value in found.items()}
 
     def sharded_state_dict(

@@ -13,12 +13,11 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from atlas_kernels.activations import gelu, gelu_with_derivative
+from atlas_kernels.gelu import gelu, gelu_with_derivative
+from atlas_kernels.layer_norm import layer_norm, pull_through_layer_norm
 from atlas_kernels.products import times_transpose
-from atlas_kernels.reference import LAYER_NORM_EPSILON
 from atlas_kernels.rule import MemoryRule
 
 Matrices = tuple[Tensor, ...]
@@ -73,25 +72,14 @@ class Mlp:
         W1, W2 = anchor
         h, slope = gelu_with_derivative(times_transpose(x, W2))
         o = torch.bmm(h, W1)
-        e = (r - v) + (_normalise(o) if self.output_norm else o)
+        e = (r - v) + (layer_norm(o) if self.output_norm else o)
         if self.output_norm:
-            e = _normalise_backward(e, o)
+            e = pull_through_layer_norm(o, e)
         return (h, e), (times_transpose(e, W1) * slope, x)
 
     def read(self, reader: Reader, x: Tensor, r: Tensor) -> Tensor:
         o = reader.narrow(0, gelu(reader.widen(1, x)))
-        return r + (_normalise(o) if self.output_norm else o)
-
-
-def _normalise(o: Tensor) -> Tensor:
-    return F.layer_norm(o, o.shape[-1:], eps=LAYER_NORM_EPSILON)
-
-
-def _normalise_backward(e: Tensor, o: Tensor) -> Tensor:
-    """J^T e, J the Jacobian of the layer norm at o: the backward of torch's own, which differentiates again."""
-    _, mean, rstd = torch.native_layer_norm(o, o.shape[-1:], None, None, LAYER_NORM_EPSILON)
-    only_input = [True, False, False]
-    return torch.ops.aten.native_layer_norm_backward(e, o, o.shape[-1:], mean, rstd, None, None, only_input)[0]
+        return r + (layer_norm(o) if self.output_norm else o)
 
 
 def memory_of(rule: MemoryRule) -> Memory:

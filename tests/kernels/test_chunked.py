@@ -7,9 +7,9 @@ import torch
 from problems import TOLERANCE, assert_close, gradients, problem, relative_rms, state_tensors
 
 from atlas_kernels import Gates, MemoryRule, omega_memory
-from atlas_kernels.activations import gelu, gelu_with_derivative
 from atlas_kernels.chunked import cut
 from atlas_kernels.decays import decay_matrix, pair_band, source_band
+from atlas_kernels.gelu import gelu, gelu_with_derivative
 
 CHUNK = 8
 MEMORIES = [("linear", "none"), ("mlp", "none"), ("mlp", "layer")]

@@ -76,18 +76,25 @@ def test_measurements_agree_with_the_states_they_describe() -> None:
     (_, k, v, gates, _), _, final = calls[0]
     norms = [w.square().sum((-2, -1)).sqrt().mean() for w in final.weights]
     torch.testing.assert_close(found["memory_norm"], sum(norms) / len(norms))
-    # Token by token: the loss of M_{t-1}, read without a write, and of M_t at token t.
+    # Token by token: the loss of M_{t-1} at token t, and of M_t at the newest token that is surely written.
     raw = replace(mixer.rule, ns_steps=0, ns_period=1)
     state, before, after = None, [], []
+
+    def loss(token: int) -> Tensor:
+        """Of the memory as it stands, read without a write."""
+        x, target = k[:, [token]], v[:, [token]]
+        one, zero = torch.ones_like(gates.alpha[:, [token]]), torch.zeros_like(gates.alpha[:, [token]])
+        hold = Gates(one, zero, one, torch.zeros_like(gates.gamma[:, [token]]))
+        read, _ = omega_memory(x, x, target, hold, mixer._start(), raw, state)
+        return (read - target).square().sum(-1).mean() / 2
+
     for t in range(24):
-        x, target = k[:, t : t + 1], v[:, t : t + 1]
-        alpha, eta, theta, gamma = (g[:, t : t + 1] for g in vars(gates).values())
         if state is not None:
-            hold = Gates(torch.ones_like(alpha), torch.zeros_like(eta), torch.ones_like(theta), torch.zeros_like(gamma))
-            read, _ = omega_memory(x, x, target, hold, mixer._start(), raw, state)
-            before.append((read - target).square().sum(-1).mean() / 2)
-        read, state = omega_memory(x, x, target, Gates(alpha, eta, theta, gamma), mixer._start(), mixer.rule, state)
-        after.append((read - target).square().sum(-1).mean() / 2)
+            before.append(loss(t))
+        now = Gates(*(g[:, [t]] for g in vars(gates).values()))
+        _, state = omega_memory(k[:, [t]], k[:, [t]], v[:, [t]], now, mixer._start(), mixer.rule, state)
+        if t >= mixer.rule.ns_period - 1:
+            after.append(loss(t - mixer.rule.ns_period + 1))
     torch.testing.assert_close(found["surprise_after"], torch.stack(after).mean(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found["surprise_before"], torch.stack(before).mean(), rtol=1e-4, atol=1e-6)
 

@@ -1,0 +1,45 @@
+"""The memory's output norm (no gain, no bias) and the gradient that passes back through it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atlas_kernels.reference import LAYER_NORM_EPSILON
+
+
+def layer_norm(o: Tensor) -> Tensor:
+    """n = (o - mean) / sd over the last dimension."""
+    return F.layer_norm(o, o.shape[-1:], eps=LAYER_NORM_EPSILON)
+
+
+def pull_through_layer_norm(o: Tensor, e: Tensor) -> Tensor:
+    """J e, J the (symmetric) Jacobian of the layer norm at o: (e - mean(e) - n mean(e n)) / sd; differentiable once.
+
+    o, e [..., V]. A function of its own because torch's second derivative of a layer norm takes ten times as long.
+    """
+    return _PullThroughLayerNorm.apply(o, e)
+
+
+def _jacobian_times(n: Tensor, inverse_sd: Tensor, e: Tensor) -> Tensor:
+    along = (e * n).mean(-1, keepdim=True)
+    return torch.addcmul(e - e.mean(-1, keepdim=True), n, along, value=-1).mul_(inverse_sd)
+
+
+class _PullThroughLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, o: Tensor, e: Tensor) -> Tensor:
+        n, _, inverse_sd = torch.native_layer_norm(o, o.shape[-1:], None, None, LAYER_NORM_EPSILON)
+        ctx.save_for_backward(n, inverse_sd, e)
+        return _jacobian_times(n, inverse_sd, e)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        n, inverse_sd, e = ctx.saved_tensors
+        grad_e = _jacobian_times(n, inverse_sd, grad)
+        # Through n, then through sd: d sd / d o = n / V.
+        through_n = torch.addcmul(grad * (e * n).mean(-1, keepdim=True), e, (grad * n).mean(-1, keepdim=True))
+        grad_o = _jacobian_times(n, inverse_sd, through_n.mul_(-inverse_sd))
+        along_sd = (e * grad_e).mean(-1, keepdim=True) * inverse_sd
+        return grad_o.addcmul_(n, along_sd, value=-1), grad_e
