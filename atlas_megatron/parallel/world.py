@@ -13,6 +13,9 @@ from megatron.core import parallel_state, tensor_parallel
 from atlas_megatron.config import Config, ParallelConfig
 from atlas_megatron.parallel import cpu
 
+# A rank may write its share of a large checkpoint for long while the others wait.
+TIMEOUT = timedelta(minutes=30)
+
 
 def size() -> int:
     """Processes of this run: what torchrun says, else one."""
@@ -31,8 +34,10 @@ def join(config: Config) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not torch.distributed.is_initialized():
         # A single process needs no address: its store lives in memory. torchrun gives one in the environment.
-        alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1} if size() == 1 else {}
-        torch.distributed.init_process_group(cpu.backend(), timeout=timedelta(minutes=30), **alone)
+        store = torch.distributed.HashStore() if size() == 1 else None
+        torch.distributed.init_process_group(
+            cpu.backend(), timeout=TIMEOUT, store=store, rank=rank(), world_size=size()
+        )
     form_groups(config.parallel)
     seed(config.run.seed)
 

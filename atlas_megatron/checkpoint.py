@@ -1,0 +1,239 @@
+"""Checkpoints: whole or not there at all, and enough in them that a resumed run ends where an unbroken one does.
+
+`checkpoints/step_00000200` is written under a `.tmp` name and renamed once `complete.json`, which lists every
+file's size, is on the disk. Sharding is Megatron's (`dist_checkpointing`): another layout can load it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import random
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import MegatronModule
+from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
+
+from atlas_megatron.config import Config, ParallelConfig, load, model_differences, to_toml
+from atlas_megatron.model import build_model
+from atlas_megatron.optimizer import allocate_moments, load_moments, true_offsets
+from atlas_megatron.parallel import world
+
+MARKER = "complete.json"
+CONFIG = "config.toml"
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come."""
+
+    step: int = 0
+    consumed_samples: int = 0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What changes while a run trains."""
+
+    model: MegatronModule  # one pipeline stage, wrapped for data parallelism
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+
+def folder_of(run_directory: str | Path) -> Path:
+    return Path(run_directory) / "checkpoints"
+
+
+def latest(run_directory: str | Path) -> tuple[Path | None, list[Path]]:
+    """The newest whole checkpoint, and the half-written ones that are newer than it."""
+    skipped: list[Path] = []
+    for folder in sorted(folder_of(run_directory).glob("step_*"), reverse=True):
+        if folder.suffix != ".tmp" and is_whole(folder):
+            return folder, skipped
+        skipped.append(folder)
+    return None, skipped
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file that the marker lists is there in its full size."""
+    try:
+        files = json.loads((folder / MARKER).read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def save(config: Config, trained: Trained, position: Position) -> Path:
+    """Write a checkpoint of `position`, then drop the oldest ones; every process calls it.
+
+    Raises OSError, with what to do, where the disk does not take it; what was saved before stays.
+    """
+    folder = folder_of(config.run.directory) / f"step_{position.step:08d}"
+    temporary = folder.with_suffix(".tmp")
+    if world.rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    torch.distributed.barrier()
+    state = _state(trained, config.parallel, loading=False)
+    state |= {"step": position.step, "consumed_samples": position.consumed_samples}
+    state["layout"] = _layout(config.parallel)
+    # Core would pass write results through a manager process of its own, made for asynchronous saves: it costs seconds
+    # to start, and dies where a scheduler sends SIGTERM to every process, just when the last checkpoint is due.
+    filesystem_async._results_queue = queue.Queue()
+    try:
+        dist_checkpointing.save(state, str(temporary))
+        if world.rank() == 0:
+            _complete(temporary, config, position.step)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.rename(temporary, folder)
+            _sync(folder.parent)
+            _drop_old(folder.parent, config.checkpoint.keep)
+    except (OSError, CheckpointException) as error:
+        raise _not_saved(temporary, position.step, error) from error
+    torch.distributed.barrier()
+    return folder
+
+
+def restore(folder: Path, config: Config, trained: Trained) -> Position:
+    """Load a checkpoint into a model, optimizer and schedule of the same configuration; every process calls it.
+
+    Raises ValueError where the checkpoint is of another model.
+    """
+    check_same_model(folder, config)
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    same_layout = common["layout"] == _layout(config.parallel)
+    allocate_moments(trained.optimizer)
+    state = _state(trained, config.parallel, loading=True)
+    if not same_layout:
+        # Random streams belong to a shard; shards of another layout start theirs from the seed.
+        del state["random"]
+    loaded = dist_checkpointing.load(state, str(folder))
+    unwrap_model(trained.model).load_state_dict(loaded["model"])
+    load_moments(trained.optimizer, loaded["optimizer"], config)
+    trained.scheduler.load_state_dict(loaded["scheduler"])
+    if same_layout:
+        _set_random_state(loaded["random"])
+    return Position(loaded["step"], loaded["consumed_samples"])
+
+
+def check_same_model(folder: Path, config: Config) -> None:
+    """Raise ValueError naming the fields in which the checkpoint's model is another than the configuration's."""
+    differences = model_differences(config, load(folder / CONFIG))
+    if differences:
+        raise ValueError(
+            f"checkpoint {folder} is of another model: {'; '.join(differences)}; "
+            "set them as the checkpoint has them, or choose another run.directory"
+        )
+
+
+def load_model(run_directory: str | Path) -> tuple[MegatronModule, Config]:
+    """The newest whole checkpoint's model, in evaluation mode, and its configuration, in a single process.
+
+    Joins a world of one process if there is none yet. Raises ValueError where the run has no whole checkpoint.
+    """
+    folder, _ = latest(run_directory)
+    if folder is None:
+        raise ValueError(f"{run_directory} holds no whole checkpoint; train first: atlas-train CONFIG.toml")
+    config = load(folder / CONFIG)
+    stages = config.model.pattern.replace("|", "")
+    config = replace(config, parallel=ParallelConfig(), model=replace(config.model, pattern=stages))
+    if not torch.distributed.is_initialized():
+        world.join(config)
+    model = build_model(config)
+    loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=_sharding())}, str(folder))
+    model.load_state_dict(loaded["model"])
+    return model.eval(), config
+
+
+def _sharding() -> dict[str, Any]:
+    """How core shards what it saves; a new dict each time, as core notes the run's process groups in it."""
+    # The distributed optimizer's default cannot be saved by this Megatron; this one reshards over any layout.
+    return {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def _layout(parallel: ParallelConfig) -> list[int]:
+    return [parallel.tensor, parallel.pipeline]
+
+
+def _state(trained: Trained, parallel: ParallelConfig, *, loading: bool) -> dict[str, Any]:
+    sharding = _sharding()
+    model = unwrap_model(trained.model).sharded_state_dict(metadata=sharding)
+    # is_loading allocates the moments to load into; without it they would be left out silently.
+    with true_offsets(trained.optimizer):
+        optimizer = trained.optimizer.sharded_state_dict(model, is_loading=loading, metadata=sharding)
+    shard = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank())
+    replica = parallel_state.get_data_parallel_rank()
+    generators = ShardedObject("random", _random_state(), tuple(_layout(parallel)), shard, replica)
+    return {"model": model, "optimizer": optimizer, "scheduler": trained.scheduler.state_dict(), "random": generators}
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, *rest = numpy.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])
+    torch.cuda.set_rng_state(state["cuda"])
+    torch.set_rng_state(state["torch"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def _complete(folder: Path, config: Config, step: int) -> None:
+    """Add what makes the checkpoint stand alone, and the marker, and bring it all to the disk."""
+    (folder / CONFIG).write_text(to_toml(config), encoding="utf-8")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        source = Path(config.data.tokenizer) / name
+        if config.data.tokenizer and source.is_file():
+            shutil.copyfile(source, folder / name)
+    for file in folder.iterdir():
+        _sync(file)
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    (folder / MARKER).write_text(json.dumps({"step": step, "files": sizes}, indent=1))
+    _sync(folder / MARKER)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _drop_old(folder: Path, keep: int) -> None:
+    whole = [path for path in sorted(folder.glob("step_*")) if path.suffix != ".tmp"]
+    for path in whole[:-keep]:
+        shutil.rmtree(path)
+
+
+def _not_saved(temporary: Path, step: int, error: BaseException) -> OSError:
+    free = shutil.disk_usage(temporary.parent).free
+    if world.rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    reason = error.strerror if isinstance(error, OSError) else "a process could not write its part"
+    return OSError(
+        f"the checkpoint of step {step} was not saved: {reason} ({free / 2**20:.0f} MiB free in {temporary.parent}); "
+        "earlier checkpoints are untouched: make room there, then start the same command again"
+    )

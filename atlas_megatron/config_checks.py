@@ -1,0 +1,131 @@
+"""What must hold between the fields of a Config, and between it and the devices it runs on."""
+
+from __future__ import annotations
+
+from atlas_megatron.config import Config
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Raise ValueError where fields contradict each other, or do not fit `world_size` devices."""
+    _check_ranges(config)
+    _check_parallel(config, world_size)
+    _check_model(config)
+    _check_batches(config, world_size)
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Model replicas in a world of `world_size` devices."""
+    return world_size // (config.parallel.tensor * config.parallel.pipeline * config.parallel.context)
+
+
+def _check_ranges(config: Config) -> None:
+    model, memory, attention, train = config.model, config.memory, config.attention, config.train
+    positive = [
+        (model, "model", ("hidden_size", "ffn_hidden_size", "vocab_size", "seq_length", "norm_epsilon", "init_std")),
+        (memory, "memory", ("heads", "head_dim", "expansion", "degree", "conv_size", "gate_rank", "eta_sum")),
+        (attention, "attention", ("heads", "head_dim", "window", "rotary_base")),
+        (train, "train", ("steps", "global_batch", "micro_batch", "lr", "adam_eps", "log_every", "stats_every")),
+        (config.checkpoint, "checkpoint", ("every", "keep")),
+        (config.parallel, "parallel", ("tensor", "pipeline", "context")),
+    ]
+    for section, name, keys in positive:
+        for key in keys:
+            if not getattr(section, key) > 0:
+                raise ValueError(f"{name}.{key}={getattr(section, key)} must be greater than 0")
+    for key in ("warmup_steps", "weight_decay", "clip_grad", "validate_every", "validate_sequences", "min_lr"):
+        if not getattr(train, key) >= 0:
+            raise ValueError(f"train.{key}={getattr(train, key)} must be 0 or more")
+    for key in ("alpha_start", "theta_start", "gamma_start"):
+        if not 0 < getattr(memory, key) < 1:
+            raise ValueError(f"memory.{key}={getattr(memory, key)} must lie between 0 and 1, both excluded")
+    for key in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(train, key) < 1:
+            raise ValueError(f"train.{key}={getattr(train, key)} must lie in [0, 1)")
+    if memory.eta_start < 0:
+        raise ValueError(f"memory.eta_start={memory.eta_start} must be 0 (derived) or more")
+    if train.min_lr > train.lr:
+        raise ValueError(f"train.min_lr={train.min_lr} is above train.lr={train.lr}; lower it")
+    if train.warmup_steps >= train.steps:
+        raise ValueError(f"train.warmup_steps={train.warmup_steps} must be less than train.steps={train.steps}")
+    for name, given, known in (
+        ("memory.feature_map", memory.feature_map, ("identity", "hadamard")),
+        ("memory.omega_gates", memory.omega_gates, ("pair", "source")),
+        ("memory.impl", memory.impl, ("auto", "reference", "chunked")),
+        ("train.precision", train.precision, ("auto", "float32", "bfloat16")),
+    ):
+        if given not in known:
+            raise ValueError(f"{name}={given!r} is unknown; choose one of {', '.join(known)}")
+
+
+def _check_parallel(config: Config, world_size: int) -> None:
+    parallel = config.parallel
+    if parallel.context > 1:
+        raise ValueError(f"parallel.context={parallel.context} is not supported yet; set parallel.context=1")
+    if parallel.sequence and parallel.tensor == 1:
+        raise ValueError("parallel.sequence=true with parallel.tensor=1; set it false, or tensor to 2 or more")
+    needed = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % needed:
+        raise ValueError(
+            f"{world_size} devices do not divide into parallel.tensor={parallel.tensor} x pipeline="
+            f"{parallel.pipeline} x context={parallel.context} = {needed}; start a multiple of {needed} processes"
+        )
+    stages = config.model.pattern.count("|") + 1
+    if stages != parallel.pipeline:
+        raise ValueError(
+            f"model.pattern={config.model.pattern!r} has {stages} pipeline stages, parallel.pipeline="
+            f"{parallel.pipeline}; put {parallel.pipeline - 1} cuts '|' between its layers"
+        )
+    split = [("model.ffn_hidden_size", config.model.ffn_hidden_size), ("model.vocab_size", config.model.vocab_size)]
+    if "M" in config.model.pattern:
+        split.append(("memory.heads", config.memory.heads))
+    if "*" in config.model.pattern:
+        split.append(("attention.heads", config.attention.heads))
+    if parallel.sequence:
+        split.append(("model.seq_length", config.model.seq_length))
+    for name, size in split:
+        if size % parallel.tensor:
+            raise ValueError(
+                f"{name}={size} does not divide by parallel.tensor={parallel.tensor}; make it a multiple of it"
+            )
+
+
+def _check_model(config: Config) -> None:
+    pattern, model = config.model.pattern, config.model
+    unknown = sorted(set(pattern) - set("M*-|"))
+    if unknown:
+        raise ValueError(
+            f"model.pattern={pattern!r} has unknown symbols {' '.join(unknown)}; "
+            "use M memory, * attention, - MLP, | pipeline cut"
+        )
+    if not all(pattern.split("|")):
+        raise ValueError(f"model.pattern={pattern!r} has a stage without layers; put layers on both sides of every '|'")
+    if "M" in pattern:
+        try:
+            config.memory.rule()
+        except ValueError as error:
+            raise ValueError(f"[memory] {error}") from error
+        for name, size in (("chunk", config.memory.chunk), ("window", config.memory.window)):
+            if size > model.seq_length:
+                raise ValueError(f"memory.{name}={size} is longer than model.seq_length={model.seq_length}; shorten it")
+        if model.seq_length % config.memory.chunk:
+            raise ValueError(
+                f"model.seq_length={model.seq_length} is not a multiple of memory.chunk={config.memory.chunk}; "
+                f"nearest: {max(1, round(model.seq_length / config.memory.chunk)) * config.memory.chunk}"
+            )
+    if "*" in pattern and config.attention.head_dim % 2:
+        raise ValueError(f"attention.head_dim={config.attention.head_dim} is odd; rotary needs an even size")
+
+
+def _check_batches(config: Config, world_size: int) -> None:
+    train = config.train
+    replicas = data_parallel_size(config, world_size)
+    together = train.micro_batch * replicas
+    checked = [("train.global_batch", train.global_batch)]
+    if train.validate_every:
+        checked.append(("train.validate_sequences", train.validate_sequences))
+    for name, size in checked:
+        if size == 0 or size % together:
+            raise ValueError(
+                f"{name}={size} is not a multiple of train.micro_batch={train.micro_batch} x {replicas} data-parallel "
+                f"replicas = {together}; nearest: {max(1, round(size / together)) * together}"
+            )

@@ -1,0 +1,195 @@
+"""What a run says of itself: one record a step, in a file, on the screen, in TensorBoard, at the end in a table.
+
+A record is a flat dict of numbers with `step` and `loss`, and on some steps two more keys: `layers`, the
+measurements of every memory layer by its number, and `validation_loss` with `validation_bits_per_byte`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import deque
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
+
+from atlas_megatron.config import Config
+
+Record = dict[str, Any]
+METRICS = "metrics.jsonl"
+
+# Dense bfloat16 FLOP/s that the vendor states, by a part of the device's name.
+PEAKS = {"A100": 312e12, "H100": 989.4e12, "H200": 989.4e12, "B200": 2250e12}
+
+
+def peak_flops() -> float | None:
+    """The device's stated bfloat16 peak; None where it is not known (a CPU, another GPU): no MFU then."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    return nats_per_token / math.log(2) / bytes_per_token
+
+
+def read(run_directory: str | Path) -> list[Record]:
+    """Every record of a run, oldest first; raises ValueError where it has none."""
+    path = Path(run_directory) / METRICS
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; give the directory of a run that has trained")
+    return _whole_records(path)
+
+
+def _whole_records(path: Path) -> list[Record]:
+    # A killed process can leave its last line unfinished.
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+class Speed:
+    """Tokens a second, FLOP/s, MFU and time left, from the time each step took."""
+
+    def __init__(self, config: Config, training_flops_per_token: float, world_size: int) -> None:
+        self.tokens_per_step = config.train.global_batch * config.model.seq_length
+        self._steps = config.train.steps
+        self._flops = training_flops_per_token
+        self._world_size = world_size
+        self._peak = peak_flops()
+        self._recent: deque[float] = deque(maxlen=20)
+
+    def after(self, step: int, seconds: float) -> Record:
+        """The speed entries of this step's record; rates are those of one device."""
+        self._recent.append(seconds)
+        rate = self.tokens_per_step / seconds / self._world_size
+        achieved = rate * self._flops
+        return {
+            "step_seconds": seconds,
+            "tokens_per_second": rate,
+            "tflops": achieved / 1e12,
+            "mfu": achieved / self._peak if self._peak else None,
+            "eta_seconds": (self._steps - step) * fmean(self._recent),
+        }
+
+
+class RunLog:
+    """Writes records: metrics.jsonl, TensorBoard, Weights & Biases where asked for, and the screen."""
+
+    def __init__(self, config: Config, resumed_step: int) -> None:
+        directory = Path(config.run.directory)
+        self._config = config
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._file = _open_after(directory / METRICS, resumed_step)
+        self._board = _tensorboard(directory, resumed_step) if config.log.tensorboard else None
+        self._wandb = _weights_and_biases(config) if config.log.wandb else None
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            columns = (BarColumn(bar_width=24), TaskProgressColumn(), TextColumn("{task.description}"))
+            self._progress = Progress(*columns, console=self._console)
+            self._task = self._progress.add_task("", total=config.train.steps, completed=resumed_step)
+            self._progress.start()
+
+    def say(self, line: str) -> None:
+        """Print one line, above the progress line where there is one."""
+        self._console.print(line, markup=False)
+
+    def write(self, record: Record) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        numbers = dict(_flat(record))
+        if self._board:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, record["step"])
+        if self._wandb:
+            self._wandb.log(numbers, step=record["step"])
+        self._show(record)
+
+    def close(self) -> None:
+        """Flush everything; the log takes no more records."""
+        if self._progress:
+            self._progress.stop()
+        self._file.close()
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _show(self, record: Record) -> None:
+        step, last = record["step"], self._config.train.steps
+        line = (
+            f"step {step}/{last}  loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
+            f"{record['tokens_per_second']:,.0f} tok/s  {timedelta(seconds=round(record['eta_seconds']))} left"
+        )
+        if self._progress:
+            self._progress.update(self._task, completed=step, description=line)
+        elif step % self._config.train.log_every == 0 or step == last:
+            self.say(line)
+        if "validation_loss" in record:
+            bits = record["validation_bits_per_byte"]
+            in_bits = f"  {bits:.4f} bits per byte" if bits is not None else ""
+            self.say(f"step {step}/{last}  validation loss {record['validation_loss']:.4f}{in_bits}")
+
+
+def _open_after(path: Path, resumed_step: int) -> Any:
+    """Open the metrics to append to, without the records of steps that will be taken again."""
+    kept = [r for r in _whole_records(path) if r["step"] <= resumed_step] if path.is_file() else []
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    temporary.replace(path)
+    return path.open("a", encoding="utf-8")
+
+
+def _tensorboard(directory: Path, resumed_step: int) -> Any:
+    # Imported here: it takes seconds, and not every process of a run writes.
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)
+
+
+def _weights_and_biases(config: Config) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("log.wandb is set but wandb is missing; pip install wandb, or unset log.wandb") from error
+    name = Path(config.run.directory).name
+    return wandb.init(project=config.log.wandb, name=name, id=name, resume="allow", dir=config.run.directory)
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif value is not None and name != "step":
+            yield f"{prefix}{name}", value
+
+
+def mean_measurements(records: list[Record]) -> dict[str, float]:
+    """Each measurement of the last measured step, averaged over the memory layers."""
+    layers = next((list(r["layers"].values()) for r in reversed(records) if r.get("layers")), [])
+    return {name: fmean(layer[name] for layer in layers) for name in (layers[0] if layers else ())}
+
+
+def summary_table(records: list[Record], parameters: int) -> Table:
+    """What came out of a run, for its last lines."""
+    table = Table("measure", "value", title="run summary")
+    table.columns[1].justify = "right"
+    table.add_row("parameters", f"{parameters:,}")
+    table.add_row("tokens seen", f"{records[-1]['tokens']:,}")
+    table.add_row("tokens/s, median, a device", f"{median(r['tokens_per_second'] for r in records):,.0f}")
+    table.add_row("training loss, nats a token", f"{records[-1]['loss']:.4f}")
+    validated = [r for r in records if "validation_loss" in r]
+    if validated:
+        table.add_row("validation loss, nats a token", f"{validated[-1]['validation_loss']:.4f}")
+        bits = validated[-1]["validation_bits_per_byte"]
+        table.add_row("validation bits per byte", "unknown: no data.json" if bits is None else f"{bits:.4f}")
+    for name, value in mean_measurements(records).items():
+        table.add_row(f"{name.replace('_', ' ')}, mean of layers", f"{value:.4g}")
+    return table

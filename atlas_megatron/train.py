@@ -1,0 +1,121 @@
+"""`atlas-train CONFIG.toml [section.key=value ...]`: pretrain, or go on where the run stopped."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from atlas_megatron.config import Config, describe, load, to_toml
+from atlas_megatron.config_checks import validate
+
+EXAMPLES = """\
+examples:
+  atlas-train configs/quickstart.toml
+  atlas-train configs/quickstart.toml train.steps=50 run.directory=runs/short
+  atlas-train configs/atlas-340m.toml --dry-run
+  torchrun --nproc-per-node 8 -m atlas_megatron.train configs/atlas-340m.toml parallel.tensor=2
+
+The same command again resumes from the newest whole checkpoint, or says that the run is done.
+SIGTERM ends a run after the step in hand, with a checkpoint.
+
+every key, its default and its meaning:
+
+"""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 is done (or stopped by SIGTERM with a checkpoint), 1 NaN or inf, 2 a user's error."""
+    arguments = _parser().parse_intermixed_args(words)
+    try:
+        config = load(arguments.config, arguments.overrides)
+        _quieten()
+        return _dry_run(config) if arguments.dry_run else _train(config)
+    except (ValueError, OSError) as error:
+        print(f"atlas-train: {error}", file=sys.stderr)
+        return 2
+    except ArithmeticError as error:
+        print(f"atlas-train: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("atlas-train: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="atlas-train",
+        description="Pretrain ATLAS on Megatron-Core, on GPUs or on a CPU.",
+        epilog=EXAMPLES + describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG.toml", help="what to train; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
+    parser.add_argument("--dry-run", action="store_true", help="print size, FLOPs, memory and layout; train nothing")
+    return parser
+
+
+# Both import Megatron in their bodies: it takes seconds, which --help and a mistyped key should not cost.
+
+
+def _dry_run(config: Config) -> int:
+    from atlas_megatron.dry_run import report
+    from atlas_megatron.model import parameter_dtype
+    from atlas_megatron.parallel import world
+
+    parallel = config.parallel
+    world_size = max(world.size(), parallel.tensor * parallel.pipeline * parallel.context)
+    validate(config, world_size)
+    print(to_toml(config))
+    bf16 = parameter_dtype(config).itemsize == 2
+    Console(soft_wrap=True).print(report(config, world_size, bf16=bf16))
+    return 0
+
+
+def _train(config: Config) -> int:
+    from atlas_megatron import checkpoint
+    from atlas_megatron.metrics import read, summary_table
+    from atlas_megatron.model import num_params
+    from atlas_megatron.parallel import world
+    from atlas_megatron.trainer import Trainer
+
+    validate(config, world.size())
+    first = world.rank() == 0
+    world.join(config)
+    try:
+        if first:
+            print(to_toml(config))
+        trainer = Trainer(config)
+        done = trainer.position.step >= config.train.steps
+        finished = trainer.train()
+    finally:
+        world.leave()
+    if first and finished:
+        if done:
+            print(
+                f"{config.run.directory} is done: step {trainer.position.step} of {config.train.steps}; "
+                "raise train.steps to train on, or choose another run.directory"
+            )
+        records = read(config.run.directory)
+        table = summary_table(records, num_params(config))
+        Console(soft_wrap=True).print(table)
+        print(f"checkpoints in {checkpoint.folder_of(config.run.directory)}")
+    return 0
+
+
+def _quieten() -> None:
+    """Leave the screen to the run's own lines: core warns of absent accelerators, and of itself, at every start."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)  # it raises what it logs
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torch\.distributed\.checkpoint")
+    # Core asks views of its gradient buffers for a gradient of their own; there is none, as it expects.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""The training loop, from Megatron-Core's public parts: schedule, gradients, optimizer, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_model_config
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from atlas_megatron import checkpoint, non_finite
+from atlas_megatron.checkpoint import Position, Trained
+from atlas_megatron.config import Config, to_toml
+from atlas_megatron.data import Batches, build_datasets, bytes_per_token
+from atlas_megatron.metrics import Record, RunLog, Speed, bits_per_byte
+from atlas_megatron.model import build_model, flops_per_token
+from atlas_megatron.non_finite import NonFiniteError
+from atlas_megatron.optimizer import build_optimizer, wrap
+from atlas_megatron.parallel import world
+from atlas_megatron.parallel.cpu import device
+
+Batch = dict[str, Tensor]
+POSITION_LOSS = "position_loss.json"
+
+
+class Trainer:
+    """One process's share of a run. `join` the world first; every process builds one and calls `train`."""
+
+    def __init__(self, config: Config) -> None:
+        """Build data, model and optimizer, and load the newest whole checkpoint of the run, if there is one.
+
+        Raises ValueError for data that cannot be trained on or a checkpoint of another model.
+        """
+        self.config = config
+        directory = Path(config.run.directory)
+        resumed, skipped = checkpoint.latest(directory)
+        if resumed:
+            checkpoint.check_same_model(resumed, config)
+        train, validate_every = config.train, config.train.validate_every
+        sequences = train.validate_sequences if validate_every else 0
+        train_set, self._validation_set = build_datasets(config, train.steps * train.global_batch, sequences)
+        self._bytes_per_token = bytes_per_token(config)
+        self.trained = _build(config)
+        self.position = checkpoint.restore(resumed, config, self.trained) if resumed else Position()
+        self._batches = Batches(train_set, config, self.position.consumed_samples)
+        self._speed = Speed(config, flops_per_token(config).training, torch.distributed.get_world_size())
+        self._stop = False
+        self.log: RunLog | None = None
+        if world.rank() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / checkpoint.CONFIG).write_text(to_toml(config), encoding="utf-8")
+            self.log = RunLog(config, self.position.step)
+        for folder in skipped:
+            self._say(f"skipped the half-written checkpoint {folder}")
+        if resumed:
+            self._say(f"resumed from {resumed}")
+
+    def train(self) -> bool:
+        """Train to the last step; False where SIGTERM ended it before, with a checkpoint.
+
+        Raises NonFiniteError, with step and layer, where NaN or inf appears: nothing is saved from then on.
+        """
+        every, last = self.config.checkpoint.every, self.config.train.steps
+        before = signal.signal(signal.SIGTERM, self._ask_to_stop)
+        try:
+            while self.position.step < last:
+                step = self.position.step + 1
+                record, stop = self._step(step)
+                if self._validates(step):
+                    record |= self._validate(step)
+                if self.log:
+                    self.log.write(record)
+                if step % every == 0 or step == last or stop:
+                    saved = checkpoint.save(self.config, self.trained, self.position)
+                    if stop and step < last:
+                        self._say(f"SIGTERM: stopped after step {step}, saved {saved}; the same command resumes there")
+                        return False
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            if self.log:
+                self.log.close()
+        return True
+
+    def _say(self, line: str) -> None:
+        if self.log:
+            self.log.say(line)
+
+    def _ask_to_stop(self, *_: Any) -> None:
+        # Only noted: a scheduler and torchrun may both send it, and the step in hand shall end with a checkpoint.
+        self._stop = True
+
+    def _step(self, step: int) -> tuple[Record, bool]:
+        """One optimizer step; its record, and whether any process was asked to stop."""
+        start = time.perf_counter()
+        train, trained = self.config.train, self.trained
+        batches = [next(self._batches) for _ in range(_micro_batches(self.config, train.global_batch))]
+        measures = "M" in self.config.model.pattern and (step == 1 or step % train.stats_every == 0)
+        mixers = _measured(trained.model) if measures else []
+        for _, mixer in mixers:
+            mixer.measure = True
+        trained.model.zero_grad_buffer()
+        trained.optimizer.zero_grad()
+        outputs = self._run(batches, forward_only=False)
+        loss, stop = self._agree([output["loss"] for output in outputs])
+        if not math.isfinite(loss):
+            layer = non_finite.in_forward(trained.model, self.config, lambda: self._run(batches, forward_only=True))
+            raise self._diverged(step, f"loss is {loss}", layer)
+        # Before the update: step 1 of the warm-up then already moves the parameters.
+        trained.scheduler.step(1)
+        _, grad_norm, _ = trained.optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise self._diverged(
+                step, f"gradient norm is {grad_norm}", non_finite.in_gradients(trained.model, self.config)
+            )
+        self.position = Position(step, self.position.consumed_samples + train.global_batch)
+        record = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": float(grad_norm),
+            "lr": trained.optimizer.param_groups[0]["lr"],
+            "tokens": step * self._speed.tokens_per_step,
+            **self._speed.after(step, time.perf_counter() - start),
+        }
+        # Also where this stage has no memory: all processes gather.
+        if measures:
+            record["layers"] = self._measurements(step, mixers)
+        return record, stop
+
+    def _run(self, batches: list[Batch], *, forward_only: bool) -> list[dict[str, Tensor]]:
+        """Core's schedule over the micro-batches; what the loss function returned, on the last stage."""
+        return get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iter(batches),
+            model=[self.trained.model],
+            num_microbatches=len(batches),
+            seq_length=self.config.model.seq_length,
+            micro_batch_size=self.config.train.micro_batch,
+            forward_only=forward_only,
+        )
+
+    def _agree(self, losses: list[Tensor]) -> tuple[float, bool]:
+        """The loss averaged over replicas, on every stage, and whether any process was asked to stop."""
+        mean = torch.stack(losses).double().mean() if losses else torch.zeros((), dtype=torch.float64, device=device())
+        both = torch.stack((mean, torch.tensor(float(self._stop), dtype=torch.float64, device=device())))
+        torch.distributed.all_reduce(both)
+        total, asked = both.tolist()
+        return total * self.config.parallel.pipeline / torch.distributed.get_world_size(), asked > 0
+
+    def _measurements(self, step: int, mixers: list[tuple[int, Any]]) -> dict[str, dict[str, float]]:
+        """What every memory layer measured, by layer number, averaged over the processes that hold a part of it."""
+        own = {}
+        for number, mixer in mixers:
+            mixer.measure = False
+            own[number] = {name: value.item() for name, value in mixer.measurements.items()}
+        everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, own)
+        merged = {}
+        for number in sorted({number for part in everywhere for number in part}):
+            parts = [part[number] for part in everywhere if number in part]
+            merged[str(number)] = {name: fmean(part[name] for part in parts) for name in parts[0]}
+            bad = [name for name, value in merged[str(number)].items() if not math.isfinite(value)]
+            if bad:
+                raise self._diverged(step, f"{bad[0]} is not finite", non_finite.describe(number, self.config))
+        return merged
+
+    def _diverged(self, step: int, what: str, where: str) -> NonFiniteError:
+        last, _ = checkpoint.latest(self.config.run.directory)
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        return NonFiniteError(
+            f"step {step}: {what}, first seen in {where}; {kept}: "
+            "lower train.lr or memory.eta_start, or take memory.norm=layer, and start again"
+        )
+
+    def _validates(self, step: int) -> bool:
+        every = self.config.train.validate_every
+        return self._validation_set is not None and (step % every == 0 or step == self.config.train.steps)
+
+    def _validate(self, step: int) -> Record:
+        """The loss on the fixed validation sequences; its mean at each position goes to a file of its own."""
+        assert self._validation_set is not None
+        batches = _first(self._validation_set, self.config)
+        self.trained.model.eval()
+        with torch.no_grad():
+            outputs = self._run(batches, forward_only=True)
+        self.trained.model.train()
+        nothing = torch.zeros(2, self.config.model.seq_length, device=device())
+        sums = sum((output["positions"] for output in outputs), nothing)
+        torch.distributed.all_reduce(sums)
+        loss = (sums[0].sum() / sums[1].sum()).item()
+        if self.log:
+            by_position = {"step": step, "loss": (sums[0] / sums[1]).tolist()}
+            (Path(self.config.run.directory) / POSITION_LOSS).write_text(json.dumps(by_position))
+        bits = None if self._bytes_per_token is None else bits_per_byte(loss, self._bytes_per_token)
+        return {"validation_loss": loss, "validation_bits_per_byte": bits}
+
+
+def _build(config: Config) -> Trained:
+    model = build_model(
+        config,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    model.to(device())
+    core = get_model_config(model)
+    wrapped = wrap(Float16Module(core, model) if core.bf16 else model, core)
+    # Replicas start from replica 0's parameters, whatever each drew.
+    wrapped.broadcast_params()
+    optimizer, scheduler = build_optimizer(config, [wrapped], bf16=core.bf16)
+    core.finalize_model_grads_func = finalize_model_grads
+    core.grad_scale_func = optimizer.scale_loss
+    core.no_sync_func = wrapped.no_sync
+    return Trained(wrapped, optimizer, scheduler)
+
+
+def _forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, partial]:
+    batch = next(batches)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(_loss, batch["loss_mask"])
+
+
+def _loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean loss of a micro-batch, and what is kept of it: losses and mask are [micro_batch, seq_length]."""
+    counted = losses.float() * mask
+    loss = counted.sum() / mask.sum().clamp(min=1)
+    # A copy: core divides the first in place.
+    return loss, {"loss": loss.detach().clone(), "positions": torch.stack((counted.detach().sum(0), mask.sum(0)))}
+
+
+def _micro_batches(config: Config, sequences: int) -> int:
+    """How many micro-batches one replica runs of `sequences` sequences; `validate` has seen that it divides."""
+    return sequences // (config.train.micro_batch * parallel_state.get_data_parallel_world_size())
+
+
+def _first(dataset: Dataset, config: Config) -> list[Batch]:
+    batches = Batches(dataset, config)
+    return [next(batches) for _ in range(_micro_batches(config, config.train.validate_sequences))]
+
+
+def _measured(model: torch.nn.Module) -> list[tuple[int, Any]]:
+    """This stage's mixers that can measure themselves, by layer number."""
+    modules = dict(model.named_modules()).items()
+    return [(m.layer_number, m) for _, m in modules if hasattr(m, "measurements")]

@@ -1,0 +1,139 @@
+"""Configuration: TOML in and out, words on the command line, what is refused and how that is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from atlas_megatron.config import Config, describe, load, model_differences, to_toml
+from atlas_megatron.config_checks import validate
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    """A file that changes nothing."""
+    path = tmp_path / "empty.toml"
+    path.write_text("")
+    return path
+
+
+def test_the_resolved_configuration_reads_back_equal(tmp_path: Path, empty: Path) -> None:
+    config = load(empty, ['data.train=["0.7 a/b", "0.3 \\"c\\" é"]', "train.lr=3e-4", "memory.momentum=false"])
+    path = tmp_path / "resolved.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    assert load(path) == config
+    assert config.data.train == ("0.7 a/b", '0.3 "c" é')
+    assert config.memory.momentum is False
+
+
+def test_words_override_the_file_and_the_last_word_wins(tmp_path: Path) -> None:
+    path = tmp_path / "some.toml"
+    path.write_text("[train]\nsteps = 7\nlr = 1\n")
+    config = load(
+        path, ["train.steps=8", "train.steps=9", "run.directory=runs/x y", "log.wandb=2024", "data.train=a/b"]
+    )
+    assert (config.train.steps, config.train.lr) == (9, 1.0)
+    assert (config.run.directory, config.log.wandb, config.data.train) == ("runs/x y", "2024", ("a/b",))
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("train.step=3", "unknown config key 'train.step'; did you mean 'steps'? keys of [train]: steps, "),
+        ("trian.steps=3", "unknown config section 'trian'; did you mean 'train'?"),
+        ("train.steps=few", "train.steps='few' is of type str; it must be a whole number"),
+        ("train.steps=1.5", "train.steps=1.5 is of type float; it must be a whole number"),
+        ("train.steps=true", "train.steps=True is of type bool; it must be a whole number"),
+        ("train.recompute=1", "train.recompute=1 is of type int; it must be true or false"),
+        ("data.train=[1]", "data.train=[1] must be a list of strings"),
+        ("steps=3", "'steps=3' is not an override; write section.key=value"),
+        ("train.steps", "'train.steps' is not an override"),
+    ],
+)
+def test_a_wrong_word_is_refused_in_one_line(empty: Path, word: str, said: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        load(empty, [word])
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text("[train]\nstepps = 3\n")
+    with pytest.raises(ValueError, match="did you mean 'steps'"):
+        load(path)
+    path.write_text("train = 3\n")
+    with pytest.raises(ValueError, match="write it as a table"):
+        load(path)
+    path.write_text("[train\n")
+    with pytest.raises(ValueError, match="is not a TOML file"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "world_size", "said"),
+    [
+        (["train.steps=0"], 1, "train.steps=0 must be greater than 0"),
+        (["train.min_lr=1"], 1, "above train.lr"),
+        (["train.warmup_steps=1000"], 1, "must be less than train.steps"),
+        (["memory.alpha_start=1.0"], 1, "memory.alpha_start=1.0 must lie between 0 and 1"),
+        (["memory.feature_map=cubic"], 1, "choose one of identity, hadamard"),
+        (["memory.ns_period=7"], 1, r"\[memory\] ns_period=7 must divide chunk=64; nearest that does: 8"),
+        (["memory.window=1024"], 1, "memory.window=1024 is longer than model.seq_length=512"),
+        (["model.seq_length=500"], 1, "nearest: 512"),
+        (["model.pattern=M-X"], 1, "unknown symbols X"),
+        (["model.pattern=M-|", "parallel.pipeline=2"], 2, "a stage without layers"),
+        (["attention.head_dim=63"], 1, "attention.head_dim=63 is odd"),
+        (["parallel.context=2"], 2, "parallel.context=2 is not supported yet"),
+        (["parallel.sequence=true"], 1, "parallel.sequence=true with parallel.tensor=1"),
+        (["parallel.tensor=3"], 4, "start a multiple of 3 processes"),
+        (["parallel.tensor=8"], 8, "memory.heads=4 does not divide by parallel.tensor=8"),
+        (["parallel.pipeline=2"], 2, "put 1 cuts"),
+        (["train.global_batch=12", "train.micro_batch=4"], 2, "micro_batch=4 x 2 .* nearest: 16"),
+        (["train.validate_sequences=12"], 1, "train.validate_sequences=12 is not a multiple"),
+    ],
+)
+def test_contradictions_are_refused(empty: Path, words: list[str], world_size: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        validate(load(empty, words), world_size)
+
+
+def test_every_field_is_explained() -> None:
+    text = describe()
+    for section, values in vars(Config()).items():
+        assert f"[{section}]" in text
+        for key in vars(values):
+            assert f"  {key}: " in text
+
+
+def test_another_model_is_told_by_its_fields(empty: Path) -> None:
+    ours = load(empty)
+    same = load(empty, ["memory.impl=reference", "model.pattern=M-M-|*-M-", "parallel.pipeline=2", "train.lr=1e-4"])
+    assert model_differences(ours, same) == []
+    other = load(empty, ["memory.window=8", "model.hidden_size=128"])
+    assert model_differences(ours, other) == [
+        "model.hidden_size: 256, the checkpoint has 128",
+        "memory.window: 16, the checkpoint has 8",
+    ]
+
+
+@pytest.mark.parametrize(("name", "size"), [("atlas-170m", 170e6), ("atlas-340m", 340e6)])
+def test_the_papers_sizes(name: str, size: float) -> None:
+    from atlas_megatron.model import num_params
+
+    config = load(CONFIGS / f"{name}.toml")
+    validate(config, 8)
+    assert abs(num_params(config) / size - 1) < 0.05
+    assert config.train.global_batch * config.model.seq_length == 2**19
+
+
+def test_the_quickstart_is_the_whole_model() -> None:
+    config = load(CONFIGS / "quickstart.toml")
+    validate(config, 1)
+    memory = config.memory
+    assert (memory.memory, memory.norm, memory.window, memory.omega_gates) == ("mlp", "layer", 16, "pair")
+    assert (memory.momentum, memory.ns_steps, memory.feature_map, memory.degree) == (True, 5, "hadamard", 2)
+    assert config.model.pattern.count("*") == 1

@@ -1,0 +1,124 @@
+"""A run small enough to train in a test: random text with structure, a byte tokenizer, a few layers."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import torch
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+from atlas_megatron.metrics import read
+from atlas_megatron.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).parents[2]
+VOCABULARY = 272
+
+CONFIG = """
+[run]
+directory = "{root}/run"
+
+[model]
+pattern = "{pattern}"
+hidden_size = 32
+ffn_hidden_size = 48
+vocab_size = 272
+seq_length = 32
+
+[memory]
+heads = 2
+head_dim = 8
+expansion = 2
+window = 4
+chunk = 8
+ns_period = 8
+gate_rank = 4
+
+[attention]
+heads = 2
+head_dim = 8
+window = 8
+
+[train]
+steps = 6
+global_batch = 4
+micro_batch = 2
+warmup_steps = 2
+lr = 3e-3
+validate_every = 3
+validate_sequences = 4
+stats_every = 2
+
+[checkpoint]
+every = 3
+keep = 10
+
+[data]
+train = ["{root}/train"]
+validation = ["{root}/validation"]
+tokenizer = "{root}/tokenizer"
+
+[log]
+tensorboard = false
+"""
+
+
+def write(root: Path, pattern: str = "M-*-") -> Path:
+    """Tokenizer, train and validation sets, and a config under `root`; the config's path."""
+    text = "the memory learns at test time what the window of the text says " * 40
+    train_tokenizer([text], VOCABULARY, root / "tokenizer")
+    generator = numpy.random.default_rng(0)
+    for name, documents in (("train", 24), ("validation", 8)):
+        builder = IndexedDatasetBuilder(str(root / f"{name}.bin"), dtype=DType.optimal_dtype(VOCABULARY))
+        for _ in range(documents):
+            # Every document repeats a phrase of its own: there is something to learn, also at test time.
+            phrase = generator.integers(0, VOCABULARY - 1, 12)
+            builder.add_document(torch.from_numpy(numpy.tile(phrase, 4)), [48])
+        builder.finalize(str(root / f"{name}.idx"))
+    path = root / "tiny.toml"
+    path.write_text(CONFIG.format(root=root, pattern=pattern))
+    return path
+
+
+def train(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Train it as a user does, from the command line."""
+    paths = os.pathsep.join((str(ROOT / "kernels"), str(ROOT)))
+    return subprocess.run(
+        [sys.executable, "-m", "atlas_megatron.train", str(config), *overrides],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def train_in_two(config: Path, runs: list[list[str]]) -> None:
+    """Train with each list of overrides, one after the other, in the same two processes."""
+    ports = [_free_port() for _ in runs]
+    torch.multiprocessing.spawn(_process, args=(config, runs, ports), nprocs=2)
+
+
+def _process(rank: int, config: Path, runs: list[list[str]], ports: list[int]) -> None:
+    from atlas_megatron.train import main
+
+    torch.set_num_threads(1)
+    for overrides, port in zip(runs, ports, strict=True):
+        # What torchrun sets.
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        assert main([str(config), *overrides]) == 0
+
+
+def losses(run: Path) -> list[float]:
+    """The training loss of every step that a run's metrics hold."""
+    return [record["loss"] for record in read(run)]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
