@@ -11,7 +11,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 
 from atlas_megatron.config import Config, ParallelConfig
-from atlas_megatron.parallel import cpu
+from atlas_megatron.parallel import alone, cpu
 
 # A rank may write its share of a large checkpoint for long while the others wait.
 TIMEOUT = timedelta(minutes=30)
@@ -34,10 +34,10 @@ def join(config: Config) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not torch.distributed.is_initialized():
         # A single process needs no address: its store lives in memory. torchrun gives one in the environment.
-        store = torch.distributed.HashStore() if size() == 1 else None
-        torch.distributed.init_process_group(
-            cpu.backend(), timeout=TIMEOUT, store=store, rank=rank(), world_size=size()
-        )
+        single = size() == 1
+        store = torch.distributed.HashStore() if single else None
+        backend = alone.backend() if single and not torch.cuda.is_available() else cpu.backend()
+        torch.distributed.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank(), world_size=size())
     form_groups(config.parallel)
     seed(config.run.seed)
 
