@@ -7,10 +7,9 @@ long. A world of one has nobody to wait for.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch._C._distributed_c10d import _create_work_from_future
+from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch.futures import Future
 
 NAME = "alone"

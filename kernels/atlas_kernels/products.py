@@ -15,9 +15,15 @@ def times_transpose(a: Tensor, b: Tensor) -> Tensor:
     return _TimesTranspose.apply(a, b)
 
 
-def plus_outer(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """c + a^T b, the sum of the outer products of rows: c [G, m, n], a [G, k, m], b [G, k, n] -> [G, m, n]."""
-    return _PlusOuter.apply(c, a, b)
+def step_pair(
+    W: Tensor, S: Tensor, last: Tensor, wide: Tensor, narrow_w: Tensor, narrow_s: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The weights and the momentum that leave a chunk: (a W + k S + wide^T narrow_w, t S + wide^T narrow_s).
+
+    W, S [G, m, n]; last [G, 3, 1] = (a, k, t); wide [G, I, m]; narrow_w, narrow_s [G, I, n]. One function, because
+    summing the seven gradients that meet here costs more than the products.
+    """
+    return _StepPair.apply(W, S, last, wide, narrow_w, narrow_s)
 
 
 class _TimesTranspose(torch.autograd.Function):
@@ -33,13 +39,25 @@ class _TimesTranspose(torch.autograd.Function):
         return torch.bmm(grad, b) if need_a else None, torch.bmm(grad.mT, a) if need_b else None
 
 
-class _PlusOuter(torch.autograd.Function):
+class _StepPair(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, c: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return torch.baddbmm(c, a.mT, b)
+    def forward(ctx, W, S, last, wide, narrow_w, narrow_s):
+        ctx.save_for_backward(W, S, last, wide, narrow_w, narrow_s)
+        a, k, t = last.unsqueeze(-1).unbind(1)
+        written = torch.addcmul(a * W, k, S).baddbmm_(wide.mT, narrow_w)
+        return written, (t * S).baddbmm_(wide.mT, narrow_s)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        a, b = ctx.saved_tensors
-        return grad, torch.bmm(b, grad.mT), torch.bmm(a, grad)
+    def backward(ctx, grad_w: Tensor, grad_s: Tensor):
+        W, S, last, wide, narrow_w, narrow_s = ctx.saved_tensors
+        a, k, t = last.unsqueeze(-1).unbind(1)
+        grad_last = torch.stack([(g * m).sum((1, 2)) for g, m in ((grad_w, W), (grad_w, S), (grad_s, S))], 1)
+        grad_wide = torch.bmm(narrow_w, grad_w.mT).baddbmm_(narrow_s, grad_s.mT)
+        return (
+            a * grad_w,
+            torch.addcmul(t * grad_s, k, grad_w),
+            grad_last.unsqueeze(-1),
+            grad_wide,
+            torch.bmm(wide, grad_w),
+            torch.bmm(wide, grad_s),
+        )

@@ -20,7 +20,7 @@ from torch import Tensor
 from atlas_kernels.decays import decay_matrix
 from atlas_kernels.memories import Factors, Matrices, Reader
 from atlas_kernels.newton_schulz import newton_schulz
-from atlas_kernels.products import plus_outer, times_transpose
+from atlas_kernels.products import step_pair, times_transpose
 
 
 class Writes(Protocol):
@@ -40,49 +40,45 @@ class RawWrites:
         retention, decay = decay_matrix(alpha), decay_matrix(theta)
         steps = retention * -eta.unsqueeze(-2)
         thetas = decay[..., :1] * theta[..., :1, None]  # prod_{r <= t} theta_r
+        alphas = retention[..., :1] * alpha[..., :1, None]
         sums = decay @ band
-        self.of_weights = (retention[..., :1] * alpha[..., :1, None]).unbind()
-        self.of_momentum = (steps @ thetas).unbind()
-        self.of_sources = (steps @ sums).unbind()
-        self.last_thetas = thetas[..., -1:, :].unbind()
-        self.last_sums = sums[..., -1, :, None].unbind()
+        kappas, sources = steps @ thetas, steps @ sums
+        self.reads = list(zip(alphas.unbind(), kappas.unbind(), sources.unbind(), strict=True))
+        # Of the last token: what the next weights take of the old ones and of the momentum, the next momentum of
+        # the old one [N, G, 3, 1]; what both take of each source's outer product [N, G, I, 1].
+        last = torch.stack([alphas[..., -1, :], kappas[..., -1, :], thetas[..., -1, :]], -2)
+        outer = (t[..., -1, :, None].unbind() for t in (sources, sums))
+        self.leaving = list(zip(last.unbind(), *outer, strict=True))
 
     def advance(
         self, n: int, weights: Matrices, momentum: Matrices, factors: Factors
     ) -> tuple[Reader, Matrices, Matrices]:
-        reader = _RawReader(self.of_weights[n], self.of_momentum[n], self.of_sources[n], weights, momentum, factors)
-        alpha, kappa, sources = reader.of_weights[:, -1:], reader.of_momentum[:, -1:], reader.of_sources[:, -1, :, None]
-        written, moved = [], []
-        for W, S, (wide, narrow) in zip(weights, momentum, factors, strict=True):
-            written.append(plus_outer(torch.addcmul(alpha * W, kappa, S), wide, sources * narrow))
-            moved.append(plus_outer(self.last_thetas[n] * S, wide, self.last_sums[n] * narrow))
-        return reader, tuple(written), tuple(moved)
+        last, to_weights, to_momentum = self.leaving[n]
+        after = [
+            step_pair(W, S, last, wide, to_weights * narrow, to_momentum * narrow)
+            for W, S, (wide, narrow) in zip(weights, momentum, factors, strict=True)
+        ]
+        written, moved = zip(*after, strict=True)
+        return _RawReader(*self.reads[n], weights, momentum, factors), written, moved
 
 
 class _RawReader:
     def __init__(
-        self,
-        of_weights: Tensor,
-        of_momentum: Tensor,
-        of_sources: Tensor,
-        weights: Matrices,
-        momentum: Matrices,
-        factors: Factors,
+        self, alphas: Tensor, kappas: Tensor, sources: Tensor, weights: Matrices, momentum: Matrices, factors: Factors
     ) -> None:
-        self.of_weights, self.of_momentum, self.of_sources = of_weights, of_momentum, of_sources
-        self.weights, self.momentum, self.factors = weights, momentum, factors
+        self.alphas, self.kappas, self.sources, self.factors = alphas, kappas, sources, factors
+        self.pairs = [torch.cat(pair, -1) for pair in zip(weights, momentum, strict=True)]
 
     def widen(self, j: int, x: Tensor) -> Tensor:
         wide, narrow = self.factors[j]
-        of_start = torch.cat([self.of_weights * x, self.of_momentum * x], -1)
-        out = times_transpose(of_start, torch.cat([self.weights[j], self.momentum[j]], -1))
-        return out.baddbmm_(self.of_sources * times_transpose(x, narrow), wide)
+        out = times_transpose(torch.cat([self.alphas * x, self.kappas * x], -1), self.pairs[j])
+        return out.baddbmm_(self.sources * times_transpose(x, narrow), wide)
 
     def narrow(self, j: int, h: Tensor) -> Tensor:
         wide, narrow = self.factors[j]
-        out = self.of_weights * torch.bmm(h, self.weights[j])
-        out = torch.addcmul(out, self.of_momentum, torch.bmm(h, self.momentum[j]))
-        return out.baddbmm_(self.of_sources * times_transpose(h, wide), narrow)
+        of_weights, of_momentum = torch.bmm(h, self.pairs[j]).chunk(2, -1)
+        out = torch.addcmul(self.alphas * of_weights, self.kappas, of_momentum)
+        return out.baddbmm_(self.sources * times_transpose(h, wide), narrow)
 
 
 class OrthogonalWrites:
