@@ -2,7 +2,8 @@
 
 The sequence is cut into segments of about sqrt(N) of its N chunks; each is recomputed in the backward from the state
 at its border (torch.utils.checkpoint), so what is held between forward and backward, beyond inputs and outputs,
-grows with the square root of T. With ns_steps = 0 no matrix is formed per token.
+grows with the square root of T; short sequences of few heads are held whole. With ns_steps = 0 no matrix is formed per
+token.
 
 Dims: B batch, T tokens, H heads, G = B x H, N chunks of a segment, C tokens of a chunk, W window, I = C + W - 1
 sources of a chunk (its tokens and their halo), D lifted key, V value.
@@ -22,6 +23,9 @@ from atlas_kernels.decays import pair_band, source_band
 from atlas_kernels.memories import memory_of
 from atlas_kernels.rule import Gates, MemoryRule, MemoryState
 from atlas_kernels.writes import OrthogonalWrites, RawWrites, Writes
+
+# A call whose whole graph is smaller than this holds it and recomputes nothing.
+HELD_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,10 @@ def omega_memory_chunked(
     residual_q, residual_k = residual if residual is not None else (None, None)
     inputs = Inputs(q, k, v, residual_q, residual_k, gates.alpha, gates.eta, gates.theta, gates.gamma)
     pieces = cut(state.position, q.shape[1], rule.chunk)
+    recompute = torch.is_grad_enabled() and graph_bytes(rule, state, q.shape[1]) > HELD_BYTES
     outputs = []
     for part, (chunks, tokens) in zip(inputs.split([n * c for n, c in pieces]), pieces, strict=True):
-        if torch.is_grad_enabled():
+        if recompute:
             y, state = checkpoint(
                 scan, rule, state, part, chunks, tokens, use_reentrant=False, preserve_rng_state=False
             )
@@ -69,6 +74,16 @@ def omega_memory_chunked(
             y, state = scan(rule, state, part, chunks, tokens)
         outputs.append(y)
     return torch.cat(outputs, 1), state
+
+
+def graph_bytes(rule: MemoryRule, state: MemoryState, tokens: int) -> float:
+    """About what the backward of `tokens` tokens would hold without recomputation (factors as measured)."""
+    batch, heads = state.weights[0].shape[:2]
+    sources = tokens / rule.chunk * (rule.chunk + rule.window - 1)
+    values = (4.3 if rule.ns_steps else 8.5) * sources * sum(sum(w.shape[2:]) for w in state.weights)
+    # The iterates of each write.
+    values += 2 * rule.ns_steps * tokens / rule.ns_period * sum(w[0, 0].numel() for w in state.weights)
+    return values * batch * heads * state.weights[0].element_size()
 
 
 def cut(position: int, tokens: int, chunk: int) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from problems import TOLERANCE, assert_close, gradients, problem, relative_rms, state_tensors
 
-from atlas_kernels import Gates, MemoryRule, omega_memory
+from atlas_kernels import Gates, MemoryRule, chunked, omega_memory
 from atlas_kernels.chunked import cut
 from atlas_kernels.decays import decay_matrix, pair_band, source_band
 from atlas_kernels.gelu import gelu, gelu_with_derivative
@@ -14,6 +14,13 @@ from atlas_kernels.gelu import gelu, gelu_with_derivative
 CHUNK = 8
 MEMORIES = [("linear", "none"), ("mlp", "none"), ("mlp", "layer")]
 WRITES = [(0, 1), (1, 1), (5, 1), (5, CHUNK // 4), (5, CHUNK)]  # (ns_steps, ns_period)
+
+
+@pytest.fixture(params=["held", "recomputed"])
+def backward(request, monkeypatch):
+    """Both ways of the backward: the whole graph held, or every segment recomputed."""
+    if request.param == "recomputed":
+        monkeypatch.setattr(chunked, "HELD_BYTES", 0)
 
 
 def compare(p):
@@ -29,7 +36,8 @@ def compare(p):
 @pytest.mark.parametrize("ns_steps,ns_period", WRITES)
 @pytest.mark.parametrize("memory,norm", MEMORIES)
 @pytest.mark.parametrize("pair", [True, False], ids=["pair", "source"])
-def test_lengths_and_windows(memory, norm, ns_steps, ns_period, pair):
+def test_lengths_and_windows(memory, norm, ns_steps, ns_period, pair, monkeypatch):
+    monkeypatch.setattr(chunked, "HELD_BYTES", 0)  # as long sequences are computed
     for tokens, window in itertools.product([1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 3], [1, 3, CHUNK, CHUNK + 3]):
         rule = MemoryRule(memory, window=window, chunk=CHUNK, ns_steps=ns_steps, ns_period=ns_period, norm=norm)
         compare(problem(rule, tokens, pair=pair, seed=tokens))
@@ -37,6 +45,7 @@ def test_lengths_and_windows(memory, norm, ns_steps, ns_period, pair):
 
 @pytest.mark.parametrize("norm", ["none", "layer"])
 @pytest.mark.parametrize("ns_steps", [0, 5])
+@pytest.mark.usefixtures("backward")
 def test_separate_residual_and_unequal_widths(norm, ns_steps):
     rule = MemoryRule(window=4, chunk=CHUNK, ns_steps=ns_steps, norm=norm, ns_coefficients="polar_express")
     compare(problem(rule, 21, residual=True, key=7, value=5, hidden=11))
@@ -45,6 +54,7 @@ def test_separate_residual_and_unequal_widths(norm, ns_steps):
 
 
 @pytest.mark.parametrize("ns_steps", [0, 5])
+@pytest.mark.usefixtures("backward")
 def test_awkward_lengths_in_float32(ns_steps):
     for tokens in (63, 75):
         rule = MemoryRule(window=16, chunk=32, ns_steps=ns_steps, ns_period=16 if ns_steps else 1, norm="layer")
@@ -90,6 +100,7 @@ def test_decoding_one_token_at_a_time():
 
 
 @pytest.mark.parametrize("ns_steps,ns_period", [(0, 1), (5, 4)])
+@pytest.mark.usefixtures("backward")
 def test_the_states_own_gradients(ns_steps, ns_period):
     """Gradients with respect to an incoming state, cut inside a chunk, agree with the reference."""
     rule = MemoryRule(window=5, chunk=CHUNK, ns_steps=ns_steps, ns_period=ns_period, norm="layer")
