@@ -164,6 +164,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     A value is written as in TOML; a bare word is taken as a string. Raises ValueError for an unknown section or key
     (the nearest known one is named), a value of another type, a word of another form, or a file that is not TOML.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is no file; name a config, for example configs/quickstart.toml")
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -66,7 +66,7 @@ def _check_parallel(config: Config, world_size: int) -> None:
     needed = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % needed:
         raise ValueError(
-            f"{world_size} devices do not divide into parallel.tensor={parallel.tensor} x pipeline="
+            f"a world of {world_size} does not divide into parallel.tensor={parallel.tensor} x pipeline="
             f"{parallel.pipeline} x context={parallel.context} = {needed}; start a multiple of {needed} processes"
         )
     stages = config.model.pattern.count("|") + 1
