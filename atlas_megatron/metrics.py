@@ -189,7 +189,7 @@ def summary_table(records: list[Record], parameters: int) -> Table:
     if validated:
         table.add_row("validation loss, nats a token", f"{validated[-1]['validation_loss']:.4f}")
         bits = validated[-1]["validation_bits_per_byte"]
-        table.add_row("validation bits per byte", "unknown: no data.json" if bits is None else f"{bits:.4f}")
+        table.add_row("validation bits per byte", "unknown" if bits is None else f"{bits:.4f}")
     for name, value in mean_measurements(records).items():
         table.add_row(f"{name.replace('_', ' ')}, mean of layers", f"{value:.4g}")
     return table
