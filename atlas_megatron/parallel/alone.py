@@ -1,8 +1,8 @@
 """Collectives of a single process, done on the spot.
 
 gloo would do them in threads of its own, and each copies large tensors with an OpenMP team of its own. libgomp then
-counts more threads than processors and lets all of them sleep at every barrier: training on two cores took twice as
-long. A world of one has nobody to wait for.
+counts more threads than processors and lets all of them sleep at every barrier: a training step on two cores took 2.0
+seconds instead of 1.4. A world of one has nobody to wait for.
 """
 
 from __future__ import annotations

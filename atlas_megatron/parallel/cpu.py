@@ -44,7 +44,7 @@ def install() -> bool:
         _replace_random_state(core_random)
         _installed = _CudaMeansCpu()
         _installed.__enter__()  # never left: it holds for the life of the process
-        logger.info("no GPU found: Megatron-Core runs on CPU tensors with the gloo backend")
+        logger.info("no GPU found: Megatron-Core runs on CPU tensors")
     return True
 
 

@@ -20,8 +20,8 @@ def step_pair(
 ) -> tuple[Tensor, Tensor]:
     """The weights and the momentum that leave a chunk: (a W + k S + wide^T narrow_w, t S + wide^T narrow_s).
 
-    W, S [G, m, n]; last [G, 3, 1] = (a, k, t); wide [G, I, m]; narrow_w, narrow_s [G, I, n]. One function, because
-    summing the seven gradients that meet here costs more than the products.
+    W, S [G, m, n]; last [G, 3, 1] = (a, k, t); wide [G, I, m]; narrow_w, narrow_s [G, I, n]. One function, so that
+    the gradients that meet here are summed inside the products.
     """
     return _StepPair.apply(W, S, last, wide, narrow_w, narrow_s)
 
