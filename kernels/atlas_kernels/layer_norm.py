@@ -17,7 +17,7 @@ def layer_norm(o: Tensor) -> Tensor:
 def pull_through_layer_norm(o: Tensor, e: Tensor) -> Tensor:
     """J e, J the (symmetric) Jacobian of the layer norm at o: (e - mean(e) - n mean(e n)) / sd; differentiable once.
 
-    o, e [..., V]. A function of its own: its backward takes about half the time of torch's second derivative of a layer norm.
+    o, e [..., V]. A function of its own: its backward takes about half the time of torch's second derivative.
     """
     return _PullThroughLayerNorm.apply(o, e)
 
