@@ -31,6 +31,7 @@ from atlas_megatron.non_finite import NonFiniteError
 from atlas_megatron.optimizer import build_optimizer, wrap
 from atlas_megatron.parallel import world
 from atlas_megatron.parallel.cpu import device
+from atlas_megatron.positions import SlidingWindows
 
 Batch = dict[str, Tensor]
 POSITION_LOSS = "position_loss.json"
@@ -189,22 +190,43 @@ class Trainer:
         return self._validation_set is not None and (step % every == 0 or step == self.config.train.steps)
 
     def _validate(self, step: int) -> Record:
-        """The loss on the fixed validation sequences; its mean at each position goes to a file of its own."""
+        """The loss on the fixed validation sequences; after the last step also its course along the context."""
         assert self._validation_set is not None
-        batches = _first(self._validation_set, self.config)
-        self.trained.model.eval()
-        with torch.no_grad():
-            outputs = self._run(batches, forward_only=True)
-        self.trained.model.train()
-        nothing = torch.zeros(2, self.config.model.seq_length, device=device())
-        sums = sum((output["positions"] for output in outputs), nothing)
-        torch.distributed.all_reduce(sums)
+        sums = self._evaluate(self._validation_set)
+        if step == self.config.train.steps:
+            self._write_position_loss(step)
         loss = (sums[0].sum() / sums[1].sum()).item()
-        if self.log:
-            by_position = {"step": step, "loss": (sums[0] / sums[1]).tolist()}
-            (Path(self.config.run.directory) / POSITION_LOSS).write_text(json.dumps(by_position))
         bits = None if self._bytes_per_token is None else bits_per_byte(loss, self._bytes_per_token)
         return {"validation_loss": loss, "validation_bits_per_byte": bits}
+
+    def _write_position_loss(self, step: int) -> None:
+        sequences = self.config.train.validate_sequences
+        together = sequences // _micro_batches(self.config, sequences)
+        windows = SlidingWindows(self.config, sequences, multiple=together)
+        sums = self._evaluate(windows)
+        # Of too few windows no token stands at every place.
+        if self.log and len(windows) and bool((sums[1] > 0).all()):
+            by_position = {
+                "step": step,
+                "stride": windows.stride,
+                "tokens_a_position": sums[1].mean().item(),
+                "loss": (sums[0] / sums[1]).tolist(),
+            }
+            (Path(self.config.run.directory) / POSITION_LOSS).write_text(json.dumps(by_position))
+
+    def _evaluate(self, dataset: Dataset) -> Tensor:
+        """Sums of loss and mask at each position [2, seq_length] over the first validation sequences of a set."""
+        batches = Batches(dataset, self.config)
+        count = min(len(batches), _micro_batches(self.config, self.config.train.validate_sequences))
+        sums = torch.zeros(2, self.config.model.seq_length, device=device())
+        if count:
+            self.trained.model.eval()
+            with torch.no_grad():
+                outputs = self._run([next(batches) for _ in range(count)], forward_only=True)
+            self.trained.model.train()
+            sums = sum((output["positions"] for output in outputs), sums)
+        torch.distributed.all_reduce(sums)
+        return sums
 
 
 def _build(config: Config) -> Trained:
@@ -242,11 +264,6 @@ def _loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 def _micro_batches(config: Config, sequences: int) -> int:
     """How many micro-batches one replica runs of `sequences` sequences; `validate` has seen that it divides."""
     return sequences // (config.train.micro_batch * parallel_state.get_data_parallel_world_size())
-
-
-def _first(dataset: Dataset, config: Config) -> list[Batch]:
-    batches = Batches(dataset, config)
-    return [next(batches) for _ in range(_micro_batches(config, config.train.validate_sequences))]
 
 
 def _measured(model: torch.nn.Module) -> list[tuple[int, Any]]:

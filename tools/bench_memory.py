@@ -195,6 +195,12 @@ def print_tables(report: dict) -> None:
     console.print(table)
 
 
+def commit() -> str:
+    """The commit that is measured, marked where files differ from it."""
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return described.stdout.strip() or "unknown"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -210,6 +216,7 @@ def main() -> int:
     report = {
         "command": " ".join(["python", "tools/bench_memory.py", *sys.argv[1:]]),
         "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "commit": commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "shapes": {
             name: bench_shape(batch, tokens, arguments.rounds, with_reference=tokens == 1024)

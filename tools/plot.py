@@ -52,7 +52,7 @@ def plot_run(directory: str | Path) -> list[Path]:
         if by_position.is_file():
             validation = json.loads(by_position.read_text())
             figure, axes = pyplot.subplots(layout="constrained")
-            _draw_positions(axes, numpy.array(validation["loss"]))
+            _draw_positions(axes, numpy.array(validation["loss"]), validation["stride"])
             axes.set_title(f"{folder.name}: validation loss along the context, step {validation['step']}")
             written.append(folder / "position_loss.png")
             figure.savefig(written[-1])
@@ -75,23 +75,20 @@ def _draw_loss(axes: Axes, records: list[dict]) -> None:
     axes.legend()
 
 
-def _draw_positions(axes: Axes, losses: numpy.ndarray) -> None:
-    positions = numpy.arange(1, len(losses) + 1)
-    window = max(1, len(losses) // 16)
-    axes.plot(positions, losses, color="C0", alpha=0.3, linewidth=0.7, label="each position")
-    axes.plot(
-        positions[window - 1 :] - (window - 1) / 2,
-        _running_mean(losses, window),
-        color="C0",
-        linewidth=1.8,
-        label=f"mean of {window} positions",
-    )
-    # The first tokens have no context to speak of; their losses would flatten all that follows.
-    shown = losses[min(4, len(losses) - 1) :]
-    margin = 0.05 * float(numpy.ptp(shown)) + 1e-6
-    axes.set_ylim(shown.min() - margin, shown.max() + margin)
+def _draw_positions(axes: Axes, losses: numpy.ndarray, stride: int) -> None:
+    """Positions one stride apart show the same tokens: what those tokens cost on average is taken out of each."""
+    whole = losses[: len(losses) // stride * stride].reshape(-1, stride)
+    of_context = (whole - whole.mean(0) + whole.mean()).ravel()
+    positions = numpy.arange(1, len(of_context) + 1)
+    axes.plot(positions, of_context, color="C0", alpha=0.3, linewidth=0.7, label="each position")
+    ends = numpy.unique(numpy.geomspace(1, len(of_context), 24).astype(int))
+    bins = list(zip([0, *ends[:-1]], ends, strict=True))
+    centres = [(start + 1 + end) / 2 for start, end in bins]
+    means = [of_context[start:end].mean() for start, end in bins]
+    axes.plot(centres, means, marker="o", markersize=3, color="C0", label="mean of a stretch")
+    axes.set_xscale("log")
     axes.set_xlabel("position in the context (tokens)")
-    axes.set_ylabel("validation loss (nats per token)")
+    axes.set_ylabel("validation loss of the same tokens (nats)")
     axes.legend()
 
 

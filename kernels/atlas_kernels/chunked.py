@@ -2,8 +2,8 @@
 
 The sequence is cut into segments of about sqrt(N) of its N chunks; each is recomputed in the backward from the state
 at its border (torch.utils.checkpoint), so what is held between forward and backward, beyond inputs and outputs,
-grows with the square root of T; short sequences of few heads are held whole. With ns_steps = 0 no matrix is formed per
-token.
+grows with the square root of T; short sequences of few heads are held whole. A segment whose own graph is large (many
+orthogonalised writes) is recomputed chunk by chunk once more. With ns_steps = 0 no matrix is formed per token.
 
 Dims: B batch, T tokens, H heads, G = B x H, N chunks of a segment, C tokens of a chunk, W window, I = C + W - 1
 sources of a chunk (its tokens and their halo), D lifted key, V value.
@@ -20,12 +20,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from atlas_kernels.decays import pair_band, source_band
-from atlas_kernels.memories import memory_of
+from atlas_kernels.memories import Matrices, memory_of
 from atlas_kernels.rule import Gates, MemoryRule, MemoryState
 from atlas_kernels.writes import OrthogonalWrites, RawWrites, Writes
 
 # A call whose whole graph is smaller than this holds it and recomputes nothing.
 HELD_BYTES = 256 << 20
+# A segment whose graph is larger than this, while it is recomputed, recomputes each of its chunks in turn.
+SEGMENT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,13 @@ def omega_memory_chunked(
     inputs = Inputs(q, k, v, residual_q, residual_k, gates.alpha, gates.eta, gates.theta, gates.gamma)
     pieces = cut(state.position, q.shape[1], rule.chunk)
     recompute = torch.is_grad_enabled() and graph_bytes(rule, state, q.shape[1]) > HELD_BYTES
+    longest = max(n * c for n, c in pieces)
+    by_chunk = recompute and graph_bytes(rule, state, longest) > SEGMENT_BYTES
     outputs = []
     for part, (chunks, tokens) in zip(inputs.split([n * c for n, c in pieces]), pieces, strict=True):
         if recompute:
             y, state = checkpoint(
-                scan, rule, state, part, chunks, tokens, use_reentrant=False, preserve_rng_state=False
+                scan, rule, state, part, chunks, tokens, by_chunk, use_reentrant=False, preserve_rng_state=False
             )
         else:
             y, state = scan(rule, state, part, chunks, tokens)
@@ -116,8 +120,13 @@ class Layout:
         return windows.movedim(-1, 3).transpose(0, 1).flatten(1, 2), following
 
 
-def scan(rule: MemoryRule, state: MemoryState, inputs: Inputs, chunks: int, tokens: int) -> tuple[Tensor, MemoryState]:
-    """Write and read one segment: `chunks` chunks of `tokens` tokens. (y [B, N*C, H, V], the state after it)."""
+def scan(
+    rule: MemoryRule, state: MemoryState, inputs: Inputs, chunks: int, tokens: int, by_chunk: bool = False
+) -> tuple[Tensor, MemoryState]:
+    """Write and read one segment: `chunks` chunks of `tokens` tokens. (y [B, N*C, H, V], the state after it).
+
+    by_chunk: hold only the weights at each chunk's border for the backward.
+    """
     layout = Layout(chunks, tokens, rule.window)
     q = read_residual = layout.by_chunk(inputs.q)
     x, keys = layout.with_halo(state.keys, inputs.k)
@@ -148,12 +157,22 @@ def scan(rule: MemoryRule, state: MemoryState, inputs: Inputs, chunks: int, toke
         return tuple(m.mT if flip else m for m, flip in zip(matrices, memory.transposed, strict=True))
 
     weights, momentum, anchor = (oriented(tuple(m.flatten(0, 1) for m in ms)) for ms in state.matrices())
+
+    def step(n: int, weights: Matrices, momentum: Matrices, anchor: Matrices) -> tuple[Tensor, Matrices, Matrices]:
+        factors = memory.factors(anchor, x[n], v[n], r[n])
+        reader, weights, momentum = writes.advance(n, weights, momentum, factors)
+        return memory.read(reader, q[n], read_residual[n]), weights, momentum
+
     for n in range(chunks):
         if n > 0 or offset == 0:
             anchor = weights
-        factors = memory.factors(anchor, x[n], v[n], r[n])
-        apply, weights, momentum = writes.advance(n, weights, momentum, factors)
-        outputs.append(memory.read(apply, q[n], read_residual[n]))
+        if by_chunk:
+            y, weights, momentum = checkpoint(
+                step, n, weights, momentum, anchor, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            y, weights, momentum = step(n, weights, momentum, anchor)
+        outputs.append(y)
 
     batch, _, heads, _ = inputs.q.shape
     weights, momentum, anchor = (

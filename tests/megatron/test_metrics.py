@@ -97,7 +97,7 @@ def test_a_run_is_drawn(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="metrics.jsonl is missing"):
         plot.plot_run(tmp_path)
     (tmp_path / metrics.METRICS).write_text("".join(json.dumps(record(step)) + "\n" for step in range(1, 81)))
-    by_position = {"step": 80, "loss": [5.0 - math.log1p(i) / 4 for i in range(64)]}
+    by_position = {"step": 80, "stride": 8, "loss": [5.0 - math.log1p(i) / 4 for i in range(64)]}
     (tmp_path / "position_loss.json").write_text(json.dumps(by_position))
     written = plot.plot_run(tmp_path)
     assert [path.name for path in written] == ["loss.png", "position_loss.png"]

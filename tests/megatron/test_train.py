@@ -47,8 +47,7 @@ def test_every_step_leaves_a_record(alone: Path) -> None:
     assert {"alpha_mean", "eta_std", "memory_norm", "surprise_before"} <= records[-1]["layers"]["1"].keys()
     by_position = json.loads((alone / "position_loss.json").read_text())
     assert len(by_position["loss"]) == 32
-    mean = sum(by_position["loss"]) / 32
-    assert mean == pytest.approx(records[-1]["validation_loss"], rel=1e-5)
+    assert by_position["step"] == 6 and by_position["stride"] == 4
     assert load(alone / "config.toml").run.directory == str(alone)
 
 

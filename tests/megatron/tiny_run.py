@@ -50,7 +50,7 @@ micro_batch = 2
 warmup_steps = 2
 lr = 3e-3
 validate_every = 3
-validate_sequences = 4
+validate_sequences = 16
 stats_every = 2
 
 [checkpoint]
