@@ -16,6 +16,14 @@ from typing import Any, get_type_hints
 
 from atlas_kernels.rule import MemoryRule
 
+# What each symbol of `model.pattern` stands for.
+LAYERS = {
+    "M": "memory",
+    "*": "sliding-window attention",
+    "F": "full attention",
+    "-": "MLP",
+}
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -29,7 +37,7 @@ class RunConfig:
 class ModelConfig:
     """The stack around the mixers (Llama-style: pre-RMSNorm, SwiGLU)."""
 
-    # One symbol a layer: M memory, * sliding-window attention, - SwiGLU MLP, | pipeline cut.
+    # One symbol a layer: M memory, * sliding-window attention, F full attention, - SwiGLU MLP; | pipeline cut.
     pattern: str = "M-M-*-M-"
     hidden_size: int = 256
     ffn_hidden_size: int = 704
@@ -156,6 +164,11 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+
+def layers_of(config: Config) -> str:
+    """One symbol a layer: the pattern without its pipeline cuts."""
+    return config.model.pattern.replace("|", "")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

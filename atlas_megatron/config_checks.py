@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from atlas_megatron.config import Config
+from atlas_megatron.config import LAYERS, Config
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -78,7 +78,7 @@ def _check_parallel(config: Config, world_size: int) -> None:
     split = [("model.ffn_hidden_size", config.model.ffn_hidden_size), ("model.vocab_size", config.model.vocab_size)]
     if "M" in config.model.pattern:
         split.append(("memory.heads", config.memory.heads))
-    if "*" in config.model.pattern:
+    if set("*F") & set(config.model.pattern):
         split.append(("attention.heads", config.attention.heads))
     if parallel.sequence:
         split.append(("model.seq_length", config.model.seq_length))
@@ -91,11 +91,11 @@ def _check_parallel(config: Config, world_size: int) -> None:
 
 def _check_model(config: Config) -> None:
     pattern, model = config.model.pattern, config.model
-    unknown = sorted(set(pattern) - set("M*-|"))
+    unknown = sorted(set(pattern) - set(LAYERS) - {"|"})
     if unknown:
         raise ValueError(
             f"model.pattern={pattern!r} has unknown symbols {' '.join(unknown)}; "
-            "use M memory, * attention, - MLP, | pipeline cut"
+            f"use {', '.join(f'{symbol} {kind}' for symbol, kind in LAYERS.items())}, | pipeline cut"
         )
     if not all(pattern.split("|")):
         raise ValueError(f"model.pattern={pattern!r} has a stage without layers; put layers on both sides of every '|'")
@@ -112,7 +112,7 @@ def _check_model(config: Config) -> None:
                 f"model.seq_length={model.seq_length} is not a multiple of memory.chunk={config.memory.chunk}; "
                 f"nearest: {max(1, round(model.seq_length / config.memory.chunk)) * config.memory.chunk}"
             )
-    if "*" in pattern and config.attention.head_dim % 2:
+    if set("*F") & set(pattern) and config.attention.head_dim % 2:
         raise ValueError(f"attention.head_dim={config.attention.head_dim} is odd; rotary needs an even size")
 
 

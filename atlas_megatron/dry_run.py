@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from atlas_megatron.config import Config
+from atlas_megatron.config import LAYERS, Config, layers_of
 from atlas_megatron.config_checks import data_parallel_size
 from atlas_megatron.model import flops_per_token, num_params
-from atlas_megatron.non_finite import KINDS
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,13 @@ def _activations(config: Config, size: int) -> float:
     width, gates = memory.heads * memory.head_dim, memory.heads * (3 + _gammas(config))
     inside = {
         "M": (2 * 4 * width * size + (5 * width + 2 * gates) * 4) / tensor,
+        "F": 5 * config.attention.heads * config.attention.head_dim * size / tensor,
         "*": 5 * config.attention.heads * config.attention.head_dim * size / tensor,
         "-": 3 * model.ffn_hidden_size * size / tensor,
     }
     around = 2 * model.hidden_size * size / (tensor if config.parallel.sequence else 1)
     # 1F1B: the first stage holds as many micro-batches as there are stages, each with one stage's layers.
-    layers = model.pattern.replace("|", "")
+    layers = layers_of(config)
     if config.train.recompute:
         kept = len(layers) * around / 2 + max(inside.values()) + around
     else:
@@ -92,7 +92,7 @@ def report(config: Config, world_size: int, *, bf16: bool) -> Table:
     table = Table("what", "value", title=f"dry run: {config.run.directory}")
     table.columns[1].justify = "right"
     table.add_row("parameters", f"{num_params(config):,}")
-    counts = [(kind, model.pattern.count(symbol)) for symbol, kind in KINDS.items()]
+    counts = [(kind, model.pattern.count(symbol)) for symbol, kind in LAYERS.items()]
     table.add_row("layers", ", ".join(f"{count} {kind}" for kind, count in counts if count))
     table.add_row("forward FLOPs a token", f"{flops.forward:.3e}")
     table.add_row("training FLOPs a token", f"{flops.training:.3e}")

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -19,10 +18,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
-from atlas_megatron.config import Config
-from atlas_megatron.mixers.attention import SlidingWindowAttention
+from atlas_megatron.config import Config, layers_of
+from atlas_megatron.mixers import MIXERS
 from atlas_megatron.mixers.linears import MixerLinears
-from atlas_megatron.mixers.memory import AtlasMixer
 
 
 class RMSNorm(torch.nn.Module):
@@ -41,23 +39,6 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class MixerLayer(MambaLayer):
-    """Norm, mixer, residual. Core passes two more arguments to an attention slot, of no use here."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        submodules: MambaLayerSubmodules,
-        layer_number: int,
-        pg_collection: ProcessGroupCollection,
-        pp_layer_offset: int,
-        is_mtp_layer: bool = False,
-        add_layer_offset: bool = False,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(config, submodules, layer_number, pg_collection, pp_layer_offset, name)
-
-
 class AtlasStack(HybridStack):
     """Core's stack with a final norm of our choice: core's own is always Transformer Engine's."""
 
@@ -68,22 +49,33 @@ class AtlasStack(HybridStack):
             self.final_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
 
+class MixerAt:
+    """Builds the mixer that `model.pattern` names at a layer's number: core's pattern knows one symbol for all."""
+
+    def __new__(cls, config: TransformerConfig, settings: Config, layer_number: int, **slot: Any) -> Any:
+        mixer = MIXERS[layers_of(settings)[layer_number - 1]]
+        return mixer(config, settings=settings, layer_number=layer_number, **slot)
+
+
+def core_pattern(config: Config) -> str:
+    """`model.pattern` in core's symbols: every mixer stands in the slot of core's Mamba."""
+    return "".join("M" if symbol in MIXERS else symbol for symbol in config.model.pattern)
+
+
 def stack_spec(config: Config) -> ModuleSpec:
     """The stack of `config`. Raises ValueError if it asks for Transformer Engine where there is none."""
     backend, norm = _backend(config)
     linears = MixerLinears(backend.column_parallel_linear(), backend.row_parallel_linear())
-
-    def mixer_layer(mixer: type, params: dict[str, Any]) -> ModuleSpec:
-        spec = ModuleSpec(module=mixer, params=params, submodules=linears)
-        return ModuleSpec(
-            module=MixerLayer,
-            submodules=MambaLayerSubmodules(norm=norm, mixer=spec, mamba_bda=get_bias_dropout_add),
-        )
-
     mlp = MLPSubmodules(linear_fc1=linears.column_type, linear_fc2=linears.row_type)
     layers = HybridStackSubmodules(
-        mamba_layer=mixer_layer(AtlasMixer, {"memory": config.memory}),
-        attention_layer=mixer_layer(SlidingWindowAttention, {"attention": config.attention}),
+        mamba_layer=ModuleSpec(
+            module=MambaLayer,
+            submodules=MambaLayerSubmodules(
+                norm=norm,
+                mixer=ModuleSpec(module=MixerAt, params={"settings": config}, submodules=linears),
+                mamba_bda=get_bias_dropout_add,
+            ),
+        ),
         mlp_layer=ModuleSpec(
             module=MLPLayer,
             submodules=TransformerLayerSubmodules(

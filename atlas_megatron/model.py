@@ -10,9 +10,9 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from atlas_megatron.config import Config, MemoryConfig
-from atlas_megatron.layer_specs import stack_spec
-from atlas_megatron.mixers.memory import gate_starts, weight_shapes
+from atlas_megatron.config import Config, layers_of
+from atlas_megatron.layer_specs import core_pattern, stack_spec
+from atlas_megatron.mixers import MIXERS
 
 
 def parameter_dtype(config: Config) -> torch.dtype:
@@ -81,7 +81,7 @@ def build_model(
         hybrid_stack_spec=stack_spec(config),
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.model.seq_length,
-        hybrid_layer_pattern=config.model.pattern,
+        hybrid_layer_pattern=core_pattern(config),
         pre_process=pre_process,
         post_process=post_process,
         share_embeddings_and_output_weights=config.model.tied_embeddings,
@@ -93,27 +93,12 @@ def build_model(
 
 def num_params(config: Config) -> int:
     """Parameters of the whole model, over all ranks; tied embeddings count once."""
-    model, memory, attention = config.model, config.memory, config.attention
-    hidden, width, heads = model.hidden_size, memory.heads * memory.head_dim, memory.heads
-    gates = len(gate_starts(memory))
-    atlas = (
-        hidden  # norm before
-        + 5 * hidden * width  # q, k, v, output gate; output projection
-        + 3 * width * memory.conv_size
-        + memory.gate_rank * (hidden + heads * gates)
-        + heads * gates  # gate biases
-        + (heads * (memory.degree + 1) if memory.feature_map == "hadamard" else 0)
-        + width  # norm after
-        + heads * sum(rows * cols for rows, cols in weight_shapes(memory))
-    )
-    layer = {
-        "M": atlas,
-        "*": hidden + 4 * hidden * attention.heads * attention.head_dim,
-        "-": hidden + 3 * hidden * model.ffn_hidden_size,
-        "|": 0,
-    }
-    embeddings = (1 if model.tied_embeddings else 2) * model.vocab_size * hidden
-    return embeddings + sum(layer[symbol] for symbol in model.pattern) + hidden
+    model = config.model
+    embeddings = (1 if model.tied_embeddings else 2) * model.vocab_size * model.hidden_size
+    mlp = 3 * model.hidden_size * model.ffn_hidden_size
+    layers = sum(MIXERS[s].num_params(config) if s in MIXERS else mlp for s in layers_of(config))
+    norms = (len(layers_of(config)) + 1) * model.hidden_size
+    return embeddings + layers + norms
 
 
 @dataclass(frozen=True)
@@ -128,65 +113,13 @@ class Flops:
 def flops_per_token(config: Config) -> Flops:
     """Matrix-product FLOPs of one token of a sequence of `seq_length`, two a multiply-add.
 
-    Linears, in x out: 2 in out. M: q, k, v and output gate, output projection, both halves of the gates, the
-    taps of the convolutions, and `memory_flops`. *: its four projections, and 4 x width for each key that a
-    query sees (min(t, window) of them at token t). -: three products with ffn_hidden_size. Then the logits.
-    Elementwise work (norms, activations, gates, the optimizer) is left out, as is custom for MFU, and so is
+    Linears, in x out: 2 in out. Mixers: as each says of itself. MLP: three products with ffn_hidden_size. Then the
+    logits. Elementwise work (norms, activations, gates, the optimizer) is left out, as is custom for MFU, and so is
     what an implementation adds: attention computes whole blocks, about twice the keys seen, and the memory
     recomputes its forward in the backward. training: the backward of a product is two products, so 3 x forward.
     """
-    model, memory, attention = config.model, config.memory, config.attention
-    hidden, width = model.hidden_size, memory.heads * memory.head_dim
-    inner = memory_flops(memory, model.seq_length) / model.seq_length
-    gates = memory.gate_rank * (hidden + memory.heads * len(gate_starts(memory)))
-    seen = min(attention.window, model.seq_length)
-    keys = seen - seen * (seen - 1) / 2 / model.seq_length
-    layer = {
-        "M": 2 * (5 * hidden * width + gates + 3 * width * memory.conv_size) + inner,
-        "*": attention.heads * attention.head_dim * (8 * hidden + 4 * keys),
-        "-": 6 * hidden * model.ffn_hidden_size,
-        "|": 0.0,
-    }
-    forward = sum(layer[symbol] for symbol in model.pattern) + 2 * hidden * model.vocab_size
-    return Flops(forward, 3 * forward, 3 * inner * model.pattern.count("M"))
-
-
-def memory_flops(memory: MemoryConfig, tokens: int) -> float:
-    """Matrix-product FLOPs of one memory layer's inner loop over whole chunks of `tokens` tokens, forward.
-
-    A chunk of C tokens has I = C + window - 1 sources, its own and its halo's; one head, matrices m x n:
-    * the gradients' factors at the anchor: x W2^T, h W1^T, e W1 for each source (linear: x W^T);
-    * the read of the chunk's start weights: 2 C m n a matrix;
-    ns_steps = 0: the momentum coefficients, two products C x C x I (times theta, times alpha and eta); the read
-    of the start momentum, 2 C m n, and of the sources, 2 C I (m + n); their sum into the next weights and the
-    next momentum, 2 I m n each.
-    ns_steps > 0, at K = C / ns_period writes: coefficients K x C x I; the momentum at each write, 2 I m n;
-    Newton-Schulz; the read of the writes by the tokens from the first one on, 2 m n a pair, and their sum.
-    """
-    chunk, sources = memory.chunk, memory.chunk + memory.window - 1
-    shapes = weight_shapes(memory)
-    rows, cols = shapes[0]
-    flops = 2.0 * sources * rows * cols * (1 if memory.memory == "linear" else 3)
-    if memory.ns_steps == 0:
-        flops += 4 * chunk * chunk * sources
-    else:
-        writes = chunk // memory.ns_period
-        readers = chunk - memory.ns_period + 1
-        flops += 2 * writes * chunk * sources
-    for m, n in shapes:
-        flops += 2 * chunk * m * n
-        if memory.ns_steps == 0:
-            flops += 2 * chunk * m * n + 2 * chunk * sources * (m + n) + 4 * sources * m * n
-        else:
-            flops += writes * (2 * sources * m * n + newton_schulz_flops(m, n, memory.ns_steps) + 2 * m * n)
-            flops += 2 * writes * readers * (m * n + m)
-    return flops * memory.heads * tokens / chunk
-
-
-def newton_schulz_flops(m: int, n: int, steps: int) -> float:
-    """NS of one m x n matrix as `atlas_kernels.newton_schulz` does it: on the Gram matrix where that is cheaper."""
-    m, n = sorted((m, n))
-    if 2 * n >= 3 * m:
-        # X X^T and Q X; each step A A, P Q (but the first) and P A P (but the last).
-        return 4.0 * m * m * n + (8 * steps - 6) * m**3
-    return steps * (4.0 * m * m * n + 2 * m**3)
+    model = config.model
+    mlp = (6.0 * model.hidden_size * model.ffn_hidden_size, 0.0)
+    layers = [MIXERS[s].flops_per_token(config) if s in MIXERS else mlp for s in layers_of(config)]
+    forward = sum(whole for whole, _ in layers) + 2 * model.hidden_size * model.vocab_size
+    return Flops(forward, 3 * forward, 3 * sum(inner for _, inner in layers))

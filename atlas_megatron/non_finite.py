@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atlas_megatron.config import Config
-
-KINDS = {"M": "memory", "*": "attention", "-": "MLP"}
+from atlas_megatron.config import LAYERS, Config, layers_of
 
 
 class NonFiniteError(ArithmeticError):
@@ -53,8 +51,7 @@ def in_gradients(model: torch.nn.Module, config: Config) -> str:
 
 def describe(number: int, config: Config) -> str:
     """A layer's name for people; 0 is the embedding."""
-    symbols = config.model.pattern.replace("|", "")
-    return f"layer {number} ({KINDS[symbols[number - 1]]})" if number else "the embedding"
+    return f"layer {number} ({LAYERS[layers_of(config)[number - 1]]})" if number else "the embedding"
 
 
 def _layers(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module]]:

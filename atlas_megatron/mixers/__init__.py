@@ -1,1 +1,11 @@
-"""Sequence mixers that fit the layer slots of Megatron-Core's HybridModel."""
+"""Sequence mixers that fit the layer slots of Megatron-Core's HybridModel, by their symbol in `model.pattern`."""
+
+from atlas_megatron.mixers.attention import FullAttention, SlidingWindowAttention
+from atlas_megatron.mixers.base import Mixer
+from atlas_megatron.mixers.memory import AtlasMixer
+
+MIXERS: dict[str, type[Mixer]] = {
+    "M": AtlasMixer,
+    "*": SlidingWindowAttention,
+    "F": FullAttention,
+}

@@ -1,4 +1,4 @@
-"""Sliding-window attention with rotary positions.
+"""Sliding-window and full attention with rotary positions.
 
 Dims: B batch, T tokens, H heads of this tensor-parallel rank, K head size, W window, L query block, P tokens kept
 from before.
@@ -7,71 +7,60 @@ from before.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from atlas_megatron.config import AttentionConfig
+from atlas_megatron.config import Config
+from atlas_megatron.mixers.base import Mixer
 from atlas_megatron.mixers.linears import MixerLinears
-
-if TYPE_CHECKING:
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    from atlas_megatron.streaming import StreamContext
 
 
 @dataclass(frozen=True)
 class AttentionState:
-    """The last W-1 tokens read (fewer at the start): keys, rotated, and values [B, H, P, K]; tokens read in all."""
+    """The last W-1 tokens read, or all: keys, rotated, and values [B, H, P, K]; tokens read in all."""
 
     keys: Tensor
     values: Tensor
     position: int
 
 
-class SlidingWindowAttention(MegatronModule):
+class SlidingWindowAttention(Mixer):
     """Causal attention over the last W tokens; heads are split over the tensor-parallel group.
 
     A row of `linear_qkv` belongs to one head, and a head's rows lie together (its q, k, v), so that a
     shard of the rows is whole heads.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        submodules: MixerLinears,
-        d_model: int,
-        layer_number: int,
-        pg_collection: ProcessGroupCollection,
-        pp_layer_offset: int,
-        attention: AttentionConfig,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(config)
-        self.layer_number = layer_number
-        self.tp_group = pg_collection.tp
+    def build(self, settings: Config, linears: MixerLinears, groups: ProcessGroupCollection) -> None:
+        attention, hidden = settings.attention, settings.model.hidden_size
         self.head_dim = attention.head_dim
-        self.window = attention.window
+        self.window = self.reach(settings)
         self.rotary_base = attention.rotary_base
         width = attention.heads * attention.head_dim
-        self.linear_qkv = submodules.column(d_model, 3 * width, config, pg_collection.tp)
-        self.linear_out = submodules.row(width, d_model, config, pg_collection.tp)
+        self.linear_qkv = linears.column(hidden, 3 * width, self.config, self.tp_group)
+        self.linear_out = linears.row(width, hidden, self.config, self.tp_group)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        inference_context: StreamContext | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> tuple[Tensor, None]:
-        """[T, B, hidden] -> [T, B, hidden]; continues from the context's state, if there is one, and leaves its own."""
-        if packed_seq_params is not None:
-            raise ValueError("packed sequences were given; attention takes one document a row, so unpack the batch")
-        state = inference_context.states.get(self.layer_number) if inference_context is not None else None
+    @staticmethod
+    def reach(settings: Config) -> int | None:
+        """Tokens that a query sees, itself included; None is all before it."""
+        return settings.attention.window
+
+    @classmethod
+    def num_params(cls, settings: Config) -> int:
+        return 4 * settings.model.hidden_size * settings.attention.heads * settings.attention.head_dim
+
+    @classmethod
+    def flops_per_token(cls, settings: Config) -> tuple[float, float]:
+        """Four projections, and 4 x width for each key that a query sees: min(t, window) of them at token t."""
+        attention, model = settings.attention, settings.model
+        seen = min(cls.reach(settings) or model.seq_length, model.seq_length)
+        keys = seen - seen * (seen - 1) / 2 / model.seq_length
+        return attention.heads * attention.head_dim * (8 * model.hidden_size + 4 * keys), 0.0
+
+    def mix(self, hidden_states: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState]:
         qkv, _ = self.linear_qkv(hidden_states)
         q, k, v = qkv.unflatten(-1, (-1, 3, self.head_dim)).permute(3, 1, 2, 0, 4).unbind(0)  # [B, H, T, K] each
 
@@ -80,13 +69,18 @@ class SlidingWindowAttention(MegatronModule):
         q, k = rotate(q, rotation), rotate(k, rotation)
         if state:
             k, v = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
-        if inference_context is not None:
-            kept = max(0, k.shape[2] - self.window + 1)
-            inference_context.states[self.layer_number] = AttentionState(
-                k[:, :, kept:], v[:, :, kept:], position + q.shape[2]
-            )
-        y = banded_attention(q, k, v, self.window)
-        return self.linear_out(y.permute(2, 0, 1, 3).flatten(2))[0], None
+        kept = max(0, k.shape[2] - self.window + 1) if self.window else 0
+        after = AttentionState(k[:, :, kept:], v[:, :, kept:], position + q.shape[2])
+        y = banded_attention(q, k, v, self.window) if self.window else causal_attention(q, k, v)
+        return self.linear_out(y.permute(2, 0, 1, 3).flatten(2))[0], after
+
+
+class FullAttention(SlidingWindowAttention):
+    """Causal attention over everything before a token: the mixer of a Transformer++."""
+
+    @staticmethod
+    def reach(settings: Config) -> int | None:
+        return None
 
 
 def rotary(position: int, tokens: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -103,6 +97,14 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rotation
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of q [B, H, T, K] to k, v [B, H, P+T, K], the last T of which are the queries' own tokens."""
+    if q.shape[2] == k.shape[2]:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:

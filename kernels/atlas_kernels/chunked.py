@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from atlas_kernels.decays import pair_band, source_band
-from atlas_kernels.memories import Matrices, memory_of
+from atlas_kernels.delta_rule import delta_rule
+from atlas_kernels.memories import Matrices, MatrixReader, memory_of
 from atlas_kernels.rule import Gates, MemoryRule, MemoryState
-from atlas_kernels.writes import OrthogonalWrites, RawWrites, Writes
+from atlas_kernels.writes import OrthogonalWrites, RawWrites, SumWrites, Writes
 
 # A call whose whole graph is smaller than this holds it and recomputes nothing.
 HELD_BYTES = 256 << 20
@@ -62,6 +63,8 @@ def omega_memory_chunked(
     residual: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, MemoryState]:
     """The map of `reference.py`. Arguments as in `omega_memory`, checked and in one dtype; the state is given."""
+    if rule.delta:
+        return delta_rule(q, k, v, gates, state)
     residual_q, residual_k = residual if residual is not None else (None, None)
     inputs = Inputs(q, k, v, residual_q, residual_k, gates.alpha, gates.eta, gates.theta, gates.gamma)
     pieces = cut(state.position, q.shape[1], rule.chunk)
@@ -146,7 +149,7 @@ def scan(
     alpha, eta, theta = (layout.by_chunk(g) for g in (inputs.alpha, inputs.eta, inputs.theta))
     writes: Writes
     if rule.ns_steps == 0:
-        writes = RawWrites(alpha, eta, theta, band)
+        writes = RawWrites(alpha, eta, theta, band) if rule.momentum else SumWrites(alpha, eta, band)
     else:
         at = [t for t in range(tokens) if rule.writes_at(offset + t)]
         writes = OrthogonalWrites(alpha, eta, theta, band, at, rule.ns_steps, rule.ns_coefficients)
@@ -159,7 +162,7 @@ def scan(
     weights, momentum, anchor = (oriented(tuple(m.flatten(0, 1) for m in ms)) for ms in state.matrices())
 
     def step(n: int, weights: Matrices, momentum: Matrices, anchor: Matrices) -> tuple[Tensor, Matrices, Matrices]:
-        factors = memory.factors(anchor, x[n], v[n], r[n])
+        factors = memory.factors(MatrixReader(anchor), x[n], v[n], r[n])
         reader, weights, momentum = writes.advance(n, weights, momentum, factors)
         return memory.read(reader, q[n], read_residual[n]), weights, momentum
 
@@ -181,5 +184,7 @@ def scan(
     position = state.position + chunks * tokens
     if position % rule.chunk == 0:
         anchor = weights
+    if not rule.momentum:
+        momentum = state.momentum
     y = torch.stack(outputs, 1).unflatten(0, (batch, heads)).flatten(2, 3).transpose(1, 2)
     return y, MemoryState(weights, momentum, anchor, keys, values, residuals, gamma, position)

@@ -3,7 +3,8 @@
 A memory's matrices meet its hidden width (wide, F) and its input or output (narrow, D or V). The chunk form keeps each
 as [G, wide, narrow], W1 transposed, so that one code serves them all; `factors` gives the gradient of the inner loss
 at the anchor as one pair a matrix, gradient = sum_i wide_i narrow_i^T, never formed; `read` is the memory's output,
-written over the two ways to multiply by a matrix as it stands after token t's write.
+written over the two ways to multiply by a matrix as it stands after token t's write. Both meet the matrices through a
+`Reader` alone, so a layer may be kept in another form than its matrix (see dual.py).
 
 Dims: G = B x H memories side by side, I tokens.
 """
@@ -34,6 +35,19 @@ class Reader(Protocol):
         """[G, C, wide] -> [G, C, narrow]: M_t^T h_t."""
 
 
+class MatrixReader:
+    """Every token sees the same matrices, [G, wide, narrow] each: those of the chunk's start."""
+
+    def __init__(self, matrices: Matrices) -> None:
+        self.matrices = matrices
+
+    def widen(self, j: int, x: Tensor) -> Tensor:
+        return times_transpose(x, self.matrices[j])
+
+    def narrow(self, j: int, h: Tensor) -> Tensor:
+        return torch.bmm(h, self.matrices[j])
+
+
 class Memory(Protocol):
     """One row of MATH's table of memories."""
 
@@ -41,8 +55,8 @@ class Memory(Protocol):
     def transposed(self) -> tuple[bool, ...]:
         """For each matrix: whether the chunk form keeps its transpose."""
 
-    def factors(self, anchor: Matrices, x: Tensor, v: Tensor, r: Tensor) -> Factors:
-        """anchor [G, wide, narrow] each; x [G, I, D], v, r [G, I, V] -> ([G, I, wide], [G, I, narrow]) a matrix."""
+    def factors(self, anchor: Reader, x: Tensor, v: Tensor, r: Tensor) -> Factors:
+        """x [G, I, D], v, r [G, I, V] -> ([G, I, wide], [G, I, narrow]) a matrix."""
 
     def read(self, reader: Reader, x: Tensor, r: Tensor) -> Tensor:
         """x [G, C, D], r [G, C, V] -> [G, C, V]."""
@@ -51,10 +65,13 @@ class Memory(Protocol):
 class Linear:
     """M(x) = W x; V counts as the wide side."""
 
-    transposed = (False,)
+    transposed: tuple[bool, ...] = (False,)
 
-    def factors(self, anchor: Matrices, x: Tensor, v: Tensor, r: Tensor) -> Factors:
-        return ((times_transpose(x, anchor[0]) - v, x),)
+    def __init__(self, rule: MemoryRule) -> None:
+        self.loss = rule.loss
+
+    def factors(self, anchor: Reader, x: Tensor, v: Tensor, r: Tensor) -> Factors:
+        return ((-v if self.loss == "dot" else anchor.widen(0, x) - v, x),)
 
     def read(self, reader: Reader, x: Tensor, r: Tensor) -> Tensor:
         return reader.widen(0, x)
@@ -63,25 +80,52 @@ class Linear:
 class Mlp:
     """M(x) = r + W1 gelu(W2 x), or r + LN(W1 gelu(W2 x)) (paper Eq 42)."""
 
-    transposed = (True, False)
+    transposed: tuple[bool, ...] = (True, False)
 
-    def __init__(self, output_norm: bool) -> None:
-        self.output_norm = output_norm
+    def __init__(self, rule: MemoryRule) -> None:
+        self.output_norm, self.loss = rule.norm == "layer", rule.loss
 
-    def factors(self, anchor: Matrices, x: Tensor, v: Tensor, r: Tensor) -> Factors:
-        W1, W2 = anchor
-        h, slope = gelu_with_derivative(times_transpose(x, W2))
-        o = torch.bmm(h, W1)
+    def factors(self, anchor: Reader, x: Tensor, v: Tensor, r: Tensor) -> Factors:
+        h, slope = gelu_with_derivative(anchor.widen(1, x))
+        e = self.error(anchor, h, v, r)
+        return (h, e), (anchor.widen(0, e) * slope, x)
+
+    def error(self, anchor: Reader, h: Tensor, v: Tensor, r: Tensor) -> Tensor:
+        """The inner loss's gradient at W1's output, [G, I, V]."""
+        if self.loss == "dot":
+            return pull_through_layer_norm(anchor.narrow(0, h), -v) if self.output_norm else -v
+        o = anchor.narrow(0, h)
         e = (r - v) + (layer_norm(o) if self.output_norm else o)
-        if self.output_norm:
-            e = pull_through_layer_norm(o, e)
-        return (h, e), (times_transpose(e, W1) * slope, x)
+        return pull_through_layer_norm(o, e) if self.output_norm else e
 
     def read(self, reader: Reader, x: Tensor, r: Tensor) -> Tensor:
-        o = reader.narrow(0, gelu(reader.widen(1, x)))
+        return self.output(reader.narrow(0, gelu(reader.widen(1, x))), r)
+
+    def output(self, o: Tensor, r: Tensor) -> Tensor:
         return r + (layer_norm(o) if self.output_norm else o)
+
+
+class GatedMlp(Mlp):
+    """M(x) = r + W1 (gelu(W2 x) * W3 x), or with the output norm (paper Eq 43)."""
+
+    transposed = (True, False, False)
+
+    def factors(self, anchor: Reader, x: Tensor, v: Tensor, r: Tensor) -> Factors:
+        act, slope = gelu_with_derivative(anchor.widen(1, x))
+        u = anchor.widen(2, x)
+        h = act * u
+        e = self.error(anchor, h, v, r)
+        back = anchor.widen(0, e)
+        return (h, e), (back * u * slope, x), (back * act, x)
+
+    def read(self, reader: Reader, x: Tensor, r: Tensor) -> Tensor:
+        h = gelu(reader.widen(1, x)) * reader.widen(2, x)
+        return self.output(reader.narrow(0, h), r)
+
+
+FACTORED = {"linear": Linear, "mlp": Mlp, "gated_mlp": GatedMlp}
 
 
 def memory_of(rule: MemoryRule) -> Memory:
     """The factored form of `rule.memory`."""
-    return Linear() if rule.memory == "linear" else Mlp(output_norm=rule.norm == "layer")
+    return FACTORED[rule.memory](rule)

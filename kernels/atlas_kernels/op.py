@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from atlas_kernels.chunked import omega_memory_chunked
+from atlas_kernels.dual import DualState, initial_dual_state, omega_memory_dual
 from atlas_kernels.reference import omega_memory_reference
 from atlas_kernels.rule import Gates, MemoryRule, MemoryState, initial_state
 
 logger = logging.getLogger("atlas_kernels")
+
+State = MemoryState | DualState
 
 IMPLEMENTATIONS = {"reference": omega_memory_reference, "chunked": omega_memory_chunked}
 
@@ -25,14 +28,14 @@ def omega_memory(
     gates: Gates,
     weights: tuple[Tensor, ...],
     rule: MemoryRule,
-    state: MemoryState | None = None,
+    state: State | None = None,
     residual: tuple[Tensor, Tensor] | None = None,
     impl: str = "auto",
-) -> tuple[Tensor, MemoryState]:
+) -> tuple[Tensor, State]:
     """Write every token into the memory and read it back with the token's query (paper Eqs 9, 32, 33).
 
-    q, k [B, T, H, D] lifted; v [B, T, H, V]; gates: see `Gates`. weights: the start weights of each head,
-    [H, V, D] (linear) or [H, V, F], [H, F, D] (mlp), shared by all sequences; not read when `state` is given.
+    q, k [B, T, H, D] lifted (plain for the exponential kernels); v [B, T, H, V]; gates: see `Gates`. weights: the start weights of each head,
+    [H, V, D] (linear), [H, V, F], [H, F, D] (mlp) or [H, V, F], [H, F, D], [H, F, D] (gated_mlp), shared by all sequences; not read when `state` is given.
     state: where an earlier call stopped; op(prefix) then op(suffix, state) equals op(whole) at any cut.
     residual: the r of a deep memory for queries and keys, [B, T, H, V] each; None is the lifted input itself (D = V).
     impl: "reference" (token by token), "chunked" (matrix products), "auto".
@@ -49,18 +52,26 @@ def omega_memory(
     if state is not None:
         _check_state(state, rule, weights, q, v, gates, residual)
 
+    if rule.dual and impl == "reference":
+        raise ValueError(
+            f"impl='reference' carries no state for kernel={rule.kernel!r}; take impl='chunked', or "
+            "omega_memory_dual_reference for a whole sequence"
+        )
+
     dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
     cast = lambda t: t.to(dtype)  # noqa: E731  bfloat16 activations: the inner loop sums many small steps
     if state is None:
-        state = initial_state(
+        start = initial_dual_state if rule.dual else initial_state
+        state = start(
             rule, tuple(map(cast, weights)), k, v, residuals=residual is not None, source_gates=not gates.pair
         )
     else:
         state = state.map(cast)
     gates = Gates(cast(gates.alpha), cast(gates.eta), cast(gates.theta), cast(gates.gamma))
     residual = None if residual is None else (cast(residual[0]), cast(residual[1]))
-    y, state = IMPLEMENTATIONS[_choose(impl)](cast(q), cast(k), cast(v), gates, rule, state, residual)
-    return y.to(q.dtype), state
+    implementation = omega_memory_dual if rule.dual else IMPLEMENTATIONS[_choose(impl)]
+    y, after = implementation(cast(q), cast(k), cast(v), gates, rule, state, residual)
+    return y.to(q.dtype), after
 
 
 def _choose(impl: str) -> str:
@@ -102,7 +113,9 @@ def _check_weights(weights: tuple[Tensor, ...], rule: MemoryRule, q: Tensor, v: 
         expected, legend = [(heads, value, width)], ["[H, V, D]"]
     else:
         hidden = weights[-1].shape[-2] if weights and weights[-1].dim() == 3 else 0
-        expected, legend = [(heads, value, hidden), (heads, hidden, width)], ["[H, V, F]", "[H, F, D]"]
+        inner = 2 if rule.memory == "gated_mlp" else 1
+        expected = [(heads, value, hidden)] + [(heads, hidden, width)] * inner
+        legend = ["[H, V, F]"] + ["[H, F, D]"] * inner
     if len(weights) != len(expected):
         raise ValueError(
             f"weights holds {len(weights)} matrices; memory={rule.memory!r} takes {len(expected)}: {', '.join(legend)}"
@@ -127,7 +140,7 @@ def _check_residual(residual: tuple[Tensor, Tensor] | None, rule: MemoryRule, q:
 
 
 def _check_state(
-    state: MemoryState,
+    state: State,
     rule: MemoryRule,
     weights: tuple[Tensor, ...],
     q: Tensor,
@@ -136,6 +149,11 @@ def _check_state(
     residual: tuple[Tensor, Tensor] | None,
 ) -> None:
     batch, halo, heads = q.shape[0], rule.window - 1, q.shape[2]
+    if isinstance(state, DualState) != rule.dual:
+        raise ValueError(f"state is a {type(state).__name__}, of a call with another kernel than {rule.kernel!r}")
+    if isinstance(state, DualState):
+        _expect("state.alpha", state.alpha, (batch, state.position % rule.chunk, heads), "[B, position % chunk, H]")
+        return
     for name, matrices in zip(("weights", "momentum", "anchor"), state.matrices(), strict=True):
         if len(matrices) != len(weights):
             raise ValueError(f"state.{name} holds {len(matrices)} matrices; this memory has {len(weights)}")

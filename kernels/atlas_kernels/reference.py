@@ -40,37 +40,46 @@ def layer_norm(o: Tensor) -> tuple[Tensor, Tensor]:
     return (o - o.mean(-1, keepdim=True)) / sd, sd
 
 
+def hidden(rule: MemoryRule, W: Matrices, x: Tensor) -> Tensor:
+    """h of a deep memory: act(W2 x) (mlp, Eq 42), act(W2 x) * W3 x (gated_mlp, Eq 43)."""
+    h, _ = gelu(times(W[1], x))
+    return h * times(W[2], x) if rule.memory == "gated_mlp" else h
+
+
 def memory(rule: MemoryRule, W: Matrices, x: Tensor, r: Tensor) -> Tensor:
-    """M(x): W x (linear), or r + W1 act(W2 x) (mlp, Eq 42), or r + LN(W1 act(W2 x))."""
+    """M(x): W x (linear), else r + W1 h, or r + LN(W1 h)."""
     if rule.memory == "linear":
         return times(W[0], x)
-    W1, W2 = W
-    o = times(W1, gelu(times(W2, x))[0])
+    o = times(W[0], hidden(rule, W, x))
     return r + (layer_norm(o)[0] if rule.norm == "layer" else o)
 
 
 def inner_loss(rule: MemoryRule, W: Matrices, x: Tensor, v: Tensor, r: Tensor) -> Tensor:
-    """loss(M(x), v) = 1/2 |M(x) - v|^2, [B, I, H]."""
-    return 0.5 * (memory(rule, W, x, r) - v).square().sum(-1)
+    """loss(M(x), v), [B, I, H]: 1/2 |M(x) - v|^2 (l2), -<M(x), v> (dot)."""
+    y = memory(rule, W, x, r)
+    return 0.5 * (y - v).square().sum(-1) if rule.loss == "l2" else -(y * v).sum(-1)
 
 
 def inner_gradient(
     rule: MemoryRule, W: Matrices, x: Tensor, v: Tensor, r: Tensor, gamma: Tensor
 ) -> Matrices:
     """sum_i gamma_i d/dW loss(M(x_i), v_i), by hand; each source adds a rank-one matrix. gamma [B, I, H]."""
-    e = memory(rule, W, x, r) - v  # dloss / dM
+    e = memory(rule, W, x, r) - v if rule.loss == "l2" else -v  # dloss / dM
 
     def outer(left: Tensor, right: Tensor) -> Tensor:
         return torch.einsum("bih,bihm,bihn->bhmn", gamma, left, right)
 
     if rule.memory == "linear":
         return (outer(e, x),)
-    W1, W2 = W
-    h, dh = gelu(times(W2, x))
+    act, slope = gelu(times(W[1], x))
+    h = hidden(rule, W, x)
     if rule.norm == "layer":  # e' = J^T e: through the layer norm, to W1's output
-        n, sd = layer_norm(times(W1, h))
+        n, sd = layer_norm(times(W[0], h))
         e = (e - e.mean(-1, keepdim=True) - n * (e * n).mean(-1, keepdim=True)) / sd
-    return outer(e, h), outer(times(W1.mT, e) * dh, x)
+    back = times(W[0].mT, e)
+    if rule.memory == "mlp":
+        return outer(e, h), outer(back * slope, x)
+    return outer(e, h), outer(back * times(W[2], x) * slope, x), outer(back * act, x)
 
 
 def momentum(theta: Tensor, S: Matrices, G: Matrices) -> Matrices:
@@ -113,14 +122,14 @@ def omega_memory_reference(
         # Pair gates count backwards from the reader: entry j is source t-j.
         gamma = gates.gamma[:, t].flip(-1).transpose(1, 2) if sources is None else sources[:, window]
         G = inner_gradient(rule, A, X[:, window], V[:, window], R[:, window], gamma)  # Omega rule (Eq 9)
-        S = momentum(gates.theta[:, t], S, G)
+        S = momentum(gates.theta[:, t], S, G) if rule.momentum else G
         W = write(rule, gates.alpha[:, t], gates.eta[:, t], W, S, position)
         y.append(memory(rule, W, q[:, t : t + 1], r_q[:, t : t + 1]))  # read after the write
 
     last = slice(T, T + c - 1)
     after = MemoryState(
         weights=W,
-        momentum=S,
+        momentum=S if rule.momentum else state.momentum,
         anchor=W if (state.position + T) % rule.chunk == 0 else A,
         keys=X[:, last],
         values=V[:, last],

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from atlas_kernels.newton_schulz import COEFFICIENTS
 
-MEMORIES = ("linear", "mlp")
-LOSSES = ("l2",)
+MEMORIES = ("linear", "mlp", "gated_mlp")
+LOSSES = ("l2", "dot")
+KERNELS = ("lifted", "exponential", "softmax")
 NORMS = ("none", "layer")
 ACTIVATIONS = ("gelu",)
 
@@ -31,21 +32,26 @@ class MemoryRule:
     Raises ValueError when the fields do not fit together.
     """
 
-    memory: str = "mlp"  # linear: W x; mlp: r + W1 act(W2 x)
-    loss: str = "l2"  # 1/2 |M(x) - v|^2
+    memory: str = "mlp"  # linear: W x; mlp: r + W1 act(W2 x); gated_mlp: r + W1 (act(W2 x) * W3 x)
+    loss: str = "l2"  # l2: 1/2 |M(x) - v|^2; dot: -<M(x), v>
     window: int = 16  # c: tokens whose gradients one step sums
     chunk: int = 64  # b: gradients are taken at the weights of the chunk's start
+    momentum: bool = True  # False: S_t = G_t, whatever theta says
     ns_steps: int = 5  # k: Newton-Schulz steps of a write; 0 writes the momentum itself
     ns_period: int = 1  # m: an orthogonalised write at every m-th token of a chunk
     ns_coefficients: str = "jordan"
     activation: str = "gelu"
     norm: str = "none"  # layer: a gainless LayerNorm on the memory's output
+    # lifted: inputs come lifted by a feature map. exponential: they come plain and meet as exp(q . k), in dual form
+    # (paper Eqs 22, 23); softmax: the same, divided by the sum of its weights.
+    kernel: str = "lifted"
 
     def __post_init__(self) -> None:
         _choose("memory", self.memory, MEMORIES)
         _choose("loss", self.loss, LOSSES)
         _choose("norm", self.norm, NORMS)
         _choose("activation", self.activation, ACTIVATIONS)
+        _choose("kernel", self.kernel, KERNELS)
         _choose("ns_coefficients", self.ns_coefficients, tuple(COEFFICIENTS))
         for name in ("window", "chunk", "ns_period"):
             if getattr(self, name) < 1:
@@ -61,6 +67,22 @@ class MemoryRule:
             )
         if self.memory == "linear" and self.norm != "none":
             raise ValueError(f"norm={self.norm!r} belongs to deep memories; memory='linear' takes norm='none'")
+        if self.dual and (self.ns_steps or self.momentum):
+            raise ValueError(
+                f"kernel={self.kernel!r} came with ns_steps={self.ns_steps}, momentum={self.momentum}; its dual form "
+                "keeps sources, not matrices: take ns_steps=0 and momentum=False"
+            )
+
+    @property
+    def dual(self) -> bool:
+        """Whether the first layer is kept as its sources (see dual.py)."""
+        return self.kernel != "lifted"
+
+    @property
+    def delta(self) -> bool:
+        """Whether this is the (gated) delta rule, which has a chunk form of its own (see delta_rule.py)."""
+        online = self.chunk == 1 and self.window == 1 and self.ns_steps == 0 and not self.momentum
+        return online and self.memory == "linear" and self.loss == "l2" and not self.dual
 
     def writes_at(self, position: int) -> bool:
         """Whether the token at absolute `position` writes to the weights."""

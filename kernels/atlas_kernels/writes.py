@@ -4,6 +4,7 @@ With the gradients' factors u_i x_i^T, all taken at the chunk's start weights, a
 
     S_t = thetas_t S_0 + sum_i B[t,i] u_i x_i^T                   B = TT @ Gm
     M_t = alphas_t W_0 - kappa_t S_0 - sum_i C[t,i] u_i x_i^T     C = TA @ diag(eta) @ B          RawWrites
+    M_t = alphas_t W_0 - sum_i C[t,i] u_i x_i^T                   C = TA @ diag(eta) @ Gm         SumWrites
     M_t = alphas_t W_0 - sum_s TA[t,s] eta_s NS(S_s)              s: the writes of `ns_period`    OrthogonalWrites
 
 Both are built once for the N chunks of a segment. Matrices are kept as [G, wide, narrow] (see memories.py); scalar
@@ -78,6 +79,43 @@ class _RawReader:
         wide, narrow = self.factors[j]
         of_weights, of_momentum = torch.bmm(h, self.pairs[j]).chunk(2, -1)
         out = torch.addcmul(self.alphas * of_weights, self.kappas, of_momentum)
+        return out.baddbmm_(self.sources * times_transpose(h, wide), narrow)
+
+
+class SumWrites:
+    """ns_steps = 0 without momentum: every token writes its window's gradients themselves."""
+
+    def __init__(self, alpha: Tensor, eta: Tensor, band: Tensor) -> None:
+        """As RawWrites."""
+        retention = decay_matrix(alpha)
+        alphas = retention[..., :1] * alpha[..., :1, None]
+        sources = (retention * -eta.unsqueeze(-2)) @ band
+        self.reads = list(zip(alphas.unbind(), sources.unbind(), strict=True))
+        self.leaving = list(zip(alphas[..., -1:, :].unbind(), sources[..., -1, :, None].unbind(), strict=True))
+
+    def advance(
+        self, n: int, weights: Matrices, momentum: Matrices, factors: Factors
+    ) -> tuple[Reader, Matrices, Matrices]:
+        last, outer = self.leaving[n]
+        written = tuple(
+            torch.baddbmm(last * W, wide.mT, outer * narrow)
+            for W, (wide, narrow) in zip(weights, factors, strict=True)
+        )
+        return SumReader(*self.reads[n], weights, factors), written, momentum
+
+
+class SumReader:
+    def __init__(self, alphas: Tensor, sources: Tensor, weights: Matrices, factors: Factors) -> None:
+        self.alphas, self.sources, self.weights, self.factors = alphas, sources, weights, factors
+
+    def widen(self, j: int, x: Tensor) -> Tensor:
+        wide, narrow = self.factors[j]
+        out = times_transpose(self.alphas * x, self.weights[j])
+        return out.baddbmm_(self.sources * times_transpose(x, narrow), wide)
+
+    def narrow(self, j: int, h: Tensor) -> Tensor:
+        wide, narrow = self.factors[j]
+        out = self.alphas * torch.bmm(h, self.weights[j])
         return out.baddbmm_(self.sources * times_transpose(h, wide), narrow)
 
 

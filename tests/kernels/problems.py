@@ -75,7 +75,11 @@ def problem(
     if rule.memory == "linear":
         weights: tuple[Tensor, ...] = (normal(heads, value, key, scale=0.3),)
     else:
-        weights = (normal(heads, value, hidden, scale=0.3), normal(heads, hidden, key, scale=0.3))
+        inner = 2 if rule.memory == "gated_mlp" else 1
+        weights = (
+            normal(heads, value, hidden, scale=0.3),
+            *(normal(heads, hidden, key, scale=0.3) for _ in range(inner)),
+        )
     return Problem(
         rule=rule,
         q=normal(*per_token, key, scale=0.5),
@@ -116,3 +120,13 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 
 def state_tensors(state: MemoryState) -> dict[str, Tensor]:
     return {f"state[{i}]": t for i, t in enumerate(state.tensors())}
+
+
+def compare(p: Problem) -> None:
+    """Forward, final state and all gradients of chunked against reference."""
+    results = {}
+    for impl in ("reference", "chunked"):
+        y, state = p.run(impl)
+        outputs = {"y": y, **state_tensors(state)}
+        results[impl] = outputs | gradients(list(outputs.values()), p.leaves())
+    assert_close(results["chunked"], results["reference"])

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from problems import TOLERANCE, assert_close, gradients, problem, relative_rms, state_tensors
+from problems import compare, TOLERANCE, assert_close, gradients, problem, relative_rms, state_tensors
 
 from atlas_kernels import Gates, MemoryRule, chunked, omega_memory
 from atlas_kernels.chunked import cut
@@ -23,16 +23,6 @@ def backward(request, monkeypatch):
         monkeypatch.setattr(chunked, "HELD_BYTES", 0)
     if request.param == "recomputed by chunk":
         monkeypatch.setattr(chunked, "SEGMENT_BYTES", 0)
-
-
-def compare(p):
-    """Forward, final state and all gradients of chunked against reference."""
-    results = {}
-    for impl in ("reference", "chunked"):
-        y, state = p.run(impl)
-        outputs = {"y": y, **state_tensors(state)}
-        results[impl] = outputs | gradients(list(outputs.values()), p.leaves())
-    assert_close(results["chunked"], results["reference"])
 
 
 @pytest.mark.parametrize("ns_steps,ns_period", WRITES)

@@ -7,19 +7,20 @@ from problems import TOLERANCE, assert_close, problem, relative_rms
 from atlas_kernels import Gates, MemoryRule, omega_memory
 from atlas_kernels.reference import gelu, inner_gradient, inner_loss
 
-MEMORIES = [("linear", "none"), ("mlp", "none"), ("mlp", "layer")]
+MEMORIES = [("linear", "none"), ("mlp", "none"), ("mlp", "layer"), ("gated_mlp", "none"), ("gated_mlp", "layer")]
 
 
+@pytest.mark.parametrize("loss", ["l2", "dot"])
 @pytest.mark.parametrize("memory,norm", MEMORIES)
-def test_inner_gradient_equals_autograd(memory, norm):
-    rule = MemoryRule(memory=memory, norm=norm, window=5)
+def test_inner_gradient_equals_autograd(memory, norm, loss):
+    rule = MemoryRule(memory=memory, norm=norm, loss=loss, window=5)
     p = problem(rule, tokens=5, residual=memory != "linear", key=3, value=4)
     r = p.k if p.residual is None else p.residual[1]
     W = tuple(w.detach().expand(2, *w.shape).clone().requires_grad_() for w in p.weights)
     gamma = p.gates.alpha
     by_hand = inner_gradient(rule, W, p.k, p.v, r, gamma)
-    loss = (gamma * inner_loss(rule, W, p.k, p.v, r)).sum()
-    for hand, auto in zip(by_hand, torch.autograd.grad(loss, W), strict=True):
+    total = (gamma * inner_loss(rule, W, p.k, p.v, r)).sum()
+    for hand, auto in zip(by_hand, torch.autograd.grad(total, W), strict=True):
         assert relative_rms(hand, auto) < TOLERANCE[torch.float64]
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from atlas_megatron.config import Config
 
 
 def build_mixer(symbol: str, config: Config) -> Any:
-    """The mixer of an `M` or `*` layer, in an initialised Megatron-Core."""
+    """The mixer of a layer with this symbol, in an initialised Megatron-Core."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.spec_utils import build_module
 
     from atlas_megatron.layer_specs import stack_spec
     from atlas_megatron.model import transformer_config
 
-    layers = stack_spec(config).submodules
-    layer = layers.mamba_layer if symbol == "M" else layers.attention_layer
+    config = replace(config, model=replace(config.model, pattern=symbol))
+    layer = stack_spec(config).submodules.mamba_layer
     return build_module(
         layer.submodules.mixer,
         transformer_config(config),

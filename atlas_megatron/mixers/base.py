@@ -1,0 +1,130 @@
+"""What every sequence mixer has in common: the slot it fits, the heads it splits, what it owes the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+from torch import Tensor, nn
+
+from atlas_megatron.config import Config
+from atlas_megatron.mixers.linears import MixerLinears
+
+if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from atlas_megatron.streaming import StreamContext
+
+
+class Mixer(MegatronModule):
+    """One layer's way to look back: [T, B, hidden] -> [T, B, hidden], and a state over any cut of T.
+
+    A subclass builds its modules in `build` and computes in `mix`. Parameters of its own are split along their first
+    dimension, the heads, over the tensor-parallel group (`by_head`), unless `replicated` names them.
+    """
+
+    replicated: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MixerLinears,
+        d_model: int,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        pp_layer_offset: int,
+        settings: Config,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.layer_number = layer_number
+        self.tp_group = pg_collection.tp
+        self.measure = False  # set it, and forward leaves its statistics in `measurements`
+        self.measurements: dict[str, Tensor] = {}
+        self.build(settings, submodules, pg_collection)
+
+    def build(self, settings: Config, linears: MixerLinears, groups: ProcessGroupCollection) -> None:
+        """Make the modules and parameters."""
+        raise NotImplementedError
+
+    def mix(self, hidden_states: Tensor, state: Any | None) -> tuple[Tensor, Any]:
+        """[T, B, hidden] and what `mix` left after the tokens before (None: there are none) -> (y, the state after)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def num_params(settings: Config) -> int:
+        """Parameters of one layer, over all ranks, without the norm before it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def flops_per_token(settings: Config) -> tuple[float, float]:
+        """Forward FLOPs of one token of a sequence of `model.seq_length`, two a multiply-add: (all, inner loop)."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        inference_context: StreamContext | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> tuple[Tensor, None]:
+        """[T, B, hidden] -> [T, B, hidden]; continues from the context's state, if there is one, and leaves its own."""
+        if packed_seq_params is not None:
+            raise ValueError("packed sequences were given; a mixer reads one document a row, so unpack the batch")
+        state = inference_context.states.get(self.layer_number) if inference_context is not None else None
+        y, after = self.mix(hidden_states, state)
+        if inference_context is not None:
+            inference_context.states[self.layer_number] = after
+        return y, None
+
+    def placed(self, tensor: Tensor) -> Tensor:
+        """On this rank's device, in the model's dtype."""
+        return tensor.to(device=torch.cuda.current_device(), dtype=self.config.params_dtype)
+
+    def by_head(self, whole: Tensor) -> nn.Parameter:
+        """This rank's heads of a [heads, ...] tensor: drawn whole, so that the start does not depend on the split."""
+        parameter = nn.Parameter(self.placed(whole.chunk(self.tp_group.size())[self.tp_group.rank()].clone()))
+        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+        return parameter
+
+    def on_every_rank(self, tensor: Tensor) -> nn.Parameter:
+        """A parameter that all ranks hold; name it in `replicated`."""
+        parameter = nn.Parameter(self.placed(tensor))
+        # Under sequence parallelism each rank sees its own tokens only: core then sums the gradients.
+        parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+        return parameter
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """What a checkpoint holds: this layer's own parameters, split along heads, and its modules'."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        own: dict[str, Tensor] = {}
+        self._save_to_state_dict(own, "", keep_vars=True)
+        sharded = make_sharded_tensors_for_checkpoint(
+            own,
+            prefix,
+            {name: 0 for name in own if name not in self.replicated},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        for name, module in self.named_children():
+            sharded |= sharded_state_dict_default(
+                module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
+            )
+        return sharded
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32: gates near 1 and small steps of an inner loop do not survive bfloat16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,79 @@
+"""The delta rule in matrix products: a linear memory whose every token is its own chunk.
+
+    M_t = alpha_t M_{t-1} - eta_t gamma_t (M_{t-1} x_t - v_t) x_t^T = alpha_t M_{t-1} + u_t x_t^T
+
+Over a block of tokens that starts at M_0, with P_t the product of alpha up to t and T[t,s] that from s+1 to t, the u_t
+solve a unit lower triangular system (the WY form of DeltaNet, arXiv 2406.06484, with decay):
+
+    u_t + b_t sum_{s<t} T[t-1,s] (x_t . x_s) u_s = b_t (v_t - P_{t-1} M_0 x_t)          b = eta gamma
+
+so U = U_0 - Q M_0^T, with U_0 and Q of all blocks solved at once, and only M_0 goes from block to block.
+
+Dims: B batch, T tokens, H heads, G = B x H, N blocks, L tokens of a block, D lifted key, V value.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from atlas_kernels.decays import decay_matrix
+from atlas_kernels.products import times_transpose
+from atlas_kernels.rule import Gates, MemoryState
+
+BLOCK = 64
+# Blocks between two states that are held for the backward.
+HELD_EVERY = 16
+
+
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: MemoryState) -> tuple[Tensor, MemoryState]:
+    """Arguments as in `omega_memory` for a rule with `rule.delta`."""
+    batch, tokens, heads, _ = q.shape
+    step = (gates.eta * (gates.gamma.squeeze(-1) if gates.pair else gates.gamma)).unsqueeze(-1)
+    parts, weights = [], state.weights[0].flatten(0, 1)
+    for piece in zip(*(t.split(BLOCK * HELD_EVERY, 1) for t in (q, k, v, step, gates.alpha.unsqueeze(-1))), strict=True):
+        if torch.is_grad_enabled() and tokens > BLOCK * HELD_EVERY:
+            y, weights = checkpoint(_scan, *piece, weights, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y, weights = _scan(*piece, weights)
+        parts.append(y.unflatten(0, (batch, heads)).transpose(1, 2))
+    after = (weights.unflatten(0, (batch, heads)),)
+    return torch.cat(parts, 1), MemoryState(
+        after, state.momentum, after, state.keys, state.values, None, state.gamma, state.position + tokens
+    )
+
+
+def _scan(q: Tensor, k: Tensor, v: Tensor, step: Tensor, alpha: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, T, H, ...] and M [G, V, D] -> y [G, T, V] and the M after."""
+    tokens = q.shape[1]
+    length = min(BLOCK, tokens)
+    blocks = -(-tokens // length)
+    missing = blocks * length - tokens
+
+    def by_block(t: Tensor, fill: float = 0.0) -> Tensor:
+        t = F.pad(t, (0, 0, 0, 0, 0, missing), value=fill)
+        return t.unflatten(1, (blocks, length)).movedim(3, 1).flatten(0, 1)  # [G, N, L, ...]
+
+    # A token that is not there: no step, no decay.
+    x, q, v, step, alpha = by_block(k), by_block(q), by_block(v), by_block(step), by_block(alpha, 1.0).squeeze(-1)
+    decay = decay_matrix(alpha)
+    upto = decay[..., :1] * alpha[..., :1, None]  # P_t
+    before = torch.cat([torch.ones_like(upto[..., :1, :]), upto[..., :-1, :]], -2)  # P_{t-1}
+    # T[t-1, s], zero for s >= t.
+    earlier = F.pad(decay[..., :-1, :], (0, 0, 1, 0))
+    system = step * earlier * (x @ x.mT)
+    solved = torch.linalg.solve_triangular(
+        system, torch.cat([step * v, step * before * x], -1), upper=False, unitriangular=True
+    )
+    own, through = solved.split([v.shape[-1], x.shape[-1]], -1)
+    seen = decay * (q @ x.mT)
+    carried = upto * q
+    leaving = decay[..., -1, :].unsqueeze(-1) * x
+    outputs = []
+    for n in range(blocks):
+        u = own[:, n] - times_transpose(through[:, n], M)
+        outputs.append(times_transpose(carried[:, n], M).baddbmm_(seen[:, n], u))
+        M = torch.baddbmm(upto[:, n, -1:] * M, u.mT, leaving[:, n])
+    return torch.cat(outputs, 1)[:, :tokens], M
