@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from atlas_kernels.rule import MemoryRule
+from atlas_megatron.presets import PRESETS
 
 # What each symbol of `model.pattern` stands for.
 LAYERS = {
@@ -53,19 +54,26 @@ class ModelConfig:
 class MemoryConfig:
     """The neural memory of every `M` layer; the letters of the paper in brackets."""
 
-    memory: str = "mlp"  # linear | mlp
-    loss: str = "l2"
+    # Sets the keys that make a member of the family: atlas, atlas++, omeganet, titans, ttt, delta, dla, swla,
+    # deep_transformer, swdt, dot. A key beside it wins; on the command line it wins over the file.
+    preset: str = ""
+    memory: str = "mlp"  # linear | mlp | gated_mlp
+    loss: str = "l2"  # l2 | dot
     norm: str = "layer"  # none | layer: LayerNorm on the memory's output
     activation: str = "gelu"
     heads: int = 4
     head_dim: int = 64  # K = V
     expansion: int = 4  # F / V of a deep memory
-    feature_map: str = "hadamard"  # identity | hadamard
+    kernel: str = "lifted"  # lifted (by feature_map) | exponential | softmax (divided by its sum): a growing cache
+    feature_map: str = "hadamard"  # identity | hadamard | taylor | sketch
     degree: int = 2  # p of the feature map
+    sketch_width: int = 0  # features of each degree from 2 on of feature_map = "sketch"
     window: int = 16  # c of the Omega rule, tokens
     chunk: int = 64  # b, tokens that share one gradient anchor
-    omega_gates: str = "pair"  # gamma: pair (one a reader and source) | source
+    omega_gates: str = "pair"  # gamma: pair (one a reader and source) | source | none (1)
     momentum: bool = True
+    step_in_momentum: bool = False  # Titans: eta scales the gradient that enters the momentum, not the write
+    retention: bool = True  # false: alpha is 1, nothing decays
     ns_steps: int = 5  # k, Newton-Schulz steps; 0 writes the raw momentum
     ns_period: int = 1  # m, tokens between orthogonalised writes (1 is the paper); divides chunk
     ns_coefficients: str = "jordan"  # jordan | polar_express
@@ -74,8 +82,9 @@ class MemoryConfig:
     alpha_start: float = 0.99  # retention of one token at initialisation
     theta_start: float = 0.9  # momentum decay at initialisation
     gamma_start: float = 0.5  # Omega gate at initialisation
-    # Step size at initialisation; 0 derives it: Newton-Schulz: 0.01 a token; none: the steps of one
-    # chunk (eta x gamma x window / (1 - theta) x chunk, all at one anchor) then sum to eta_sum.
+    # Step size at initialisation; a learned one stays below 10 times it. 0 derives it. Newton-Schulz: 0.01 a token.
+    # None: the steps of one chunk (eta x gamma x window / (1 - theta) x chunk, all at one anchor) sum to eta_sum; but
+    # for a linear memory with the dot loss, which has no feedback, those of one token sum to it.
     eta_start: float = 0.0
     eta_sum: float = 1.0
     impl: str = "auto"  # reference | chunked | auto
@@ -183,6 +192,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a TOML file: {error}; mend that line") from error
+    memory = tables.get("memory")
+    if isinstance(memory, dict) and "preset" in memory:
+        tables["memory"] = _preset(memory["preset"]) | memory
+    if any(word.partition("=")[0] == "memory.preset" for word in overrides):
+        last = [word.partition("=")[2] for word in overrides if word.startswith("memory.preset=")][-1]
+        tables["memory"] = tables.get("memory", {}) | _preset(_parse_word(last, str))
     for word in overrides:
         name, equals, value = word.partition("=")
         section, dot, key = name.partition(".")
@@ -191,6 +206,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         _check_key(section, key)
         tables.setdefault(section, {})[key] = _parse_word(value, _types(section)[key])
     return _from_tables(tables)
+
+
+def _preset(name: Any) -> dict[str, Any]:
+    if name == "":
+        return {}
+    if name not in PRESETS:
+        raise ValueError(
+            f"memory.preset={name!r} is unknown; {_nearest(str(name), list(PRESETS))}presets: {', '.join(PRESETS)}"
+        )
+    return PRESETS[name]
 
 
 def to_toml(config: Config) -> str:
@@ -224,7 +249,7 @@ def model_differences(ours: Config, theirs: Config) -> list[str]:
         a, b = getattr(ours, section), getattr(theirs, section)
         for f in fields(a):
             mine, other = getattr(a, f.name), getattr(b, f.name)
-            if f.name in ("impl", "transformer_engine"):
+            if f.name in ("impl", "preset", "transformer_engine"):
                 continue
             if f.name == "pattern":
                 mine, other = mine.replace("|", ""), other.replace("|", "")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from atlas_kernels.features import FEATURE_MAPS, lifted_width
 from atlas_megatron.config import LAYERS, Config
+
+# Lifted features a head: a memory's matrices grow with them.
+WIDEST = 4096
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -48,8 +52,8 @@ def _check_ranges(config: Config) -> None:
     if train.warmup_steps >= train.steps:
         raise ValueError(f"train.warmup_steps={train.warmup_steps} must be less than train.steps={train.steps}")
     for name, given, known in (
-        ("memory.feature_map", memory.feature_map, ("identity", "hadamard")),
-        ("memory.omega_gates", memory.omega_gates, ("pair", "source")),
+        ("memory.feature_map", memory.feature_map, FEATURE_MAPS),
+        ("memory.omega_gates", memory.omega_gates, ("pair", "source", "none")),
         ("memory.impl", memory.impl, ("auto", "reference", "chunked")),
         ("train.precision", train.precision, ("auto", "float32", "bfloat16")),
     ):
@@ -90,7 +94,7 @@ def _check_parallel(config: Config, world_size: int) -> None:
 
 
 def _check_model(config: Config) -> None:
-    pattern, model = config.model.pattern, config.model
+    pattern = config.model.pattern
     unknown = sorted(set(pattern) - set(LAYERS) - {"|"})
     if unknown:
         raise ValueError(
@@ -100,20 +104,49 @@ def _check_model(config: Config) -> None:
     if not all(pattern.split("|")):
         raise ValueError(f"model.pattern={pattern!r} has a stage without layers; put layers on both sides of every '|'")
     if "M" in pattern:
-        try:
-            config.memory.rule()
-        except ValueError as error:
-            raise ValueError(f"[memory] {error}") from error
-        for name, size in (("chunk", config.memory.chunk), ("window", config.memory.window)):
-            if size > model.seq_length:
-                raise ValueError(f"memory.{name}={size} is longer than model.seq_length={model.seq_length}; shorten it")
-        if model.seq_length % config.memory.chunk:
-            raise ValueError(
-                f"model.seq_length={model.seq_length} is not a multiple of memory.chunk={config.memory.chunk}; "
-                f"nearest: {max(1, round(model.seq_length / config.memory.chunk)) * config.memory.chunk}"
-            )
+        _check_memory(config)
     if set("*F") & set(pattern) and config.attention.head_dim % 2:
         raise ValueError(f"attention.head_dim={config.attention.head_dim} is odd; rotary needs an even size")
+
+
+def _check_memory(config: Config) -> None:
+    memory, length = config.memory, config.model.seq_length
+    try:
+        memory.rule()
+    except ValueError as error:
+        raise ValueError(f"[memory] {error}") from error
+    for name, size in (("chunk", memory.chunk), ("window", memory.window)):
+        if size > length:
+            raise ValueError(f"memory.{name}={size} is longer than model.seq_length={length}; shorten it")
+    if length % memory.chunk:
+        raise ValueError(
+            f"model.seq_length={length} is not a multiple of memory.chunk={memory.chunk}; "
+            f"nearest: {max(1, round(length / memory.chunk)) * memory.chunk}"
+        )
+    if memory.step_in_momentum and (memory.omega_gates != "none" or not memory.momentum):
+        raise ValueError(
+            f"memory.step_in_momentum=true came with omega_gates={memory.omega_gates!r}, momentum="
+            f"{str(memory.momentum).lower()}; the step then takes gamma's place: set omega_gates='none', momentum=true"
+        )
+    if memory.kernel != "lifted" and memory.feature_map != "identity":
+        raise ValueError(
+            f"memory.feature_map={memory.feature_map!r} with memory.kernel={memory.kernel!r}; that kernel lifts by "
+            "itself: set memory.feature_map='identity'"
+        )
+    if memory.feature_map == "sketch" and memory.sketch_width < 1:
+        raise ValueError(
+            f"memory.sketch_width={memory.sketch_width} with memory.feature_map='sketch'; give the features of each "
+            f"degree from 2 on, for example {8 * memory.head_dim}"
+        )
+    width = lifted_width(memory.feature_map, memory.head_dim, memory.degree, memory.sketch_width)
+    if width > WIDEST:
+        rows = memory.head_dim * (1 if memory.memory == "linear" else memory.expansion)
+        raise ValueError(
+            f"memory.feature_map={memory.feature_map!r} of degree {memory.degree} lifts head_dim={memory.head_dim} to "
+            f"{width} features: {4 * rows * width * memory.heads / 2**20:,.0f} MiB of weights a matrix and sequence, "
+            f"more than {WIDEST} features are not taken; use a smaller head_dim or degree, feature_map='sketch', or "
+            "'hadamard', which keeps the dimension"
+        )
 
 
 def _check_batches(config: Config, world_size: int) -> None:

@@ -13,15 +13,18 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from atlas_kernels import Gates, MemoryState, initial_coefficients, lift, omega_memory
+from atlas_kernels import Gates, MemoryState, State, initial_coefficients, lift, omega_memory
 from atlas_megatron.config import Config
 from atlas_megatron.mixers.base import Mixer, wide
 from atlas_megatron.mixers.linears import MixerLinears
 from atlas_megatron.mixers.memory_layout import (
     ETA_HEADROOM,
     W1_GAIN,
+    coefficient_count,
     eta_start,
+    gate_count,
     gate_starts,
+    lift_flops,
     memory_flops,
     weight_shapes,
 )
@@ -31,7 +34,7 @@ from atlas_megatron.mixers.memory_layout import (
 class AtlasState:
     """What a layer carries over a cut: the memory, and the inputs that its convolutions still need [B, 3HK, taps-1]."""
 
-    memory: MemoryState
+    memory: State
     tail: Tensor
 
 
@@ -51,7 +54,7 @@ class AtlasMixer(Mixer):
         width = memory.heads * memory.head_dim
         self.linear_qkvg = linears.column(hidden, 4 * width, self.config, self.tp_group)
         self.linear_gates = linears.column(
-            memory.gate_rank, memory.heads * len(gate_starts(memory)), self.config, self.tp_group
+            memory.gate_rank, memory.heads * gate_count(memory), self.config, self.tp_group
         )
         self.linear_out = linears.row(width, hidden, self.config, self.tp_group)
         self._build_parameters(hidden)
@@ -61,13 +64,13 @@ class AtlasMixer(Mixer):
     @staticmethod
     def num_params(settings: Config) -> int:
         memory, hidden = settings.memory, settings.model.hidden_size
-        width, heads, gates = memory.heads * memory.head_dim, memory.heads, len(gate_starts(memory))
+        width, heads, gates = memory.heads * memory.head_dim, memory.heads, gate_count(memory)
         return (
             5 * hidden * width  # q, k, v, output gate; output projection
             + 3 * width * memory.conv_size
             + memory.gate_rank * (hidden + heads * gates)
             + heads * gates  # gate biases
-            + (heads * (memory.degree + 1) if memory.feature_map == "hadamard" else 0)
+            + heads * coefficient_count(memory)
             + width  # norm after
             + heads * sum(rows * cols for rows, cols in weight_shapes(memory))
         )
@@ -77,8 +80,8 @@ class AtlasMixer(Mixer):
         """q, k, v and output gate, output projection, both halves of the gates, the convolutions' taps, the memory."""
         memory, model = settings.memory, settings.model
         width = memory.heads * memory.head_dim
-        gates = memory.gate_rank * (model.hidden_size + memory.heads * len(gate_starts(memory)))
-        inner = memory_flops(memory, model.seq_length) / model.seq_length
+        gates = memory.gate_rank * (model.hidden_size + memory.heads * gate_count(memory))
+        inner = memory_flops(memory, model.seq_length) / model.seq_length + lift_flops(memory)
         return 2 * (5 * model.hidden_size * width + gates + 3 * width * memory.conv_size) + inner, inner
 
     def _build_parameters(self, d_model: int) -> None:
@@ -90,20 +93,22 @@ class AtlasMixer(Mixer):
         bound = memory.conv_size**-0.5
         taps = torch.empty(memory.heads, 3 * memory.head_dim, memory.conv_size).uniform_(-bound, bound)
         self.convolution = self.by_head(taps)
-        self.gate_bias = self.by_head(torch.tensor(gate_starts(memory)).repeat(memory.heads, 1))
+        starts = [logit for logits in gate_starts(memory).values() for logit in logits]
+        self.gate_bias = self.by_head(torch.tensor(starts).repeat(memory.heads, 1))
         coefficients = initial_coefficients(memory.feature_map, memory.degree)
+        if memory.kernel != "lifted":
+            coefficients = torch.ones(1)  # the kernel's scale: exp(scale q . k)
         self.coefficients = None if coefficients is None else self.by_head(coefficients.repeat(memory.heads, 1))
         self.norm_gain = self.by_head(torch.ones(memory.heads, memory.head_dim))
 
-        *outer, (rows, cols) = weight_shapes(memory)
+        (rows, cols), *over_input = weight_shapes(memory)
         # The output matrix starts near zero (a linear memory is nothing else): reads begin as the residual alone.
-        first_rows, first_cols = outer[0] if outer else (rows, cols)
-        first = torch.empty(memory.heads, first_rows, first_cols).normal_(std=W1_GAIN * first_cols**-0.5)
-        self.start_first = self.by_head(first)
-        self.start_second = None
-        if outer:
-            second = torch.stack([nn.init.orthogonal_(torch.empty(rows, cols)) for _ in range(memory.heads)])
-            self.start_second = self.by_head(second)
+        self.start_first = self.by_head(torch.empty(memory.heads, rows, cols).normal_(std=W1_GAIN * cols**-0.5))
+        drawn = [
+            torch.stack([nn.init.orthogonal_(torch.empty(*shape)) for _ in range(memory.heads)]) for shape in over_input
+        ]
+        self.start_second = self.by_head(drawn[0]) if drawn else None
+        self.start_gate = self.by_head(drawn[1]) if len(drawn) > 1 else None
 
     def mix(self, hidden_states: Tensor, state: AtlasState | None) -> tuple[Tensor, AtlasState]:
         projected = self.linear_qkvg(hidden_states)[0].transpose(0, 1)  # Megatron's [T, B, D]: [B, T, D] from here
@@ -119,49 +124,68 @@ class AtlasMixer(Mixer):
         return self.linear_out(y.flatten(2).transpose(0, 1).contiguous())[0], AtlasState(after, tail)  # [T, B, D]
 
     def _convolved(self, qkv: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """[B, T, H, 3, K] -> lifted q and k, v, [B, T, H, K] each, at least float32; and the tail for what follows."""
+        """[B, T, H, 3, K] -> q and k of length 1, v, [B, T, H, K] each, at least float32; the tail for what follows."""
         before = self.memory.conv_size - 1
         channels = qkv.flatten(2).transpose(1, 2)
         channels = F.pad(channels, (before, 0)) if tail is None else torch.cat([tail, channels], -1)
         taps = self.convolution.reshape(-1, 1, self.memory.conv_size)
         mixed = F.silu(F.conv1d(channels, taps, groups=channels.shape[1]))
         q, k, v = wide(mixed.transpose(1, 2)).unflatten(-1, qkv.shape[2:]).unbind(-2)
-        q, k = (lift(F.normalize(x, dim=-1), self.memory.feature_map, self.coefficients) for x in (q, k))
-        return q, k, v, channels[..., channels.shape[-1] - before :]
+        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, channels[..., channels.shape[-1] - before :]
 
     def _gates(self, hidden_states: Tensor) -> Gates:
         """The gates of every token [B, T, H], at least float32: sigmoids, eta scaled to its bound."""
+        memory = self.memory
         logits = self.linear_gates(F.linear(hidden_states, self.gate_down))[0].transpose(0, 1)
         values = (wide(logits).unflatten(-1, self.gate_bias.shape) + self.gate_bias).sigmoid()
-        alpha, eta, *theta, gamma = values.split([1] * (2 + self.memory.momentum) + [self._gammas()], dim=-1)
-        pair = self.memory.omega_gates == "pair"
+        starts = gate_starts(memory)
+        split = values.split([len(logits) for logits in starts.values()], dim=-1)
+        gates = dict(zip(starts, split, strict=True))
+        eta = gates["eta"].squeeze(-1) * (ETA_HEADROOM * eta_start(memory))
+        one = torch.ones_like(eta)
+        if memory.omega_gates == "pair":
+            gamma = gates["gamma"]
+        elif memory.omega_gates == "source":
+            gamma = gates["gamma"].squeeze(-1)
+        else:
+            gamma = eta if memory.step_in_momentum else one
         return Gates(
-            alpha=alpha.squeeze(-1),
-            eta=eta.squeeze(-1) * (ETA_HEADROOM * eta_start(self.memory)),
-            theta=theta[0].squeeze(-1) if theta else torch.zeros_like(alpha.squeeze(-1)),
-            gamma=gamma if pair else gamma.squeeze(-1),
+            alpha=gates["alpha"].squeeze(-1) if memory.retention else one,
+            eta=one if memory.step_in_momentum else eta,
+            theta=gates["theta"].squeeze(-1) if memory.momentum else torch.zeros_like(eta),
+            gamma=gamma,
         )
 
-    def _gammas(self) -> int:
-        return self.memory.window if self.memory.omega_gates == "pair" else 1
-
-    def _memory(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: MemoryState | None
-    ) -> tuple[Tensor, MemoryState]:
-        return omega_memory(q, k, v, gates, self._start(), self.rule, state=state, impl=self.memory.impl)
+    def _memory(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State | None) -> tuple[Tensor, State]:
+        """q, k of length 1, not lifted."""
+        memory, residual = self.memory, None
+        if memory.kernel == "lifted":
+            lifted_q, lifted_k = (lift(x, memory.feature_map, self.coefficients, memory.sketch_width) for x in (q, k))
+        else:
+            assert self.coefficients is not None
+            lifted_q, lifted_k = q * self.coefficients, k
+            residual = (q, k)
+        if lifted_k.shape[-1] != k.shape[-1]:
+            residual = (q, k)
+        if memory.memory == "linear":
+            residual = None
+        return omega_memory(
+            lifted_q, lifted_k, v, gates, self._start(), self.rule, state=state, residual=residual, impl=memory.impl
+        )
 
     def _start(self) -> tuple[Tensor, ...]:
         """The memory before the first token, [H, rows, cols] each."""
-        return tuple(wide(w) for w in (self.start_first, self.start_second) if w is not None)
+        return tuple(wide(w) for w in (self.start_first, self.start_second, self.start_gate) if w is not None)
 
     @torch.no_grad()
-    def _measure(self, k: Tensor, v: Tensor, gates: Gates, before: MemoryState | None, after: MemoryState) -> None:
+    def _measure(self, k: Tensor, v: Tensor, gates: Gates, before: State | None, after: State) -> None:
         """Statistics of this forward, float32 scalars: gates, norms, and the inner loss around the write."""
         found: dict[str, Tensor] = {}
         for name, gate in vars(gates).items():
             found[f"{name}_mean"], found[f"{name}_std"] = gate.mean(), gate.std(correction=0)
         found["memory_norm"] = _mean_norm(after.weights)
-        found["momentum_norm"] = _mean_norm(after.momentum)
+        if isinstance(after, MemoryState):
+            found["momentum_norm"] = _mean_norm(after.momentum)
         found["start_norm"] = _mean_norm(self._start())
         # M_t read at the next key, and at the newest key that a write has surely reached: of each ns_period
         # tokens the last one writes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from atlas_kernels import lifted_width
 from atlas_megatron.config import MemoryConfig
 
 # A learned step size may grow to this many times its start: without Newton-Schulz, larger sums of steps diverge.
@@ -17,57 +18,127 @@ def eta_start(memory: MemoryConfig) -> float:
         return memory.eta_start
     if memory.ns_steps > 0:
         return 0.01 * memory.ns_period
-    theta = memory.theta_start if memory.momentum else 0.0
-    return memory.eta_sum * (1.0 - theta) / (memory.gamma_start * memory.window * memory.chunk)
+    gradients = memory.window * (1.0 if memory.omega_gates == "none" else memory.gamma_start)
+    if memory.momentum:
+        gradients /= 1.0 - memory.theta_start
+    feedback = memory.memory != "linear" or memory.loss != "dot"
+    return memory.eta_sum / (gradients * (memory.chunk if feedback else 1))
+
+
+def lifted(memory: MemoryConfig) -> int:
+    """D: features of a lifted key."""
+    return lifted_width(memory.feature_map, memory.head_dim, memory.degree, memory.sketch_width)
 
 
 def weight_shapes(memory: MemoryConfig) -> tuple[tuple[int, int], ...]:
     """(rows, cols) of each matrix of one head's memory, in the order of `omega_memory`."""
-    width = memory.head_dim
+    width, features = memory.head_dim, lifted(memory)
     if memory.memory == "linear":
-        return ((width, width),)
-    return (width, memory.expansion * width), (memory.expansion * width, width)
+        return ((width, features),)
+    hidden = memory.expansion * width
+    return ((width, hidden), *([(hidden, features)] * (2 if memory.memory == "gated_mlp" else 1)))
 
 
-def gate_starts(memory: MemoryConfig) -> list[float]:
-    """Start logits of one head's gates, in the order in which `AtlasMixer` reads them: alpha, eta, theta, gamma."""
-    starts = [memory.alpha_start, 1.0 / ETA_HEADROOM]
+def gate_starts(memory: MemoryConfig) -> dict[str, list[float]]:
+    """Start logits of one head's gates, in the order in which `AtlasMixer` reads them."""
+    starts = {}
+    if memory.retention:
+        starts["alpha"] = [memory.alpha_start]
+    starts["eta"] = [1.0 / ETA_HEADROOM]
     if memory.momentum:
-        starts.append(memory.theta_start)
-    starts += [memory.gamma_start] * (memory.window if memory.omega_gates == "pair" else 1)
-    return [math.log(p / (1.0 - p)) for p in starts]
+        starts["theta"] = [memory.theta_start]
+    if memory.omega_gates != "none":
+        starts["gamma"] = [memory.gamma_start] * (memory.window if memory.omega_gates == "pair" else 1)
+    return {name: [math.log(p / (1.0 - p)) for p in values] for name, values in starts.items()}
+
+
+def gate_count(memory: MemoryConfig) -> int:
+    """Gates of one head."""
+    return sum(map(len, gate_starts(memory).values()))
+
+
+def coefficient_count(memory: MemoryConfig) -> int:
+    """Learned numbers of one head's feature map or kernel."""
+    if memory.kernel != "lifted":
+        return 1  # the kernel's scale
+    return 0 if memory.feature_map == "identity" else memory.degree + 1
 
 
 def memory_flops(memory: MemoryConfig, tokens: int) -> float:
     """Matrix-product FLOPs of one memory layer's inner loop over whole chunks of `tokens` tokens, forward.
 
     A chunk of C tokens has I = C + window - 1 sources, its own and its halo's; one head, matrices m x n:
-    * the gradients' factors at the anchor: x W2^T, h W1^T, e W1 for each source (linear: x W^T);
+    * the gradients' factors at the anchor: `_factor_passes` products of 2 I m n a matrix;
     * the read of the chunk's start weights: 2 C m n a matrix;
-    ns_steps = 0: the momentum coefficients, two products C x C x I (times theta, times alpha and eta); the read
-    of the start momentum, 2 C m n, and of the sources, 2 C I (m + n); their sum into the next weights and the
-    next momentum, 2 I m n each.
+    ns_steps = 0: the momentum coefficients, two products C x C x I (times theta, times alpha and eta; one without
+    momentum); the read of the start momentum, 2 C m n, and of the sources, 2 C I (m + n); their sum into the next
+    weights and the next momentum, 2 I m n each.
     ns_steps > 0, at K = C / ns_period writes: coefficients K x C x I; the momentum at each write, 2 I m n;
     Newton-Schulz; the read of the writes by the tokens from the first one on, 2 m n a pair, and their sum.
+    The delta rule and the exponential kernels have forms of their own.
     """
+    rule = memory.rule()
+    if rule.delta:
+        return _delta_flops(memory, tokens)
+    if rule.dual:
+        return _dual_flops(memory, tokens)
     chunk, sources = memory.chunk, memory.chunk + memory.window - 1
-    shapes = weight_shapes(memory)
-    rows, cols = shapes[0]
-    flops = 2.0 * sources * rows * cols * (1 if memory.memory == "linear" else 3)
-    if memory.ns_steps == 0:
-        flops += 4 * chunk * chunk * sources
-    else:
-        writes = chunk // memory.ns_period
-        readers = chunk - memory.ns_period + 1
-        flops += 2 * writes * chunk * sources
-    for m, n in shapes:
-        flops += 2 * chunk * m * n
+    momenta, writes = int(memory.momentum), chunk // memory.ns_period
+    readers = chunk - memory.ns_period + 1
+    flops = 2.0 * (writes if memory.ns_steps else (1 + momenta) * chunk) * chunk * sources
+    for j, (m, n) in enumerate(weight_shapes(memory)):
+        flops += 2 * sources * m * n * _factor_passes(memory, j) + 2 * chunk * m * n
         if memory.ns_steps == 0:
-            flops += 2 * chunk * m * n + 2 * chunk * sources * (m + n) + 4 * sources * m * n
+            flops += 2 * momenta * chunk * m * n + 2 * chunk * sources * (m + n) + 2 * (1 + momenta) * sources * m * n
         else:
             flops += writes * (2 * sources * m * n + newton_schulz_flops(m, n, memory.ns_steps) + 2 * m * n)
             flops += 2 * writes * readers * (m * n + m)
     return flops * memory.heads * tokens / chunk
+
+
+def _factor_passes(memory: MemoryConfig, j: int) -> int:
+    """How often matrix j meets every source for the gradients' factors: x W2^T (x W3^T), h W1^T, e W1; linear: x W^T.
+
+    The dot loss needs no output of the memory, but where it passes through the output norm.
+    """
+    output = memory.loss == "l2" or memory.norm == "layer"
+    if memory.memory == "linear":
+        return int(output)
+    return 1 + int(output) if j == 0 else 1
+
+
+def _dual_flops(memory: MemoryConfig, tokens: int) -> float:
+    """As `memory_flops`; a layer on the lifted input reads the P cached sources besides, 2 P (m + n) for each source
+    and token, and is not summed into a matrix. Halos are as long as there are tokens before, P grows by I a chunk."""
+    chunk, cached, flops = memory.chunk, 0, 0.0
+    for start in range(0, tokens, chunk):
+        sources = chunk + min(memory.window - 1, start)
+        flops += 2.0 * chunk * chunk * sources
+        for j, (m, n) in enumerate(weight_shapes(memory)):
+            flops += 2 * sources * m * n * _factor_passes(memory, j) + 2 * chunk * m * n
+            flops += 2 * chunk * sources * (m + n)
+            if memory.memory == "linear" or j > 0:
+                flops += 2 * (sources * _factor_passes(memory, j) + chunk) * cached * (m + n)
+            else:
+                flops += 2 * sources * m * n
+        cached += sources
+    return flops * memory.heads
+
+
+def lift_flops(memory: MemoryConfig) -> float:
+    """Products of the feature map for one token's query and key: a sketch's, one for each factor of each degree."""
+    if memory.feature_map != "sketch":
+        return 0.0
+    factors = sum(range(2, memory.degree + 1))
+    return 2 * 2.0 * memory.heads * memory.head_dim * memory.sketch_width * factors
+
+
+def _delta_flops(memory: MemoryConfig, tokens: int) -> float:
+    """Blocks of 64 tokens: keys and queries with keys, the triangular system, four products with the state."""
+    ((value, key),) = weight_shapes(memory)
+    block = min(64, tokens)
+    inner = 4 * block * block * key + block * block * (value + key) + 2 * block * block * value
+    return memory.heads * tokens / block * (inner + 6 * block * key * value)
 
 
 def newton_schulz_flops(m: int, n: int, steps: int) -> float:

@@ -32,12 +32,12 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: MemoryState
     """Arguments as in `omega_memory` for a rule with `rule.delta`."""
     batch, tokens, heads, _ = q.shape
     step = (gates.eta * (gates.gamma.squeeze(-1) if gates.pair else gates.gamma)).unsqueeze(-1)
-    parts, weights = [], state.weights[0].flatten(0, 1)
-    for piece in zip(*(t.split(BLOCK * HELD_EVERY, 1) for t in (q, k, v, step, gates.alpha.unsqueeze(-1))), strict=True):
+    parts, weights, inputs = [], state.weights[0].flatten(0, 1), (q, k, v, step, gates.alpha.unsqueeze(-1))
+    for q, k, v, step, alpha in zip(*(t.split(BLOCK * HELD_EVERY, 1) for t in inputs), strict=True):
         if torch.is_grad_enabled() and tokens > BLOCK * HELD_EVERY:
-            y, weights = checkpoint(_scan, *piece, weights, use_reentrant=False, preserve_rng_state=False)
+            y, weights = checkpoint(_scan, q, k, v, step, alpha, weights, use_reentrant=False, preserve_rng_state=False)
         else:
-            y, weights = _scan(*piece, weights)
+            y, weights = _scan(q, k, v, step, alpha, weights)
         parts.append(y.unflatten(0, (batch, heads)).transpose(1, 2))
     after = (weights.unflatten(0, (batch, heads)),)
     return torch.cat(parts, 1), MemoryState(

@@ -3,9 +3,9 @@
 phi*(q) . phi*(k) = exp(q . k) has no finite phi*, so the layers that act on the lifted input are sums over what was
 written: after the decays and the gradients' factors d_i of the sources x_i,
 
-    W_t phi*(q) = beta_t W_0 q - sum_i C[t,i] d_i exp(q . x_i)        start weights: on phi*'s first-order part, q itself
+    W_t phi*(q) = beta_t W_0 q - sum_i C[t,i] d_i exp(q . x_i)     start weights: on phi*'s first-order part, q itself
 
-which is causal attention over a growing cache of (x_i, C d_i), a chunk at a time: scores are [tokens of a chunk, cache].
+which is causal attention over a growing cache of (x_i, C d_i), a chunk at a time: scores are [tokens of a chunk, P].
 `softmax` divides the sum by sum_i C[t,i] exp(q . x_i); with a linear memory, the dot loss and alpha = 1 that is softmax
 attention. The layers behind, over the hidden width, are ordinary matrices. k = 0 and no momentum.
 
@@ -210,9 +210,9 @@ def omega_memory_dual(
         stop = min(start + rule.chunk, total)
         before = min(rule.window - 1, halo + start)
         own, sources = slice(start, stop), slice(halo + start - before, halo + stop)
-        part = (queries[:, own], read_residuals[:, own], keys[:, sources], values[:, sources], residuals[:, sources])
-        part += (alpha[:, own], eta[:, own], gamma[:, own] if pair else gamma[:, sources])
-        arguments = (rule, pair, before, [flat(t) for t in part], matrices, cache)
+        part = [queries[:, own], read_residuals[:, own], keys[:, sources], values[:, sources], residuals[:, sources]]
+        part += [alpha[:, own], eta[:, own], gamma[:, own] if pair else gamma[:, sources]]
+        arguments = (rule, pair, before, list(map(flat, part)), matrices, cache)
         if torch.is_grad_enabled() and total > rule.chunk:
             y, after, entry = checkpoint(_step, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -123,7 +123,7 @@ class GatedMlp(Mlp):
         return self.output(reader.narrow(0, h), r)
 
 
-FACTORED = {"linear": Linear, "mlp": Mlp, "gated_mlp": GatedMlp}
+FACTORED: dict[str, type[Linear] | type[Mlp]] = {"linear": Linear, "mlp": Mlp, "gated_mlp": GatedMlp}
 
 
 def memory_of(rule: MemoryRule) -> Memory:

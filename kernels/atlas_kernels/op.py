@@ -34,8 +34,9 @@ def omega_memory(
 ) -> tuple[Tensor, State]:
     """Write every token into the memory and read it back with the token's query (paper Eqs 9, 32, 33).
 
-    q, k [B, T, H, D] lifted (plain for the exponential kernels); v [B, T, H, V]; gates: see `Gates`. weights: the start weights of each head,
-    [H, V, D] (linear), [H, V, F], [H, F, D] (mlp) or [H, V, F], [H, F, D], [H, F, D] (gated_mlp), shared by all sequences; not read when `state` is given.
+    q, k [B, T, H, D] lifted (plain for the exponential kernels); v [B, T, H, V]; gates: see `Gates`. weights: the
+    start weights of each head, [H, V, D] (linear), [H, V, F], [H, F, D] (mlp) or [H, V, F] and twice [H, F, D]
+    (gated_mlp), shared by all sequences; not read when `state` is given.
     state: where an earlier call stopped; op(prefix) then op(suffix, state) equals op(whole) at any cut.
     residual: the r of a deep memory for queries and keys, [B, T, H, V] each; None is the lifted input itself (D = V).
     impl: "reference" (token by token), "chunked" (matrix products), "auto".
@@ -69,8 +70,12 @@ def omega_memory(
         state = state.map(cast)
     gates = Gates(cast(gates.alpha), cast(gates.eta), cast(gates.theta), cast(gates.gamma))
     residual = None if residual is None else (cast(residual[0]), cast(residual[1]))
-    implementation = omega_memory_dual if rule.dual else IMPLEMENTATIONS[_choose(impl)]
-    y, after = implementation(cast(q), cast(k), cast(v), gates, rule, state, residual)
+    arguments = (cast(q), cast(k), cast(v), gates, rule)
+    after: State
+    if isinstance(state, DualState):
+        y, after = omega_memory_dual(*arguments, state, residual)
+    else:
+        y, after = IMPLEMENTATIONS[_choose(impl)](*arguments, state, residual)
     return y.to(q.dtype), after
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from problems import compare, TOLERANCE, assert_close, gradients, problem, relative_rms, state_tensors
+from problems import TOLERANCE, assert_close, compare, gradients, problem, relative_rms, state_tensors
 
 from atlas_kernels import Gates, MemoryRule, chunked, omega_memory
 from atlas_kernels.chunked import cut

@@ -1,4 +1,4 @@
-"""The family of MATH section 6: every member reference = chunked, and the special cases against formulas of their own."""
+"""The family of memories: every member reference = chunked, and the special cases against formulas of their own."""
 
 import itertools
 
@@ -42,8 +42,8 @@ def test_any_cut_gives_the_whole(loss, writes):
 
 def fixed(p, **gates):
     """The problem's gates with some set to one number."""
-    values = {name: torch.full_like(gate, gates[name]) if name in gates else gate for name, gate in vars(p.gates).items()}
-    return Gates(**values)
+    own = vars(p.gates)
+    return Gates(**{name: torch.full_like(own[name], gates[name]) if name in gates else own[name] for name in own})
 
 
 def test_a_linear_memory_with_the_dot_loss_is_gated_linear_attention():

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from atlas_kernels import Gates, MemoryState, omega_memory
 from atlas_megatron.config import MemoryConfig
+from atlas_megatron.presets import PRESETS
 from layouts import SMALL
 from single_mixer import build_mixer
 
 MEMORIES = {
-    "atlas": SMALL.memory,
+    **{name: replace(SMALL.memory, **PRESETS[name]) for name in PRESETS},
     "source gates": replace(SMALL.memory, omega_gates="source"),
-    "omeganet": replace(SMALL.memory, ns_steps=0, ns_period=1, momentum=False),
+    "taylor": replace(SMALL.memory, feature_map="taylor"),
+    "sketch": replace(SMALL.memory, feature_map="sketch", sketch_width=16),
+    "softmax": replace(SMALL.memory, **PRESETS["swdt"] | {"kernel": "softmax"}),
     "linear": replace(SMALL.memory, memory="linear", norm="none", feature_map="identity"),
 }
 

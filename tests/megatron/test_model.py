@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from atlas_megatron.config import Config, MemoryConfig
+from atlas_megatron.presets import PRESETS
 from layouts import LAYOUTS, SMALL, free_port, load_step_save, run_layouts
 
 MEMORIES = {
@@ -20,11 +22,18 @@ MEMORIES = {
     "no newton-schulz": replace(SMALL.memory, ns_steps=0, ns_period=1),
     "no momentum": replace(SMALL.memory, ns_steps=0, ns_period=1, momentum=False),
     "linear": replace(SMALL.memory, memory="linear", norm="none", feature_map="identity"),
+    **{name: replace(SMALL.memory, **PRESETS[name]) for name in PRESETS},
+    "taylor": replace(SMALL.memory, feature_map="taylor", head_dim=4),
+    "sketch": replace(SMALL.memory, memory="linear", norm="none", feature_map="sketch", sketch_width=9, degree=3),
+    "softmax": replace(SMALL.memory, **PRESETS["dot"] | {"kernel": "softmax"}),
     "linear, no newton-schulz": replace(SMALL.memory, memory="linear", norm="none", ns_steps=0, ns_period=1),
 }
 
-# A product that torch's counter does not know.
-IN_PLACE = {torch.ops.aten.baddbmm_: lambda c, a, b, **rest: 2 * a[0] * a[1] * a[2] * b[2]}
+# Products that torch's counter does not know.
+UNCOUNTED = {
+    torch.ops.aten.baddbmm_: lambda c, a, b, **rest: 2 * a[0] * a[1] * a[2] * b[2],
+    torch.ops.aten.linalg_solve_triangular: lambda a, b, **rest: math.prod(a) * b[-1],
+}
 
 
 def build(config: Config) -> torch.nn.Module:
@@ -92,7 +101,7 @@ def test_closed_forms_match_the_built_model(memory: MemoryConfig) -> None:
     config = replace(SMALL, model=replace(SMALL.model, pattern="MM-"), memory=memory)
     tokens = torch.zeros(1, 32, dtype=torch.int64)
     model = build(config)
-    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter, torch.no_grad():
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter, torch.no_grad():
         model(tokens, None, None)
     flops = flops_per_token(config)
     assert flops.forward == pytest.approx(counter.get_total_flops() / 32, rel=0.02)

@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 
+from atlas_megatron.config import MemoryConfig
+from atlas_megatron.presets import PRESETS
 from atlas_megatron.streaming import StreamContext, generate, read
 from layouts import SMALL
 
 CUTS = {"halves": [25, 20], "in and between chunks": [1, 7, 8, 13, 16], "token by token": [1] * 45}
 
 
-def build(pattern: str, dtype: torch.dtype) -> Any:
+def build(pattern: str, dtype: torch.dtype, memory: MemoryConfig = SMALL.memory) -> Any:
     from atlas_megatron.model import build_model
 
-    model = build_model(replace(SMALL, model=replace(SMALL.model, pattern=pattern)))
+    model = build_model(replace(SMALL, model=replace(SMALL.model, pattern=pattern), memory=memory))
     model.config.params_dtype = dtype
     with torch.no_grad():
         for parameter in model.to(dtype).parameters():
@@ -48,6 +50,18 @@ def test_pieces_give_the_logits_of_the_whole(
         pieces = torch.cat([read(model, piece, context) for piece in tokens.split(lengths, 1)], 1)
     assert whole.dtype == dtype
     torch.testing.assert_close(pieces, whole, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.usefixtures("single_process_megatron")
+def test_every_preset_reads_in_pieces(preset: str) -> None:
+    model = build("M-", torch.float64, replace(SMALL.memory, **PRESETS[preset]))
+    tokens = torch.randint(64, (2, 29), generator=torch.Generator().manual_seed(2))
+    context = StreamContext()
+    with torch.no_grad():
+        whole = model(tokens, None, None)
+        pieces = torch.cat([read(model, piece, context) for piece in tokens.split([1, 10, 16, 1, 1], 1)], 1)
+    torch.testing.assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.usefixtures("single_process_megatron")

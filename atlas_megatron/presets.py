@@ -1,0 +1,38 @@
+"""The members of the family by name: what `memory.preset` sets. One row of the definition's table each.
+
+A preset names only what makes the member; widths, heads and starts stay as they are. It is applied before the other
+keys of its source, so that a key beside it wins, and a preset on the command line wins over the file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_OMEGA = {"window": 16, "omega_gates": "pair"}
+_ONLINE = {"window": 1, "omega_gates": "none"}
+_NEWTON_SCHULZ = {"momentum": True, "ns_steps": 5}
+_MOMENTUM = {"momentum": True, "ns_steps": 0, "ns_period": 1}
+_PLAIN = {"momentum": False, "ns_steps": 0, "ns_period": 1}
+_DEEP = {"memory": "mlp", "norm": "layer"}
+_LINEAR = {"memory": "linear", "norm": "none"}
+_POLYNOMIAL = {"kernel": "lifted", "feature_map": "hadamard", "degree": 2}
+_IDENTITY = {"kernel": "lifted", "feature_map": "identity"}
+_EXPONENTIAL = {"kernel": "exponential", "feature_map": "identity"}
+_L2 = {"loss": "l2", "retention": True, "step_in_momentum": False}
+_DOT = {**_L2, "loss": "dot"}
+_KEEPS_ALL = {**_L2, "retention": False}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "atlas": {**_DEEP, **_L2, **_OMEGA, **_NEWTON_SCHULZ, **_POLYNOMIAL},
+    "atlas++": {**_DEEP, **_L2, **_OMEGA, **_NEWTON_SCHULZ, **_POLYNOMIAL, "memory": "gated_mlp"},
+    "omeganet": {**_DEEP, **_L2, **_OMEGA, **_PLAIN, **_POLYNOMIAL},
+    "titans": {**_DEEP, **_L2, **_ONLINE, **_MOMENTUM, **_IDENTITY, "step_in_momentum": True},
+    "ttt": {**_DEEP, **_KEEPS_ALL, **_ONLINE, **_PLAIN, **_IDENTITY},
+    # Steps between 0 and 1: with keys of length 1, the whole error at most.
+    "delta": {**_LINEAR, **_KEEPS_ALL, **_ONLINE, **_PLAIN, **_IDENTITY, "chunk": 1, "eta_start": 0.1},
+    "dla": {**_DEEP, **_DOT, **_ONLINE, **_PLAIN, **_POLYNOMIAL},
+    "swla": {**_LINEAR, **_DOT, **_OMEGA, **_PLAIN, **_POLYNOMIAL},
+    "deep_transformer": {**_DEEP, **_DOT, **_ONLINE, **_PLAIN, **_EXPONENTIAL},
+    "swdt": {**_DEEP, **_DOT, **_OMEGA, **_PLAIN, **_EXPONENTIAL},
+    "dot": {**_DEEP, **_L2, **_OMEGA, **_PLAIN, **_EXPONENTIAL},
+}
