@@ -22,6 +22,8 @@ LAYERS = {
     "M": "memory",
     "*": "sliding-window attention",
     "F": "full attention",
+    "A": "memory as a gate",
+    "C": "memory as a context",
     "-": "MLP",
 }
 
@@ -38,7 +40,8 @@ class RunConfig:
 class ModelConfig:
     """The stack around the mixers (Llama-style: pre-RMSNorm, SwiGLU)."""
 
-    # One symbol a layer: M memory, * sliding-window attention, F full attention, - SwiGLU MLP; | pipeline cut.
+    # One symbol a layer: M memory, * sliding-window attention, F full attention, A memory as a gate of sliding-window
+    # attention (MAG), C memory as a context of attention (MAC), - SwiGLU MLP; | pipeline cut. M-*- is MAL.
     pattern: str = "M-M-*-M-"
     hidden_size: int = 256
     ffn_hidden_size: int = 704
@@ -97,12 +100,14 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Sliding-window attention of every `*` layer."""
+    """Attention of every `*`, `F`, `A` and `C` layer; `F` sees everything before a token."""
 
     heads: int = 4
     head_dim: int = 64
-    window: int = 128  # tokens a query sees, itself included
+    window: int = 128  # tokens a query of `*` and `A` sees, itself included
     rotary_base: float = 10000.0
+    persistent: int = 0  # learned tokens that every query sees besides
+    segment: int = 128  # tokens of one segment of `C`, which attends within them and reads the memory before them
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def _check_ranges(config: Config) -> None:
     positive = [
         (model, "model", ("hidden_size", "ffn_hidden_size", "vocab_size", "seq_length", "norm_epsilon", "init_std")),
         (memory, "memory", ("heads", "head_dim", "expansion", "degree", "conv_size", "gate_rank", "eta_sum")),
-        (attention, "attention", ("heads", "head_dim", "window", "rotary_base")),
+        (attention, "attention", ("heads", "head_dim", "window", "rotary_base", "segment")),
         (train, "train", ("steps", "global_batch", "micro_batch", "lr", "adam_eps", "log_every", "stats_every")),
         (config.checkpoint, "checkpoint", ("every", "keep")),
         (config.parallel, "parallel", ("tensor", "pipeline", "context")),
@@ -45,6 +45,8 @@ def _check_ranges(config: Config) -> None:
     for key in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(train, key) < 1:
             raise ValueError(f"train.{key}={getattr(train, key)} must lie in [0, 1)")
+    if attention.persistent < 0:
+        raise ValueError(f"attention.persistent={attention.persistent} must be 0 or more")
     if memory.eta_start < 0:
         raise ValueError(f"memory.eta_start={memory.eta_start} must be 0 (derived) or more")
     if train.min_lr > train.lr:
@@ -80,9 +82,9 @@ def _check_parallel(config: Config, world_size: int) -> None:
             f"{parallel.pipeline}; put {parallel.pipeline - 1} cuts '|' between its layers"
         )
     split = [("model.ffn_hidden_size", config.model.ffn_hidden_size), ("model.vocab_size", config.model.vocab_size)]
-    if "M" in config.model.pattern:
+    if set("MAC") & set(config.model.pattern):
         split.append(("memory.heads", config.memory.heads))
-    if set("*F") & set(config.model.pattern):
+    if set("*FAC") & set(config.model.pattern):
         split.append(("attention.heads", config.attention.heads))
     if parallel.sequence:
         split.append(("model.seq_length", config.model.seq_length))
@@ -103,10 +105,24 @@ def _check_model(config: Config) -> None:
         )
     if not all(pattern.split("|")):
         raise ValueError(f"model.pattern={pattern!r} has a stage without layers; put layers on both sides of every '|'")
-    if "M" in pattern:
+    if set("MAC") & set(pattern):
         _check_memory(config)
-    if set("*F") & set(pattern) and config.attention.head_dim % 2:
-        raise ValueError(f"attention.head_dim={config.attention.head_dim} is odd; rotary needs an even size")
+    _check_attention(config)
+
+
+def _check_attention(config: Config) -> None:
+    attention, pattern = config.attention, config.model.pattern
+    if not set("*FAC") & set(pattern):
+        if attention.persistent:
+            raise ValueError(
+                f"attention.persistent={attention.persistent} but model.pattern={pattern!r} has no attention to see "
+                "them; add *, F, A or C layers, or set attention.persistent=0"
+            )
+        return
+    if attention.head_dim % 2:
+        raise ValueError(f"attention.head_dim={attention.head_dim} is odd; rotary needs an even size")
+    if "C" in pattern and config.parallel.sequence:
+        raise ValueError("parallel.sequence=true with C layers, which read segment after segment; set it false")
 
 
 def _check_memory(config: Config) -> None:

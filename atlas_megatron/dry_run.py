@@ -57,6 +57,9 @@ def _activations(config: Config, size: int) -> float:
         "*": 5 * config.attention.heads * config.attention.head_dim * size / tensor,
         "-": 3 * model.ffn_hidden_size * size / tensor,
     }
+    inside["A"] = inside["M"] + inside["*"] + 2 * model.hidden_size * size
+    # C: the read besides, with its own keys and values.
+    inside["C"] = inside["A"] + (2 * width * 4 + 2 * config.attention.heads * config.attention.head_dim * size) / tensor
     around = 2 * model.hidden_size * size / (tensor if config.parallel.sequence else 1)
     # 1F1B: the first stage holds as many micro-batches as there are stages, each with one stage's layers.
     layers = layers_of(config)
@@ -78,7 +81,7 @@ def _memory_state(config: Config) -> float:
     value = memory.head_dim
     matrices = value * value if memory.memory == "linear" else 2 * value * memory.expansion * value
     borders = math.isqrt(model.seq_length // memory.chunk) + 1
-    layers = max(stage.count("M") for stage in model.pattern.split("|"))
+    layers = max(sum(symbol in "MAC" for symbol in stage) for stage in model.pattern.split("|"))
     heads = memory.heads / config.parallel.tensor
     return layers * borders * config.train.micro_batch * heads * 3 * matrices * 4
 

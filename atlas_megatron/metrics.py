@@ -174,7 +174,8 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, fl
 def mean_measurements(records: list[Record]) -> dict[str, float]:
     """Each measurement of the last measured step, averaged over the memory layers."""
     layers = next((list(r["layers"].values()) for r in reversed(records) if r.get("layers")), [])
-    return {name: fmean(layer[name] for layer in layers) for name in (layers[0] if layers else ())}
+    names = dict.fromkeys(name for layer in layers for name in layer)
+    return {name: fmean(layer[name] for layer in layers if name in layer) for name in names}
 
 
 def summary_table(records: list[Record], parameters: int) -> Table:

@@ -108,7 +108,7 @@ class Trainer:
         start = time.perf_counter()
         train, trained = self.config.train, self.trained
         batches = [next(self._batches) for _ in range(_micro_batches(self.config, train.global_batch))]
-        measures = "M" in self.config.model.pattern and (step == 1 or step % train.stats_every == 0)
+        measures = bool(set("MAC") & set(self.config.model.pattern)) and (step == 1 or step % train.stats_every == 0)
         mixers = _measured(trained.model) if measures else []
         for _, mixer in mixers:
             mixer.measure = True
@@ -162,10 +162,10 @@ class Trainer:
 
     def _measurements(self, step: int, mixers: list[tuple[int, Any]]) -> dict[str, dict[str, float]]:
         """What every memory layer measured, by layer number, averaged over the processes that hold a part of it."""
-        own = {}
+        own: dict[int, dict[str, float]] = {}
         for number, mixer in mixers:
             mixer.measure = False
-            own[number] = {name: value.item() for name, value in mixer.measurements.items()}
+            own.setdefault(number, {}).update({name: value.item() for name, value in mixer.measurements.items()})
         everywhere: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everywhere, own)
         merged = {}

@@ -2,10 +2,13 @@
 
 from atlas_megatron.mixers.attention import FullAttention, SlidingWindowAttention
 from atlas_megatron.mixers.base import Mixer
+from atlas_megatron.mixers.hybrid import MemoryAsContext, MemoryAsGate
 from atlas_megatron.mixers.memory import AtlasMixer
 
 MIXERS: dict[str, type[Mixer]] = {
     "M": AtlasMixer,
     "*": SlidingWindowAttention,
     "F": FullAttention,
+    "A": MemoryAsGate,
+    "C": MemoryAsContext,
 }

@@ -42,6 +42,10 @@ class SlidingWindowAttention(Mixer):
         width = attention.heads * attention.head_dim
         self.linear_qkv = linears.column(hidden, 3 * width, self.config, self.tp_group)
         self.linear_out = linears.row(width, hidden, self.config, self.tp_group)
+        self.persistent = None
+        if attention.persistent:
+            drawn = torch.empty(attention.heads, 2, attention.persistent, attention.head_dim).normal_()
+            self.persistent = self.by_head(drawn)
 
     @staticmethod
     def reach(settings: Config) -> int | None:
@@ -50,20 +54,20 @@ class SlidingWindowAttention(Mixer):
 
     @classmethod
     def num_params(cls, settings: Config) -> int:
-        return 4 * settings.model.hidden_size * settings.attention.heads * settings.attention.head_dim
+        attention = settings.attention
+        width = attention.heads * attention.head_dim
+        return 4 * settings.model.hidden_size * width + 2 * attention.persistent * width
 
     @classmethod
     def flops_per_token(cls, settings: Config) -> tuple[float, float]:
-        """Four projections, and 4 x width for each key that a query sees: min(t, window) of them at token t."""
+        """Four projections, and 4 x width for each key that a query sees: min(t, window) at token t, and persistent."""
         attention, model = settings.attention, settings.model
         seen = min(cls.reach(settings) or model.seq_length, model.seq_length)
-        keys = seen - seen * (seen - 1) / 2 / model.seq_length
+        keys = seen - seen * (seen - 1) / 2 / model.seq_length + attention.persistent
         return attention.heads * attention.head_dim * (8 * model.hidden_size + 4 * keys), 0.0
 
     def mix(self, hidden_states: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState]:
-        qkv, _ = self.linear_qkv(hidden_states)
-        q, k, v = qkv.unflatten(-1, (-1, 3, self.head_dim)).permute(3, 1, 2, 0, 4).unbind(0)  # [B, H, T, K] each
-
+        q, k, v = self.heads_of(hidden_states)
         position = state.position if state else 0
         rotation = rotary(position, q.shape[2], self.head_dim, self.rotary_base, q.device)
         q, k = rotate(q, rotation), rotate(k, rotation)
@@ -71,8 +75,21 @@ class SlidingWindowAttention(Mixer):
             k, v = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
         kept = max(0, k.shape[2] - self.window + 1) if self.window else 0
         after = AttentionState(k[:, :, kept:], v[:, :, kept:], position + q.shape[2])
-        y = banded_attention(q, k, v, self.window) if self.window else causal_attention(q, k, v)
-        return self.linear_out(y.permute(2, 0, 1, 3).flatten(2))[0], after
+        if self.window:
+            y = banded_attention(q, k, v, self.window, self.persistent)
+        else:
+            y = causal_attention(q, k, v, self.persistent)
+        return self.projected(y), after
+
+    def heads_of(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, B, hidden] -> q, k, v [B, H, T, K], not rotated."""
+        qkv, _ = self.linear_qkv(hidden_states)
+        q, k, v = qkv.unflatten(-1, (-1, 3, self.head_dim)).permute(3, 1, 2, 0, 4).unbind(0)
+        return q, k, v
+
+    def projected(self, y: Tensor) -> Tensor:
+        """[B, H, T, K] -> [T, B, hidden]."""
+        return self.linear_out(y.permute(2, 0, 1, 3).flatten(2))[0]
 
 
 class FullAttention(SlidingWindowAttention):
@@ -99,21 +116,35 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of q [B, H, T, K] to k, v [B, H, P+T, K], the last T of which are the queries' own tokens."""
-    if q.shape[2] == k.shape[2]:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, persistent: Tensor | None = None) -> Tensor:
+    """Attention of q [B, H, T, K] to k, v [B, H, P+T, K], the last T of which are the queries' own tokens.
+
+    persistent [H, 2, n, K]: keys and values that every query sees besides.
+    """
+    if q.shape[2] == k.shape[2] and persistent is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    return attend(q, k, v, seen, persistent)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, persistent: Tensor | None) -> Tensor:
+    """Attention of q [..., H, T, K] to the keys [..., H, R, K] that `seen` [..., T, R] allows, and to `persistent`."""
+    if persistent is not None:
+        keys, values = persistent.to(q.dtype).unbind(1)
+        k = torch.cat([keys.expand(*k.shape[:-2], -1, -1), k], -2)
+        v = torch.cat([values.expand(*v.shape[:-2], -1, -1), v], -2)
+        seen = F.pad(seen, (persistent.shape[2], 0), value=True)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
 
-def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, persistent: Tensor | None = None) -> Tensor:
     """Attention of q [B, H, T, K] to the `window` keys that end at each query's own; k, v [B, H, P+T, K].
 
     The last T keys are the queries' own tokens. Queries are taken in blocks of L = min(window, T): each
     needs only the W-1+L keys up to its end, so that masks and scores grow with T x W, not with T x T.
+    persistent [H, 2, n, K]: keys and values that every query sees besides.
     """
-    heads, tokens, before = q.shape[1], q.shape[2], k.shape[2] - q.shape[2]
+    tokens, before = q.shape[2], k.shape[2] - q.shape[2]
     length = min(window, tokens)
     blocks = -(-tokens // length)
     # One block reads from the first key there is; several must all look back equally far.
@@ -126,11 +157,11 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     key = torch.arange(reach + length, device=q.device) - reach
     band = (key <= query) & (key > query - window)
     start = torch.arange(0, blocks * length, length, device=q.device)[:, None, None]
-    mask = band & (start + key >= -before)  # no key before the first
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
-    return y.unflatten(1, (-1, heads)).movedim(0, 2).flatten(2, 3)[:, :, :tokens]
+    seen = band & (start + key >= -before)  # no key before the first
+    y = attend(q, k, v, seen[:, None, None], persistent)
+    return y.movedim(0, 2).flatten(2, 3)[:, :, :tokens]
 
 
 def _in_blocks(x: Tensor, size: int, step: int) -> Tensor:
-    """[B, H, T, K] -> the blocks of `size` tokens that begin `step` apart, [blocks, B*H, size, K]."""
-    return x.unfold(2, size, step).movedim(2, 0).mT.flatten(1, 2)
+    """[B, H, T, K] -> the blocks of `size` tokens that begin `step` apart, [blocks, B, H, size, K]."""
+    return x.unfold(2, size, step).movedim(2, 0).mT

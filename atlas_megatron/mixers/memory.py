@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from atlas_kernels import Gates, MemoryState, State, initial_coefficients, lift, omega_memory
+from atlas_kernels import Gates, MemoryState, State, initial_coefficients, lift, omega_memory, read_memory
 from atlas_megatron.config import Config
 from atlas_megatron.mixers.base import Mixer, wide
+from atlas_megatron.mixers.convolution import convolved, initial_taps
 from atlas_megatron.mixers.linears import MixerLinears
 from atlas_megatron.mixers.memory_layout import (
     ETA_HEADROOM,
@@ -25,6 +26,7 @@ from atlas_megatron.mixers.memory_layout import (
     gate_count,
     gate_starts,
     lift_flops,
+    lifted,
     memory_flops,
     weight_shapes,
 )
@@ -90,9 +92,7 @@ class AtlasMixer(Mixer):
         config.init_method(down)
         self.gate_down = self.on_every_rank(down)
 
-        bound = memory.conv_size**-0.5
-        taps = torch.empty(memory.heads, 3 * memory.head_dim, memory.conv_size).uniform_(-bound, bound)
-        self.convolution = self.by_head(taps)
+        self.convolution = self.by_head(initial_taps(memory.heads, memory.head_dim, memory.conv_size))
         starts = [logit for logits in gate_starts(memory).values() for logit in logits]
         self.gate_bias = self.by_head(torch.tensor(starts).repeat(memory.heads, 1))
         coefficients = initial_coefficients(memory.feature_map, memory.degree)
@@ -114,7 +114,7 @@ class AtlasMixer(Mixer):
         projected = self.linear_qkvg(hidden_states)[0].transpose(0, 1)  # Megatron's [T, B, D]: [B, T, D] from here
         qkv, branch = projected.unflatten(-1, (-1, 4, self.memory.head_dim)).split((3, 1), dim=-2)
         gates = self._gates(hidden_states)
-        q, k, v, tail = self._convolved(qkv, state.tail if state else None)
+        q, k, v, tail = convolved(qkv, self.convolution, state.tail if state else None)
         y, after = self._memory(q, k, v, gates, state.memory if state else None)
         if self.measure:
             self._measure(k, v, gates, state.memory if state else None, after)
@@ -122,16 +122,6 @@ class AtlasMixer(Mixer):
         y = F.rms_norm(y, y.shape[-1:], eps=self.config.layernorm_epsilon) * self.norm_gain.to(y.dtype)
         y = y.to(branch.dtype) * F.silu(branch.squeeze(-2))
         return self.linear_out(y.flatten(2).transpose(0, 1).contiguous())[0], AtlasState(after, tail)  # [T, B, D]
-
-    def _convolved(self, qkv: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """[B, T, H, 3, K] -> q and k of length 1, v, [B, T, H, K] each, at least float32; the tail for what follows."""
-        before = self.memory.conv_size - 1
-        channels = qkv.flatten(2).transpose(1, 2)
-        channels = F.pad(channels, (before, 0)) if tail is None else torch.cat([tail, channels], -1)
-        taps = self.convolution.reshape(-1, 1, self.memory.conv_size)
-        mixed = F.silu(F.conv1d(channels, taps, groups=channels.shape[1]))
-        q, k, v = wide(mixed.transpose(1, 2)).unflatten(-1, qkv.shape[2:]).unbind(-2)
-        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, channels[..., channels.shape[-1] - before :]
 
     def _gates(self, hidden_states: Tensor) -> Gates:
         """The gates of every token [B, T, H], at least float32: sigmoids, eta scaled to its bound."""
@@ -158,20 +148,35 @@ class AtlasMixer(Mixer):
 
     def _memory(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State | None) -> tuple[Tensor, State]:
         """q, k of length 1, not lifted."""
-        memory, residual = self.memory, None
-        if memory.kernel == "lifted":
-            lifted_q, lifted_k = (lift(x, memory.feature_map, self.coefficients, memory.sketch_width) for x in (q, k))
-        else:
-            assert self.coefficients is not None
-            lifted_q, lifted_k = q * self.coefficients, k
-            residual = (q, k)
-        if lifted_k.shape[-1] != k.shape[-1]:
-            residual = (q, k)
-        if memory.memory == "linear":
-            residual = None
         return omega_memory(
-            lifted_q, lifted_k, v, gates, self._start(), self.rule, state=state, residual=residual, impl=memory.impl
+            self._lifted(q),
+            self._lifted(k, key=True),
+            v,
+            gates,
+            self._start(),
+            self.rule,
+            state=state,
+            residual=(q, k) if self._own_residual() else None,
+            impl=self.memory.impl,
         )
+
+    def _lifted(self, x: Tensor, *, key: bool = False) -> Tensor:
+        """phi(x); an exponential kernel's scale goes to the query."""
+        if self.memory.kernel == "lifted":
+            return lift(x, self.memory.feature_map, self.coefficients, self.memory.sketch_width)
+        assert self.coefficients is not None
+        return x if key else x * self.coefficients
+
+    def _own_residual(self) -> bool:
+        """Whether the memory's residual is the unlifted input: where the lifted one has another meaning or width."""
+        deep, keeps = self.memory.memory != "linear", lifted(self.memory) == self.memory.head_dim
+        return deep and (self.memory.kernel != "lifted" or not keeps)
+
+    def read(self, q: Tensor, state: AtlasState | None) -> Tensor:
+        """What the memory as it stands in `state` answers to q [B, T, H, K], without a write: [B, T, H, K]."""
+        q = F.normalize(wide(q), dim=-1)
+        held = state.memory if state else None
+        return read_memory(self._lifted(q), self._start(), self.rule, held, q if self._own_residual() else None)
 
     def _start(self) -> tuple[Tensor, ...]:
         """The memory before the first token, [H, rows, cols] each."""

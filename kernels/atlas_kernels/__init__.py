@@ -3,7 +3,7 @@
 from atlas_kernels.dual import DualState
 from atlas_kernels.features import FEATURE_MAPS, initial_coefficients, lift, lifted_width
 from atlas_kernels.newton_schulz import newton_schulz
-from atlas_kernels.op import State, omega_memory
+from atlas_kernels.op import State, omega_memory, read_memory
 from atlas_kernels.rule import Gates, MemoryRule, MemoryState
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "lifted_width",
     "newton_schulz",
     "omega_memory",
+    "read_memory",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from atlas_kernels.chunked import omega_memory_chunked
 from atlas_kernels.dual import DualState, initial_dual_state, omega_memory_dual
+from atlas_kernels.memories import MatrixReader, memory_of
 from atlas_kernels.reference import omega_memory_reference
 from atlas_kernels.rule import Gates, MemoryRule, MemoryState, initial_state
 
@@ -77,6 +78,36 @@ def omega_memory(
     else:
         y, after = IMPLEMENTATIONS[_choose(impl)](*arguments, state, residual)
     return y.to(q.dtype), after
+
+
+def read_memory(
+    q: Tensor, weights: tuple[Tensor, ...], rule: MemoryRule, state: State | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """What the memory as it stands answers to q [B, T, H, D], lifted as for `omega_memory`, without a write.
+
+    weights, rule, state: as in `omega_memory` (state None: the start weights). residual: r of the queries [B, T, H, V],
+    or None for q itself. Returns [B, T, H, V] in q's dtype.
+    """
+    batch, tokens, heads, _ = q.shape
+    dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
+    if rule.dual:
+        # Tokens that neither decay nor write.
+        one, zero = (q.new_full((batch, tokens, heads), fill, dtype=dtype) for fill in (1.0, 0.0))
+        pair = state is None or (isinstance(state, DualState) and state.gamma.dim() == 4)
+        gates = Gates(one, zero, zero, zero.unsqueeze(-1).expand(*zero.shape, rule.window) if pair else zero)
+        v = q.new_zeros(batch, tokens, heads, weights[0].shape[1])
+        kept = state is not None and isinstance(state, DualState) and state.residuals is not None
+        r = residual if residual is not None else (q if kept else None)
+        both = None if r is None else (r, torch.zeros_like(r))
+        return omega_memory(q, torch.zeros_like(q), v, gates, weights, rule, state, both)[0]
+    matrices = state.weights if state is not None else tuple(w.expand(batch, *w.shape) for w in weights)
+    flat = lambda t: t.to(dtype).transpose(1, 2).flatten(0, 1)  # noqa: E731  [B, T, H, ...] -> [B H, T, ...]
+    memory = memory_of(rule)
+    held = tuple(
+        (w.mT if flip else w).to(dtype).flatten(0, 1) for w, flip in zip(matrices, memory.transposed, strict=True)
+    )
+    y = memory.read(MatrixReader(held), flat(q), flat(q if residual is None else residual))
+    return y.unflatten(0, (batch, heads)).transpose(1, 2).to(q.dtype)
 
 
 def _choose(impl: str) -> str:

@@ -35,7 +35,7 @@ def test_every_parameter_of_the_memory_layer_learns(memory: MemoryConfig) -> Non
         assert parameter.grad.abs().max() > 0, name
 
 
-@pytest.mark.parametrize("symbol", ["M", "*"])
+@pytest.mark.parametrize("symbol", ["M", "*", "F", "A", "C"])
 @pytest.mark.usefixtures("single_process_megatron")
 def test_a_token_sees_nothing_after_it(symbol: str) -> None:
     mixer = build_mixer(symbol, SMALL)

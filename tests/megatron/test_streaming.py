@@ -35,6 +35,9 @@ def build(pattern: str, dtype: torch.dtype, memory: MemoryConfig = SMALL.memory)
         ("M-", torch.float64, 1e-9),
         ("*-", torch.float64, 1e-9),
         ("M-*-M-", torch.float64, 1e-9),
+        ("F-", torch.float64, 1e-9),
+        ("A-", torch.float64, 1e-9),
+        ("C-", torch.float64, 1e-9),
         ("M-*-", torch.float32, 1e-4),
     ],
 )

@@ -1,0 +1,165 @@
+"""Blocks that join memory and attention in one layer: MAG (memory as a gate) and MAC (memory as a context).
+
+Titans (arXiv 2501.00663) sections 4.1 and 4.2; MAL is a pattern of two layers. Dims as in attention.py; S tokens of a
+segment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from atlas_megatron.config import Config
+from atlas_megatron.mixers.attention import AttentionState, SlidingWindowAttention, attend, rotary, rotate
+from atlas_megatron.mixers.base import Mixer
+from atlas_megatron.mixers.linears import MixerLinears
+from atlas_megatron.mixers.memory import AtlasMixer, AtlasState
+from atlas_megatron.mixers.memory_layout import weight_shapes
+
+
+class _Joined(Mixer):
+    """A memory and an attention, and the product of what they give: norm(attention) * silu(norm(memory))."""
+
+    replicated = ("memory_gain", "attention_gain")
+
+    def build(self, settings: Config, linears: MixerLinears, groups: ProcessGroupCollection) -> None:
+        hidden = settings.model.hidden_size
+        slot = (self.config, linears, hidden, self.layer_number, groups, 0, settings)
+        self.memory, self.attention = AtlasMixer(*slot), SlidingWindowAttention(*slot)
+        self.memory_gain = self.on_every_rank(torch.ones(hidden))
+        self.attention_gain = self.on_every_rank(torch.ones(hidden))
+
+    @classmethod
+    def num_params(cls, settings: Config) -> int:
+        joined = AtlasMixer.num_params(settings) + SlidingWindowAttention.num_params(settings)
+        return joined + 2 * settings.model.hidden_size
+
+    def join(self, attention: Tensor, memory: Tensor) -> Tensor:
+        """[T, B, hidden] both."""
+        epsilon, shape = self.config.layernorm_epsilon, self.memory_gain.shape
+        gate = F.silu(F.rms_norm(memory, shape, self.memory_gain, epsilon))
+        seen = F.rms_norm(attention, shape, self.attention_gain, epsilon)
+        if self.measure:
+            self._measure(seen, gate)
+        return seen * gate
+
+    @torch.no_grad()
+    def _measure(self, attention: Tensor, gate: Tensor) -> None:
+        """memory_share in [0, 1]: what the output loses when the gate is held at its mean over tokens, beside what it
+        loses when the attention is. 0: the memory is a constant, however large."""
+        without_memory = (attention * (gate - gate.mean(0, keepdim=True))).square().mean()
+        without_attention = ((attention - attention.mean(0, keepdim=True)) * gate).square().mean()
+        share = without_memory / (without_memory + without_attention)
+        self.measurements = {"memory_share": share.float()}
+
+
+@dataclass(frozen=True)
+class GateState:
+    """What MAG carries over a cut."""
+
+    memory: AtlasState
+    attention: AttentionState
+
+
+class MemoryAsGate(_Joined):
+    """MAG: memory and sliding-window attention side by side on one input (paper Fig 3)."""
+
+    @classmethod
+    def flops_per_token(cls, settings: Config) -> tuple[float, float]:
+        memory, inner = AtlasMixer.flops_per_token(settings)
+        return memory + SlidingWindowAttention.flops_per_token(settings)[0], inner
+
+    def mix(self, hidden_states: Tensor, state: GateState | None) -> tuple[Tensor, GateState]:
+        memory, kept = self.memory.mix(hidden_states, state.memory if state else None)
+        attention, seen = self.attention.mix(hidden_states, state.attention if state else None)
+        return self.join(attention, memory), GateState(kept, seen)
+
+
+@dataclass(frozen=True)
+class ContextState:
+    """What MAC carries over a cut.
+
+    start: the memory before the segment that `position` lies in; memory: as it stands. keys, values [2, B, H, s, K]: of
+    the segment's tokens so far, as they are and as the memory answers them.
+    """
+
+    start: AtlasState | None
+    memory: AtlasState | None
+    keys: Tensor | None
+    values: Tensor | None
+    position: int
+
+
+class MemoryAsContext(_Joined):
+    """MAC: segment by segment, read the memory, attend over persistent tokens, what was read and the segment; write it.
+
+    A token attends to what was read for itself and for the segment's tokens before it, never after. The memory's read
+    of what was written gates the output.
+    """
+
+    def build(self, settings: Config, linears: MixerLinears, groups: ProcessGroupCollection) -> None:
+        super().build(settings, linears, groups)
+        hidden, memory = settings.model.hidden_size, settings.memory
+        self.segment = settings.attention.segment
+        width = memory.heads * memory.head_dim
+        self.linear_query = linears.column(hidden, width, self.config, self.tp_group)
+        self.linear_read = linears.row(width, hidden, self.config, self.tp_group)
+        self.read_gain = self.by_head(torch.ones(memory.heads, memory.head_dim))
+
+    @classmethod
+    def num_params(cls, settings: Config) -> int:
+        width = settings.memory.heads * settings.memory.head_dim
+        return super().num_params(settings) + 2 * settings.model.hidden_size * width + width
+
+    @classmethod
+    def flops_per_token(cls, settings: Config) -> tuple[float, float]:
+        """Memory and attention, the read before it, keys and values of what was read."""
+        model, memory, attention = settings.model, settings.memory, settings.attention
+        own, inner = AtlasMixer.flops_per_token(settings)
+        read = 2.0 * memory.heads * sum(rows * cols for rows, cols in weight_shapes(memory))
+        segment = min(attention.segment, model.seq_length)
+        keys = segment + 1 + attention.persistent
+        heads = attention.heads * attention.head_dim * (14 * model.hidden_size + 4 * keys)
+        return own + heads + 4 * model.hidden_size * memory.heads * memory.head_dim + read, inner + read
+
+    def mix(self, hidden_states: Tensor, state: ContextState | None) -> tuple[Tensor, ContextState]:
+        state = state or ContextState(None, None, None, None, 0)
+        outputs, start = [], 0
+        while start < hidden_states.shape[0]:
+            stop = start + self.segment - state.position % self.segment
+            y, state = self._within(hidden_states[start:stop], state)
+            outputs.append(y)
+            start = stop
+        return torch.cat(outputs), state
+
+    def _within(self, hidden_states: Tensor, state: ContextState) -> tuple[Tensor, ContextState]:
+        """Tokens of one segment."""
+        queries = self.linear_query(hidden_states)[0].transpose(0, 1).unflatten(-1, self.read_gain.shape)
+        read = self.memory.read(queries, state.start)
+        read = F.rms_norm(read, read.shape[-1:], eps=self.config.layernorm_epsilon) * self.read_gain.to(read.dtype)
+        context = self.linear_read(read.to(hidden_states.dtype).flatten(2).transpose(0, 1).contiguous())[0]
+
+        attention = self.attention
+        q, *own = attention.heads_of(hidden_states)
+        _, *answered = attention.heads_of(context)
+        keys, values = (torch.stack(pair) for pair in zip(own, answered, strict=True))
+        rotation = rotary(state.position, q.shape[2], attention.head_dim, attention.rotary_base, q.device)
+        q, keys = rotate(q, rotation), rotate(keys, rotation)
+        if state.keys is not None and state.values is not None:
+            keys, values = torch.cat([state.keys, keys], 3), torch.cat([state.values, values], 3)
+        before = torch.ones(q.shape[2], keys.shape[3], dtype=torch.bool, device=q.device)
+        before = before.tril(keys.shape[3] - q.shape[2])
+        k, v = torch.cat([*keys], 2), torch.cat([*values], 2)
+        y = attention.projected(attend(q, k, v, torch.cat([before, before], 1), attention.persistent))
+
+        written, memory = self.memory.mix(y, state.memory)
+        position = state.position + hidden_states.shape[0]
+        if position % self.segment == 0:
+            after = ContextState(memory, memory, None, None, position)
+        else:
+            after = ContextState(state.start, memory, keys, values, position)
+        return self.join(y, written), after
