@@ -24,6 +24,10 @@ LAYERS = {
     "F": "full attention",
     "A": "memory as a gate",
     "C": "memory as a context",
+    "R": "GRU",
+    "L": "LSTM",
+    "D": "DeltaNet",
+    "G": "Gated DeltaNet",
     "-": "MLP",
 }
 
@@ -42,6 +46,7 @@ class ModelConfig:
 
     # One symbol a layer: M memory, * sliding-window attention, F full attention, A memory as a gate of sliding-window
     # attention (MAG), C memory as a context of attention (MAC), - SwiGLU MLP; | pipeline cut. M-*- is MAL.
+    # Baselines: R GRU, L LSTM, D DeltaNet, G Gated DeltaNet; F-F- is a Transformer++.
     pattern: str = "M-M-*-M-"
     hidden_size: int = 256
     ffn_hidden_size: int = 704
@@ -111,6 +116,25 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True)
+class RecurrentConfig:
+    """The cells of every `R` (GRU) and `L` (LSTM) layer."""
+
+    heads: int = 4  # recurrences side by side, each of its own
+    head_dim: int = 64  # numbers that one of them remembers (LSTM: twice as many)
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """The memory of every `D` (DeltaNet) and `G` (Gated DeltaNet) layer."""
+
+    heads: int = 4
+    head_dim: int = 64  # K = V
+    conv_size: int = 4  # taps of the short convolutions on q, k, v
+    # auto: flash-linear-attention for bfloat16 on a GPU where it is installed, else chunked, the kernels of the memory.
+    impl: str = "auto"  # fla | chunked | auto
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """AdamW, linear warm-up, cosine decay."""
 
@@ -147,6 +171,8 @@ class DataConfig:
     validation: tuple[str, ...] = ()
     tokenizer: str = ""  # folder with tokenizer.json
     workers: int = 0  # loader processes
+    # Documents of one sequence do not see each other: memories, convolutions and attention begin anew at each.
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,6 +199,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    recurrent: RecurrentConfig = field(default_factory=RecurrentConfig)
+    delta: DeltaConfig = field(default_factory=DeltaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -250,7 +278,7 @@ def model_differences(ours: Config, theirs: Config) -> list[str]:
     How a model is run (implementation of the memory, Transformer Engine, pipeline cuts) is not part of what it is.
     """
     found = []
-    for section in ("model", "memory", "attention"):
+    for section in ("model", "memory", "attention", "recurrent", "delta"):
         a, b = getattr(ours, section), getattr(theirs, section)
         for f in fields(a):
             mine, other = getattr(a, f.name), getattr(b, f.name)

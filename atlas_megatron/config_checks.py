@@ -5,6 +5,8 @@ from __future__ import annotations
 from atlas_kernels.features import FEATURE_MAPS, lifted_width
 from atlas_megatron.config import LAYERS, Config
 
+# Layers that keep packed documents apart.
+PACKED = "M*FA-"
 # Lifted features a head: a memory's matrices grow with them.
 WIDEST = 4096
 
@@ -28,6 +30,8 @@ def _check_ranges(config: Config) -> None:
         (model, "model", ("hidden_size", "ffn_hidden_size", "vocab_size", "seq_length", "norm_epsilon", "init_std")),
         (memory, "memory", ("heads", "head_dim", "expansion", "degree", "conv_size", "gate_rank", "eta_sum")),
         (attention, "attention", ("heads", "head_dim", "window", "rotary_base", "segment")),
+        (config.recurrent, "recurrent", ("heads", "head_dim")),
+        (config.delta, "delta", ("heads", "head_dim", "conv_size")),
         (train, "train", ("steps", "global_batch", "micro_batch", "lr", "adam_eps", "log_every", "stats_every")),
         (config.checkpoint, "checkpoint", ("every", "keep")),
         (config.parallel, "parallel", ("tensor", "pipeline", "context")),
@@ -57,6 +61,7 @@ def _check_ranges(config: Config) -> None:
         ("memory.feature_map", memory.feature_map, FEATURE_MAPS),
         ("memory.omega_gates", memory.omega_gates, ("pair", "source", "none")),
         ("memory.impl", memory.impl, ("auto", "reference", "chunked")),
+        ("delta.impl", config.delta.impl, ("auto", "fla", "chunked")),
         ("train.precision", train.precision, ("auto", "float32", "bfloat16")),
     ):
         if given not in known:
@@ -86,6 +91,10 @@ def _check_parallel(config: Config, world_size: int) -> None:
         split.append(("memory.heads", config.memory.heads))
     if set("*FAC") & set(config.model.pattern):
         split.append(("attention.heads", config.attention.heads))
+    if set("RL") & set(config.model.pattern):
+        split.append(("recurrent.heads", config.recurrent.heads))
+    if set("DG") & set(config.model.pattern):
+        split.append(("delta.heads", config.delta.heads))
     if parallel.sequence:
         split.append(("model.seq_length", config.model.seq_length))
     for name, size in split:
@@ -107,6 +116,8 @@ def _check_model(config: Config) -> None:
         raise ValueError(f"model.pattern={pattern!r} has a stage without layers; put layers on both sides of every '|'")
     if set("MAC") & set(pattern):
         _check_memory(config)
+    if config.data.packed:
+        _check_packed(config)
     _check_attention(config)
 
 
@@ -163,6 +174,18 @@ def _check_memory(config: Config) -> None:
             f"more than {WIDEST} features are not taken; use a smaller head_dim or degree, feature_map='sketch', or "
             "'hadamard', which keeps the dimension"
         )
+
+
+def _check_packed(config: Config) -> None:
+    pattern, kernel = config.model.pattern, config.memory.kernel
+    unpacked = sorted(set(pattern) - set(PACKED) - {"|"})
+    if unpacked:
+        raise ValueError(
+            f"data.packed=true but {', '.join(f'{symbol} ({LAYERS[symbol]})' for symbol in unpacked)} of model.pattern="
+            f"{pattern!r} read over document borders; use {' '.join(PACKED)}, or set data.packed=false"
+        )
+    if kernel != "lifted":
+        raise ValueError(f"data.packed=true with memory.kernel={kernel!r} (exponential): set data.packed=false")
 
 
 def _check_batches(config: Config, world_size: int) -> None:

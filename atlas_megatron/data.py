@@ -76,7 +76,7 @@ def _build(
         blend_per_split=[_core_blend(train), _core_blend(validation), None],
         path_to_cache=str(_index_cache(config, train + validation)),
         tokenizer=tokenizer,
-        reset_position_ids=False,
+        reset_position_ids=config.data.packed,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,

@@ -45,7 +45,8 @@ def _activations(config: Config, size: int) -> float:
     """What the backward of one micro-batch keeps: each layer's inputs and products, and the logits.
 
     A layer is counted as: its input twice (residual and norm), then M: q, k, v before and after the convolution,
-    lifted in float32, gates and the read; *: q, k, v and the output; -: both halves of SwiGLU and their product.
+    lifted in float32, gates and the read; *: q, k, v and the output; -: both halves of SwiGLU and their product;
+    D, G: as M; R, L: the output gate's branch, and in float32 what each token's cell computes, gates and states.
     With train.recompute only each layer's input stays, and one layer at a time is whole.
     """
     model, memory, tensor = config.model, config.memory, config.parallel.tensor
@@ -57,6 +58,11 @@ def _activations(config: Config, size: int) -> float:
         "*": 5 * config.attention.heads * config.attention.head_dim * size / tensor,
         "-": 3 * model.ffn_hidden_size * size / tensor,
     }
+    recurrent, delta = config.recurrent.heads * config.recurrent.head_dim, config.delta.heads * config.delta.head_dim
+    inside["R"] = recurrent * (3 * size + 6 * 4) / tensor
+    inside["L"] = recurrent * (3 * size + 7 * 4) / tensor
+    inside["D"] = (2 * 4 * delta * size + (5 * delta + 2 * config.delta.heads) * 4) / tensor
+    inside["G"] = inside["D"] + 2 * config.delta.heads * 4 / tensor
     inside["A"] = inside["M"] + inside["*"] + 2 * model.hidden_size * size
     # C: the read besides, with its own keys and values.
     inside["C"] = inside["A"] + (2 * width * 4 + 2 * config.attention.heads * config.attention.head_dim * size) / tensor
@@ -64,7 +70,7 @@ def _activations(config: Config, size: int) -> float:
     # 1F1B: the first stage holds as many micro-batches as there are stages, each with one stage's layers.
     layers = layers_of(config)
     if config.train.recompute:
-        kept = len(layers) * around / 2 + max(inside.values()) + around
+        kept = len(layers) * around / 2 + max(inside[symbol] for symbol in layers) + around
     else:
         kept = sum(inside[symbol] + around for symbol in layers)
     logits = (size + 4 + 4) * model.vocab_size / tensor

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from atlas_megatron.config import Config
 from atlas_megatron.data import blend
+from atlas_megatron.tokenizer import load_tokenizer
 
 STRIDES = 8  # windows that see one token: at so many places along the context
 
@@ -29,6 +30,7 @@ class SlidingWindows(Dataset):
         """
         self.length = config.model.seq_length
         self.stride = max(1, self.length // STRIDES)
+        self.eod = load_tokenizer(config.data.tokenizer).eod if config.data.packed else None
         _, prefix = blend(config.data.validation)[0]
         data = IndexedDataset(prefix)
         wanted = self.length + (windows - 1) * self.stride + 1
@@ -40,6 +42,14 @@ class SlidingWindows(Dataset):
         self.text = torch.from_numpy(np.concatenate(parts).astype(np.int64)[:wanted])
         available = max(0, (len(self.text) - 1 - self.length) // self.stride + 1)
         self.windows = available - available % multiple
+
+    def _positions(self, tokens: Tensor) -> Tensor:
+        place = torch.arange(self.length)
+        if self.eod is None:
+            return place
+        # As Megatron counts: a document begins after the token that ends the one before.
+        begins = torch.cat([torch.zeros(1, dtype=torch.bool), tokens[:-1] == self.eod])
+        return place - torch.where(begins, place, 0).cummax(0).values
 
     def __len__(self) -> int:
         return self.windows
@@ -53,5 +63,5 @@ class SlidingWindows(Dataset):
             "tokens": tokens[:-1],
             "labels": tokens[1:],
             "loss_mask": seen_by_all.float(),
-            "position_ids": torch.arange(self.length),
+            "position_ids": self._positions(tokens[:-1]),
         }

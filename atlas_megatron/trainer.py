@@ -26,6 +26,7 @@ from atlas_megatron.checkpoint import Position, Trained
 from atlas_megatron.config import Config, to_toml
 from atlas_megatron.data import Batches, build_datasets, bytes_per_token
 from atlas_megatron.metrics import Record, RunLog, Speed, bits_per_byte
+from atlas_megatron.mixers.base import Documents
 from atlas_megatron.model import build_model, flops_per_token
 from atlas_megatron.non_finite import NonFiniteError
 from atlas_megatron.optimizer import build_optimizer, wrap
@@ -143,7 +144,7 @@ class Trainer:
     def _run(self, batches: list[Batch], *, forward_only: bool) -> list[dict[str, Tensor]]:
         """Core's schedule over the micro-batches; what the loss function returned, on the last stage."""
         return get_forward_backward_func()(
-            forward_step_func=_forward_step,
+            forward_step_func=partial(_forward_step, self.config.data.packed),
             data_iterator=iter(batches),
             model=[self.trained.model],
             num_microbatches=len(batches),
@@ -247,9 +248,10 @@ def _build(config: Config) -> Trained:
     return Trained(wrapped, optimizer, scheduler)
 
 
-def _forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, partial]:
+def _forward_step(packed: bool, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, partial]:
     batch = next(batches)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    documents = Documents(batch["position_ids"]) if packed else None
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=documents)
     return output, partial(_loss, batch["loss_mask"])
 
 

@@ -2,8 +2,10 @@
 
 from atlas_megatron.mixers.attention import FullAttention, SlidingWindowAttention
 from atlas_megatron.mixers.base import Mixer
+from atlas_megatron.mixers.delta import DeltaNet, GatedDeltaNet
 from atlas_megatron.mixers.hybrid import MemoryAsContext, MemoryAsGate
 from atlas_megatron.mixers.memory import AtlasMixer
+from atlas_megatron.mixers.recurrent import GRU, LSTM
 
 MIXERS: dict[str, type[Mixer]] = {
     "M": AtlasMixer,
@@ -11,4 +13,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "F": FullAttention,
     "A": MemoryAsGate,
     "C": MemoryAsContext,
+    "R": GRU,
+    "L": LSTM,
+    "D": DeltaNet,
+    "G": GatedDeltaNet,
 }

@@ -27,6 +27,17 @@ class AttentionState:
     position: int
 
 
+@dataclass(frozen=True)
+class Persistent:
+    """Learned keys and values [H, 2, n, K] that every query sees besides, and the queries [B, H, T, K] that see them.
+
+    They have no position, so these queries are not rotated: what a token sees of them does not depend on where it is.
+    """
+
+    learned: Tensor
+    queries: Tensor
+
+
 class SlidingWindowAttention(Mixer):
     """Causal attention over the last W tokens; heads are split over the tensor-parallel group.
 
@@ -66,8 +77,11 @@ class SlidingWindowAttention(Mixer):
         keys = seen - seen * (seen - 1) / 2 / model.seq_length + attention.persistent
         return attention.heads * attention.head_dim * (8 * model.hidden_size + 4 * keys), 0.0
 
-    def mix(self, hidden_states: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState]:
+    def mix(
+        self, hidden_states: Tensor, state: AttentionState | None, positions: Tensor | None = None
+    ) -> tuple[Tensor, AttentionState]:
         q, k, v = self.heads_of(hidden_states)
+        persistent = self.persistent_for(q)
         position = state.position if state else 0
         rotation = rotary(position, q.shape[2], self.head_dim, self.rotary_base, q.device)
         q, k = rotate(q, rotation), rotate(k, rotation)
@@ -76,9 +90,9 @@ class SlidingWindowAttention(Mixer):
         kept = max(0, k.shape[2] - self.window + 1) if self.window else 0
         after = AttentionState(k[:, :, kept:], v[:, :, kept:], position + q.shape[2])
         if self.window:
-            y = banded_attention(q, k, v, self.window, self.persistent)
+            y = banded_attention(q, k, v, self.window, persistent, positions)
         else:
-            y = causal_attention(q, k, v, self.persistent)
+            y = causal_attention(q, k, v, persistent, positions)
         return self.projected(y), after
 
     def heads_of(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,6 +100,10 @@ class SlidingWindowAttention(Mixer):
         qkv, _ = self.linear_qkv(hidden_states)
         q, k, v = qkv.unflatten(-1, (-1, 3, self.head_dim)).permute(3, 1, 2, 0, 4).unbind(0)
         return q, k, v
+
+    def persistent_for(self, queries: Tensor) -> Persistent | None:
+        """Of queries that are not rotated; None: there are no persistent tokens."""
+        return None if self.persistent is None else Persistent(self.persistent, queries)
 
     def projected(self, y: Tensor) -> Tensor:
         """[B, H, T, K] -> [T, B, hidden]."""
@@ -116,33 +134,51 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, persistent: Tensor | None = None) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, persistent: Persistent | None = None, positions: Tensor | None = None
+) -> Tensor:
     """Attention of q [B, H, T, K] to k, v [B, H, P+T, K], the last T of which are the queries' own tokens.
 
-    persistent [H, 2, n, K]: keys and values that every query sees besides.
+    positions [B, T]: of the queries in packed documents, out of which none looks back.
     """
-    if q.shape[2] == k.shape[2] and persistent is None:
+    if q.shape[2] == k.shape[2] and persistent is None and positions is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    query = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[:, None]
+    back = query - torch.arange(k.shape[2], device=q.device)
+    seen = back >= 0
+    if positions is not None:
+        seen = seen & (back <= positions[:, None, :, None])
     return attend(q, k, v, seen, persistent)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, persistent: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, persistent: Persistent | None) -> Tensor:
     """Attention of q [..., H, T, K] to the keys [..., H, R, K] that `seen` [..., T, R] allows, and to `persistent`."""
-    if persistent is not None:
-        keys, values = persistent.to(q.dtype).unbind(1)
-        k = torch.cat([keys.expand(*k.shape[:-2], -1, -1), k], -2)
-        v = torch.cat([values.expand(*v.shape[:-2], -1, -1), v], -2)
-        seen = F.pad(seen, (persistent.shape[2], 0), value=True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    if persistent is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    keys, values = persistent.learned.to(q.dtype).unbind(1)
+    scale, width = q.shape[-1] ** -0.5, q.shape[-1]
+    # One attention over both kinds of keys: the rotated queries meet zeros in the persistent ones, and the other way.
+    q = torch.cat([persistent.queries, q], -1)
+    keys = F.pad(keys, (0, width)).expand(*k.shape[:-2], -1, -1)
+    k = torch.cat([keys, F.pad(k, (width, 0))], -2)
+    v = torch.cat([values.expand(*v.shape[:-2], -1, -1), v], -2)
+    seen = F.pad(seen, (values.shape[-2], 0), value=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
 
 
-def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, persistent: Tensor | None = None) -> Tensor:
+def banded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    persistent: Persistent | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
     """Attention of q [B, H, T, K] to the `window` keys that end at each query's own; k, v [B, H, P+T, K].
 
     The last T keys are the queries' own tokens. Queries are taken in blocks of L = min(window, T): each
     needs only the W-1+L keys up to its end, so that masks and scores grow with T x W, not with T x T.
-    persistent [H, 2, n, K]: keys and values that every query sees besides.
+    positions [B, T]: of the queries in packed documents, out of which none looks back.
     """
     tokens, before = q.shape[2], k.shape[2] - q.shape[2]
     length = min(window, tokens)
@@ -152,13 +188,20 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, persistent: T
     front, back = reach - before, blocks * length - tokens
     q = _in_blocks(F.pad(q, (0, 0, 0, back)), length, length)
     k, v = (_in_blocks(F.pad(t, (0, 0, front, back)), reach + length, length) for t in (k, v))
+    if persistent is not None:
+        queries = _in_blocks(F.pad(persistent.queries, (0, 0, 0, back)), length, length)
+        persistent = Persistent(persistent.learned, queries)
 
     query = torch.arange(length, device=q.device)[:, None]
     key = torch.arange(reach + length, device=q.device) - reach
     band = (key <= query) & (key > query - window)
     start = torch.arange(0, blocks * length, length, device=q.device)[:, None, None]
     seen = band & (start + key >= -before)  # no key before the first
-    y = attend(q, k, v, seen[:, None, None], persistent)
+    seen = seen[:, None, None]  # [blocks, B, H, L, reach + L]
+    if positions is not None:
+        own = F.pad(positions, (0, back)).unflatten(1, (blocks, length)).transpose(0, 1)
+        seen = seen & (query - key <= own[:, :, None, :, None])
+    y = attend(q, k, v, seen, persistent)
     return y.movedim(0, 2).flatten(2, 3)[:, :, :tokens]
 
 

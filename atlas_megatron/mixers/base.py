@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,9 +22,15 @@ from atlas_megatron.config import Config
 from atlas_megatron.mixers.linears import MixerLinears
 
 if TYPE_CHECKING:
-    from megatron.core.packed_seq_params import PackedSeqParams
-
     from atlas_megatron.streaming import StreamContext
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where documents begin in packed sequences; takes the place of core's PackedSeqParams on the way to the mixers."""
+
+    positions: Tensor  # [B, T] int64, of each token in its own document
+    qkv_format: str = "sbhd"  # core asks
 
 
 class Mixer(MegatronModule):
@@ -57,8 +64,11 @@ class Mixer(MegatronModule):
         """Make the modules and parameters."""
         raise NotImplementedError
 
-    def mix(self, hidden_states: Tensor, state: Any | None) -> tuple[Tensor, Any]:
-        """[T, B, hidden] and what `mix` left after the tokens before (None: there are none) -> (y, the state after)."""
+    def mix(self, hidden_states: Tensor, state: Any | None, positions: Tensor | None = None) -> tuple[Tensor, Any]:
+        """[T, B, hidden] and what `mix` left after the tokens before (None: there are none) -> (y, the state after).
+
+        positions [B, T]: of each token in its own document, where several are packed into a sequence.
+        """
         raise NotImplementedError
 
     @staticmethod
@@ -75,13 +85,14 @@ class Mixer(MegatronModule):
         self,
         hidden_states: Tensor,
         inference_context: StreamContext | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: Documents | None = None,
     ) -> tuple[Tensor, None]:
         """[T, B, hidden] -> [T, B, hidden]; continues from the context's state, if there is one, and leaves its own."""
-        if packed_seq_params is not None:
-            raise ValueError("packed sequences were given; a mixer reads one document a row, so unpack the batch")
         state = inference_context.states.get(self.layer_number) if inference_context is not None else None
-        y, after = self.mix(hidden_states, state)
+        if packed_seq_params is None:
+            y, after = self.mix(hidden_states, state)
+        else:
+            y, after = self.mix(hidden_states, state, packed_seq_params.positions)
         if inference_context is not None:
             inference_context.states[self.layer_number] = after
         return y, None

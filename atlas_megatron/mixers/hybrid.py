@@ -73,9 +73,11 @@ class MemoryAsGate(_Joined):
         memory, inner = AtlasMixer.flops_per_token(settings)
         return memory + SlidingWindowAttention.flops_per_token(settings)[0], inner
 
-    def mix(self, hidden_states: Tensor, state: GateState | None) -> tuple[Tensor, GateState]:
-        memory, kept = self.memory.mix(hidden_states, state.memory if state else None)
-        attention, seen = self.attention.mix(hidden_states, state.attention if state else None)
+    def mix(
+        self, hidden_states: Tensor, state: GateState | None, positions: Tensor | None = None
+    ) -> tuple[Tensor, GateState]:
+        memory, kept = self.memory.mix(hidden_states, state.memory if state else None, positions)
+        attention, seen = self.attention.mix(hidden_states, state.attention if state else None, positions)
         return self.join(attention, memory), GateState(kept, seen)
 
 
@@ -126,7 +128,11 @@ class MemoryAsContext(_Joined):
         heads = attention.heads * attention.head_dim * (14 * model.hidden_size + 4 * keys)
         return own + heads + 4 * model.hidden_size * memory.heads * memory.head_dim + read, inner + read
 
-    def mix(self, hidden_states: Tensor, state: ContextState | None) -> tuple[Tensor, ContextState]:
+    def mix(
+        self, hidden_states: Tensor, state: ContextState | None, positions: Tensor | None = None
+    ) -> tuple[Tensor, ContextState]:
+        if positions is not None:
+            raise ValueError("packed documents were given to a C layer, whose segments do not follow them; unpack them")
         state = state or ContextState(None, None, None, None, 0)
         outputs, start = [], 0
         while start < hidden_states.shape[0]:
@@ -145,6 +151,7 @@ class MemoryAsContext(_Joined):
 
         attention = self.attention
         q, *own = attention.heads_of(hidden_states)
+        persistent = attention.persistent_for(q)
         _, *answered = attention.heads_of(context)
         keys, values = (torch.stack(pair) for pair in zip(own, answered, strict=True))
         rotation = rotary(state.position, q.shape[2], attention.head_dim, attention.rotary_base, q.device)
@@ -154,7 +161,7 @@ class MemoryAsContext(_Joined):
         before = torch.ones(q.shape[2], keys.shape[3], dtype=torch.bool, device=q.device)
         before = before.tril(keys.shape[3] - q.shape[2])
         k, v = torch.cat([*keys], 2), torch.cat([*values], 2)
-        y = attention.projected(attend(q, k, v, torch.cat([before, before], 1), attention.persistent))
+        y = attention.projected(attend(q, k, v, torch.cat([before, before], 1), persistent))
 
         written, memory = self.memory.mix(y, state.memory)
         position = state.position + hidden_states.shape[0]

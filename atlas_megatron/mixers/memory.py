@@ -110,14 +110,17 @@ class AtlasMixer(Mixer):
         self.start_second = self.by_head(drawn[0]) if drawn else None
         self.start_gate = self.by_head(drawn[1]) if len(drawn) > 1 else None
 
-    def mix(self, hidden_states: Tensor, state: AtlasState | None) -> tuple[Tensor, AtlasState]:
+    def mix(
+        self, hidden_states: Tensor, state: AtlasState | None, positions: Tensor | None = None
+    ) -> tuple[Tensor, AtlasState]:
         projected = self.linear_qkvg(hidden_states)[0].transpose(0, 1)  # Megatron's [T, B, D]: [B, T, D] from here
         qkv, branch = projected.unflatten(-1, (-1, 4, self.memory.head_dim)).split((3, 1), dim=-2)
         gates = self._gates(hidden_states)
-        q, k, v, tail = convolved(qkv, self.convolution, state.tail if state else None)
-        y, after = self._memory(q, k, v, gates, state.memory if state else None)
+        q, k, v, tail = convolved(qkv, self.convolution, state.tail if state else None, positions)
+        held = state.memory if state else None
+        y, after = self._memory(q, k, v, gates, held, positions)
         if self.measure:
-            self._measure(k, v, gates, state.memory if state else None, after)
+            self._measure(k, v, gates, held, after)
 
         y = F.rms_norm(y, y.shape[-1:], eps=self.config.layernorm_epsilon) * self.norm_gain.to(y.dtype)
         y = y.to(branch.dtype) * F.silu(branch.squeeze(-2))
@@ -146,7 +149,15 @@ class AtlasMixer(Mixer):
             gamma=gamma,
         )
 
-    def _memory(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State | None) -> tuple[Tensor, State]:
+    def _memory(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Gates,
+        state: State | None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
         """q, k of length 1, not lifted."""
         return omega_memory(
             self._lifted(q),
@@ -158,6 +169,7 @@ class AtlasMixer(Mixer):
             state=state,
             residual=(q, k) if self._own_residual() else None,
             impl=self.memory.impl,
+            positions=positions,
         )
 
     def _lifted(self, x: Tensor, *, key: bool = False) -> Tensor:

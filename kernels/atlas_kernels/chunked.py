@@ -12,7 +12,7 @@ sources of a chunk (its tokens and their halo), D lifted key, V value.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from atlas_kernels.decays import pair_band, source_band
-from atlas_kernels.delta_rule import delta_rule
+from atlas_kernels.delta_rule import delta_rule, delta_rule_packed
 from atlas_kernels.memories import Matrices, MatrixReader, memory_of
+from atlas_kernels.packing import Packing, pack
 from atlas_kernels.rule import Gates, MemoryRule, MemoryState
 from atlas_kernels.writes import OrthogonalWrites, RawWrites, SumWrites, Writes
 
@@ -65,6 +66,7 @@ def omega_memory_chunked(
     """The map of `reference.py`. Arguments as in `omega_memory`, checked and in one dtype; the state is given."""
     if rule.delta:
         return delta_rule(q, k, v, gates, state)
+    assert isinstance(state.position, int)
     residual_q, residual_k = residual if residual is not None else (None, None)
     inputs = Inputs(q, k, v, residual_q, residual_k, gates.alpha, gates.eta, gates.theta, gates.gamma)
     pieces = cut(state.position, q.shape[1], rule.chunk)
@@ -81,6 +83,92 @@ def omega_memory_chunked(
             y, state = scan(rule, state, part, chunks, tokens)
         outputs.append(y)
     return torch.cat(outputs, 1), state
+
+
+def omega_memory_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    rule: MemoryRule,
+    state: MemoryState,
+    residual: tuple[Tensor, Tensor] | None,
+    start: tuple[Tensor, ...],
+    positions: Tensor,
+) -> tuple[Tensor, MemoryState]:
+    """As `omega_memory_chunked`, with the memory at its `start` weights [H, rows, cols] wherever `positions` is 0."""
+    if rule.delta:
+        return delta_rule_packed(q, k, v, gates, state, start, positions)
+    packing = pack(positions, rule.chunk)
+    before, window = rule.window - 1, rule.window
+    sources = [packing.placed_after(halo, t) for halo, t in ((state.keys, k), (state.values, v))]
+    residual_q = None
+    if residual is not None and state.residuals is not None:
+        residual_q = packing.placed(residual[0])
+        sources.append(packing.placed_after(state.residuals, residual[1]))
+    halos, inputs = zip(*((s[:, :before], s[:, before:]) for s in sources), strict=True)
+    placed = packing.gates(gates, state.gamma, window)
+    own = (placed.alpha, placed.eta, placed.theta, placed.gamma)
+    whole = Inputs(packing.placed(q), inputs[0], inputs[1], residual_q, inputs[2] if residual else None, *own)
+    now = replace(
+        state, keys=halos[0], values=halos[1], residuals=halos[2] if residual else None, gamma=None, position=0
+    )
+
+    pieces = cut(0, packing.chunks * rule.chunk, rule.chunk)
+    recompute = torch.is_grad_enabled() and graph_bytes(rule, state, packing.chunks * rule.chunk) > HELD_BYTES
+    by_chunk = recompute and graph_bytes(rule, state, pieces[0][0] * rule.chunk) > SEGMENT_BYTES
+    outputs, first = [], 0
+    for part, (chunks, tokens) in zip(whole.split([n * c for n, c in pieces]), pieces, strict=True):
+        borders = Borders(packing, start, first)
+        if recompute:
+            y, now = checkpoint(
+                scan, rule, now, part, chunks, tokens, by_chunk, borders, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            y, now = scan(rule, now, part, chunks, tokens, False, borders)
+        outputs.append(y)
+        first += chunks
+    position = positions[:, -1] + 1
+    at_border = (position % rule.chunk == 0).view(-1, 1, 1, 1)
+    following = [packing.following(s, window) for s in sources]
+    gamma = None
+    if state.gamma is not None:
+        gamma = packing.following(packing.placed_after(state.gamma, gates.gamma), window)
+    after = MemoryState(
+        weights=now.weights,
+        momentum=now.momentum,
+        anchor=tuple(torch.where(at_border, w, a) for w, a in zip(now.weights, now.anchor, strict=True)),
+        keys=following[0],
+        values=following[1],
+        residuals=following[2] if residual else None,
+        gamma=gamma,
+        position=position,
+    )
+    return packing.taken(torch.cat(outputs, 1)), after
+
+
+class Borders:
+    """What document borders do to the memories of one segment, [G, wide, narrow] each, chunk by chunk."""
+
+    def __init__(self, packing: Packing, start: tuple[Tensor, ...], first: int) -> None:
+        """start [H, rows, cols] each; first: the number of the segment's first chunk in the call."""
+        self.packing, self.start, self.first = packing, start, first
+        self.begun = first == 0  # its first chunk may go on with one that an earlier call began
+
+    def reset(self, n: int, matrices: Matrices, fresh: Matrices) -> Matrices:
+        """`fresh` [H, ...] for the rows whose document begins with chunk n."""
+        row = self.packing.resets[self.first + n]
+        return self._where(row, tuple(f.expand(len(row), *f.shape).flatten(0, 1) for f in fresh), matrices)
+
+    def ended(self, n: int, anchor: Matrices, last: Matrices) -> Matrices:
+        """`anchor` for the rows whose tokens end in chunk n, `last` for the others."""
+        return self._where(self.packing.ends == self.first + n, anchor, last)
+
+    @staticmethod
+    def _where(row: Tensor, yes: Matrices, no: Matrices) -> Matrices:
+        heads = yes[0].shape[0] // len(row)
+        mask = row.repeat_interleave(heads).view(-1, 1, 1)
+        return tuple(torch.where(mask, a, b) for a, b in zip(yes, no, strict=True))
 
 
 def graph_bytes(rule: MemoryRule, state: MemoryState, tokens: int) -> float:
@@ -124,12 +212,20 @@ class Layout:
 
 
 def scan(
-    rule: MemoryRule, state: MemoryState, inputs: Inputs, chunks: int, tokens: int, by_chunk: bool = False
+    rule: MemoryRule,
+    state: MemoryState,
+    inputs: Inputs,
+    chunks: int,
+    tokens: int,
+    by_chunk: bool = False,
+    borders: Borders | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Write and read one segment: `chunks` chunks of `tokens` tokens. (y [B, N*C, H, V], the state after it).
 
-    by_chunk: hold only the weights at each chunk's border for the backward.
+    by_chunk: hold only the weights at each chunk's border for the backward. borders: of packed documents; the state's
+    anchor is then that of the last chunk of the rows that have ended.
     """
+    assert isinstance(state.position, int)
     layout = Layout(chunks, tokens, rule.window)
     q = read_residual = layout.by_chunk(inputs.q)
     x, keys = layout.with_halo(state.keys, inputs.k)
@@ -166,9 +262,17 @@ def scan(
         reader, weights, momentum = writes.advance(n, weights, momentum, factors)
         return memory.read(reader, q[n], read_residual[n]), weights, momentum
 
+    last_anchor, fresh = anchor, oriented(borders.start) if borders else ()
     for n in range(chunks):
-        if n > 0 or offset == 0:
+        if borders:
+            weights = borders.reset(n, weights, fresh)
+            momentum = borders.reset(n, momentum, tuple(torch.zeros_like(f) for f in fresh))
+        if borders and borders.begun and n == 0:
+            anchor = borders.reset(n, anchor, fresh)
+        elif n > 0 or offset == 0:
             anchor = weights
+        if borders:
+            last_anchor = borders.ended(n, anchor, last_anchor)
         if by_chunk:
             y, weights, momentum = checkpoint(
                 step, n, weights, momentum, anchor, use_reentrant=False, preserve_rng_state=False
@@ -182,7 +286,9 @@ def scan(
         tuple(m.unflatten(0, (batch, heads)) for m in oriented(ms)) for ms in (weights, momentum, anchor)
     )
     position = state.position + chunks * tokens
-    if position % rule.chunk == 0:
+    if borders:
+        anchor = tuple(m.unflatten(0, (batch, heads)) for m in oriented(last_anchor))
+    elif position % rule.chunk == 0:
         anchor = weights
     if not rule.momentum:
         momentum = state.momentum

@@ -14,12 +14,15 @@ Dims: B batch, T tokens, H heads, G = B x H, N blocks, L tokens of a block, D li
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from atlas_kernels.decays import decay_matrix
+from atlas_kernels.packing import pack
 from atlas_kernels.products import times_transpose
 from atlas_kernels.rule import Gates, MemoryState
 
@@ -30,23 +33,58 @@ HELD_EVERY = 16
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: MemoryState) -> tuple[Tensor, MemoryState]:
     """Arguments as in `omega_memory` for a rule with `rule.delta`."""
-    batch, tokens, heads, _ = q.shape
-    step = (gates.eta * (gates.gamma.squeeze(-1) if gates.pair else gates.gamma)).unsqueeze(-1)
-    parts, weights, inputs = [], state.weights[0].flatten(0, 1), (q, k, v, step, gates.alpha.unsqueeze(-1))
-    for q, k, v, step, alpha in zip(*(t.split(BLOCK * HELD_EVERY, 1) for t in inputs), strict=True):
+    inputs = (q, k, v, _steps(gates), gates.alpha.unsqueeze(-1))
+    y, weights = _pieces(inputs, state.weights[0], None, None)
+    return y, replace(state, weights=(weights,), anchor=(weights,), position=state.position + q.shape[1])
+
+
+def delta_rule_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    state: MemoryState,
+    start: tuple[Tensor, ...],
+    positions: Tensor,
+) -> tuple[Tensor, MemoryState]:
+    """As `delta_rule`, at the `start` weights [H, V, D] wherever `positions` [B, T] is 0."""
+    packing = pack(positions, BLOCK)
+    inputs = [packing.placed(t) for t in (q, k, v, _steps(gates))]
+    inputs.append(packing.placed(gates.alpha.unsqueeze(-1), 1.0))
+    y, weights = _pieces(tuple(inputs), state.weights[0], packing.resets, start[0])
+    after = replace(state, weights=(weights,), anchor=(weights,), position=positions[:, -1] + 1)
+    return packing.taken(y), after
+
+
+def _steps(gates: Gates) -> Tensor:
+    """eta gamma [B, T, H, 1]."""
+    return (gates.eta * (gates.gamma.squeeze(-1) if gates.pair else gates.gamma)).unsqueeze(-1)
+
+
+def _pieces(
+    inputs: tuple[Tensor, ...], M: Tensor, resets: Tensor | None, start: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(y [B, T, H, V], M after) of q, k, v, step, alpha [B, T, H, ...]; M [B, H, V, D]; resets [blocks, B]."""
+    batch, tokens, heads, _ = inputs[0].shape
+    parts, M = [], M.flatten(0, 1)
+    for number, piece in enumerate(zip(*(t.split(BLOCK * HELD_EVERY, 1) for t in inputs), strict=True)):
+        fresh = None
+        if resets is not None and start is not None:
+            here = resets[number * HELD_EVERY : (number + 1) * HELD_EVERY].repeat_interleave(heads, 1)
+            fresh = (here[..., None, None], start.expand(batch, *start.shape).flatten(0, 1))
         if torch.is_grad_enabled() and tokens > BLOCK * HELD_EVERY:
-            y, weights = checkpoint(_scan, q, k, v, step, alpha, weights, use_reentrant=False, preserve_rng_state=False)
+            y, M = checkpoint(_scan, piece, M, fresh, use_reentrant=False, preserve_rng_state=False)
         else:
-            y, weights = _scan(q, k, v, step, alpha, weights)
+            y, M = _scan(piece, M, fresh)
         parts.append(y.unflatten(0, (batch, heads)).transpose(1, 2))
-    after = (weights.unflatten(0, (batch, heads)),)
-    return torch.cat(parts, 1), MemoryState(
-        after, state.momentum, after, state.keys, state.values, None, state.gamma, state.position + tokens
-    )
+    return torch.cat(parts, 1), M.unflatten(0, (batch, heads))
 
 
-def _scan(q: Tensor, k: Tensor, v: Tensor, step: Tensor, alpha: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, T, H, ...] and M [G, V, D] -> y [G, T, V] and the M after."""
+def _scan(
+    inputs: tuple[Tensor, ...], M: Tensor, fresh: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """[B, T, H, ...] and M [G, V, D] -> y [G, T, V] and the M after. fresh: (which blocks [N, G, 1, 1], M there)."""
+    q, k, v, step, alpha = inputs
     tokens = q.shape[1]
     length = min(BLOCK, tokens)
     blocks = -(-tokens // length)
@@ -73,6 +111,8 @@ def _scan(q: Tensor, k: Tensor, v: Tensor, step: Tensor, alpha: Tensor, M: Tenso
     leaving = decay[..., -1, :].unsqueeze(-1) * x
     outputs = []
     for n in range(blocks):
+        if fresh is not None:
+            M = torch.where(fresh[0][n], fresh[1], M)
         u = own[:, n] - times_transpose(through[:, n], M)
         outputs.append(times_transpose(carried[:, n], M).baddbmm_(seen[:, n], u))
         M = torch.baddbmm(upto[:, n, -1:] * M, u.mT, leaving[:, n])

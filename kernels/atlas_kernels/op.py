@@ -7,9 +7,10 @@ import logging
 import torch
 from torch import Tensor
 
-from atlas_kernels.chunked import omega_memory_chunked
+from atlas_kernels.chunked import omega_memory_chunked, omega_memory_packed
 from atlas_kernels.dual import DualState, initial_dual_state, omega_memory_dual
 from atlas_kernels.memories import MatrixReader, memory_of
+from atlas_kernels.packing import documents, of_rows, row_of
 from atlas_kernels.reference import omega_memory_reference
 from atlas_kernels.rule import Gates, MemoryRule, MemoryState, initial_state
 
@@ -32,6 +33,7 @@ def omega_memory(
     state: State | None = None,
     residual: tuple[Tensor, Tensor] | None = None,
     impl: str = "auto",
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Write every token into the memory and read it back with the token's query (paper Eqs 9, 32, 33).
 
@@ -41,6 +43,8 @@ def omega_memory(
     state: where an earlier call stopped; op(prefix) then op(suffix, state) equals op(whole) at any cut.
     residual: the r of a deep memory for queries and keys, [B, T, H, V] each; None is the lifted input itself (D = V).
     impl: "reference" (token by token), "chunked" (matrix products), "auto".
+    positions: [B, T] int64 where documents are packed: each token's position in its own document, 0 where one begins
+    and the memory is at its start weights again (`weights` is then read even with a state); None: all is one document.
 
     Returns y [B, T, H, V] in q's dtype and the state after the last token. Inside, everything is float32, or float64
     where the weights are; differentiable once in every tensor, the state's included.
@@ -54,6 +58,7 @@ def omega_memory(
     if state is not None:
         _check_state(state, rule, weights, q, v, gates, residual)
 
+    _check_positions(positions, rule, q)
     if rule.dual and impl == "reference":
         raise ValueError(
             f"impl='reference' carries no state for kernel={rule.kernel!r}; take impl='chunked', or "
@@ -69,15 +74,53 @@ def omega_memory(
         )
     else:
         state = state.map(cast)
+    if positions is None and isinstance(state.position, Tensor):
+        positions = state.position[:, None] + torch.arange(q.shape[1], device=q.device)
     gates = Gates(cast(gates.alpha), cast(gates.eta), cast(gates.theta), cast(gates.gamma))
     residual = None if residual is None else (cast(residual[0]), cast(residual[1]))
     arguments = (cast(q), cast(k), cast(v), gates, rule)
     after: State
     if isinstance(state, DualState):
         y, after = omega_memory_dual(*arguments, state, residual)
+    elif positions is not None:
+        packed = _by_document if impl == "reference" else omega_memory_packed
+        y, after = packed(*arguments, state, residual, tuple(map(cast, weights)), positions)
     else:
         y, after = IMPLEMENTATIONS[_choose(impl)](*arguments, state, residual)
     return y.to(q.dtype), after
+
+
+def _by_document(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    rule: MemoryRule,
+    state: MemoryState,
+    residual: tuple[Tensor, Tensor] | None,
+    start: tuple[Tensor, ...],
+    positions: Tensor,
+) -> tuple[Tensor, MemoryState]:
+    """Packed documents with the reference: each one on its own."""
+    rows: list[list[Tensor]] = [[] for _ in range(q.shape[0])]
+    after: list[MemoryState] = [row_of(state, row) for row in range(q.shape[0])]
+    for row, tokens, begins in documents(positions):
+        own = lambda t: t[row : row + 1, tokens]  # noqa: B023, E731  used before the next turn
+        if begins:
+            after[row] = initial_state(
+                rule, start, own(k), own(v), residuals=residual is not None, source_gates=not gates.pair
+            )
+        y, after[row] = omega_memory_reference(
+            own(q),
+            own(k),
+            own(v),
+            Gates(own(gates.alpha), own(gates.eta), own(gates.theta), own(gates.gamma)),
+            rule,
+            after[row],
+            None if residual is None else (own(residual[0]), own(residual[1])),
+        )
+        rows[row].append(y)
+    return torch.cat([torch.cat(parts, 1) for parts in rows]), of_rows(after)
 
 
 def read_memory(
@@ -141,6 +184,20 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, gates: Gates, rule: MemoryRul
         _expect("gates.gamma", gates.gamma, (batch, tokens, heads, rule.window), "[B, T, H, window]")
     else:
         _expect("gates.gamma", gates.gamma, (batch, tokens, heads), "[B, T, H] (source) or [B, T, H, window] (pair)")
+
+
+def _check_positions(positions: Tensor | None, rule: MemoryRule, q: Tensor) -> None:
+    if positions is None:
+        return
+    if positions.shape != q.shape[:2] or positions.is_floating_point():
+        raise ValueError(
+            f"positions has shape {tuple(positions.shape)}, dtype {positions.dtype}; expected whole numbers [B, T] = "
+            f"{tuple(q.shape[:2])}"
+        )
+    if rule.dual:
+        raise ValueError(
+            f"positions was given, but kernel={rule.kernel!r} keeps its sources over document borders; unpack the batch"
+        )
 
 
 def _check_weights(weights: tuple[Tensor, ...], rule: MemoryRule, q: Tensor, v: Tensor) -> None:

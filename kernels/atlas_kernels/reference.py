@@ -106,6 +106,7 @@ def omega_memory_reference(
     residual: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, MemoryState]:
     """The whole recurrence. Arguments as in `omega_memory`, checked and in one dtype; the state is given."""
+    assert isinstance(state.position, int)
     c, T = rule.window, q.shape[1]
     X, V = torch.cat([state.keys, k], 1), torch.cat([state.values, v], 1)
     r_q, R = q, X

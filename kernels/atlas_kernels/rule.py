@@ -127,7 +127,8 @@ class MemoryState:
     weights, momentum, anchor: one [B, H, rows, cols] tensor for each matrix of the memory (anchor: the
     weights at the start of the chunk that `position` lies in). keys [B, W-1, H, D], values and
     residuals [B, W-1, H, V]: the lifted halo, zero where the sequence had not begun (a zero source
-    contributes nothing). gamma [B, W-1, H]: with `source` gates only. position: tokens read.
+    contributes nothing). gamma [B, W-1, H]: with `source` gates only. position: tokens read of the sequence, or
+    [B] of each row's own document, after a call with packed documents.
     """
 
     weights: tuple[Tensor, ...]
@@ -137,7 +138,7 @@ class MemoryState:
     values: Tensor
     residuals: Tensor | None
     gamma: Tensor | None
-    position: int
+    position: int | Tensor
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> MemoryState:
         """The state with `fn` applied to every tensor (a cast, a copy to another device)."""

@@ -76,7 +76,7 @@ def test_measurements_agree_with_the_states_they_describe() -> None:
     found = mixer.measurements
     assert all(value.dtype == torch.float32 and value.dim() == 0 for value in found.values())
 
-    (_, k, v, gates, _), _, final = calls[0]
+    (_, k, v, gates, *_), _, final = calls[0]
     norms = [w.square().sum((-2, -1)).sqrt().mean() for w in final.weights]
     torch.testing.assert_close(found["memory_norm"], sum(norms) / len(norms))
     # Token by token: the loss of M_{t-1} at token t, and of M_t at the newest token that is surely written.
@@ -127,12 +127,3 @@ def test_rotary_attention_depends_on_distance_alone_even_far_out() -> None:
 
     for start in (5, 10_000_000, 2**40):
         torch.testing.assert_close(score(start), score(0), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.usefixtures("single_process_megatron")
-def test_packed_sequences_are_refused() -> None:
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    for symbol in "M*":
-        with pytest.raises(ValueError, match="unpack the batch"):
-            build_mixer(symbol, SMALL)(torch.randn(8, 1, 32), packed_seq_params=PackedSeqParams())

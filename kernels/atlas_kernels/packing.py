@@ -1,0 +1,136 @@
+"""Documents packed into one sequence: each begins a chunk of its own, so that a reset falls on a chunk's border.
+
+Tokens move to slots: a document's token at position p stands in slot p mod C of its chunk, whole chunks follow each
+other, and slots that no token takes neither decay nor write. What a window reaches is then in the document's own
+chunks, or in the halo before the call; gates that reach further are set to zero. At most one chunk a document is
+padding.
+
+Dims: B batch, T tokens, H heads, N chunks of C slots, W window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atlas_kernels.rule import Gates, MemoryState
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the tokens of a call go. All on the tokens' device.
+
+    positions [B, T]: of each token in its document; slots [B, T]; chunks: N; resets [N, B]: a document begins with
+    this chunk; ends [B]: the chunk of a row's last token; offset [B]: the slot of its first.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    chunks: int
+    resets: Tensor
+    ends: Tensor
+    offset: Tensor
+    chunk: int
+
+    def placed(self, t: Tensor, fill: float = 0.0) -> Tensor:
+        """[B, T, ...] -> [B, N C, ...]."""
+        out = t.new_full((t.shape[0], self.chunks * self.chunk, *t.shape[2:]), fill)
+        return out.scatter(1, self._index(self.slots, t), t)
+
+    def placed_after(self, halo: Tensor, t: Tensor) -> Tensor:
+        """Sources: [B, W-1, ...] that came before and [B, T, ...] -> [B, W-1 + N C, ...], each at its slot."""
+        before = halo.shape[1]
+        out = t.new_zeros(t.shape[0], before + self.chunks * self.chunk, *t.shape[2:])
+        out = out.scatter(1, self._index(self.slots + before, t), t)
+        if before:
+            place = self.offset[:, None] + torch.arange(before, device=t.device)
+            out = out.scatter(1, self._index(place, halo), halo)
+        return out
+
+    def taken(self, t: Tensor) -> Tensor:
+        """[B, N C, ...] -> [B, T, ...]: what stands at the tokens' slots."""
+        return t.gather(1, self._index(self.slots, t))
+
+    def following(self, sources: Tensor, window: int) -> Tensor:
+        """Of `placed_after`: the last W-1 tokens of each row's document, zero where it is shorter [B, W-1, ...]."""
+        back = torch.arange(window - 2, -1, -1, device=sources.device)
+        place = self.slots[:, -1:] + (window - 1) - back
+        kept = sources.gather(1, self._index(place, sources))
+        inside = back <= self.positions[:, -1:]
+        return kept * inside.view(*inside.shape, *[1] * (sources.dim() - 2)).to(kept.dtype)
+
+    def gates(self, gates: Gates, before: Tensor | None, window: int) -> Gates:
+        """The gates at their slots, gamma as pair gates that stay in their document.
+
+        before [B, W-1, H]: the sources' gates of the halo, with `source` gates.
+        """
+        gamma = gates.gamma
+        reach = torch.arange(window, device=gamma.device)
+        if before is not None:
+            sources = self.placed_after(before, gamma)
+            back = (self.slots + window - 1).unsqueeze(-1) - reach  # [B, T, W]
+            gamma = sources.gather(1, self._index(back.flatten(1), sources)).unflatten(1, back.shape[1:]).mT
+        inside = (reach <= self.positions.unsqueeze(-1)).unsqueeze(2)  # [B, T, 1, W]
+        return Gates(
+            alpha=self.placed(gates.alpha, 1.0),
+            eta=self.placed(gates.eta),
+            theta=self.placed(gates.theta, 1.0),
+            gamma=self.placed(gamma * inside.to(gamma.dtype)),
+        )
+
+    @staticmethod
+    def _index(place: Tensor, like: Tensor) -> Tensor:
+        """place [B, T] as an index into dimension 1 of tensors shaped as `like` behind it."""
+        return place.view(*place.shape, *[1] * (like.dim() - 2)).expand(*place.shape, *like.shape[2:])
+
+
+def pack(positions: Tensor, chunk: int) -> Packing:
+    """positions [B, T]: of each token in its document, one more than the token before or 0 where one begins."""
+    begins = positions % chunk == 0
+    begins[:, 0] = True
+    number = begins.cumsum(1) - 1
+    chunks = int(number[:, -1].max()) + 1
+    resets = F.one_hot(number, chunks).bool() & (positions == 0).unsqueeze(-1)
+    return Packing(
+        positions=positions,
+        slots=number * chunk + positions % chunk,
+        chunks=chunks,
+        resets=resets.any(1).T,
+        ends=number[:, -1],
+        offset=positions[:, 0] % chunk,
+        chunk=chunk,
+    )
+
+
+def documents(positions: Tensor) -> Iterator[tuple[int, slice, bool]]:
+    """(row, its tokens, whether the document begins here) of each stretch of one document, row by row."""
+    for row, places in enumerate(positions.tolist()):
+        borders = [0, *(t for t in range(1, len(places)) if places[t] == 0), len(places)]
+        for start, stop in zip(borders, borders[1:], strict=False):
+            yield row, slice(start, stop), places[start] == 0
+
+
+def row_of(state: MemoryState, row: int) -> MemoryState:
+    """The state of one sequence of the batch."""
+    own = state.map(lambda t: t[row : row + 1])
+    position = int(state.position[row]) if isinstance(state.position, Tensor) else state.position
+    return MemoryState(**{**vars(own), "position": position})
+
+
+def of_rows(states: list[MemoryState]) -> MemoryState:
+    """The states of single sequences as one batch; `position` [B]."""
+    fields: dict[str, Any] = {}
+    for name in vars(states[0]):
+        parts = [getattr(state, name) for state in states]
+        if isinstance(parts[0], tuple):
+            fields[name] = tuple(torch.cat(matrices) for matrices in zip(*parts, strict=True))
+        elif isinstance(parts[0], Tensor):
+            fields[name] = torch.cat(parts)
+        else:
+            fields[name] = None if parts[0] is None else torch.tensor(parts, device=states[0].keys.device)
+    return MemoryState(**fields)

@@ -1,0 +1,95 @@
+"""Documents packed into one sequence are the documents on their own."""
+
+import pytest
+import torch
+from problems import Problem, assert_close, gradients, problem, state_tensors
+
+from atlas_kernels import MemoryRule, chunked, delta_rule, omega_memory
+
+CHUNK = 8
+RULES = {
+    "sum": MemoryRule("mlp", window=5, chunk=CHUNK, momentum=False, ns_steps=0, norm="layer"),
+    "momentum": MemoryRule("gated_mlp", window=5, chunk=CHUNK, ns_steps=0, norm="layer"),
+    "orthogonal": MemoryRule("mlp", window=5, chunk=CHUNK, ns_period=4, norm="layer"),
+    "wide window": MemoryRule("linear", "dot", window=CHUNK + 5, chunk=CHUNK, ns_steps=0),
+    "online": MemoryRule("mlp", window=1, chunk=CHUNK, ns_steps=0, norm="layer"),
+    "delta": MemoryRule("linear", window=1, chunk=1, momentum=False, ns_steps=0),
+}
+LENGTHS = [[3, 1, 9, 8, 14], [20, 15]]
+
+
+def positions_of(lengths: list[list[int]]) -> torch.Tensor:
+    return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+
+
+def run(p: Problem, impl: str, positions, state=None, tokens=slice(None)):
+    gates = type(p.gates)(*(g[:, tokens] for g in vars(p.gates).values()))
+    residual = None if p.residual is None else tuple(r[:, tokens] for r in p.residual)
+    q, k, v = (t[:, tokens] for t in (p.q, p.k, p.v))
+    return omega_memory(q, k, v, gates, p.weights, p.rule, state, residual, impl, positions[:, tokens])
+
+
+@pytest.fixture(params=["held", "recomputed"], autouse=True)
+def backward(request, monkeypatch):
+    monkeypatch.setattr(delta_rule, "BLOCK", 8)
+    if request.param == "recomputed":
+        monkeypatch.setattr(chunked, "HELD_BYTES", 0)
+        monkeypatch.setattr(delta_rule, "HELD_EVERY", 2)
+
+
+@pytest.mark.parametrize("pair,residual", [(True, False), (False, True)])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_packed_is_each_on_its_own(rule, pair, residual):
+    p = problem(rule, 35, pair=pair, residual=residual and rule.memory != "linear")
+    positions = positions_of(LENGTHS)
+    results = {}
+    for impl in ("reference", "chunked"):
+        y, state = run(p, impl, positions)
+        assert state.position.tolist() == [14, 15]
+        outputs = {"y": y, **state_tensors(state)}
+        results[impl] = outputs | gradients(list(outputs.values()), p.leaves())
+    assert_close(results["chunked"], results["reference"])
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_the_reference_itself_is_each_on_its_own(rule):
+    p = problem(rule, 35)
+    y, _ = run(p, "reference", positions_of(LENGTHS))
+    for row, lengths in enumerate(LENGTHS):
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        alone = [p.run("reference", end - n, end)[0][row] for n, end in zip(lengths, ends, strict=True)]
+        assert torch.equal(y[row], torch.cat(alone))
+
+
+@pytest.mark.parametrize("pair", [True, False])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_any_cut_gives_the_whole(rule, pair):
+    p = problem(rule, 35, pair=pair)
+    positions = positions_of(LENGTHS)
+    y, state = run(p, "chunked", positions)
+    whole = {"y": y, **state_tensors(state)}
+    whole |= gradients(list(whole.values()), p.leaves())
+    for at in (1, 3, 4, 13, 20, 22, 34):
+        first, middle = run(p, "chunked", positions, None, slice(0, at))
+        second, state = run(p, "chunked", positions, middle, slice(at, None))
+        parts = {"y": torch.cat([first, second], 1), **state_tensors(state)}
+        assert_close(parts | gradients(list(parts.values()), p.leaves()), whole)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_a_packed_state_goes_on_without_positions(rule):
+    p = problem(rule, 35)
+    positions = positions_of(LENGTHS)
+    y, _ = run(p, "chunked", positions)
+    _, middle = run(p, "chunked", positions, None, slice(0, 23))
+    rest, _ = p.run("chunked", 23, None, middle)
+    assert_close({"y": rest}, {"y": y[:, 23:]})
+
+
+def test_bad_positions_are_named():
+    p = problem(RULES["sum"], 6)
+    with pytest.raises(ValueError, match=r"positions has shape \(2, 4\)"):
+        run(p, "chunked", torch.zeros(2, 6, dtype=torch.int64)[:, :4])
+    with pytest.raises(ValueError, match="keeps its sources over document borders"):
+        dual = problem(MemoryRule(window=5, chunk=CHUNK, momentum=False, ns_steps=0, kernel="exponential"), 6)
+        run(dual, "chunked", torch.zeros(2, 6, dtype=torch.int64))
