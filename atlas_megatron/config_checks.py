@@ -6,7 +6,7 @@ from atlas_kernels.features import FEATURE_MAPS, lifted_width
 from atlas_megatron.config import LAYERS, Config
 
 # Layers that keep packed documents apart.
-PACKED = "M*FA-"
+PACKED = "M*FARLDG-"
 # Lifted features a head: a memory's matrices grow with them.
 WIDEST = 4096
 

@@ -20,9 +20,9 @@ from atlas_megatron.mixers.convolution import convolved, initial_taps
 from atlas_megatron.mixers.linears import MixerLinears
 from atlas_megatron.mixers.memory_layout import (
     ETA_HEADROOM,
-    W1_GAIN,
     coefficient_count,
     eta_start,
+    first_gain,
     gate_count,
     gate_starts,
     lift_flops,
@@ -102,8 +102,8 @@ class AtlasMixer(Mixer):
         self.norm_gain = self.by_head(torch.ones(memory.heads, memory.head_dim))
 
         (rows, cols), *over_input = weight_shapes(memory)
-        # The output matrix starts near zero (a linear memory is nothing else): reads begin as the residual alone.
-        self.start_first = self.by_head(torch.empty(memory.heads, rows, cols).normal_(std=W1_GAIN * cols**-0.5))
+        std = first_gain(memory) * cols**-0.5
+        self.start_first = self.by_head(torch.empty(memory.heads, rows, cols).normal_(std=std))
         drawn = [
             torch.stack([nn.init.orthogonal_(torch.empty(*shape)) for _ in range(memory.heads)]) for shape in over_input
         ]

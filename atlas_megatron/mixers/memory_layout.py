@@ -25,6 +25,18 @@ def eta_start(memory: MemoryConfig) -> float:
     return memory.eta_sum / (gradients * (memory.chunk if feedback else 1))
 
 
+def first_gain(memory: MemoryConfig) -> float:
+    """Of the start of the output matrix, whose entries are drawn with std gain / sqrt(cols).
+
+    Near zero: reads begin as the residual alone. Not so under the output norm without Newton-Schulz: there the norm
+    divides the first gradients by W1's small output, and one chunk would bury the start. (2 F)^(1/4) makes the first
+    steps, when they sum to one, as large as W1 itself (|e| about sqrt(2 V), |W1| = gain sqrt(V), sd = gain |h| / sqrt F).
+    """
+    if memory.norm == "layer" and memory.ns_steps == 0:
+        return (2.0 * memory.expansion * memory.head_dim) ** 0.25
+    return W1_GAIN
+
+
 def lifted(memory: MemoryConfig) -> int:
     """D: features of a lifted key."""
     return lifted_width(memory.feature_map, memory.head_dim, memory.degree, memory.sketch_width)

@@ -1,0 +1,121 @@
+"""Time every preset's memory beside omeganet's, and packed documents beside one: forward and backward, in turn.
+
+Of a preset with Newton-Schulz the share of the writes is timed apart (the same rule with ns_steps = 0), because the
+iteration is an addition that the preset asks for. Figures are medians over rounds. Documents: eight a sequence, of
+unequal lengths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from atlas_kernels import Gates, initial_coefficients, lift, omega_memory
+from atlas_megatron.config import MemoryConfig
+from atlas_megatron.mixers.memory_layout import eta_start, lifted, weight_shapes
+from atlas_megatron.presets import PRESETS
+from bench_memory import commit, medians
+
+HEADS, HEAD_DIM, TOKENS, BATCH = 6, 64, 1024, 1
+DOCUMENTS = (40, 300, 5, 128, 200, 63, 64, 224)
+
+
+def contender(memory: MemoryConfig, positions: Tensor | None = None) -> Callable[[], None]:
+    """Forward and backward of the op on random inputs as the mixer would give them."""
+    torch.manual_seed(0)
+    q, k = (F.normalize(torch.randn(BATCH, TOKENS, HEADS, HEAD_DIM), dim=-1) for _ in range(2))
+    v = torch.randn(BATCH, TOKENS, HEADS, HEAD_DIM)
+    eta = torch.full((BATCH, TOKENS, HEADS), eta_start(memory))
+    one = torch.ones_like(eta)
+    gamma = {
+        "pair": 0.5 * one.unsqueeze(-1).expand(*one.shape, memory.window).clone(),
+        "source": 0.5 * one,
+        "none": eta if memory.step_in_momentum else one,
+    }[memory.omega_gates]
+    gates = Gates(
+        alpha=0.99 * one if memory.retention else one,
+        eta=one if memory.step_in_momentum else eta,
+        theta=0.9 * one if memory.momentum else 0 * one,
+        gamma=gamma,
+    )
+    weights = [torch.randn(HEADS, rows, cols) * cols**-0.5 for rows, cols in weight_shapes(memory)]
+    coefficients = initial_coefficients(memory.feature_map, memory.degree)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v, *vars(gates).values(), *weights)]
+    rule = memory.rule()
+    own_residual = memory.memory != "linear" and (rule.dual or lifted(memory) != HEAD_DIM)
+
+    def run() -> None:
+        q, k, v, alpha, eta, theta, gamma, *start = leaves
+        x, y = (lift(t, memory.feature_map, coefficients, memory.sketch_width) for t in (k, q))
+        residual = (q, k) if own_residual else None
+        gates = Gates(alpha, eta, theta, gamma)
+        out, _ = omega_memory(y, x, v, gates, tuple(start), rule, residual=residual, positions=positions)
+        out.square().mean().backward()
+
+    return run
+
+
+def measure(rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds of every preset, and of those that can be packed with documents."""
+    base = MemoryConfig(heads=HEADS, head_dim=HEAD_DIM)
+    members = {name: replace(base, **fields) for name, fields in PRESETS.items()}
+    without = {f"{n}, ns_steps=0": replace(m, ns_steps=0) for n, m in members.items() if m.ns_steps}
+    members |= without
+    # Once a chunk, as the CPU configs write; every token's write costs a hundred times as much.
+    members = {n: replace(m, ns_period=m.chunk) if m.ns_steps else m for n, m in members.items()}
+    positions = torch.cat([torch.arange(n) for n in DOCUMENTS]).expand(BATCH, -1)
+    whole, _ = medians({name: contender(memory) for name, memory in members.items()}, rounds)
+    lifted_members = {name: memory for name, memory in members.items() if memory.kernel == "lifted"}
+    pairs: dict[str, Callable[[], None]] = {}
+    for name, memory in lifted_members.items():
+        pairs |= {name: contender(memory), f"{name} packed": contender(memory, positions)}
+    seconds, _ = medians(pairs, rounds)
+    packed = {name: seconds[f"{name} packed"] / seconds[name] for name in lifted_members}
+    return {"seconds": whole, "packed_over_whole": packed}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python tools/bench_presets.py --rounds 9 --json docs/results/presets_cpu.json",
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
+    parser.add_argument("--json", type=Path, default=Path("runs/bench_presets.json"), help="where the figures go")
+    arguments = parser.parse_args()
+    measured = measure(arguments.rounds)
+    base = measured["seconds"]["omeganet"]
+    shape = f"T={TOKENS} B={BATCH}, {HEADS} heads of {HEAD_DIM}, float32"
+    table = Table("preset: forward + backward", "ms", "of omeganet", "packed", title=shape)
+    for name, seconds in measured["seconds"].items():
+        packed = measured["packed_over_whole"].get(name)
+        table.add_row(name, f"{1e3 * seconds:,.0f}", f"{seconds / base:.2f}", f"x {packed:.2f}" if packed else "-")
+    Console(width=120).print(table)
+    report = {
+        "command": " ".join(["python", "tools/bench_presets.py", *sys.argv[1:]]),
+        "commit": commit(),
+        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "shape": shape,
+        "documents": list(DOCUMENTS),
+        **measured,
+    }
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written: {arguments.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
