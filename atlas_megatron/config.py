@@ -91,10 +91,11 @@ class MemoryConfig:
     theta_start: float = 0.9  # momentum decay at initialisation
     gamma_start: float = 0.5  # Omega gate at initialisation
     # Step size at initialisation; a learned one stays below 10 times it. 0 derives it. Newton-Schulz: 0.01 a token.
-    # None: the steps of one chunk (eta x gamma x window / (1 - theta) x chunk, all at one anchor) sum to eta_sum; but
-    # for a linear memory with the dot loss, which has no feedback, those of one token sum to it.
+    # None: the steps of one chunk (eta x gamma x window / (1 - theta) x chunk, all at one anchor) sum to eta_sum, so
+    # that the largest sum to one: beyond, deep memories diverge. For a linear memory with the dot loss, which has no
+    # feedback, the steps of one token sum to it.
     eta_start: float = 0.0
-    eta_sum: float = 1.0
+    eta_sum: float = 0.1
     impl: str = "auto"  # reference | chunked | auto
 
     def rule(self) -> MemoryRule:

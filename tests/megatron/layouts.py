@@ -11,6 +11,7 @@ import torch
 
 from atlas_megatron.config import AttentionConfig, Config, MemoryConfig, ModelConfig, ParallelConfig
 from atlas_megatron.parallel import cpu
+from atlas_megatron.presets import PRESETS
 
 SMALL = Config(
     model=ModelConfig(pattern="M-*-M-", hidden_size=32, ffn_hidden_size=48, vocab_size=64, seq_length=32, init_std=0.1),
@@ -18,11 +19,22 @@ SMALL = Config(
     attention=AttentionConfig(heads=4, head_dim=8, window=12),
 )
 PIPELINED = replace(SMALL, model=replace(SMALL.model, pattern="M-*|-M-"))
+# MAG, MAC, full attention with persistent tokens, an exponential kernel.
+HYBRID = replace(
+    SMALL,
+    model=replace(SMALL.model, pattern="A-C-F-"),
+    memory=replace(SMALL.memory, **PRESETS["dot"]),
+    attention=replace(SMALL.attention, persistent=2, segment=8),
+)
+BASES = {"memory": SMALL, "hybrid": HYBRID}
+# By name: which base it is a layout of, and the layout.
 LAYOUTS = {
-    "data": SMALL,
-    "tensor": replace(SMALL, parallel=ParallelConfig(tensor=2)),
-    "sequence": replace(SMALL, parallel=ParallelConfig(tensor=2, sequence=True)),
-    "pipeline": replace(PIPELINED, parallel=ParallelConfig(pipeline=2)),
+    "data": ("memory", SMALL),
+    "tensor": ("memory", replace(SMALL, parallel=ParallelConfig(tensor=2))),
+    "sequence": ("memory", replace(SMALL, parallel=ParallelConfig(tensor=2, sequence=True))),
+    "pipeline": ("memory", replace(PIPELINED, parallel=ParallelConfig(pipeline=2))),
+    "hybrid data": ("hybrid", HYBRID),
+    "hybrid tensor": ("hybrid", replace(HYBRID, parallel=ParallelConfig(tensor=2))),
 }
 LEARNING_RATE = 0.5
 
@@ -103,14 +115,14 @@ def free_port() -> int:
 
 
 def run_layouts(rank: int, folder: Path, port: int) -> None:
-    """Process `rank` of two: every layout, from folder/start to folder/<layout>."""
+    """Process `rank` of two: every layout, from the start of its base to folder/<layout>."""
     torch.set_num_threads(1)
     cpu.install()
     from megatron.core import parallel_state
 
     torch.distributed.init_process_group(cpu.backend(), init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    for name, config in LAYOUTS.items():
+    for name, (base, config) in LAYOUTS.items():
         initialise(config)
-        load_step_save(config, folder / "start", folder / name)
+        load_step_save(config, folder / f"{base} start", folder / name)
         parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()

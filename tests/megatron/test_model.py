@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from atlas_megatron.config import Config, MemoryConfig
 from atlas_megatron.presets import PRESETS
-from layouts import LAYOUTS, SMALL, free_port, load_step_save, run_layouts
+from layouts import BASES, LAYOUTS, SMALL, free_port, load_step_save, run_layouts
 
 MEMORIES = {
     "once a chunk": replace(SMALL.memory, ns_period=8),
@@ -44,29 +44,31 @@ def build(config: Config) -> torch.nn.Module:
 
 @pytest.fixture
 def start(single_process_megatron: None, tmp_path: Path) -> Path:
-    """A folder with the checkpoint `start`, and `single`, which is one step further."""
+    """A folder with a checkpoint `<base> start` of each base, and `<base> single`, which is one step further."""
     from megatron.core import dist_checkpointing
 
-    for name in ("start", "single"):
-        (tmp_path / name).mkdir()
-    dist_checkpointing.save(build(SMALL).sharded_state_dict(), str(tmp_path / "start"))
-    load_step_save(SMALL, tmp_path / "start", tmp_path / "single")
+    for base, config in BASES.items():
+        for name in ("start", "single"):
+            (tmp_path / f"{base} {name}").mkdir()
+        dist_checkpointing.save(build(config).sharded_state_dict(), str(tmp_path / f"{base} start"))
+        load_step_save(config, tmp_path / f"{base} start", tmp_path / f"{base} single")
     return tmp_path
 
 
-def load(folder: Path) -> dict[str, torch.Tensor]:
+def load(config: Config, folder: Path) -> dict[str, torch.Tensor]:
     from megatron.core import dist_checkpointing
 
-    loaded = dist_checkpointing.load(build(SMALL).double().sharded_state_dict(), str(folder))
+    loaded = dist_checkpointing.load(build(config).double().sharded_state_dict(), str(folder))
     return {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
 
 
 def test_every_layout_takes_the_same_step(start: Path) -> None:
     torch.multiprocessing.spawn(run_layouts, (start, free_port()), nprocs=2)
-    before, single = load(start / "start"), load(start / "single")
-    assert len(before) == len(dict(build(SMALL).named_parameters()))
-    for layout in LAYOUTS:
-        stepped = load(start / layout)
+    for layout, (base, _) in LAYOUTS.items():
+        config = BASES[base]
+        before, single = load(config, start / f"{base} start"), load(config, start / f"{base} single")
+        assert len(before) == len(dict(build(config).named_parameters()))
+        stepped = load(config, start / layout)
         assert stepped.keys() == single.keys()
         for name, value in stepped.items():
             moved = (single[name] - before[name]).abs().max()
