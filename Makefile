@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/installed-$(PINS)
 BENCH := $(VENV)/bench-$(PINS)
 IS_3_12 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null
 
-.PHONY: help setup quickstart test lint bench-memory
+.PHONY: help setup quickstart test lint bench-memory bench-presets
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -32,6 +32,9 @@ lint: setup ## ruff and mypy
 
 bench-memory: setup $(BENCH) ## time the memory beside titans-pytorch's; prints a table and JSON
 	@$(RUN) tools/bench_memory.py $(ARGS)
+
+bench-presets: setup ## time every preset beside omeganet, and packed documents beside one
+	@$(RUN) tools/bench_presets.py $(ARGS)
 
 $(INSTALLED): | $(RUN)
 	@$(RUN) $(IS_3_12) || { echo "$(VENV) is not of Python 3.12: remove it and run make setup again" >&2; exit 2; }

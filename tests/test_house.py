@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("kernels", "atlas_megatron", "tools", "tests")
+ROOMS = ("kernels", "atlas_megatron", "configs", "tools", "tests")
 SOURCES = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))
 KERNELS = [file for file in SOURCES if file.is_relative_to(ROOT / "kernels")]
 MEGATRON = [file for file in SOURCES if file.is_relative_to(ROOT / "atlas_megatron")]

@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import TOLERANCE, assert_close, gradients, problem, relative_rms, state_tensors
 
 from atlas_kernels import Gates, MemoryRule, omega_memory
 from atlas_kernels.reference_dual import omega_memory_dual_reference
+from problems import TOLERANCE, assert_close, gradients, problem, relative_rms, state_tensors
 
 CHUNK = 4
 MEMORIES = [("linear", "none"), ("mlp", "none"), ("mlp", "layer"), ("gated_mlp", "layer")]

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import problem
 
 from atlas_kernels import Gates, MemoryRule, omega_memory
+from problems import problem
 
 RULE = MemoryRule(window=3, chunk=8)
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from problems import Problem, assert_close, gradients, problem, state_tensors
 
 from atlas_kernels import MemoryRule, chunked, delta_rule, omega_memory
+from problems import Problem, assert_close, gradients, problem, state_tensors
 
 CHUNK = 8
 RULES = {

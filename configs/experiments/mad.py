@@ -1,0 +1,133 @@
+"""The six tasks of MAD (Poli et al. 2024, arXiv 2403.17844), generated here, for each sequence mixer.
+
+In-context recall, fuzzy and noisy in-context recall, selective copying, compression, memorisation: see synthetic.py.
+Two blocks of mixer and SwiGLU MLP, 64 wide; the loss and the accuracy are where an answer is due. Shorter sequences and
+fewer steps than MAD's own, so that a CPU trains all of them: compare the mixers here with each other, not with MAD's
+tables.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import mean
+
+import numpy
+from matplotlib import pyplot
+
+import record
+import training
+from synthetic import Task, mad_tasks
+from training import Schedule
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is trained: one size a mixer (head size of a memory, window of attention, 0 where it has none)."""
+
+    sizes: dict[str, int]
+    tokens: int
+    short: int  # of compression and memorisation
+    copied: int  # tokens of selective copying
+    schedule: Schedule
+    seeds: tuple[int, ...] = (0,)
+
+    def tasks(self) -> dict[str, Task]:
+        return mad_tasks(self.tokens, self.short, self.copied)
+
+
+FULL = Grid(
+    sizes={
+        "atlas": 16,
+        "omeganet": 16,
+        "titans": 16,
+        "delta": 16,
+        "gated delta": 16,
+        "sliding window": 16,
+        "attention": 0,
+    },
+    tokens=64,
+    short=32,
+    copied=8,
+    schedule=Schedule(steps=400, batch=32, lr=3e-3, warmup=40),
+)
+QUICK = Grid(
+    sizes={"atlas": 8, "delta": 8, "attention": 0},
+    tokens=32,
+    short=16,
+    copied=4,
+    schedule=Schedule(steps=6, batch=8, lr=3e-3, warmup=2, evaluated=2),
+)
+
+
+def measure(grid: Grid, mixer: str, name: str, seed: int) -> record.Cell:
+    task = grid.tasks()[name]
+    config = training.config_of(mixer, grid.sizes[mixer], task.tokens, task.vocabulary, mlp=True)
+    return training.train_and_measure(config, task, grid.schedule, seed, {name: task})
+
+
+def cell_name(mixer: str, task: str, seed: int) -> str:
+    return f"{task}, {mixer}, seed {seed}"
+
+
+def accuracies(results: record.Record, grid: Grid, mixer: str, task: str) -> list[float]:
+    """Of each seed that did not diverge."""
+    cells = [results.cells[cell_name(mixer, task, seed)] for seed in grid.seeds]
+    found = [cell["measured"][task]["accuracy"] for cell in cells]
+    return [accuracy for accuracy in found if accuracy is not None]
+
+
+def draw(results: record.Record, grid: Grid) -> None:
+    with pyplot.style.context(record.STYLE):
+        figure, axes = pyplot.subplots(figsize=(10, 4), layout="constrained")
+        tasks, width = list(grid.tasks()), 0.8 / len(grid.sizes)
+        for place, mixer in enumerate(grid.sizes):
+            scores = [accuracies(results, grid, mixer, task) for task in tasks]
+            heights = [mean(score) if score else 0.0 for score in scores]
+            left = numpy.arange(len(tasks)) + (place - (len(grid.sizes) - 1) / 2) * width
+            axes.bar(left, heights, width, color=f"C{place}", label=mixer)
+        axes.set_xticks(range(len(tasks)), tasks)
+        axes.set_ylim(0, 1)
+        axes.set_ylabel("accuracy")
+        axes.set_title(f"MAD's tasks after {grid.schedule.steps} steps", fontsize="medium")
+        figure.legend(loc="outside right upper")
+        results.save_figure(figure)
+
+
+def describe(results: record.Record, grid: Grid) -> None:
+    said = []
+    for mixer in grid.sizes:
+        scores = [accuracies(results, grid, mixer, task) for task in grid.tasks()]
+        shown = [f"{100 * mean(score):.1f}" if score else "diverged" for score in scores]
+        state = results.cells[cell_name(mixer, "in-context recall", grid.seeds[0])]["state_floats"]
+        said.append(f"{mixer} ({state:,} numbers of state): {', '.join(shown)}")
+    schedule = grid.schedule
+    results.write_text(
+        "MAD's synthetic tasks",
+        [
+            f"Accuracy in percent on {', '.join(grid.tasks())}, after {schedule.steps} steps of {schedule.batch} "
+            f"sequences of {grid.tokens} tokens ({grid.short} for the last two). {'; '.join(said)}."
+        ],
+    )
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    asked = record.options("mad", __doc__, words)
+    grid = QUICK if asked.quick else FULL
+
+    def experiment() -> None:
+        results = record.Record("mad", asked, {**asdict(grid), **training.SETTINGS})
+        for task in grid.tasks():
+            for mixer in grid.sizes:
+                for seed in grid.seeds:
+                    results.cell(cell_name(mixer, task, seed), partial(measure, grid, mixer, task, seed))
+        draw(results, grid)
+        describe(results, grid)
+
+    return record.run("mad", experiment)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
