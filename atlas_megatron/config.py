@@ -154,6 +154,7 @@ class TrainConfig:
     recompute: bool = False  # recompute each layer's activations in the backward
     validate_every: int = 100  # steps; 0 never
     validate_sequences: int = 64
+    validate_silenced: bool = False  # also validate with every memory held at its start weights: what it contributes
     log_every: int = 1  # steps between progress lines; metrics.jsonl has every step
     stats_every: int = 10  # steps between gate, norm and surprise measurements
 

@@ -1,7 +1,9 @@
 """What a run says of itself: one record a step, in a file, on the screen, in TensorBoard, at the end in a table.
 
-A record is a flat dict of numbers with `step` and `loss`, and on some steps two more keys: `layers`, the
-measurements of every memory layer by its number, and `validation_loss` with `validation_bits_per_byte`.
+A record is a flat dict of numbers with `step` and `loss`, and on some steps more keys: `layers`, the measurements of
+every memory layer by its number, and `validation_loss` with `validation_bits_per_byte`, where asked for also
+`validation_loss_silenced`, that with every memory held at its start weights. A layer's measurements are numbers, but
+for two kinds of lists: `*_histogram`, counts of a gate in equal bins, and `*_spectrum`, QUANTILES of singular values.
 """
 
 from __future__ import annotations
@@ -25,6 +27,10 @@ from atlas_megatron.config import Config
 
 Record = dict[str, Any]
 METRICS = "metrics.jsonl"
+HISTOGRAM, SPECTRUM = "_histogram", "_spectrum"
+QUANTILES = ("min", "25%", "median", "75%", "max")
+# Of the variation of an A or C layer's output, the part that its memory carries: below this it has collapsed.
+LOW_MEMORY_SHARE = 0.05
 
 # Dense bfloat16 FLOP/s that the vendor states, by a part of the device's name.
 PEAKS = {"A100": 312e12, "H100": 989.4e12, "H200": 989.4e12, "B200": 2250e12}
@@ -108,6 +114,7 @@ class RunLog:
         if self._board:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, record["step"])
+            _add_histograms(self._board, record, self._config)
         if self._wandb:
             self._wandb.log(numbers, step=record["step"])
         self._show(record)
@@ -135,7 +142,9 @@ class RunLog:
         if "validation_loss" in record:
             bits = record["validation_bits_per_byte"]
             in_bits = f"  {bits:.4f} bits per byte" if bits is not None else ""
-            self.say(f"step {step}/{last}  validation loss {record['validation_loss']:.4f}{in_bits}")
+            contributes = silenced_difference(record)
+            silenced = "" if contributes is None else f"  memory silenced: {contributes:+.2f} nats"
+            self.say(f"step {step}/{last}  validation loss {record['validation_loss']:.4f}{in_bits}{silenced}")
 
 
 def _open_after(path: Path, resumed_step: int) -> Any:
@@ -154,6 +163,29 @@ def _tensorboard(directory: Path, resumed_step: int) -> Any:
     return SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)
 
 
+def _add_histograms(board: Any, record: Record, config: Config) -> None:
+    # Imported here: it brings Megatron, which a reader of records does not need.
+    from atlas_megatron.mixers.memory_layout import ETA_HEADROOM, eta_start
+
+    for number, layer in record.get("layers", {}).items():
+        for name in (name for name in layer if name.endswith(HISTOGRAM)):
+            counts = torch.tensor(layer[name], dtype=torch.float64)
+            top = ETA_HEADROOM * eta_start(config.memory) if name == f"eta{HISTOGRAM}" else 1.0
+            limits = torch.arange(1, len(counts) + 1, dtype=torch.float64) * (top / len(counts))
+            centres = limits - top / len(counts) / 2
+            board.add_histogram_raw(
+                f"layers/{number}/{name.removesuffix(HISTOGRAM)}",
+                min=0.0,
+                max=top,
+                num=int(counts.sum()),
+                sum=(counts * centres).sum().item(),
+                sum_squares=(counts * centres.square()).sum().item(),
+                bucket_limits=limits.tolist(),
+                bucket_counts=counts.tolist(),
+                global_step=record["step"],
+            )
+
+
 def _weights_and_biases(config: Config) -> Any:
     try:
         import wandb
@@ -167,14 +199,24 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, fl
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, list):
+            if name.endswith(SPECTRUM):
+                yield from _flat(dict(zip(QUANTILES, value, strict=True)), f"{prefix}{name}/")
         elif value is not None and name != "step":
             yield f"{prefix}{name}", value
 
 
+def silenced_difference(record: Record) -> float | None:
+    """How far the validation loss rises, in nats a token, when no memory learns; None where it was not tried."""
+    if "validation_loss_silenced" not in record:
+        return None
+    return record["validation_loss_silenced"] - record["validation_loss"]
+
+
 def mean_measurements(records: list[Record]) -> dict[str, float]:
-    """Each measurement of the last measured step, averaged over the memory layers."""
+    """Each measurement of the last measured step that is a number, averaged over the memory layers."""
     layers = next((list(r["layers"].values()) for r in reversed(records) if r.get("layers")), [])
-    names = dict.fromkeys(name for layer in layers for name in layer)
+    names = dict.fromkeys(name for layer in layers for name, value in layer.items() if not isinstance(value, list))
     return {name: fmean(layer[name] for layer in layers if name in layer) for name in names}
 
 
@@ -191,6 +233,9 @@ def summary_table(records: list[Record], parameters: int) -> Table:
         table.add_row("validation loss, nats a token", f"{validated[-1]['validation_loss']:.4f}")
         bits = validated[-1]["validation_bits_per_byte"]
         table.add_row("validation bits per byte", "unknown" if bits is None else f"{bits:.4f}")
+        contributes = silenced_difference(validated[-1])
+        if contributes is not None:
+            table.add_row("validation loss with the memory silenced, change in nats", f"{contributes:+.4f}")
     for name, value in mean_measurements(records).items():
         table.add_row(f"{name.replace('_', ' ')}, mean of layers", f"{value:.4g}")
     return table

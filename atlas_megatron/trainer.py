@@ -7,6 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -25,8 +26,9 @@ from atlas_megatron import checkpoint, non_finite
 from atlas_megatron.checkpoint import Position, Trained
 from atlas_megatron.config import Config, to_toml
 from atlas_megatron.data import Batches, build_datasets, bytes_per_token
-from atlas_megatron.metrics import Record, RunLog, Speed, bits_per_byte
+from atlas_megatron.metrics import LOW_MEMORY_SHARE, Record, RunLog, Speed, bits_per_byte
 from atlas_megatron.mixers.base import Documents
+from atlas_megatron.mixers.memory import AtlasMixer
 from atlas_megatron.model import build_model, flops_per_token
 from atlas_megatron.non_finite import NonFiniteError
 from atlas_megatron.optimizer import build_optimizer, wrap
@@ -59,6 +61,8 @@ class Trainer:
         self.position = checkpoint.restore(resumed, config, self.trained) if resumed else Position()
         self._batches = Batches(train_set, config, self.position.consumed_samples)
         self._speed = Speed(config, flops_per_token(config).training, torch.distributed.get_world_size())
+        self._has_memory = bool(set("MAC") & set(config.model.pattern))
+        self._warned: set[str] = set()
         self._stop = False
         self.log: RunLog | None = None
         if world.rank() == 0:
@@ -109,7 +113,7 @@ class Trainer:
         start = time.perf_counter()
         train, trained = self.config.train, self.trained
         batches = [next(self._batches) for _ in range(_micro_batches(self.config, train.global_batch))]
-        measures = bool(set("MAC") & set(self.config.model.pattern)) and (step == 1 or step % train.stats_every == 0)
+        measures = self._has_memory and (step == 1 or step % train.stats_every == 0)
         mixers = _measured(trained.model) if measures else []
         for _, mixer in mixers:
             mixer.measure = True
@@ -139,6 +143,7 @@ class Trainer:
         # Also where this stage has no memory: all processes gather.
         if measures:
             record["layers"] = self._measurements(step, mixers)
+            self._warn(step, record["layers"])
         return record, stop
 
     def _run(self, batches: list[Batch], *, forward_only: bool) -> list[dict[str, Tensor]]:
@@ -161,22 +166,35 @@ class Trainer:
         total, asked = both.tolist()
         return total * self.config.parallel.pipeline / torch.distributed.get_world_size(), asked > 0
 
-    def _measurements(self, step: int, mixers: list[tuple[int, Any]]) -> dict[str, dict[str, float]]:
-        """What every memory layer measured, by layer number, averaged over the processes that hold a part of it."""
-        own: dict[int, dict[str, float]] = {}
+    def _measurements(self, step: int, mixers: list[tuple[int, Any]]) -> dict[str, dict[str, Any]]:
+        """What every memory layer measured, by layer number, over the processes that hold a part of it."""
+        own: dict[int, dict[str, Any]] = {}
         for number, mixer in mixers:
             mixer.measure = False
-            own.setdefault(number, {}).update({name: value.item() for name, value in mixer.measurements.items()})
+            own.setdefault(number, {}).update({name: value.tolist() for name, value in mixer.measurements.items()})
         everywhere: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everywhere, own)
         merged = {}
         for number in sorted({number for part in everywhere for number in part}):
             parts = [part[number] for part in everywhere if number in part]
-            merged[str(number)] = {name: fmean(part[name] for part in parts) for name in parts[0]}
-            bad = [name for name, value in merged[str(number)].items() if not math.isfinite(value)]
+            merged[str(number)] = {name: _over_processes([part[name] for part in parts]) for name in parts[0]}
+            found = {n: v if isinstance(v, list) else [v] for n, v in merged[str(number)].items()}
+            bad = [name for name, values in found.items() if not all(map(math.isfinite, values))]
             if bad:
                 raise self._diverged(step, f"{bad[0]} is not finite", non_finite.describe(number, self.config))
         return merged
+
+    def _warn(self, step: int, layers: dict[str, dict[str, Any]]) -> None:
+        """Say, once a layer, that its memory has collapsed: the loss alone does not show it."""
+        for number, layer in layers.items():
+            share = layer.get("memory_share", 1.0)
+            if share < LOW_MEMORY_SHARE and number not in self._warned:
+                self._warned.add(number)
+                where = non_finite.describe(int(number), self.config)
+                self._say(
+                    f"warning: step {step}: the memory carries {share:.1%} of what varies in the output of {where}, "
+                    f"less than {LOW_MEMORY_SHARE:.0%}: the layer runs on its attention alone"
+                )
 
     def _diverged(self, step: int, what: str, where: str) -> NonFiniteError:
         last, _ = checkpoint.latest(self.config.run.directory)
@@ -198,7 +216,12 @@ class Trainer:
             self._write_position_loss(step)
         loss = (sums[0].sum() / sums[1].sum()).item()
         bits = None if self._bytes_per_token is None else bits_per_byte(loss, self._bytes_per_token)
-        return {"validation_loss": loss, "validation_bits_per_byte": bits}
+        record = {"validation_loss": loss, "validation_bits_per_byte": bits}
+        if self.config.train.validate_silenced and self._has_memory:
+            with _silenced(self.trained.model):
+                silenced = self._evaluate(self._validation_set)
+            record["validation_loss_silenced"] = (silenced[0].sum() / silenced[1].sum()).item()
+        return record
 
     def _write_position_loss(self, step: int) -> None:
         sequences = self.config.train.validate_sequences
@@ -272,3 +295,23 @@ def _measured(model: torch.nn.Module) -> list[tuple[int, Any]]:
     """This stage's mixers that can measure themselves, by layer number."""
     modules = dict(model.named_modules()).items()
     return [(m.layer_number, m) for _, m in modules if hasattr(m, "measurements")]
+
+
+@contextmanager
+def _silenced(model: torch.nn.Module) -> Iterator[None]:
+    """Every memory of this stage at its start weights."""
+    memories = [module for module in model.modules() if isinstance(module, AtlasMixer)]
+    for memory in memories:
+        memory.silent = True
+    try:
+        yield
+    finally:
+        for memory in memories:
+            memory.silent = False
+
+
+def _over_processes(parts: list[Any]) -> Any:
+    """One measurement of several processes: counts are summed, all else is averaged."""
+    if not isinstance(parts[0], list):
+        return fmean(parts)
+    return [sum(each) if isinstance(each[0], int) else fmean(each) for each in zip(*parts, strict=True)]

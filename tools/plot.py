@@ -1,4 +1,5 @@
-"""Draw a run: loss.png (training and validation loss) and position_loss.png (loss against position in the context)."""
+"""Draw runs: of each loss.png (training and validation loss), position_loss.png (loss against position in the context)
+and diagnostics.png (what its memory layers measured); of several also compare.png, side by side."""
 
 from __future__ import annotations
 
@@ -11,11 +12,14 @@ from pathlib import Path
 import matplotlib
 import numpy
 
-from atlas_megatron.metrics import read
+from atlas_megatron.metrics import Record, read
 
 matplotlib.use("Agg")  # files only: a machine that trains has no screen
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+import plot_diagnostics  # noqa: E402
 
 STYLE = {
     "figure.figsize": (6.4, 4.0),
@@ -28,25 +32,22 @@ STYLE = {
 }
 EXAMPLES = """\
 examples:
-  python tools/plot.py runs/quickstart
-  python tools/plot.py runs/first runs/second
+  python tools/plot.py runs/quickstart                        # pictures into runs/quickstart
+  python tools/plot.py runs/first runs/second                 # of each, and runs/first/compare.png
+  python tools/plot.py runs/* --out docs/results/compare.png
 """
 
 
 def plot_run(directory: str | Path) -> list[Path]:
     """Write the pictures into the run's directory; raises ValueError where it has no metrics."""
     folder = Path(directory)
-    records = read(folder)
-    if not records:
-        raise ValueError(f"{folder} has no finished step; train first")
+    records = _records(folder)
     written = []
     with pyplot.style.context(STYLE):
         figure, axes = pyplot.subplots(layout="constrained")
         _draw_loss(axes, records)
         axes.set_title(f"{folder.name}: loss")
-        written.append(folder / "loss.png")
-        figure.savefig(written[-1])
-        pyplot.close(figure)
+        written.append(_saved(figure, folder / "loss.png"))
 
         by_position = folder / "position_loss.json"
         if by_position.is_file():
@@ -54,22 +55,89 @@ def plot_run(directory: str | Path) -> list[Path]:
             figure, axes = pyplot.subplots(layout="constrained")
             _draw_positions(axes, numpy.array(validation["loss"]), validation["stride"])
             axes.set_title(f"{folder.name}: validation loss along the context, step {validation['step']}")
-            written.append(folder / "position_loss.png")
-            figure.savefig(written[-1])
-            pyplot.close(figure)
+            written.append(_saved(figure, folder / "position_loss.png"))
+
+        diagnostics = plot_diagnostics.figure(records, folder.name)
+        if diagnostics is not None:
+            written.append(_saved(diagnostics, folder / "diagnostics.png"))
     return written
 
 
-def _draw_loss(axes: Axes, records: list[dict]) -> None:
-    tokens = numpy.array([r["tokens"] for r in records]) / 1e6
+def compare_runs(directories: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write losses, bits per byte and memory share of several runs into one picture, compare.png in the first's
+    directory unless `out` names another; raises ValueError where a run has no metrics."""
+    folders = [Path(directory) for directory in directories]
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    runs = dict(zip(names, map(_records, folders), strict=True))
+    with pyplot.style.context(STYLE):
+        figure, grid = pyplot.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+        training, validation, bits, share = grid.flat
+        for number, (name, records) in enumerate(runs.items()):
+            colour = f"C{number % 10}"
+            window = min(len(records), max(5, len(records) // 40))
+            losses = numpy.array([r["loss"] for r in records])
+            training.plot(_millions(records)[window - 1 :], _running_mean(losses, window), color=colour, label=name)
+            for axes, key in ((validation, "validation_loss"), (bits, "validation_bits_per_byte")):
+                _draw_key(axes, records, key, colour, name)
+            silenced = "validation_loss_silenced"
+            _draw_key(validation, records, silenced, colour, f"{name}, memory silenced", dashed=True)
+            plot_diagnostics.draw_mean_share(share, records, colour, name)
+        plot_diagnostics.mark_low_share(share)
+        for axes, title, unit in (
+            (training, "training loss, smoothed", "nats per token"),
+            (validation, "validation loss", "nats per token"),
+            (bits, "validation bits per byte", "bits per byte"),
+            (share, "memory share, mean of layers", "share of the output's variation"),
+        ):
+            axes.set_title(title)
+            axes.set_ylabel(unit)
+            axes.set_xlabel("tokens seen (millions)")
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize="small", handlelength=3)
+        return _saved(figure, folders[0] / "compare.png" if out is None else Path(out))
+
+
+def _records(folder: Path) -> list[Record]:
+    records = read(folder)
+    if not records:
+        raise ValueError(f"{folder} has no finished step; train first")
+    return records
+
+
+def _saved(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    pyplot.close(figure)
+    return path
+
+
+def _millions(records: list[Record]) -> numpy.ndarray:
+    """Tokens seen at each record."""
+    return numpy.array([r["tokens"] for r in records]) / 1e6
+
+
+def _draw_key(
+    axes: Axes, records: list[Record], key: str, colour: str, label: str, *, dashed: bool = False
+) -> None:
+    """One number of the records that have it, against tokens seen."""
+    having = [r for r in records if r.get(key) is not None]
+    if having:
+        style = "--" if dashed else "-"
+        values = [r[key] for r in having]
+        axes.plot(_millions(having), values, style, color=colour, marker="o", markersize=3, label=label)
+
+
+def _draw_loss(axes: Axes, records: list[Record]) -> None:
+    tokens = _millions(records)
     losses = numpy.array([r["loss"] for r in records])
     axes.plot(tokens, losses, color="C0", alpha=0.35, linewidth=0.8, label="each training step")
     window = max(1, len(losses) // 40)
     if window > 1:
         axes.plot(tokens[window - 1 :], _running_mean(losses, window), color="C0", label=f"mean of {window} steps")
-    validated = [(r["tokens"] / 1e6, r["validation_loss"]) for r in records if "validation_loss" in r]
-    if validated:
-        axes.plot(*zip(*validated, strict=True), color="C1", marker="o", markersize=3, label="validation")
+    _draw_key(axes, records, "validation_loss", "C1", "validation")
+    _draw_key(axes, records, "validation_loss_silenced", "C2", "validation, memory silenced", dashed=True)
     axes.set_xlabel("tokens seen (millions)")
     axes.set_ylabel("loss (nats per token)")
     axes.legend()
@@ -101,10 +169,16 @@ def main(words: Sequence[str] | None = None) -> int:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory, with metrics.jsonl")
+    parser.add_argument("--out", metavar="FILE", help="where the comparison goes (default: compare.png in the first)")
+    arguments = parser.parse_args(words)
     try:
-        for run in parser.parse_args(words).runs:
+        if arguments.out and len(arguments.runs) < 2:
+            raise ValueError(f"--out {arguments.out} names a comparison, but one run was given; give two or leave it")
+        for run in arguments.runs:
             for path in plot_run(run):
                 print(path)
+        if len(arguments.runs) > 1:
+            print(compare_runs(arguments.runs, arguments.out))
     except (ValueError, OSError) as error:
         print(f"plot: {error}", file=sys.stderr)
         return 2

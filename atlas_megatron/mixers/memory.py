@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from atlas_kernels import Gates, MemoryState, State, initial_coefficients, lift, omega_memory, read_memory
+from atlas_kernels import (
+    Gates,
+    MemoryState,
+    State,
+    initial_coefficients,
+    lift,
+    newton_schulz,
+    omega_memory,
+    read_memory,
+)
 from atlas_megatron.config import Config
 from atlas_megatron.mixers.base import Mixer, wide
 from atlas_megatron.mixers.convolution import convolved, initial_taps
@@ -31,12 +40,16 @@ from atlas_megatron.mixers.memory_layout import (
     weight_shapes,
 )
 
+HISTOGRAM_BINS = 32
+SPECTRUM_QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+SPECTRUM_HEADS = 2  # of the first sequence: a singular value decomposition is slow
+
 
 @dataclass(frozen=True)
 class AtlasState:
     """What a layer carries over a cut: the memory, and the inputs that its convolutions still need [B, 3HK, taps-1]."""
 
-    memory: State
+    memory: State | None  # None: at its start weights, where a silent layer leaves it
     tail: Tensor
 
 
@@ -52,6 +65,7 @@ class AtlasMixer(Mixer):
     def build(self, settings: Config, linears: MixerLinears, groups: ProcessGroupCollection) -> None:
         memory, hidden = settings.memory, settings.model.hidden_size
         self.memory = memory
+        self.silent = False  # set it for whole sequences, and the memory stays at its start weights: reads, no writes
         self.rule = memory.rule()
         width = memory.heads * memory.head_dim
         self.linear_qkvg = linears.column(hidden, 4 * width, self.config, self.tp_group)
@@ -115,12 +129,16 @@ class AtlasMixer(Mixer):
     ) -> tuple[Tensor, AtlasState]:
         projected = self.linear_qkvg(hidden_states)[0].transpose(0, 1)  # Megatron's [T, B, D]: [B, T, D] from here
         qkv, branch = projected.unflatten(-1, (-1, 4, self.memory.head_dim)).split((3, 1), dim=-2)
-        gates = self._gates(hidden_states)
         q, k, v, tail = convolved(qkv, self.convolution, state.tail if state else None, positions)
         held = state.memory if state else None
-        y, after = self._memory(q, k, v, gates, held, positions)
-        if self.measure:
-            self._measure(k, v, gates, held, after)
+        after: State | None
+        if self.silent:
+            y, after = self.read(q, state), held
+        else:
+            gates = self._gates(hidden_states)
+            y, after = self._memory(q, k, v, gates, held, positions)
+            if self.measure:
+                self._measure(k, v, gates, held, after)
 
         y = F.rms_norm(y, y.shape[-1:], eps=self.config.layernorm_epsilon) * self.norm_gain.to(y.dtype)
         y = y.to(branch.dtype) * F.silu(branch.squeeze(-2))
@@ -185,9 +203,12 @@ class AtlasMixer(Mixer):
         return deep and (self.memory.kernel != "lifted" or not keeps)
 
     def read(self, q: Tensor, state: AtlasState | None) -> Tensor:
-        """What the memory as it stands in `state` answers to q [B, T, H, K], without a write: [B, T, H, K]."""
+        """What the memory as it stands in `state` answers to q [B, T, H, K], without a write: [B, T, H, K].
+
+        A silent memory stands at its start weights, whatever the state.
+        """
         q = F.normalize(wide(q), dim=-1)
-        held = state.memory if state else None
+        held = state.memory if state and not self.silent else None
         return read_memory(self._lifted(q), self._start(), self.rule, held, q if self._own_residual() else None)
 
     def _start(self) -> tuple[Tensor, ...]:
@@ -196,7 +217,8 @@ class AtlasMixer(Mixer):
 
     @torch.no_grad()
     def _measure(self, k: Tensor, v: Tensor, gates: Gates, before: State | None, after: State) -> None:
-        """Statistics of this forward, float32 scalars: gates, norms, and the inner loss around the write."""
+        """Statistics of this forward: gates, norms, and the inner loss around the write, float32 scalars; counts of
+        each learned gate [HISTOGRAM_BINS], whole numbers; spectra of the momentum (see `_spectra`), float32."""
         found: dict[str, Tensor] = {}
         for name, gate in vars(gates).items():
             found[f"{name}_mean"], found[f"{name}_std"] = gate.mean(), gate.std(correction=0)
@@ -211,9 +233,48 @@ class AtlasMixer(Mixer):
                 read, _ = self._memory(k.roll(shift, 1), k, v, gates, before)
                 loss = (read - v.roll(shift, 1)).square().sum(-1) / 2
                 found[name] = (loss[:, :shift] if shift < 0 else loss[:, shift:]).mean()
-        self.measurements = {name: value.float() for name, value in found.items()}
+        if isinstance(after, MemoryState) and self.rule.ns_steps > 0 and self.rule.momentum:
+            found |= self._spectra(after.momentum)
+        self.measurements = {name: value.float() for name, value in found.items()} | self._histograms(gates)
+
+    def _histograms(self, gates: Gates) -> dict[str, Tensor]:
+        """How many gates fall into each of HISTOGRAM_BINS bins: eta's over [0, its bound], the others' over [0, 1]."""
+        held = {**vars(gates), "eta": gates.gamma if self.memory.step_in_momentum else gates.eta}
+        tops = {"eta": ETA_HEADROOM * eta_start(self.memory)}
+        return {f"{name}_histogram": counts(held[name], tops.get(name, 1.0)) for name in gate_starts(self.memory)}
+
+    def _spectra(self, momentum: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """SPECTRUM_QUANTILES of the singular values of all matrices of a few heads, of the momentum and of what
+        Newton-Schulz makes of it, on one scale: 1 is an orthogonal matrix's. The momentum, whose size Newton-Schulz
+        does not see, is divided by the root mean square of its singular values."""
+        some = [m[0, :SPECTRUM_HEADS].float() for m in momentum]
+        written = [newton_schulz(m, self.rule.ns_steps, self.rule.ns_coefficients) for m in some]
+        raw = [singular_values(m) for m in some]
+        scaled = [s / s.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30) for s in raw]
+        return {
+            "momentum_spectrum": _quantiles(scaled),
+            "orthogonalised_spectrum": _quantiles([singular_values(m) for m in written]),
+        }
 
 
 def _mean_norm(matrices: tuple[Tensor, ...]) -> Tensor:
     """Frobenius norm of each matrix, averaged over all of them."""
     return torch.stack([m.norm(dim=(-2, -1)).mean() for m in matrices]).mean()
+
+
+def counts(gate: Tensor, top: float) -> Tensor:
+    """How many values lie in each of HISTOGRAM_BINS equal bins over [0, top], int64; top itself lies in the last."""
+    # A NaN must not fail here: the trainer finds it in the mean, and says where.
+    bins = (gate.flatten() * HISTOGRAM_BINS / top).nan_to_num(0.0).long().clamp(0, HISTOGRAM_BINS - 1)
+    return bins.bincount(minlength=HISTOGRAM_BINS)
+
+
+def singular_values(matrices: Tensor) -> Tensor:
+    """[..., m, n] -> [..., min(m, n)]; all NaN where a matrix is not finite, for which LAPACK would raise."""
+    finite = matrices.isfinite().all(-1).all(-1)
+    return torch.linalg.svdvals(matrices.nan_to_num(0.0, 0.0, 0.0)).where(finite.unsqueeze(-1), torch.nan)
+
+
+def _quantiles(values: list[Tensor]) -> Tensor:
+    every = torch.cat([v.flatten() for v in values])
+    return every.quantile(every.new_tensor(SPECTRUM_QUANTILES))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
@@ -14,7 +13,7 @@ import pytest
 from atlas_megatron import metrics
 from atlas_megatron.config import Config, LogConfig, RunConfig, TrainConfig
 
-PLOT = Path(__file__).parents[2] / "tools" / "plot.py"
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def config_in(directory: Path) -> Config:
@@ -90,10 +89,10 @@ def test_the_last_table(tmp_path: Path) -> None:
     assert values["alpha mean, mean of layers"] == "0.8"
 
 
-def test_a_run_is_drawn(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("plot", PLOT)
-    plot = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plot)
+def test_a_run_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(TOOLS)
+    import plot
+
     with pytest.raises(ValueError, match="metrics.jsonl is missing"):
         plot.plot_run(tmp_path)
     (tmp_path / metrics.METRICS).write_text("".join(json.dumps(record(step)) + "\n" for step in range(1, 81)))

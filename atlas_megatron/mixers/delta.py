@@ -1,0 +1,209 @@
+"""DeltaNet (`D`, arXiv 2406.06484) and Gated DeltaNet (`G`, arXiv 2412.06464): linear memories under the delta rule.
+
+    D   S_t = S_{t-1} - beta_t (S_{t-1} k_t - v_t) k_t^T
+    G   S_t = alpha_t S_{t-1} - beta_t (alpha_t S_{t-1} k_t - v_t) k_t^T          y_t = S_t q_t,  S_0 = 0
+
+Dims: B batch, T tokens, H heads of this tensor-parallel rank, K = V head size.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from atlas_kernels import Gates, MemoryRule, State, omega_memory
+from atlas_megatron.config import Config, MemoryConfig
+from atlas_megatron.mixers.base import Mixer, wide
+from atlas_megatron.mixers.convolution import convolved, initial_taps
+from atlas_megatron.mixers.linears import MixerLinears
+from atlas_megatron.mixers.memory_layout import memory_flops
+from atlas_megatron.presets import PRESETS
+
+logger = logging.getLogger(__name__)
+
+RULE = MemoryRule(memory="linear", window=1, chunk=1, momentum=False, ns_steps=0)
+# What a decay of e^-30 leaves is below the last digit of float32; a smaller one is taken as this.
+LEAST_LOG_DECAY = -30.0
+# Start ranges of Gated DeltaNet's decay exp(-rate x step), those of Mamba2: over 10 to 1000 tokens for a rate of 1.
+RATES = (1.0, 16.0)
+STEPS = (0.001, 0.1)
+
+# The decay where a packed document begins: nothing is left in float32; sums of 64 of these keep three decimals.
+LOG_NOTHING = -100.0
+# Head size that flash-linear-attention's kernels take.
+FLASH_WIDEST = 256
+
+# (q, k, v [B, T, H, K], beta, log alpha or None [B, T, H], positions in packed documents or None [B, T], what it left
+# before or None) -> (y [B, T, H, K], what it leaves).
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Any], tuple[Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class DeltaState:
+    """What a layer carries over a cut: the memory, as its kernel keeps it, and the convolutions' tail."""
+
+    memory: Any
+    tail: Tensor
+
+
+class DeltaNet(Mixer):
+    """q, k, v through short convolutions, the delta rule, a norm and an output gate; split along heads.
+
+    Laid out by head first, as `AtlasMixer`: a row of `linear_qkvg` or of `linear_gates` belongs to one head.
+    """
+
+    gates: ClassVar[int] = 1  # beta
+
+    def build(self, settings: Config, linears: MixerLinears, groups: ProcessGroupCollection) -> None:
+        delta, hidden = settings.delta, settings.model.hidden_size
+        self.head_dim = delta.head_dim
+        self.kernel = choose_kernel(delta.impl, self.config.params_dtype, delta.head_dim)
+        width = delta.heads * delta.head_dim
+        self.linear_qkvg = linears.column(hidden, 4 * width, self.config, self.tp_group)
+        self.linear_gates = linears.column(hidden, delta.heads * self.gates, self.config, self.tp_group)
+        self.linear_out = linears.row(width, hidden, self.config, self.tp_group)
+        self.convolution = self.by_head(initial_taps(delta.heads, delta.head_dim, delta.conv_size))
+        self.norm_gain = self.by_head(torch.ones(delta.heads, delta.head_dim))
+        for parameter in self.parameters(recurse=False):
+            parameter.no_weight_decay = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def num_params(cls, settings: Config) -> int:
+        delta, hidden = settings.delta, settings.model.hidden_size
+        width = delta.heads * delta.head_dim
+        return hidden * (5 * width + delta.heads * cls.gates) + 3 * width * delta.conv_size + width
+
+    @classmethod
+    def flops_per_token(cls, settings: Config) -> tuple[float, float]:
+        """q, k, v and output gate, output projection, gates, the convolutions' taps, the memory in blocks."""
+        delta, model = settings.delta, settings.model
+        width = delta.heads * delta.head_dim
+        memory = MemoryConfig(**PRESETS["delta"], heads=delta.heads, head_dim=delta.head_dim)
+        inner = memory_flops(memory, model.seq_length) / model.seq_length
+        linears = model.hidden_size * (5 * width + delta.heads * cls.gates)
+        return 2 * (linears + 3 * width * delta.conv_size) + inner, inner
+
+    def mix(
+        self, hidden_states: Tensor, state: DeltaState | None, positions: Tensor | None = None
+    ) -> tuple[Tensor, DeltaState]:
+        projected = self.linear_qkvg(hidden_states)[0].transpose(0, 1)  # Megatron's [T, B, D]: [B, T, D] from here
+        qkv, branch = projected.unflatten(-1, (-1, 4, self.head_dim)).split((3, 1), dim=-2)
+        q, k, v, tail = convolved(qkv, self.convolution, state.tail if state else None, positions)
+        logits = wide(self.linear_gates(hidden_states)[0].transpose(0, 1)).unflatten(-1, (-1, self.gates))
+        beta, log_alpha = logits[..., 0].sigmoid(), self.log_decay(logits)
+        y, memory = self.kernel(q, k, v, beta, log_alpha, positions, state.memory if state else None)
+
+        y = F.rms_norm(y, y.shape[-1:], eps=self.config.layernorm_epsilon) * self.norm_gain.to(y.dtype)
+        y = y.to(branch.dtype) * F.silu(branch.squeeze(-2))
+        return self.linear_out(y.flatten(2).transpose(0, 1).contiguous())[0], DeltaState(memory, tail)  # [T, B, D]
+
+    def log_decay(self, logits: Tensor) -> Tensor | None:
+        """log alpha [B, T, H] from the gates' logits [B, T, H, gates]; None: nothing decays."""
+        return None
+
+
+class GatedDeltaNet(DeltaNet):
+    """DeltaNet whose memory decays before each step, alpha = exp(-rate softplus(a + bias))."""
+
+    gates = 2  # beta, a
+
+    def build(self, settings: Config, linears: MixerLinears, groups: ProcessGroupCollection) -> None:
+        heads = settings.delta.heads
+        low, high = (math.log(step) for step in STEPS)
+        step = torch.empty(heads).uniform_(low, high).exp()
+        self.decay_rate_log = self.by_head(torch.empty(heads).uniform_(*RATES).log())
+        self.decay_bias = self.by_head(step.expm1().log())  # softplus(bias) = step
+        super().build(settings, linears, groups)
+
+    @classmethod
+    def num_params(cls, settings: Config) -> int:
+        return super().num_params(settings) + 2 * settings.delta.heads
+
+    def log_decay(self, logits: Tensor) -> Tensor | None:
+        step = F.softplus(logits[..., 1] + wide(self.decay_bias))
+        return (-wide(self.decay_rate_log).exp() * step).clamp(min=LEAST_LOG_DECAY)
+
+
+def chunked_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_alpha: Tensor | None,
+    positions: Tensor | None,
+    memory: State | None,
+) -> tuple[Tensor, State]:
+    """The delta rule of `atlas_kernels`.
+
+    Its step is taken before the decay: M_t = alpha M_{t-1} - eta (M_{t-1} k - v') k^T. Gated DeltaNet's is
+    that of eta = alpha beta and v' = v / alpha, whose product is beta v again: to the rounding of beta v, whatever
+    alpha is, as long as v / alpha stays in range; LEAST_LOG_DECAY keeps it below 1.1e13 v. Its part of the derivative
+    by log alpha is a difference of two equal terms, each of the size of the derivative by v: zero to their rounding.
+    """
+    one, step = torch.ones_like(beta), beta
+    alpha = one if log_alpha is None else log_alpha.exp()
+    if log_alpha is not None:
+        step, v = alpha * beta, v * log_alpha.neg().exp().unsqueeze(-1)
+    gates = Gates(alpha=alpha, eta=step, theta=torch.zeros_like(one), gamma=one)
+    empty = v.new_zeros(v.shape[2], v.shape[3], k.shape[3])
+    return omega_memory(q, k, v, gates, (empty,), RULE, state=memory, positions=positions)
+
+
+def flash_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_alpha: Tensor | None,
+    positions: Tensor | None,
+    memory: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The kernels of flash-linear-attention; memory [B, H, K, V], float32."""
+    # Optional, and not importable without Triton.
+    from fla.ops.delta_rule import chunk_delta_rule
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    # They refuse float32; what they sum, and the memory, they keep in float32 themselves.
+    q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))
+    fixed = {"scale": 1.0, "initial_state": memory, "output_final_state": True}
+    if positions is not None:
+        log_alpha = (torch.zeros_like(beta) if log_alpha is None else log_alpha).masked_fill(
+            positions.unsqueeze(-1) == 0, LOG_NOTHING
+        )
+    if log_alpha is None:
+        return chunk_delta_rule(q=q, k=k, v=v, beta=beta, **fixed)
+    return chunk_gated_delta_rule(q=q, k=k, v=v, g=log_alpha, beta=beta, **fixed)
+
+
+@cache
+def choose_kernel(impl: str, dtype: torch.dtype, head_dim: int) -> Kernel:
+    """The kernel that `delta.impl` means on this machine for a model in `dtype`; says once which.
+
+    Raises ValueError for impl = "fla" where it cannot run.
+    """
+    lacking = ""
+    if not torch.cuda.is_available():
+        lacking = "no GPU is visible"
+    elif find_spec("fla") is None:
+        lacking = "flash-linear-attention is not installed (pip install flash-linear-attention)"
+    elif dtype != torch.bfloat16:
+        lacking = f"flash-linear-attention takes bfloat16, not {dtype}"
+    elif head_dim > FLASH_WIDEST:
+        lacking = f"flash-linear-attention takes heads up to {FLASH_WIDEST} wide, delta.head_dim={head_dim} is wider"
+    if impl == "fla" and lacking:
+        raise ValueError(f"delta.impl='fla' but {lacking}; mend that, or set delta.impl='auto'")
+    if impl == "chunked" or lacking:
+        logger.info("[delta] runs on atlas_kernels: %s", lacking or "delta.impl='chunked'")
+        return chunked_kernel
+    logger.info("[delta] runs on flash-linear-attention")
+    return flash_kernel
