@@ -156,7 +156,7 @@ class TrainConfig:
     validate_sequences: int = 64
     validate_silenced: bool = False  # also validate with every memory held at its start weights: what it contributes
     log_every: int = 1  # steps between progress lines; metrics.jsonl has every step
-    stats_every: int = 10  # steps between gate, norm and surprise measurements
+    stats_every: int = 10  # steps between measurements of gates, norms, surprise, spectra and memory share
 
 
 @dataclass(frozen=True)

@@ -118,9 +118,7 @@ def _millions(records: list[Record]) -> numpy.ndarray:
     return numpy.array([r["tokens"] for r in records]) / 1e6
 
 
-def _draw_key(
-    axes: Axes, records: list[Record], key: str, colour: str, label: str, *, dashed: bool = False
-) -> None:
+def _draw_key(axes: Axes, records: list[Record], key: str, colour: str, label: str, *, dashed: bool = False) -> None:
     """One number of the records that have it, against tokens seen."""
     having = [r for r in records if r.get(key) is not None]
     if having:

@@ -122,7 +122,8 @@ class AtlasMixer(Mixer):
             torch.stack([nn.init.orthogonal_(torch.empty(*shape)) for _ in range(memory.heads)]) for shape in over_input
         ]
         self.start_second = self.by_head(drawn[0]) if drawn else None
-        self.start_gate = self.by_head(drawn[1]) if len(drawn) > 1 else None
+        # Entries of about 1: the gate then leaves the hidden width its size, as if it were not there.
+        self.start_gate = self.by_head(drawn[1] * cols**0.5) if len(drawn) > 1 else None
 
     def mix(
         self, hidden_states: Tensor, state: AtlasState | None, positions: Tensor | None = None

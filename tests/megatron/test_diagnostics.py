@@ -93,9 +93,7 @@ def holding(gates: Gates) -> Gates:
 @pytest.mark.parametrize("symbol", ["M", "A", "C"])
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
 @pytest.mark.usefixtures("single_process_megatron")
-def test_a_silent_memory_neither_steps_nor_decays(
-    memory: Any, symbol: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_silent_memory_neither_steps_nor_decays(memory: Any, symbol: str, monkeypatch: pytest.MonkeyPatch) -> None:
     attention = replace(SMALL.attention, segment=8)
     mixer = build_mixer(symbol, replace(SMALL, memory=memory, attention=attention))
     atlas = mixer if symbol == "M" else mixer.memory
@@ -248,9 +246,7 @@ def test_panels_are_those_that_were_measured(root: Path, plot: ModuleType) -> No
     assert plot_diagnostics.figure(metrics.read(root / "attention"), "run") is None
 
 
-def test_runs_are_compared(
-    root: Path, tmp_path: Path, plot: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_are_compared(root: Path, tmp_path: Path, plot: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [str(root / name) for name in ("silenced", "plain", "attention")]
     assert plot.main(runs) == 0
     assert str(root / "silenced" / "compare.png") in capsys.readouterr().out
