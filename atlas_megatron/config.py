@@ -90,7 +90,8 @@ class MemoryConfig:
     alpha_start: float = 0.99  # retention of one token at initialisation
     theta_start: float = 0.9  # momentum decay at initialisation
     gamma_start: float = 0.5  # Omega gate at initialisation
-    # Step size at initialisation; a learned one stays below 10 times it. 0 derives it. Newton-Schulz: 0.01 a token.
+    # Step size at initialisation; a learned one stays below 10 times it. 0 derives it. Newton-Schulz: 0.01 a token
+    # (0.0015 for a gated memory).
     # None: the steps of one chunk (eta x gamma x window / (1 - theta) x chunk, all at one anchor) sum to eta_sum, so
     # that the largest sum to one: beyond, deep memories diverge. For a linear memory with the dot loss, which has no
     # feedback, the steps of one token sum to it.

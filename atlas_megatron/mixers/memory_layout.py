@@ -10,6 +10,9 @@ from atlas_megatron.config import MemoryConfig
 # A learned step size may grow to this many times its start: without Newton-Schulz, larger sums of steps diverge.
 ETA_HEADROOM = 10.0
 W1_GAIN = 0.02
+# Of an orthogonalised write, for each token that it stands for. A gated memory's hidden width is a product of two
+# written layers: with the step of a plain one its outer gradients explode.
+STEP, GATED_STEP = 0.01, 0.0015
 
 
 def eta_start(memory: MemoryConfig) -> float:
@@ -17,7 +20,7 @@ def eta_start(memory: MemoryConfig) -> float:
     if memory.eta_start > 0:
         return memory.eta_start
     if memory.ns_steps > 0:
-        return 0.01 * memory.ns_period
+        return (GATED_STEP if memory.memory == "gated_mlp" else STEP) * memory.ns_period
     gradients = memory.window * (1.0 if memory.omega_gates == "none" else memory.gamma_start)
     if memory.momentum:
         gradients /= 1.0 - memory.theta_start
