@@ -31,6 +31,14 @@ LAYERS = {
     "-": "MLP",
 }
 
+# Which of them have which section's part.
+WITH_MEMORY, WITH_ATTENTION, WITH_RECURRENT, WITH_DELTA = "MAC", "*FAC", "RL", "DG"
+
+
+def has(pattern: str, symbols: str) -> bool:
+    """Whether a pattern holds one of these symbols."""
+    return bool(set(symbols) & set(pattern))
+
 
 @dataclass(frozen=True)
 class RunConfig:

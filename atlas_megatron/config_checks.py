@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from atlas_kernels.features import FEATURE_MAPS, lifted_width
-from atlas_megatron.config import LAYERS, Config
+from atlas_megatron.config import (
+    LAYERS,
+    WITH_ATTENTION,
+    WITH_DELTA,
+    WITH_MEMORY,
+    WITH_RECURRENT,
+    Config,
+    has,
+)
 
 # Layers that keep packed documents apart.
 PACKED = "M*FARLDG-"
@@ -87,13 +95,13 @@ def _check_parallel(config: Config, world_size: int) -> None:
             f"{parallel.pipeline}; put {parallel.pipeline - 1} cuts '|' between its layers"
         )
     split = [("model.ffn_hidden_size", config.model.ffn_hidden_size), ("model.vocab_size", config.model.vocab_size)]
-    if set("MAC") & set(config.model.pattern):
+    if has(config.model.pattern, WITH_MEMORY):
         split.append(("memory.heads", config.memory.heads))
-    if set("*FAC") & set(config.model.pattern):
+    if has(config.model.pattern, WITH_ATTENTION):
         split.append(("attention.heads", config.attention.heads))
-    if set("RL") & set(config.model.pattern):
+    if has(config.model.pattern, WITH_RECURRENT):
         split.append(("recurrent.heads", config.recurrent.heads))
-    if set("DG") & set(config.model.pattern):
+    if has(config.model.pattern, WITH_DELTA):
         split.append(("delta.heads", config.delta.heads))
     if parallel.sequence:
         split.append(("model.seq_length", config.model.seq_length))
@@ -114,8 +122,12 @@ def _check_model(config: Config) -> None:
         )
     if not all(pattern.split("|")):
         raise ValueError(f"model.pattern={pattern!r} has a stage without layers; put layers on both sides of every '|'")
-    if set("MAC") & set(pattern):
+    if has(pattern, WITH_MEMORY):
         _check_memory(config)
+    elif config.train.validate_silenced:
+        raise ValueError(
+            f"train.validate_silenced=true but model.pattern={pattern!r} has no memory to silence; set it false"
+        )
     if config.data.packed:
         _check_packed(config)
     _check_attention(config)
@@ -123,7 +135,7 @@ def _check_model(config: Config) -> None:
 
 def _check_attention(config: Config) -> None:
     attention, pattern = config.attention, config.model.pattern
-    if not set("*FAC") & set(pattern):
+    if not has(pattern, WITH_ATTENTION):
         if attention.persistent:
             raise ValueError(
                 f"attention.persistent={attention.persistent} but model.pattern={pattern!r} has no attention to see "
@@ -184,7 +196,7 @@ def _check_packed(config: Config) -> None:
             f"data.packed=true but {', '.join(f'{symbol} ({LAYERS[symbol]})' for symbol in unpacked)} of model.pattern="
             f"{pattern!r} read over document borders; use {' '.join(PACKED)}, or set data.packed=false"
         )
-    if kernel != "lifted":
+    if has(pattern, WITH_MEMORY) and kernel != "lifted":
         raise ValueError(f"data.packed=true with memory.kernel={kernel!r} (exponential): set data.packed=false")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from atlas_megatron.config import LAYERS, Config, layers_of
+from atlas_megatron.config import LAYERS, WITH_MEMORY, Config, layers_of
 from atlas_megatron.config_checks import data_parallel_size
 from atlas_megatron.model import flops_per_token, num_params
 
@@ -87,7 +87,7 @@ def _memory_state(config: Config) -> float:
     value = memory.head_dim
     matrices = value * value if memory.memory == "linear" else 2 * value * memory.expansion * value
     borders = math.isqrt(model.seq_length // memory.chunk) + 1
-    layers = max(sum(symbol in "MAC" for symbol in stage) for stage in model.pattern.split("|"))
+    layers = max(sum(symbol in WITH_MEMORY for symbol in stage) for stage in model.pattern.split("|"))
     heads = memory.heads / config.parallel.tensor
     return layers * borders * config.train.micro_batch * heads * 3 * matrices * 4
 

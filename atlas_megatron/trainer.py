@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from atlas_megatron import checkpoint, non_finite
 from atlas_megatron.checkpoint import Position, Trained
-from atlas_megatron.config import Config, to_toml
+from atlas_megatron.config import WITH_MEMORY, Config, has, to_toml
 from atlas_megatron.data import Batches, build_datasets, bytes_per_token
 from atlas_megatron.metrics import LOW_MEMORY_SHARE, Record, RunLog, Speed, bits_per_byte
 from atlas_megatron.mixers.base import Documents
@@ -61,7 +61,7 @@ class Trainer:
         self.position = checkpoint.restore(resumed, config, self.trained) if resumed else Position()
         self._batches = Batches(train_set, config, self.position.consumed_samples)
         self._speed = Speed(config, flops_per_token(config).training, torch.distributed.get_world_size())
-        self._has_memory = bool(set("MAC") & set(config.model.pattern))
+        self._has_memory = has(config.model.pattern, WITH_MEMORY)
         self._warned: set[str] = set()
         self._stop = False
         self.log: RunLog | None = None

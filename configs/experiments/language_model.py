@@ -8,6 +8,7 @@ variants at a GPU's size: configs/experiments/language_model_gpu.toml takes the 
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -79,6 +80,8 @@ def trained(variant: str, seed: int, steps: int, more: Sequence[str]) -> record.
     if train.main([str(BASE), *words]):
         raise ValueError(f"{variant} with seed {seed} did not train to its end; its last lines say why")
     last, config = read(directory)[-1], load(BASE, words)
+    # The cell is the result; a run that is asked for again begins again.
+    shutil.rmtree(directory / "checkpoints")
     return {
         "bits_per_byte": last["validation_bits_per_byte"],
         "loss": last["validation_loss"],

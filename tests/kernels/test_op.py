@@ -53,6 +53,10 @@ def state(**changes):
         (lambda a: {"gates": replace(a["gates"], alpha=a["gates"].alpha[:1])}, r"gates.alpha has shape \(1, 5, 3\)"),
         (lambda a: {"gates": replace(a["gates"], gamma=a["gates"].gamma[..., :2])}, "gates.gamma has shape .*window"),
         (lambda a: {"weights": a["weights"][:1]}, "weights holds 1 matrices; memory='mlp' takes 2"),
+        (
+            lambda a: {"rule": replace(RULE, memory="gated_mlp")},
+            r"weights holds 2 matrices; memory='gated_mlp' takes 3: \[H, V, F\], \[H, F, D\], \[H, F, D\]",
+        ),
         (lambda a: {"weights": (a["weights"][0], a["weights"][1][:2])}, r"weights\[1\] has shape"),
         (lambda a: {"residual": (a["v"], a["v"][:, :3])}, r"residual\[1\] has shape"),
         (lambda a: {"impl": "cuda"}, "impl='cuda' is unknown; choose one of auto, reference, chunked"),
