@@ -108,7 +108,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"quickstart: {error}", file=sys.stderr)
         return 2
     print(f"{sample}\n\n{sample.read_text(encoding='utf-8')}")
-    print(f"pictures: {directory}/loss.png, position_loss.png, diagnostics.png; curves: tensorboard --logdir {directory}")
+    print(f"pictures: loss.png, position_loss.png, diagnostics.png in {directory}")
+    print(f"curves: tensorboard --logdir {directory}")
     return 0
 
 

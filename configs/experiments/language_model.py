@@ -2,8 +2,8 @@
 
 Every variant is configs/quickstart.toml with a few keys changed, trained by `atlas-train` on the quickstart's corpus
 (run `make quickstart` first, or tools/prepare_data.py); the MLPs are widened or narrowed until each has the first
-variant's parameters. Reported: bits per byte of the held-out text after the last step, for every seed. The same
-variants at a GPU's size: configs/experiments/language_model_gpu.toml takes the place of the base.
+variant's parameters. Reported: bits per byte of the held-out text after the last step, for every seed. Where there is
+a GPU, configs/experiments/language_model_gpu.toml is the base instead, with its own data and steps.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
+import torch
 from matplotlib import pyplot
 
 import record
@@ -22,12 +23,14 @@ from atlas_megatron import train
 from atlas_megatron.config import Config, load
 from atlas_megatron.metrics import read
 
-BASE = record.ROOT / "configs" / "quickstart.toml"
+GPU = torch.cuda.is_available()
+BASE = record.ROOT / "configs" / ("experiments/language_model_gpu.toml" if GPU else "quickstart.toml")
 RUNS = record.ROOT / "runs" / "experiments" / "language_model"
 SEEDS = (1, 2)
-STEPS = 100
-VALIDATED = 88  # sequences: half of the held-out text
-# What each variant changes; the first is what the others are compared with and sized by.
+STEPS = 20000 if GPU else 100
+VALIDATED = 256 if GPU else 88  # sequences; of the quickstart's, half of the held-out text
+# What each variant changes; the first is what the others are compared with and sized by. A pattern of three blocks is
+# repeated as often as the base's.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "atlas": (),
     "without Muon (OmegaNet)": ("memory.preset=omeganet",),
@@ -54,12 +57,18 @@ def words_of(variant: str, steps: int) -> list[str]:
     short = [f"train.steps={steps}", f"train.warmup_steps={steps // 10}", f"train.validate_every={steps}"]
     short += [f"train.validate_sequences={VALIDATED}", f"checkpoint.every={steps}", "log.tensorboard=false"]
     short += ["train.stats_every=1000000"]  # measuring costs a second read of every memory
-    own = [*short, *VARIANTS[variant]]
+    repeats = load(BASE).model.pattern.count("M-*-M-")
+    own = [*short, *(_repeated(word, repeats) for word in VARIANTS[variant])]
     wanted = _parameters(load(BASE, short))
     config = load(BASE, own)
     one, two = (_parameters(_with_mlp(config, width)) for width in (8, 16))
     width = max(8, round(8 + (wanted - one) / ((two - one) / 8)))
     return [*own, f"model.ffn_hidden_size={width}"]
+
+
+def _repeated(word: str, times: int) -> str:
+    key, _, value = word.partition("=")
+    return f"{key}={value * times}" if key == "model.pattern" else word
 
 
 def _parameters(config: Config) -> int:
