@@ -157,11 +157,15 @@ class Borders:
 
     def reset(self, n: int, matrices: Matrices, fresh: Matrices) -> Matrices:
         """`fresh` [H, ...] for the rows whose document begins with chunk n."""
+        if not self.packing.resetting[self.first + n]:
+            return matrices
         row = self.packing.resets[self.first + n]
         return self._where(row, tuple(f.expand(len(row), *f.shape).flatten(0, 1) for f in fresh), matrices)
 
     def ended(self, n: int, anchor: Matrices, last: Matrices) -> Matrices:
         """`anchor` for the rows whose tokens end in chunk n, `last` for the others."""
+        if not self.packing.ending[self.first + n]:
+            return last
         return self._where(self.packing.ends == self.first + n, anchor, last)
 
     @staticmethod

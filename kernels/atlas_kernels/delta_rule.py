@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from atlas_kernels.decays import decay_matrix
-from atlas_kernels.packing import pack
+from atlas_kernels.packing import Packing, pack
 from atlas_kernels.products import times_transpose
 from atlas_kernels.rule import Gates, MemoryState
 
@@ -51,7 +51,7 @@ def delta_rule_packed(
     packing = pack(positions, BLOCK)
     inputs = [packing.placed(t) for t in (q, k, v, _steps(gates))]
     inputs.append(packing.placed(gates.alpha.unsqueeze(-1), 1.0))
-    y, weights = _pieces(tuple(inputs), state.weights[0], packing.resets, start[0])
+    y, weights = _pieces(tuple(inputs), state.weights[0], packing, start[0])
     after = replace(state, weights=(weights,), anchor=(weights,), position=positions[:, -1] + 1)
     return packing.taken(y), after
 
@@ -62,16 +62,17 @@ def _steps(gates: Gates) -> Tensor:
 
 
 def _pieces(
-    inputs: tuple[Tensor, ...], M: Tensor, resets: Tensor | None, start: Tensor | None
+    inputs: tuple[Tensor, ...], M: Tensor, packing: Packing | None, start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(y [B, T, H, V], M after) of q, k, v, step, alpha [B, T, H, ...]; M [B, H, V, D]; resets [blocks, B]."""
+    """(y [B, T, H, V], M after) of q, k, v, step, alpha [B, T, H, ...]; M [B, H, V, D]."""
     batch, tokens, heads, _ = inputs[0].shape
     parts, M = [], M.flatten(0, 1)
     for number, piece in enumerate(zip(*(t.split(BLOCK * HELD_EVERY, 1) for t in inputs), strict=True)):
         fresh = None
-        if resets is not None and start is not None:
-            here = resets[number * HELD_EVERY : (number + 1) * HELD_EVERY].repeat_interleave(heads, 1)
-            fresh = (here[..., None, None], start.expand(batch, *start.shape).flatten(0, 1))
+        if packing is not None and start is not None:
+            blocks = slice(number * HELD_EVERY, (number + 1) * HELD_EVERY)
+            rows = packing.resets[blocks].repeat_interleave(heads, 1)[..., None, None]
+            fresh = (packing.resetting[blocks], rows, start.expand(batch, *start.shape).flatten(0, 1))
         if torch.is_grad_enabled() and tokens > BLOCK * HELD_EVERY:
             y, M = checkpoint(_scan, piece, M, fresh, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -81,9 +82,12 @@ def _pieces(
 
 
 def _scan(
-    inputs: tuple[Tensor, ...], M: Tensor, fresh: tuple[Tensor, Tensor] | None
+    inputs: tuple[Tensor, ...], M: Tensor, fresh: tuple[tuple[bool, ...], Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """[B, T, H, ...] and M [G, V, D] -> y [G, T, V] and the M after. fresh: (which blocks [N, G, 1, 1], M there)."""
+    """[B, T, H, ...] and M [G, V, D] -> y [G, T, V] and the M after.
+
+    fresh: (the blocks in which any memory begins anew, which ones do [N, G, 1, 1], what they begin with).
+    """
     q, k, v, step, alpha = inputs
     tokens = q.shape[1]
     length = min(BLOCK, tokens)
@@ -111,8 +115,8 @@ def _scan(
     leaving = decay[..., -1, :].unsqueeze(-1) * x
     outputs = []
     for n in range(blocks):
-        if fresh is not None:
-            M = torch.where(fresh[0][n], fresh[1], M)
+        if fresh is not None and fresh[0][n]:
+            M = torch.where(fresh[1][n], fresh[2], M)
         u = own[:, n] - times_transpose(through[:, n], M)
         outputs.append(times_transpose(carried[:, n], M).baddbmm_(seen[:, n], u))
         M = torch.baddbmm(upto[:, n, -1:] * M, u.mT, leaving[:, n])

@@ -26,7 +26,8 @@ class Packing:
     """Where the tokens of a call go. All on the tokens' device.
 
     positions [B, T]: of each token in its document; slots [B, T]; chunks: N; resets [N, B]: a document begins with
-    this chunk; ends [B]: the chunk of a row's last token; offset [B]: the slot of its first.
+    this chunk; ends [B]: the chunk of a row's last token; offset [B]: the slot of its first. resetting, ending: whether
+    any row does so in each chunk, known without asking the device again.
     """
 
     positions: Tensor
@@ -36,31 +37,32 @@ class Packing:
     ends: Tensor
     offset: Tensor
     chunk: int
+    resetting: tuple[bool, ...]
+    ending: tuple[bool, ...]
 
     def placed(self, t: Tensor, fill: float = 0.0) -> Tensor:
         """[B, T, ...] -> [B, N C, ...]."""
         out = t.new_full((t.shape[0], self.chunks * self.chunk, *t.shape[2:]), fill)
-        return out.scatter(1, self._index(self.slots, t), t)
+        return _put(out, self.slots, t)
 
     def placed_after(self, halo: Tensor, t: Tensor) -> Tensor:
         """Sources: [B, W-1, ...] that came before and [B, T, ...] -> [B, W-1 + N C, ...], each at its slot."""
         before = halo.shape[1]
         out = t.new_zeros(t.shape[0], before + self.chunks * self.chunk, *t.shape[2:])
-        out = out.scatter(1, self._index(self.slots + before, t), t)
+        out = _put(out, self.slots + before, t)
         if before:
-            place = self.offset[:, None] + torch.arange(before, device=t.device)
-            out = out.scatter(1, self._index(place, halo), halo)
+            out = _put(out, self.offset[:, None] + torch.arange(before, device=t.device), halo)
         return out
 
     def taken(self, t: Tensor) -> Tensor:
         """[B, N C, ...] -> [B, T, ...]: what stands at the tokens' slots."""
-        return t.gather(1, self._index(self.slots, t))
+        return _take(t, self.slots)
 
     def following(self, sources: Tensor, window: int) -> Tensor:
         """Of `placed_after`: the last W-1 tokens of each row's document, zero where it is shorter [B, W-1, ...]."""
         back = torch.arange(window - 2, -1, -1, device=sources.device)
         place = self.slots[:, -1:] + (window - 1) - back
-        kept = sources.gather(1, self._index(place, sources))
+        kept = _take(sources, place)
         inside = back <= self.positions[:, -1:]
         return kept * inside.view(*inside.shape, *[1] * (sources.dim() - 2)).to(kept.dtype)
 
@@ -74,7 +76,7 @@ class Packing:
         if before is not None:
             sources = self.placed_after(before, gamma)
             back = (self.slots + window - 1).unsqueeze(-1) - reach  # [B, T, W]
-            gamma = sources.gather(1, self._index(back.flatten(1), sources)).unflatten(1, back.shape[1:]).mT
+            gamma = _take(sources, back.flatten(1)).unflatten(1, back.shape[1:]).mT
         inside = (reach <= self.positions.unsqueeze(-1)).unsqueeze(2)  # [B, T, 1, W]
         return Gates(
             alpha=self.placed(gates.alpha, 1.0),
@@ -83,10 +85,24 @@ class Packing:
             gamma=self.placed(gamma * inside.to(gamma.dtype)),
         )
 
-    @staticmethod
-    def _index(place: Tensor, like: Tensor) -> Tensor:
-        """place [B, T] as an index into dimension 1 of tensors shaped as `like` behind it."""
-        return place.view(*place.shape, *[1] * (like.dim() - 2)).expand(*place.shape, *like.shape[2:])
+
+# Whole rows by one index: `gather` and `scatter` would want an index as large as the tensor.
+
+
+def _rows(place: Tensor, length: int) -> Tensor:
+    """place [B, T] as rows of a [B * length, ...] tensor."""
+    return (place + length * torch.arange(place.shape[0], device=place.device)[:, None]).flatten()
+
+
+def _take(t: Tensor, place: Tensor) -> Tensor:
+    """t [B, L, ...], place [B, T] -> [B, T, ...]."""
+    return t.flatten(0, 1).index_select(0, _rows(place, t.shape[1])).unflatten(0, place.shape)
+
+
+def _put(out: Tensor, place: Tensor, t: Tensor) -> Tensor:
+    """out [B, L, ...] with t [B, T, ...] at place [B, T]."""
+    filled = out.flatten(0, 1).index_copy(0, _rows(place, out.shape[1]), t.flatten(0, 1))
+    return filled.unflatten(0, out.shape[:2])
 
 
 def pack(positions: Tensor, chunk: int) -> Packing:
@@ -95,15 +111,18 @@ def pack(positions: Tensor, chunk: int) -> Packing:
     begins[:, 0] = True
     number = begins.cumsum(1) - 1
     chunks = int(number[:, -1].max()) + 1
-    resets = F.one_hot(number, chunks).bool() & (positions == 0).unsqueeze(-1)
+    resets = (F.one_hot(number, chunks).bool() & (positions == 0).unsqueeze(-1)).any(1).T
+    ends = number[:, -1]
     return Packing(
         positions=positions,
         slots=number * chunk + positions % chunk,
         chunks=chunks,
-        resets=resets.any(1).T,
-        ends=number[:, -1],
+        resets=resets,
+        ends=ends,
         offset=positions[:, 0] % chunk,
         chunk=chunk,
+        resetting=tuple(resets.any(1).tolist()),
+        ending=tuple((ends[:, None] == torch.arange(chunks, device=ends.device)).any(0).tolist()),
     )
 
 
