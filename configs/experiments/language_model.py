@@ -97,7 +97,7 @@ def trained(variant: str, seed: int, steps: int, more: Sequence[str]) -> record.
         "parameters": _parameters(config),
         "tokens": last["tokens"],
         "tokens_per_second": round(sorted(r["tokens_per_second"] for r in read(directory))[steps // 2]),
-        "changes": words,
+        "changes": [word for word in words if not word.startswith("run.directory=")],
     }
 
 
