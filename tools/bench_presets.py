@@ -72,7 +72,7 @@ def measure(rounds: int) -> dict[str, dict]:
     members = {name: replace(base, **fields) for name, fields in PRESETS.items()}
     without = {f"{n}, ns_steps=0": replace(m, ns_steps=0) for n, m in members.items() if m.ns_steps}
     members |= without
-    # Once a chunk, as the CPU configs write; every token's write costs a hundred times as much.
+    # Once a chunk, as the CPU configs write.
     members = {n: replace(m, ns_period=m.chunk) if m.ns_steps else m for n, m in members.items()}
     whole, _ = medians({name: contender(memory) for name, memory in members.items()}, rounds)
     lifted_members = {name: memory for name, memory in members.items() if memory.kernel == "lifted"}

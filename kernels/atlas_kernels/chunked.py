@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from atlas_kernels.decays import pair_band, source_band
 from atlas_kernels.delta_rule import delta_rule, delta_rule_packed
-from atlas_kernels.memories import Matrices, MatrixReader, memory_of
+from atlas_kernels.memories import Matrices, MatrixReader, memory_of, oriented
 from atlas_kernels.packing import Packing, pack
 from atlas_kernels.rule import Gates, MemoryRule, MemoryState
-from atlas_kernels.writes import OrthogonalWrites, RawWrites, SumWrites, Writes
+from atlas_kernels.writes import writes_of
 
 # A call whose whole graph is smaller than this holds it and recomputes nothing.
 HELD_BYTES = 256 << 20
@@ -66,23 +66,9 @@ def omega_memory_chunked(
     """The map of `reference.py`. Arguments as in `omega_memory`, checked and in one dtype; the state is given."""
     if rule.delta:
         return delta_rule(q, k, v, gates, state)
-    assert isinstance(state.position, int)
     residual_q, residual_k = residual if residual is not None else (None, None)
     inputs = Inputs(q, k, v, residual_q, residual_k, gates.alpha, gates.eta, gates.theta, gates.gamma)
-    pieces = cut(state.position, q.shape[1], rule.chunk)
-    recompute = torch.is_grad_enabled() and graph_bytes(rule, state, q.shape[1]) > HELD_BYTES
-    longest = max(n * c for n, c in pieces)
-    by_chunk = recompute and graph_bytes(rule, state, longest) > SEGMENT_BYTES
-    outputs = []
-    for part, (chunks, tokens) in zip(inputs.split([n * c for n, c in pieces]), pieces, strict=True):
-        if recompute:
-            y, state = checkpoint(
-                scan, rule, state, part, chunks, tokens, by_chunk, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            y, state = scan(rule, state, part, chunks, tokens)
-        outputs.append(y)
-    return torch.cat(outputs, 1), state
+    return _by_segment(rule, state, inputs)
 
 
 def omega_memory_packed(
@@ -114,20 +100,7 @@ def omega_memory_packed(
         state, keys=halos[0], values=halos[1], residuals=halos[2] if residual else None, gamma=None, position=0
     )
 
-    pieces = cut(0, packing.chunks * rule.chunk, rule.chunk)
-    recompute = torch.is_grad_enabled() and graph_bytes(rule, state, packing.chunks * rule.chunk) > HELD_BYTES
-    by_chunk = recompute and graph_bytes(rule, state, pieces[0][0] * rule.chunk) > SEGMENT_BYTES
-    outputs, first = [], 0
-    for part, (chunks, tokens) in zip(whole.split([n * c for n, c in pieces]), pieces, strict=True):
-        borders = Borders(packing, start, first)
-        if recompute:
-            y, now = checkpoint(
-                scan, rule, now, part, chunks, tokens, by_chunk, borders, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            y, now = scan(rule, now, part, chunks, tokens, False, borders)
-        outputs.append(y)
-        first += chunks
+    y, now = _by_segment(rule, now, whole, (packing, start))
     position = positions[:, -1] + 1
     at_border = (position % rule.chunk == 0).view(-1, 1, 1, 1)
     following = [packing.following(s, window) for s in sources]
@@ -144,29 +117,54 @@ def omega_memory_packed(
         gamma=gamma,
         position=position,
     )
-    return packing.taken(torch.cat(outputs, 1)), after
+    return packing.taken(y), after
+
+
+def _by_segment(
+    rule: MemoryRule, state: MemoryState, inputs: Inputs, packed: tuple[Packing, tuple[Tensor, ...]] | None = None
+) -> tuple[Tensor, MemoryState]:
+    """Scan all tokens, recomputing segments where their graph is too large to hold. packed: and the start weights."""
+    assert isinstance(state.position, int)
+    length = inputs.q.shape[1]
+    pieces = cut(state.position, length, rule.chunk)
+    recompute = torch.is_grad_enabled() and graph_bytes(rule, state, length) > HELD_BYTES
+    by_chunk = recompute and graph_bytes(rule, state, max(n * c for n, c in pieces)) > SEGMENT_BYTES
+    outputs, first = [], 0
+    for part, (chunks, tokens) in zip(inputs.split([n * c for n, c in pieces]), pieces, strict=True):
+        borders = Borders(packed[0], oriented(memory_of(rule), packed[1]), first) if packed else None
+        arguments = (rule, state, part, chunks, tokens, by_chunk, borders)
+        if recompute:
+            y, state = checkpoint(scan, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y, state = scan(*arguments)
+        outputs.append(y)
+        first += chunks
+    return torch.cat(outputs, 1), state
 
 
 class Borders:
     """What document borders do to the memories of one segment, [G, wide, narrow] each, chunk by chunk."""
 
     def __init__(self, packing: Packing, start: tuple[Tensor, ...], first: int) -> None:
-        """start [H, rows, cols] each; first: the number of the segment's first chunk in the call."""
+        """start [H, wide, narrow] each; first: the number of the segment's first chunk in the call."""
         self.packing, self.start, self.first = packing, start, first
-        self.begun = first == 0  # its first chunk may go on with one that an earlier call began
 
-    def reset(self, n: int, matrices: Matrices, fresh: Matrices) -> Matrices:
-        """`fresh` [H, ...] for the rows whose document begins with chunk n."""
-        if not self.packing.resetting[self.first + n]:
-            return matrices
-        row = self.packing.resets[self.first + n]
-        return self._where(row, tuple(f.expand(len(row), *f.shape).flatten(0, 1) for f in fresh), matrices)
-
-    def ended(self, n: int, anchor: Matrices, last: Matrices) -> Matrices:
-        """`anchor` for the rows whose tokens end in chunk n, `last` for the others."""
-        if not self.packing.ending[self.first + n]:
-            return last
-        return self._where(self.packing.ends == self.first + n, anchor, last)
+    def enter(
+        self, n: int, weights: Matrices, momentum: Matrices, anchor: Matrices, last: Matrices
+    ) -> tuple[Matrices, Matrices, Matrices, Matrices]:
+        """Weights, momentum and anchor of the segment's chunk n, and the anchors of rows that have ended, with it."""
+        number = self.first + n
+        # The call's first chunk may go on with one that an earlier call began; every other one begins here.
+        anchor = weights if number else anchor
+        if self.packing.resetting[number]:
+            rows = self.packing.resets[number]
+            fresh = tuple(f.expand(len(rows), *f.shape).flatten(0, 1) for f in self.start)
+            nothing = tuple(torch.zeros_like(f) for f in fresh)
+            weights, momentum = self._where(rows, fresh, weights), self._where(rows, nothing, momentum)
+            anchor = self._where(rows, fresh, anchor)
+        if self.packing.ending[number]:
+            last = self._where(self.packing.ends == number, anchor, last)
+        return weights, momentum, anchor, last
 
     @staticmethod
     def _where(row: Tensor, yes: Matrices, no: Matrices) -> Matrices:
@@ -247,36 +245,21 @@ def scan(
 
     offset = state.position % rule.chunk
     alpha, eta, theta = (layout.by_chunk(g) for g in (inputs.alpha, inputs.eta, inputs.theta))
-    writes: Writes
-    if rule.ns_steps == 0:
-        writes = RawWrites(alpha, eta, theta, band) if rule.momentum else SumWrites(alpha, eta, band)
-    else:
-        at = [t for t in range(tokens) if rule.writes_at(offset + t)]
-        writes = OrthogonalWrites(alpha, eta, theta, band, at, rule.ns_steps, rule.ns_coefficients)
-
+    writes = writes_of(rule, offset, (alpha, eta, theta), band)
     memory, outputs = memory_of(rule), []
-
-    def oriented(matrices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(m.mT if flip else m for m, flip in zip(matrices, memory.transposed, strict=True))
-
-    weights, momentum, anchor = (oriented(tuple(m.flatten(0, 1) for m in ms)) for ms in state.matrices())
+    weights, momentum, anchor = (oriented(memory, tuple(m.flatten(0, 1) for m in ms)) for ms in state.matrices())
 
     def step(n: int, weights: Matrices, momentum: Matrices, anchor: Matrices) -> tuple[Tensor, Matrices, Matrices]:
         factors = memory.factors(MatrixReader(anchor), x[n], v[n], r[n])
         reader, weights, momentum = writes.advance(n, weights, momentum, factors)
         return memory.read(reader, q[n], read_residual[n]), weights, momentum
 
-    last_anchor, fresh = anchor, oriented(borders.start) if borders else ()
+    last_anchor = anchor
     for n in range(chunks):
         if borders:
-            weights = borders.reset(n, weights, fresh)
-            momentum = borders.reset(n, momentum, tuple(torch.zeros_like(f) for f in fresh))
-        if borders and borders.begun and n == 0:
-            anchor = borders.reset(n, anchor, fresh)
+            weights, momentum, anchor, last_anchor = borders.enter(n, weights, momentum, anchor, last_anchor)
         elif n > 0 or offset == 0:
             anchor = weights
-        if borders:
-            last_anchor = borders.ended(n, anchor, last_anchor)
         if by_chunk:
             y, weights, momentum = checkpoint(
                 step, n, weights, momentum, anchor, use_reentrant=False, preserve_rng_state=False
@@ -286,14 +269,14 @@ def scan(
         outputs.append(y)
 
     batch, _, heads, _ = inputs.q.shape
-    weights, momentum, anchor = (
-        tuple(m.unflatten(0, (batch, heads)) for m in oriented(ms)) for ms in (weights, momentum, anchor)
-    )
     position = state.position + chunks * tokens
     if borders:
-        anchor = tuple(m.unflatten(0, (batch, heads)) for m in oriented(last_anchor))
+        anchor = last_anchor
     elif position % rule.chunk == 0:
         anchor = weights
+    weights, momentum, anchor = (
+        tuple(m.unflatten(0, (batch, heads)) for m in oriented(memory, ms)) for ms in (weights, momentum, anchor)
+    )
     if not rule.momentum:
         momentum = state.momentum
     y = torch.stack(outputs, 1).unflatten(0, (batch, heads)).flatten(2, 3).transpose(1, 2)

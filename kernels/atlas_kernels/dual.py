@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from atlas_kernels.decays import decay_matrix, pair_band, source_band
-from atlas_kernels.memories import Matrices, MatrixReader, memory_of
+from atlas_kernels.memories import Matrices, MatrixReader, memory_of, oriented
 from atlas_kernels.products import times_transpose
 from atlas_kernels.rule import Gates, MemoryRule
 from atlas_kernels.writes import SumReader
@@ -201,7 +201,7 @@ def omega_memory_dual(
         read_residuals = torch.cat([residual[0].new_zeros(batch, offset, *residual[0].shape[2:]), residual[0]], 1)
         residuals = torch.cat([state.residuals, residual[1]], 1)
 
-    matrices = oriented(rule, tuple(w.flatten(0, 1) for w in state.weights))
+    matrices = oriented(memory_of(rule), tuple(w.flatten(0, 1) for w in state.weights))
     values_so_far = tuple(map(flat, state.cache_values))
     cache = _Cache(flat(state.cache_weights), (flat(state.cache_keys),), (values_so_far,))
     halo, total, outputs = keys.shape[1] - alpha.shape[1], alpha.shape[1], []
@@ -226,7 +226,7 @@ def omega_memory_dual(
     since, own = slice(halo + start - back, None), slice(start, None)
     cache_keys, cache_values = cache.joined()
     after_state = DualState(
-        weights=tuple(m.unflatten(0, (batch, heads)) for m in oriented(rule, matrices)),
+        weights=tuple(m.unflatten(0, (batch, heads)) for m in oriented(memory_of(rule), matrices)),
         cache_keys=whole(cache_keys),
         cache_weights=whole(cache.weights),
         cache_values=tuple(map(whole, cache_values)),
@@ -239,11 +239,6 @@ def omega_memory_dual(
         position=state.position + tokens,
     )
     return whole(torch.cat(outputs, 1))[:, offset:], after_state
-
-
-def oriented(rule: MemoryRule, matrices: Matrices) -> Matrices:
-    """As the chunk form keeps them, [G, wide, narrow], or back."""
-    return tuple(m.mT if flip else m for m, flip in zip(matrices, memory_of(rule).transposed, strict=True))
 
 
 def _step(

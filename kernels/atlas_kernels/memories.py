@@ -62,6 +62,11 @@ class Memory(Protocol):
         """x [G, C, D], r [G, C, V] -> [G, C, V]."""
 
 
+def oriented(memory: Memory, matrices: Matrices) -> Matrices:
+    """Of [..., rows, cols] as `omega_memory` has them, [..., wide, narrow] as the chunk form keeps them; or back."""
+    return tuple(m.mT if flip else m for m, flip in zip(matrices, memory.transposed, strict=True))
+
+
 class Linear:
     """M(x) = W x; V counts as the wide side."""
 

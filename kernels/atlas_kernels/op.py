@@ -9,7 +9,7 @@ from torch import Tensor
 
 from atlas_kernels.chunked import omega_memory_chunked, omega_memory_packed
 from atlas_kernels.dual import DualState, initial_dual_state, omega_memory_dual
-from atlas_kernels.memories import MatrixReader, memory_of
+from atlas_kernels.memories import MatrixReader, memory_of, oriented
 from atlas_kernels.packing import documents, of_rows, row_of
 from atlas_kernels.reference import omega_memory_reference
 from atlas_kernels.rule import Gates, MemoryRule, MemoryState, initial_state
@@ -146,9 +146,7 @@ def read_memory(
     matrices = state.weights if state is not None else tuple(w.expand(batch, *w.shape) for w in weights)
     flat = lambda t: t.to(dtype).transpose(1, 2).flatten(0, 1)  # noqa: E731  [B, T, H, ...] -> [B H, T, ...]
     memory = memory_of(rule)
-    held = tuple(
-        (w.mT if flip else w).to(dtype).flatten(0, 1) for w, flip in zip(matrices, memory.transposed, strict=True)
-    )
+    held = tuple(w.to(dtype).flatten(0, 1) for w in oriented(memory, matrices))
     y = memory.read(MatrixReader(held), flat(q), flat(q if residual is None else residual))
     return y.unflatten(0, (batch, heads)).transpose(1, 2).to(q.dtype)
 

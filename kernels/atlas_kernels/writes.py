@@ -22,6 +22,7 @@ from atlas_kernels.decays import decay_matrix
 from atlas_kernels.memories import Factors, Matrices, Reader
 from atlas_kernels.newton_schulz import newton_schulz
 from atlas_kernels.products import step_pair, times_transpose
+from atlas_kernels.rule import MemoryRule
 
 
 class Writes(Protocol):
@@ -80,6 +81,19 @@ class _RawReader:
         of_weights, of_momentum = torch.bmm(h, self.pairs[j]).chunk(2, -1)
         out = torch.addcmul(self.alphas * of_weights, self.kappas, of_momentum)
         return out.baddbmm_(self.sources * times_transpose(h, wide), narrow)
+
+
+def writes_of(rule: MemoryRule, offset: int, gates: tuple[Tensor, Tensor, Tensor], band: Tensor) -> Writes:
+    """How the tokens write under `rule`.
+
+    gates: alpha, eta, theta [N, G, C]; band [N, G, C, I], the Omega gates Gm; offset: the first token's place in its
+    chunk.
+    """
+    alpha, eta, theta = gates
+    if rule.ns_steps:
+        at = [t for t in range(alpha.shape[-1]) if rule.writes_at(offset + t)]
+        return OrthogonalWrites(alpha, eta, theta, band, at, rule.ns_steps, rule.ns_coefficients)
+    return RawWrites(alpha, eta, theta, band) if rule.momentum else SumWrites(alpha, eta, band)
 
 
 class SumWrites:
