@@ -175,7 +175,7 @@ def _state(trained: Trained, parallel: ParallelConfig, *, loading: bool) -> dict
     with true_offsets(trained.optimizer):
         optimizer = trained.optimizer.sharded_state_dict(model, is_loading=loading, metadata=sharding)
     shard = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank())
-    replica = parallel_state.get_data_parallel_rank()
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     generators = ShardedObject("random", _random_state(), tuple(_layout(parallel)), shard, replica)
     return {"model": model, "optimizer": optimizer, "scheduler": trained.scheduler.state_dict(), "random": generators}
 

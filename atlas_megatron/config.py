@@ -193,7 +193,14 @@ class ParallelConfig:
     tensor: int = 1
     sequence: bool = False  # Megatron sequence parallel inside the tensor group
     pipeline: int = 1
+    # Ranks that hold equal contiguous shards of each sequence.
     context: int = 1
+    # How a memory crosses them. heads: all-to-all, all tokens of a share of the heads. handoff: the state, from rank
+    # to rank. heads+handoff: the first inside a node, the second between nodes. auto: heads as far as they divide in
+    # a node, handed on beyond.
+    context_mode: str = "auto"
+    devices_per_node: int = 0  # 0: as the launcher says (LOCAL_WORLD_SIZE), else all in one
+    context_slices: int = 0  # of batch x heads that the hand-off is pipelined over; 0: twice the ranks it passes
 
 
 @dataclass(frozen=True)

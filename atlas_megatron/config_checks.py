@@ -12,7 +12,9 @@ from atlas_megatron.config import (
     Config,
     has,
 )
+from atlas_megatron.parallel.scan import context_levels
 
+CONTEXT_MODES = ("auto", "heads", "handoff", "heads+handoff")
 # Layers that keep packed documents apart.
 PACKED = "M*FARLDG-"
 # Lifted features a head: a memory's matrices grow with them.
@@ -59,6 +61,9 @@ def _check_ranges(config: Config) -> None:
             raise ValueError(f"train.{key}={getattr(train, key)} must lie in [0, 1)")
     if attention.persistent < 0:
         raise ValueError(f"attention.persistent={attention.persistent} must be 0 or more")
+    for key in ("devices_per_node", "context_slices"):
+        if getattr(config.parallel, key) < 0:
+            raise ValueError(f"parallel.{key}={getattr(config.parallel, key)} must be 0 (found out) or more")
     if memory.eta_start < 0:
         raise ValueError(f"memory.eta_start={memory.eta_start} must be 0 (derived) or more")
     if train.min_lr > train.lr:
@@ -70,6 +75,7 @@ def _check_ranges(config: Config) -> None:
         ("memory.omega_gates", memory.omega_gates, ("pair", "source", "none")),
         ("memory.impl", memory.impl, ("auto", "reference", "chunked")),
         ("delta.impl", config.delta.impl, ("auto", "fla", "chunked")),
+        ("parallel.context_mode", config.parallel.context_mode, CONTEXT_MODES),
         ("train.precision", train.precision, ("auto", "float32", "bfloat16")),
     ):
         if given not in known:
@@ -78,8 +84,6 @@ def _check_ranges(config: Config) -> None:
 
 def _check_parallel(config: Config, world_size: int) -> None:
     parallel = config.parallel
-    if parallel.context > 1:
-        raise ValueError(f"parallel.context={parallel.context} is not supported yet; set parallel.context=1")
     if parallel.sequence and parallel.tensor == 1:
         raise ValueError("parallel.sequence=true with parallel.tensor=1; set it false, or tensor to 2 or more")
     needed = parallel.tensor * parallel.pipeline * parallel.context
@@ -103,13 +107,39 @@ def _check_parallel(config: Config, world_size: int) -> None:
         split.append(("recurrent.heads", config.recurrent.heads))
     if has(config.model.pattern, WITH_DELTA):
         split.append(("delta.heads", config.delta.heads))
-    if parallel.sequence:
-        split.append(("model.seq_length", config.model.seq_length))
     for name, size in split:
         if size % parallel.tensor:
             raise ValueError(
                 f"{name}={size} does not divide by parallel.tensor={parallel.tensor}; make it a multiple of it"
             )
+    _check_context(config)
+
+
+def _check_context(config: Config) -> None:
+    """Shards of the sequence: over context-parallel ranks, and over tensor-parallel ones between the linears."""
+    parallel, length, pattern = config.parallel, config.model.seq_length, config.model.pattern
+    shards = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    if length % shards:
+        raise ValueError(
+            f"model.seq_length={length} does not divide by parallel.context={parallel.context}"
+            f"{f' x tensor={parallel.tensor} (parallel.sequence)' if parallel.sequence else ''}; nearest: "
+            f"{max(1, round(length / shards)) * shards}"
+        )
+    if parallel.context == 1:
+        return
+    if "C" in pattern and length // parallel.context % config.attention.segment:
+        raise ValueError(
+            f"C layers want whole segments on each rank: model.seq_length={length} / parallel.context="
+            f"{parallel.context} = {length // parallel.context} is no multiple of attention.segment="
+            f"{config.attention.segment}; change one of them"
+        )
+    _, handed = context_levels(config)
+    if handed > 1 and has(pattern, WITH_MEMORY) and config.memory.kernel != "lifted":
+        raise ValueError(
+            f"memory.kernel={config.memory.kernel!r} keeps a state that grows with the sequence and is not handed on; "
+            f"take parallel.context_mode='heads', and a parallel.context that divides memory.heads="
+            f"{config.memory.heads} / tensor={parallel.tensor}"
+        )
 
 
 def _check_model(config: Config) -> None:

@@ -237,14 +237,18 @@ class Batches(Iterator[dict[str, Tensor]]):
     ``[n + r m, n + (r + 1) m)`` of each ``R m`` (m = train.micro_batch). So a resumed run, also
     one with another number of ranks, goes on at the very next sample. What is left at the end of
     the set and fills no micro-batch on every rank is not read.
+    Context-parallel ranks each take their shard of every sequence.
     Yields int64 ``tokens``, ``labels``, ``position_ids`` and float32 ``loss_mask``, each
-    ``[micro_batch, seq_length]``, on this rank's device.
+    ``[micro_batch, tokens of a shard]``, and ``counted``, a micro-batch's sum of the whole loss mask, on this rank's
+    device.
     """
 
     def __init__(self, dataset: SampleSet, config: Config, consumed_samples: int = 0) -> None:
-        ranks, rank = 1, 0
+        ranks, rank, self._shards, self._shard = 1, 0, 1, 0
         if parallel_state.model_parallel_is_initialized():
             ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+            self._shards = parallel_state.get_context_parallel_world_size()
+            self._shard = parallel_state.get_context_parallel_rank()
         micro_batch = config.train.micro_batch
         self.consumed_samples = consumed_samples
         self._samples_per_batch = micro_batch * ranks
@@ -270,9 +274,11 @@ class Batches(Iterator[dict[str, Tensor]]):
         return self._left
 
     def __next__(self) -> dict[str, Tensor]:
-        batch = next(self._batches)
+        whole = next(self._batches)
         self._left -= 1
         self.consumed_samples += self._samples_per_batch
+        batch = {name: tensor.chunk(self._shards, 1)[self._shard] for name, tensor in whole.items()}
+        batch["counted"] = whole["loss_mask"].sum()
         return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
 
 

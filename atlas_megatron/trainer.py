@@ -164,7 +164,9 @@ class Trainer:
         both = torch.stack((mean, torch.tensor(float(self._stop), dtype=torch.float64, device=device())))
         torch.distributed.all_reduce(both)
         total, asked = both.tolist()
-        return total * self.config.parallel.pipeline / torch.distributed.get_world_size(), asked > 0
+        # One stage has losses, the same on each tensor-parallel rank; those of context-parallel ranks are parts of one.
+        parallel = self.config.parallel
+        return total * parallel.pipeline * parallel.context / torch.distributed.get_world_size(), asked > 0
 
     def _measurements(self, step: int, mixers: list[tuple[int, Any]]) -> dict[str, dict[str, Any]]:
         """What every memory layer measured, by layer number, over the processes that hold a part of it."""
@@ -248,7 +250,9 @@ class Trainer:
             with torch.no_grad():
                 outputs = self._run([next(batches) for _ in range(count)], forward_only=True)
             self.trained.model.train()
-            sums = sum((output["positions"] for output in outputs), sums)
+            own = parallel_state.get_context_parallel_rank()
+            for output in outputs:
+                sums.chunk(self.config.parallel.context, 1)[own].add_(output["positions"])
         torch.distributed.all_reduce(sums)
         return sums
 
@@ -275,15 +279,18 @@ def _forward_step(packed: bool, batches: Iterator[Batch], model: torch.nn.Module
     batch = next(batches)
     documents = Documents(batch["position_ids"]) if packed else None
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=documents)
-    return output, partial(_loss, batch["loss_mask"])
+    return output, partial(_loss, batch["loss_mask"], batch["counted"])
 
 
-def _loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean loss of a micro-batch, and what is kept of it: losses and mask are [micro_batch, seq_length]."""
-    counted = losses.float() * mask
-    loss = counted.sum() / mask.sum().clamp(min=1)
-    # A copy: core divides the first in place.
-    return loss, {"loss": loss.detach().clone(), "positions": torch.stack((counted.detach().sum(0), mask.sum(0)))}
+def _loss(mask: Tensor, counted: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """This shard's part of a micro-batch's mean loss, and what is kept of it.
+
+    losses and mask are [micro_batch, tokens of a shard]; counted: the mask's sum over the whole sequences.
+    """
+    masked = losses.float() * mask
+    loss = masked.sum() / counted.clamp(min=1)
+    # A copy: core scales the first in place, by the shards that its average over all of them divides by among others.
+    return loss, {"loss": loss.detach().clone(), "positions": torch.stack((masked.detach().sum(0), mask.sum(0)))}
 
 
 def _micro_batches(config: Config, sequences: int) -> int:

@@ -82,12 +82,16 @@ class SlidingWindowAttention(Mixer):
     ) -> tuple[Tensor, AttentionState]:
         q, k, v = self.heads_of(hidden_states)
         persistent = self.persistent_for(q)
-        position = state.position if state else 0
+        tokens = self.shards.tokens
+        position = (state.position if state else 0) + tokens.rank * q.shape[2]
         rotation = rotary(position, q.shape[2], self.head_dim, self.rotary_base, q.device)
         q, k = rotate(q, rotation), rotate(k, rotation)
-        if state:
-            k, v = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
-        kept = max(0, k.shape[2] - self.window + 1) if self.window else 0
+        reach = self.window - 1 if self.window else None
+        held = torch.stack((state.keys, state.values)) if state else None
+        seen = torch.stack((k, v))
+        before = tokens.before(seen, reach, 3, held)
+        k, v = seen if before is None else torch.cat([before, seen], 3)
+        kept = max(0, k.shape[2] - reach) if reach is not None else 0
         after = AttentionState(k[:, :, kept:], v[:, :, kept:], position + q.shape[2])
         if self.window:
             y = banded_attention(q, k, v, self.window, persistent, positions)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from atlas_megatron.config import Config
 from atlas_megatron.mixers.linears import MixerLinears
+from atlas_megatron.parallel.scan import Shards
 
 if TYPE_CHECKING:
     from atlas_megatron.streaming import StreamContext
@@ -58,6 +59,8 @@ class Mixer(MegatronModule):
         self.tp_group = pg_collection.tp
         self.measure = False  # set it, and forward leaves its statistics in `measurements`
         self.measurements: dict[str, Tensor] = {}
+        self.streamed = False  # whether this forward is asked for the state it ends with
+        self.shards = Shards.of(pg_collection, settings.parallel.context_slices)
         self.build(settings, submodules, pg_collection)
 
     def build(self, settings: Config, linears: MixerLinears, groups: ProcessGroupCollection) -> None:
@@ -67,6 +70,8 @@ class Mixer(MegatronModule):
     def mix(self, hidden_states: Tensor, state: Any | None, positions: Tensor | None = None) -> tuple[Tensor, Any]:
         """[T, B, hidden] and what `mix` left after the tokens before (None: there are none) -> (y, the state after).
 
+        Under context parallelism: this rank's tokens, the state before the whole sequence, which every rank is given,
+        and the state after this rank's tokens, or None where nobody asks for it.
         positions [B, T]: of each token in its own document, where several are packed into a sequence.
         """
         raise NotImplementedError
@@ -88,14 +93,19 @@ class Mixer(MegatronModule):
         packed_seq_params: Documents | None = None,
     ) -> tuple[Tensor, None]:
         """[T, B, hidden] -> [T, B, hidden]; continues from the context's state, if there is one, and leaves its own."""
+        self.streamed = inference_context is not None
         state = inference_context.states.get(self.layer_number) if inference_context is not None else None
         if packed_seq_params is None:
             y, after = self.mix(hidden_states, state)
         else:
             y, after = self.mix(hidden_states, state, packed_seq_params.positions)
         if inference_context is not None:
-            inference_context.states[self.layer_number] = after
+            inference_context.states[self.layer_number] = self.at_end(after)
         return y, None
+
+    def at_end(self, after: Any) -> Any:
+        """The state after the whole sequence, from those after each rank's tokens."""
+        return self.shards.tokens.from_last(after)
 
     def placed(self, tensor: Tensor) -> Tensor:
         """On this rank's device, in the model's dtype."""

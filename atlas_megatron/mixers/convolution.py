@@ -7,20 +7,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atlas_megatron.mixers.base import wide
+from atlas_megatron.parallel.context import ALONE, Chain
 
 
 def convolved(
-    qkv: Tensor, taps: Tensor, tail: Tensor | None, positions: Tensor | None = None
+    qkv: Tensor, taps: Tensor, tail: Tensor | None, positions: Tensor | None = None, tokens: Chain = ALONE
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[B, T, H, 3, K] -> q and k of length 1, v, [B, T, H, K] each, at least float32; the tail for what follows.
 
     taps [H, 3K, L]: the filter of each channel, the newest token's last. tail [B, 3HK, L-1]: the inputs before the
     first token, as an earlier call left them; None: there are none. positions [B, T]: of packed documents, which a
-    filter does not reach out of.
+    filter does not reach out of. tokens: the ranks that the sequence is spread over; tail is then before all of it.
     """
     before = taps.shape[-1] - 1
     channels = qkv.flatten(2).transpose(1, 2)
-    channels = F.pad(channels, (before, 0)) if tail is None else torch.cat([tail, channels], -1)
+    tail = channels.new_zeros(*channels.shape[:2], before) if tail is None else tail
+    channels = torch.cat([tokens.before(channels, before, -1, tail), channels], -1)
     filters = taps.reshape(-1, 1, taps.shape[-1])
     if positions is None:
         mixed = F.conv1d(channels, filters, groups=channels.shape[1])

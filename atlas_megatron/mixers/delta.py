@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from atlas_kernels import Gates, MemoryRule, State, omega_memory
+from atlas_kernels import Gates, MemoryRule, MemoryState, State, initial_state, omega_memory
 from atlas_megatron.config import Config, MemoryConfig
 from atlas_megatron.mixers.base import Mixer, wide
 from atlas_megatron.mixers.convolution import convolved, initial_taps
@@ -98,14 +98,42 @@ class DeltaNet(Mixer):
     ) -> tuple[Tensor, DeltaState]:
         projected = self.linear_qkvg(hidden_states)[0].transpose(0, 1)  # Megatron's [T, B, D]: [B, T, D] from here
         qkv, branch = projected.unflatten(-1, (-1, 4, self.head_dim)).split((3, 1), dim=-2)
-        q, k, v, tail = convolved(qkv, self.convolution, state.tail if state else None, positions)
+        before, held = (state.tail, state.memory) if state else (None, None)
+        q, k, v, tail = convolved(qkv, self.convolution, before, positions, self.shards.tokens)
         logits = wide(self.linear_gates(hidden_states)[0].transpose(0, 1)).unflatten(-1, (-1, self.gates))
-        beta, log_alpha = logits[..., 0].sigmoid(), self.log_decay(logits)
-        y, memory = self.kernel(q, k, v, beta, log_alpha, positions, state.memory if state else None)
+        log_alpha = self.log_decay(logits)
+        tokens = (q, k, v, logits[..., 0].sigmoid(), *(() if log_alpha is None else (log_alpha,)))
+        y, memory = self.shards.scan(self, tokens, held, positions, sliced=not self.streamed)
 
         y = F.rms_norm(y, y.shape[-1:], eps=self.config.layernorm_epsilon) * self.norm_gain.to(y.dtype)
         y = y.to(branch.dtype) * F.silu(branch.squeeze(-2))
         return self.linear_out(y.flatten(2).transpose(0, 1).contiguous())[0], DeltaState(memory, tail)  # [T, B, D]
+
+    def advance(
+        self, tokens: tuple[Tensor, ...], heads: slice, state: Any, positions: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        """tokens: q, k, v, beta, and log alpha if anything decays. The heads are alike: nothing of them is learned."""
+        q, k, v, beta, *decay = tokens
+        return self.kernel(q, k, v, beta, decay[0] if decay else None, positions, state)
+
+    def blank(self, tokens: tuple[Tensor, ...], heads: slice, position: int | Tensor) -> Any:
+        """An empty memory at this position."""
+        _, k, v, *_ = tokens
+        if self.kernel is flash_kernel:
+            return k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
+        empty = v.new_zeros(v.shape[2], v.shape[3], k.shape[3])
+        return replace(initial_state(RULE, (empty,), k, v, residuals=False, source_gates=True), position=position)
+
+    def carried(self, state: Any) -> tuple[Tensor, ...]:
+        return state.weights if isinstance(state, MemoryState) else (state,)
+
+    def resumed(self, blank: Any, carried: tuple[Tensor, ...]) -> Any:
+        (weights,) = carried
+        return replace(blank, weights=carried, anchor=carried) if isinstance(blank, MemoryState) else weights
+
+    def at_end(self, after: DeltaState) -> DeltaState:
+        """The memory stays with the rank that has its heads; the convolutions' tail is of all heads."""
+        return DeltaState(self.shards.chain.from_last(after.memory), self.shards.tokens.from_last(after.tail))
 
     def log_decay(self, logits: Tensor) -> Tensor | None:
         """log alpha [B, T, H] from the gates' logits [B, T, H, gates]; None: nothing decays."""

@@ -19,6 +19,7 @@ from atlas_megatron.mixers.base import Mixer
 from atlas_megatron.mixers.linears import MixerLinears
 from atlas_megatron.mixers.memory import AtlasMixer, AtlasState
 from atlas_megatron.mixers.memory_layout import weight_shapes
+from atlas_megatron.parallel.scan import Shards
 
 
 class _Joined(Mixer):
@@ -76,9 +77,13 @@ class MemoryAsGate(_Joined):
     def mix(
         self, hidden_states: Tensor, state: GateState | None, positions: Tensor | None = None
     ) -> tuple[Tensor, GateState]:
+        self.memory.streamed = self.streamed
         memory, kept = self.memory.mix(hidden_states, state.memory if state else None, positions)
         attention, seen = self.attention.mix(hidden_states, state.attention if state else None, positions)
         return self.join(attention, memory), GateState(kept, seen)
+
+    def at_end(self, after: GateState) -> GateState:
+        return GateState(self.memory.at_end(after.memory), self.attention.at_end(after.attention))
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,8 @@ class MemoryAsContext(_Joined):
 
     def build(self, settings: Config, linears: MixerLinears, groups: ProcessGroupCollection) -> None:
         super().build(settings, linears, groups)
+        # Under context parallelism this layer hands the memory on as a whole: each segment writes what it has read.
+        self.memory.shards = Shards()
         hidden, memory = settings.model.hidden_size, settings.memory
         self.segment = settings.attention.segment
         width = memory.heads * memory.head_dim
@@ -133,14 +140,33 @@ class MemoryAsContext(_Joined):
     ) -> tuple[Tensor, ContextState]:
         if positions is not None:
             raise ValueError("packed documents were given to a C layer, whose segments do not follow them; unpack them")
-        state = state or ContextState(None, None, None, None, 0)
+        state, chain = state or ContextState(None, None, None, None, 0), self.shards.tokens
+        if chain.rank > 0:
+            state = self._received(hidden_states, state)
         outputs, start = [], 0
         while start < hidden_states.shape[0]:
             stop = start + self.segment - state.position % self.segment
             y, state = self._within(hidden_states[start:stop], state)
             outputs.append(y)
             start = stop
-        return torch.cat(outputs), state
+        y = torch.cat(outputs)
+        if chain.rank < chain.size - 1:
+            assert state.memory is not None
+            y = chain.pass_on(y, self.memory.all_carried(state.memory))
+        return y, state
+
+    def _received(self, hidden_states: Tensor, first: ContextState) -> ContextState:
+        """The state before this rank's tokens, whole segments as those of every rank; `first`: before the sequence."""
+        tokens, chain = hidden_states.shape[0], self.shards.tokens
+        if first.position % self.segment or tokens % self.segment:
+            raise ValueError(
+                f"context-parallel shards of {tokens} tokens from position {first.position} on do not end where "
+                f"attention.segment={self.segment} does; give whole segments to each rank"
+            )
+        position = first.position + chain.rank * tokens
+        blank = self.memory.blank_state(hidden_states.shape[1], position)
+        memory = self.memory.all_resumed(blank, chain.receive(self.memory.all_carried(blank), hidden_states))
+        return ContextState(memory, memory, None, None, position)
 
     def _within(self, hidden_states: Tensor, state: ContextState) -> tuple[Tensor, ContextState]:
         """Tokens of one segment."""

@@ -6,7 +6,7 @@ G gates of a head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from atlas_kernels import (
     MemoryState,
     State,
     initial_coefficients,
+    initial_state,
     lift,
     newton_schulz,
     omega_memory,
@@ -42,6 +43,7 @@ from atlas_megatron.mixers.memory_layout import (
 
 HISTOGRAM_BINS = 32
 SPECTRUM_QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+ALL = slice(None)  # heads of this rank
 SPECTRUM_HEADS = 2  # of the first sequence: a singular value decomposition is slow
 
 
@@ -130,16 +132,16 @@ class AtlasMixer(Mixer):
     ) -> tuple[Tensor, AtlasState]:
         projected = self.linear_qkvg(hidden_states)[0].transpose(0, 1)  # Megatron's [T, B, D]: [B, T, D] from here
         qkv, branch = projected.unflatten(-1, (-1, 4, self.memory.head_dim)).split((3, 1), dim=-2)
-        q, k, v, tail = convolved(qkv, self.convolution, state.tail if state else None, positions)
+        before = state.tail if state else None
+        q, k, v, tail = convolved(qkv, self.convolution, before, positions, self.shards.tokens)
         held = state.memory if state else None
         after: State | None
         if self.silent:
             y, after = self.read(q, state), held
         else:
-            gates = self._gates(hidden_states)
-            y, after = self._memory(q, k, v, gates, held, positions)
-            if self.measure:
-                self._measure(k, v, gates, held, after)
+            tokens = (q, k, v, *vars(self._gates(hidden_states)).values())
+            sliced = not (self.streamed or self.measure)
+            y, after = self.shards.scan(self, tokens, held, positions, sliced=sliced)
 
         y = F.rms_norm(y, y.shape[-1:], eps=self.config.layernorm_epsilon) * self.norm_gain.to(y.dtype)
         y = y.to(branch.dtype) * F.silu(branch.squeeze(-2))
@@ -168,22 +170,32 @@ class AtlasMixer(Mixer):
             gamma=gamma,
         )
 
+    def advance(
+        self, tokens: tuple[Tensor, ...], heads: slice, state: State | None, positions: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """tokens: q and k of length 1, not lifted, v, and the gates in their order, of these heads of this rank's."""
+        q, k, v, *gates = tokens
+        y, after = self._memory(q, k, v, Gates(*gates), heads, state, positions)
+        if self.measure:
+            self._measure(k, v, Gates(*gates), heads, state, after)
+        return y, after
+
     def _memory(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         gates: Gates,
+        heads: slice,
         state: State | None,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """q, k of length 1, not lifted."""
         return omega_memory(
-            self._lifted(q),
-            self._lifted(k, key=True),
+            self._lifted(q, heads),
+            self._lifted(k, heads, key=True),
             v,
             gates,
-            self._start(),
+            self._start(heads),
             self.rule,
             state=state,
             residual=(q, k) if self._own_residual() else None,
@@ -191,12 +203,49 @@ class AtlasMixer(Mixer):
             positions=positions,
         )
 
-    def _lifted(self, x: Tensor, *, key: bool = False) -> Tensor:
+    def blank(self, tokens: tuple[Tensor, ...], heads: slice, position: int | Tensor) -> MemoryState:
+        """Before any token, but for its position."""
+        _, k, v, *_ = tokens
+        keys = k[..., :1].expand(*k.shape[:-1], lifted(self.memory))
+        own, source = self._own_residual(), self.memory.omega_gates != "pair"
+        start = initial_state(self.rule, self._start(heads), keys, v, residuals=own, source_gates=source)
+        return replace(start, position=position)
+
+    def carried(self, state: State) -> tuple[Tensor, ...]:
+        """Only matrices are handed on: the exponential kernels' growing state is refused with the configuration."""
+        assert isinstance(state, MemoryState)
+        return state.carried(self.rule)
+
+    def resumed(self, blank: State, carried: tuple[Tensor, ...]) -> MemoryState:
+        assert isinstance(blank, MemoryState)
+        return blank.resumed(self.rule, carried)
+
+    def blank_state(self, batch: int, position: int) -> AtlasState:
+        """Before any token of so many sequences, but for its position; all heads of this rank."""
+        heads, channels, taps = self.convolution.shape
+        tail = self.convolution.new_zeros(batch, heads * channels, taps - 1)
+        none = self.norm_gain.new_zeros(batch, 0, heads, self.memory.head_dim)
+        return AtlasState(None if self.silent else self.blank((none, none, none), ALL, position), tail)
+
+    def all_carried(self, state: AtlasState) -> tuple[Tensor, ...]:
+        """As `carried`, with the convolutions' tail."""
+        return (state.tail, *(() if state.memory is None else self.carried(state.memory)))
+
+    def all_resumed(self, blank: AtlasState, carried: tuple[Tensor, ...]) -> AtlasState:
+        tail, *rest = carried
+        return AtlasState(None if blank.memory is None else self.resumed(blank.memory, tuple(rest)), tail)
+
+    def at_end(self, after: AtlasState) -> AtlasState:
+        """The memory stays with the rank that has its heads; the convolutions' tail is of all heads."""
+        return AtlasState(self.shards.chain.from_last(after.memory), self.shards.tokens.from_last(after.tail))
+
+    def _lifted(self, x: Tensor, heads: slice = ALL, *, key: bool = False) -> Tensor:
         """phi(x); an exponential kernel's scale goes to the query."""
+        coefficients = None if self.coefficients is None else self.coefficients[heads]
         if self.memory.kernel == "lifted":
-            return lift(x, self.memory.feature_map, self.coefficients, self.memory.sketch_width)
-        assert self.coefficients is not None
-        return x if key else x * self.coefficients
+            return lift(x, self.memory.feature_map, coefficients, self.memory.sketch_width)
+        assert coefficients is not None
+        return x if key else x * coefficients
 
     def _own_residual(self) -> bool:
         """Whether the memory's residual is the unlifted input: where the lifted one has another meaning or width."""
@@ -212,12 +261,12 @@ class AtlasMixer(Mixer):
         held = state.memory if state and not self.silent else None
         return read_memory(self._lifted(q), self._start(), self.rule, held, q if self._own_residual() else None)
 
-    def _start(self) -> tuple[Tensor, ...]:
+    def _start(self, heads: slice = ALL) -> tuple[Tensor, ...]:
         """The memory before the first token, [H, rows, cols] each."""
-        return tuple(wide(w) for w in (self.start_first, self.start_second, self.start_gate) if w is not None)
+        return tuple(wide(w[heads]) for w in (self.start_first, self.start_second, self.start_gate) if w is not None)
 
     @torch.no_grad()
-    def _measure(self, k: Tensor, v: Tensor, gates: Gates, before: State | None, after: State) -> None:
+    def _measure(self, k: Tensor, v: Tensor, gates: Gates, heads: slice, before: State | None, after: State) -> None:
         """Statistics of this forward: gates, norms, and the inner loss around the write, float32 scalars; counts of
         each learned gate [HISTOGRAM_BINS], whole numbers; spectra of the momentum (see `_spectra`), float32."""
         found: dict[str, Tensor] = {}
@@ -226,12 +275,12 @@ class AtlasMixer(Mixer):
         found["memory_norm"] = _mean_norm(after.weights)
         if isinstance(after, MemoryState):
             found["momentum_norm"] = _mean_norm(after.momentum)
-        found["start_norm"] = _mean_norm(self._start())
+        found["start_norm"] = _mean_norm(self._start(heads))
         # M_t read at the next key, and at the newest key that a write has surely reached: of each ns_period
         # tokens the last one writes.
         for name, shift in (("surprise_before", -1), ("surprise_after", self.memory.ns_period - 1)):
             if k.shape[1] > abs(shift):
-                read, _ = self._memory(k.roll(shift, 1), k, v, gates, before)
+                read, _ = self._memory(k.roll(shift, 1), k, v, gates, heads, before)
                 loss = (read - v.roll(shift, 1)).square().sum(-1) / 2
                 found[name] = (loss[:, :shift] if shift < 0 else loss[:, shift:]).mean()
         if isinstance(after, MemoryState) and self.rule.ns_steps > 0 and self.rule.momentum:

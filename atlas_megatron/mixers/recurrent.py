@@ -75,6 +75,9 @@ class Recurrent(Mixer):
         matrix, inner = wide(self.recurrence).flatten(1, 2).mT.contiguous(), inner.flatten(1).unsqueeze(1)
         start = inputs.new_zeros(*inputs.shape[1:3], self.head_dim)
         carried, outputs = state or (start,) * self.carries, []
+        chain = self.shards.tokens
+        if chain.rank > 0:
+            carried = chain.receive(carried, inputs)
         # Where a packed document begins, nothing is remembered.
         kept = None if positions is None else (positions.T != 0).to(start.dtype)[:, None, :, None]
         for t, x in enumerate(inputs.unbind(0)):
@@ -83,6 +86,7 @@ class Recurrent(Mixer):
             carried = self.cell(x, carried, matrix, inner)
             outputs.append(carried[0])
         y = torch.stack(outputs).transpose(1, 2)  # [T, B, H, K]
+        y = chain.pass_on(y, carried)
         y = y.to(branch.dtype) * F.silu(branch.squeeze(-2))
         return self.linear_out(y.flatten(2))[0], carried
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from datetime import timedelta
@@ -10,8 +11,11 @@ import numpy
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
-from atlas_megatron.config import Config, ParallelConfig
+from atlas_megatron.config import Config
 from atlas_megatron.parallel import alone, cpu
+from atlas_megatron.parallel.scan import context_levels
+
+logger = logging.getLogger(__name__)
 
 # A rank may write its share of a large checkpoint for long while the others wait.
 TIMEOUT = timedelta(minutes=30)
@@ -38,17 +42,26 @@ def join(config: Config) -> None:
         store = torch.distributed.HashStore() if single else None
         backend = alone.backend() if single and not torch.cuda.is_available() else cpu.backend()
         torch.distributed.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank(), world_size=size())
-    form_groups(config.parallel)
+    form_groups(config)
     seed(config.run.seed)
 
 
-def form_groups(parallel: ParallelConfig) -> None:
-    """Megatron's tensor, pipeline and data-parallel groups over all processes."""
+def form_groups(config: Config) -> None:
+    """Megatron's tensor, context, pipeline and data-parallel groups over all processes."""
+    parallel = config.parallel
+    levels = context_levels(config) if parallel.context > 1 else None
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
+        # The ranks that exchange heads, next to each other, and the ranks that hand the memory on between those.
+        hierarchical_context_parallel_sizes=list(levels) if levels else None,
     )
+    if levels and rank() == 0:
+        logger.info(
+            "context parallel: each sequence on %d ranks, heads exchanged among %d, memory handed on over %d",
+            parallel.context, *levels,
+        )  # fmt: skip
 
 
 def seed(value: int) -> None:

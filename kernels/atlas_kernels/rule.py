@@ -145,9 +145,7 @@ class MemoryState:
         weights, momentum, anchor = (tuple(fn(m) for m in matrices) for matrices in self.matrices())
         residuals = None if self.residuals is None else fn(self.residuals)
         gamma = None if self.gamma is None else fn(self.gamma)
-        return MemoryState(
-            weights, momentum, anchor, fn(self.keys), fn(self.values), residuals, gamma, self.position
-        )
+        return MemoryState(weights, momentum, anchor, fn(self.keys), fn(self.values), residuals, gamma, self.position)
 
     def detach(self) -> MemoryState:
         return self.map(Tensor.detach)
@@ -155,6 +153,27 @@ class MemoryState:
     def matrices(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(weights, momentum, anchor)."""
         return self.weights, self.momentum, self.anchor
+
+    def carried(self, rule: MemoryRule) -> tuple[Tensor, ...]:
+        """Of `tensors`, what the others do not follow from: no momentum without one, no anchor at a chunk's border."""
+        halo = tuple(t for t in (self.keys, self.values, self.residuals, self.gamma) if t is not None)
+        momentum = self.momentum if rule.momentum else ()
+        return (*self.weights, *momentum, *(() if self._at_border(rule) else self.anchor), *halo)
+
+    def resumed(self, rule: MemoryRule, carried: tuple[Tensor, ...]) -> MemoryState:
+        """The state of `carried`; self has its shapes and its position, and no momentum where the rule has none."""
+        rest = iter(carried)
+        weights = tuple(next(rest) for _ in self.weights)
+        momentum = tuple(next(rest) for _ in self.momentum) if rule.momentum else self.momentum
+        anchor = weights if self._at_border(rule) else tuple(next(rest) for _ in self.anchor)
+        keys, values = next(rest), next(rest)
+        residuals = None if self.residuals is None else next(rest)
+        gamma = None if self.gamma is None else next(rest)
+        return MemoryState(weights, momentum, anchor, keys, values, residuals, gamma, self.position)
+
+    def _at_border(self, rule: MemoryRule) -> bool:
+        """Whether the next token begins a chunk, in every row, as far as is known without asking a device."""
+        return isinstance(self.position, int) and self.position % rule.chunk == 0
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor of the state, in the order of its fields."""

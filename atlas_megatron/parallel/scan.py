@@ -1,0 +1,150 @@
+"""A memory over a sequence in shards: heads exchanged inside a group of ranks, the state handed on between groups.
+
+`heads`: an all-to-all gives each rank all tokens of a share of the heads. `handoff`: each rank scans its own tokens and
+passes the memory on to the right; cut into slices of batch and heads, so that one rank works on a slice while its right
+neighbour works on the one before. `heads+handoff`: the first between near ranks, the second between far ones; the other
+two are its ends.
+
+Dims: B batch, t tokens of a shard, H heads of this tensor-parallel rank, N ranks that exchange heads.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from atlas_megatron.config import WITH_DELTA, Config, has
+from atlas_megatron.parallel.context import ALONE, Chain, all_tokens, to_heads, to_sequence
+
+
+class Memory(Protocol):
+    """What reads and writes token by token, each head for itself."""
+
+    def advance(self, tokens: tuple[Tensor, ...], heads: slice, state: Any, positions: Tensor | None) -> Any:
+        """tokens [B, t, h, ...] of these heads -> (y [B, t, h, V], the state after). state None: there were none."""
+        ...
+
+    def blank(self, tokens: tuple[Tensor, ...], heads: slice, position: int | Tensor) -> Any:
+        """A state of the right shapes at this position."""
+        ...
+
+    def carried(self, state: Any) -> tuple[Tensor, ...]:
+        """What the right neighbour has to be told of a state."""
+        ...
+
+    def resumed(self, blank: Any, carried: tuple[Tensor, ...]) -> Any:
+        """The state that `carried` tells of."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Where this rank stands in the sequence. Without groups: it has all of it."""
+
+    tokens: Chain = ALONE  # every rank, its own tokens each
+    heads: torch.distributed.ProcessGroup | None = None  # ranks that exchange heads
+    chain: Chain = ALONE  # ranks that hand the memory on
+    slices: int = 1  # of batch x heads, at most
+
+    @staticmethod
+    def of(groups: ProcessGroupCollection, slices: int) -> Shards:
+        """From core's context-parallel group and its two levels."""
+        if groups.cp is None or groups.cp.size() == 1:
+            return Shards()
+        near, far = groups.hcp
+        return Shards(Chain(groups.cp), near, Chain(far), slices or 2 * far.size())
+
+    def position(self, first: int, tokens: int) -> int:
+        """Of this rank's first token, where the sequence goes on at `first` and each rank has `tokens` tokens."""
+        return first + self.tokens.rank * tokens
+
+    def scan(
+        self, memory: Memory, tokens: tuple[Tensor, ...], state: Any, positions: Tensor | None, *, sliced: bool
+    ) -> tuple[Tensor, Any]:
+        """The memory's y [B, t, H, V] of this rank's tokens [B, t, H, ...], and the state after its stretch.
+
+        state: before the whole sequence, of this rank's share of the heads; the same on every rank of the chain.
+        positions [B, t]: of packed documents. sliced: nobody asks for the state after, which is then None.
+        """
+        if self.tokens.size == 1:
+            return memory.advance(tokens, slice(None), state, positions)
+        tokens = self._exchanged(tokens)
+        positions = None if positions is None else all_tokens(positions, self.heads)
+        batch, _, heads = tokens[0].shape[:3]
+        first = self.heads.rank() * heads if self.heads is not None else 0
+        rows, columns = slicing(batch, heads, self.slices if sliced and state is None else 1)
+        outputs, after = [], None
+        for row in range(0, batch, rows):
+            across = []
+            for column in range(0, heads, columns):
+                part = tuple(t[row : row + rows, :, column : column + columns] for t in tokens)
+                own = None if positions is None else positions[row : row + rows]
+                y, after = self._hand_on(memory, part, slice(first + column, first + column + columns), state, own)
+                across.append(y)
+            outputs.append(torch.cat(across, 2))
+        return to_sequence(torch.cat(outputs), self.heads), None if sliced else after
+
+    def _hand_on(
+        self, memory: Memory, tokens: tuple[Tensor, ...], heads: slice, state: Any, positions: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        """One slice: from the left, over this rank's tokens, to the right."""
+        chain = self.chain
+        if chain.rank > 0:
+            # A document that goes on over the border is at its token's position, one that begins there at 0.
+            position = chain.rank * tokens[0].shape[1] + (0 if state is None else state.position)
+            blank = memory.blank(tokens, heads, position if positions is None else positions[:, 0])
+            state = memory.resumed(blank, chain.receive(memory.carried(blank), tokens[0]))
+        y, after = memory.advance(tokens, heads, state, positions)
+        if chain.rank < chain.size - 1:
+            y = chain.pass_on(y, memory.carried(after))
+        return y, after
+
+    def _exchanged(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """[B, t, H, ...] each -> [B, N t, H/N, ...], in one message."""
+        if self.heads is None or self.heads.size() == 1:
+            return tokens
+        flat = [t.flatten(3) if t.dim() > 3 else t.unsqueeze(3) for t in tokens]
+        together = to_heads(torch.cat(flat, 3), self.heads).split([t.shape[3] for t in flat], 3)
+        return tuple(part.reshape(*part.shape[:3], *t.shape[3:]) for part, t in zip(together, tokens, strict=True))
+
+
+def slicing(batch: int, heads: int, slices: int) -> tuple[int, int]:
+    """(sequences, heads) of a slice, of at most `slices` equal ones: heads are cut first, then the batch."""
+    columns = max(d for d in range(1, min(heads, slices) + 1) if heads % d == 0)
+    rows = max(d for d in range(1, min(batch, max(1, slices // columns)) + 1) if batch % d == 0)
+    return batch // rows, heads // columns
+
+
+def context_levels(config: Config) -> tuple[int, int]:
+    """(ranks that exchange heads, ranks that hand on): what `parallel.context_mode` means for this model.
+
+    Raises ValueError where its heads do not divide so.
+    """
+    parallel, pattern = config.parallel, config.model.pattern
+    context, mode = parallel.context, parallel.context_mode
+    dealt = [config.memory.heads] if has(pattern, "MA") else []
+    dealt += [config.delta.heads] if has(pattern, WITH_DELTA) else []
+    heads = math.gcd(*dealt) // parallel.tensor if dealt else 1
+    node = parallel.devices_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    # Ranks of a context-parallel group lie `tensor` apart.
+    near = max(1, node // parallel.tensor) if node else context
+    shares = [d for d in range(1, context + 1) if heads % d == context % d == 0]
+    fitting = {
+        "auto": [d for d in shares if d <= near],
+        "heads": [d for d in shares if d == context],
+        "handoff": [1],
+        "heads+handoff": [d for d in shares if 1 < d < context and d <= near],
+    }[mode]
+    if not fitting:
+        raise ValueError(
+            f"parallel.context_mode={mode!r} cannot exchange {heads} heads of a tensor-parallel rank among "
+            f"parallel.context={context} ranks, {near} of them in a node; ranks that could: "
+            f"{', '.join(map(str, shares))}: take context_mode='auto', or another parallel.context"
+        )
+    return fitting[-1], context // fitting[-1]
