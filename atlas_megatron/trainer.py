@@ -33,6 +33,7 @@ from atlas_megatron.model import build_model, flops_per_token
 from atlas_megatron.non_finite import NonFiniteError
 from atlas_megatron.optimizer import build_optimizer, wrap
 from atlas_megatron.parallel import world
+from atlas_megatron.parallel.context import settle
 from atlas_megatron.parallel.cpu import device
 from atlas_megatron.positions import SlidingWindows
 
@@ -148,7 +149,7 @@ class Trainer:
 
     def _run(self, batches: list[Batch], *, forward_only: bool) -> list[dict[str, Tensor]]:
         """Core's schedule over the micro-batches; what the loss function returned, on the last stage."""
-        return get_forward_backward_func()(
+        outputs = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, self.config.data.packed),
             data_iterator=iter(batches),
             model=[self.trained.model],
@@ -157,6 +158,8 @@ class Trainer:
             micro_batch_size=self.config.train.micro_batch,
             forward_only=forward_only,
         )
+        settle()
+        return outputs
 
     def _agree(self, losses: list[Tensor]) -> tuple[float, bool]:
         """The loss averaged over replicas, on every stage, and whether any process was asked to stop."""

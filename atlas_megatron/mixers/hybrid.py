@@ -165,7 +165,8 @@ class MemoryAsContext(_Joined):
             )
         position = first.position + chain.rank * tokens
         blank = self.memory.blank_state(hidden_states.shape[1], position)
-        memory = self.memory.all_resumed(blank, chain.receive(self.memory.all_carried(blank), hidden_states))
+        carried = chain.receive(self.memory.all_carried(blank), hidden_states, first)
+        memory = self.memory.all_resumed(blank, carried)
         return ContextState(memory, memory, None, None, position)
 
     def _within(self, hidden_states: Tensor, state: ContextState) -> tuple[Tensor, ContextState]:

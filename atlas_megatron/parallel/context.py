@@ -65,14 +65,18 @@ class Chain:
         # The first rank's part has no position, but keeps the node in its graph, where its gradients arrive.
         return torch.cat(parts, dim)
 
-    def receive(self, like: Sequence[Tensor], root: Tensor) -> tuple[Tensor, ...]:
+    def receive(self, like: Sequence[Tensor], root: Tensor, unused: Any = None) -> tuple[Tensor, ...]:
         """What the left neighbour passed on: tensors of the shapes and dtypes of `like`; not for the first rank.
 
-        root: any tensor that requires a gradient where the state shall. `like` itself gets a gradient of zero: start
-        weights then have one on every rank, as data parallelism expects.
+        root: any tensor that requires a gradient where the state shall. `like`, and the tensors of `unused`, get a
+        gradient of zero: start weights then have one on every rank, as data parallelism expects, and so has a state
+        from before the whole sequence, which only the first rank reads.
         """
         widest = reduce(torch.promote_types, (t.dtype for t in like))
-        parts = _Receive.apply(self, widest, root, *like).split([t.numel() for t in like])
+        spared: list[Tensor] = []
+        _framed(unused, spared)
+        flat = _Receive.apply(self, sum(t.numel() for t in like), widest, root, *like, *spared)
+        parts = flat.split([t.numel() for t in like])
         return tuple(part.view(t.shape).to(t.dtype) for part, t in zip(parts, like, strict=True))
 
     def pass_on(self, y: Tensor, state: Sequence[Tensor]) -> Tensor:
@@ -116,6 +120,12 @@ ALONE = Chain()
 _under_way: deque[tuple[Any, Tensor]] = deque()
 
 
+def settle() -> None:
+    """Wait until all that was sent has arrived: at the end of a step, and before groups are taken apart."""
+    while _under_way:
+        _under_way.popleft()[0].wait()
+
+
 class _Halo(Function):
     """The ends of the shards to the left, the farthest first: lengths[h] positions from h + 1 ranks away."""
 
@@ -134,9 +144,8 @@ class _Halo(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         chain, dim = ctx.chain, ctx.dim
-        for hop, gradient in enumerate(reversed(gradients), 1):
-            if chain.rank >= hop:
-                chain.send(gradient, chain.rank - hop)
+        for hop in range(1, min(len(ctx.lengths), chain.rank) + 1):
+            chain.send(gradients[-hop], chain.rank - hop)
         total = gradients[0].new_zeros(ctx.shape)
         for hop, length in enumerate(ctx.lengths, 1):
             if chain.rank + hop < chain.size:
@@ -153,15 +162,14 @@ def _empty(x: Tensor, dim: int, length: int) -> Tensor:
 
 class _Receive(Function):
     @staticmethod
-    def forward(ctx: Any, chain: Chain, dtype: torch.dtype, root: Tensor, *like: Tensor) -> Tensor:
-        ctx.chain, ctx.shapes = chain, [t.shape for t in like]
-        numel = sum(t.numel() for t in like)
+    def forward(ctx: Any, chain: Chain, numel: int, dtype: torch.dtype, root: Tensor, *unread: Tensor) -> Tensor:
+        ctx.chain, ctx.shapes = chain, [t.shape for t in unread]
         return chain.fetch(torch.empty(numel, dtype=dtype, device=root.device), chain.rank - 1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         ctx.chain.send(gradient, ctx.chain.rank - 1)
-        return (None, None, None, *(gradient.new_zeros(()).expand(shape) for shape in ctx.shapes))
+        return (None, None, None, None, *(gradient.new_zeros(()).expand(shape) for shape in ctx.shapes))
 
 
 class _PassOn(Function):

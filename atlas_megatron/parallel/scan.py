@@ -99,7 +99,7 @@ class Shards:
             # A document that goes on over the border is at its token's position, one that begins there at 0.
             position = chain.rank * tokens[0].shape[1] + (0 if state is None else state.position)
             blank = memory.blank(tokens, heads, position if positions is None else positions[:, 0])
-            state = memory.resumed(blank, chain.receive(memory.carried(blank), tokens[0]))
+            state = memory.resumed(blank, chain.receive(memory.carried(blank), tokens[0], state))
         y, after = memory.advance(tokens, heads, state, positions)
         if chain.rank < chain.size - 1:
             y = chain.pass_on(y, memory.carried(after))

@@ -22,7 +22,10 @@ from atlas_megatron.config_checks import validate
 from atlas_megatron.mixers.base import Documents
 from atlas_megatron.model import build_model
 from atlas_megatron.parallel import world
+from atlas_megatron.parallel.context import settle
+from atlas_megatron.parallel.scan import context_levels
 from atlas_megatron.presets import PRESETS
+from atlas_megatron.streaming import StreamContext
 
 TOKENS, BATCH = 48, 2
 SMALL = Config(
@@ -64,6 +67,18 @@ def batch(config: Config) -> tuple[Tensor, Tensor, Tensor]:
     return drawn[:, :-1], drawn[:, 1:], positions
 
 
+_formed: list[tuple[int, int]] = []
+
+
+def form_groups(config: Config) -> None:
+    """Those of the configuration, unless they are there: to form them takes longer than a case."""
+    levels = context_levels(config)
+    if _formed != [levels]:
+        parallel_state.destroy_model_parallel()
+        world.form_groups(config)
+        _formed[:] = [levels]
+
+
 def losses_and_gradients(rank: int, cases: list[Config]) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """Of each case, in float64: losses of all tokens [BATCH, TOKENS], and every gradient of their mean."""
     return [_of_one(config) for config in cases]
@@ -71,7 +86,7 @@ def losses_and_gradients(rank: int, cases: list[Config]) -> list[tuple[Tensor, d
 
 def _of_one(config: Config) -> tuple[Tensor, dict[str, Tensor]]:
     validate(config, torch.distributed.get_world_size())
-    world.form_groups(config)
+    form_groups(config)
     world.seed(7)
     model = build_model(config).double()
     model.config.params_dtype = torch.float64
@@ -88,5 +103,38 @@ def _of_one(config: Config) -> tuple[Tensor, dict[str, Tensor]]:
         assert parameter.grad is not None, name
         torch.distributed.all_reduce(parameter.grad, group=group)
         gradients[name] = parameter.grad
-    parallel_state.destroy_model_parallel()
+    settle()
     return torch.cat(gathered, 1), gradients
+
+
+PIECES = (16, 32)
+
+
+def streamed(rank: int, cases: list[Config]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Of each case, in float64: the logits of a sequence read in PIECES, and the gradients of a loss over them."""
+    return [_streamed(config) for config in cases]
+
+
+def _streamed(config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    form_groups(config)
+    world.seed(7)
+    # Whole segments on each rank of every piece.
+    model = build_model(replace(config, attention=replace(config.attention, segment=4))).double()
+    model.config.params_dtype = torch.float64
+    shards, shard = config.parallel.context, parallel_state.get_context_parallel_rank()
+    group = parallel_state.get_context_parallel_group()
+    context, read, loss = StreamContext(), [], torch.zeros((), dtype=torch.float64)
+    for piece in batch(config)[0].split(PIECES, 1):
+        logits = model(piece.chunk(shards, 1)[shard], None, None, inference_context=context)
+        gathered = [torch.empty_like(logits) for _ in range(shards)]
+        torch.distributed.all_gather(gathered, logits.detach(), group=group)
+        read += gathered
+        loss = loss + logits.square().mean() / shards
+    loss.backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        torch.distributed.all_reduce(parameter.grad, group=group)
+        gradients[name] = parameter.grad
+    settle()
+    return torch.cat(read, 1), gradients

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 
 from atlas_megatron.parallel import cpu
+from atlas_megatron.parallel.context import settle
 
 PRELOADED = ["processes", "atlas_megatron.trainer"]
-SECONDS = 300  # until a world that says nothing is taken for hung
+SECONDS = 150  # until a world that says nothing is taken for hung
 
 
 def run[T](size: int, work: Callable[..., T], *given: Any, seconds: float = SECONDS) -> list[T]:
@@ -30,7 +32,7 @@ def run[T](size: int, work: Callable[..., T], *given: Any, seconds: float = SECO
     port = free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(size)]
     processes = [
-        context.Process(target=_process, args=(end, rank, size, port, work, given), daemon=True)
+        context.Process(target=_process, args=(end, rank, size, port, seconds, work, given), daemon=True)
         for rank, (_, end) in enumerate(pipes)
     ]
     for process, (_, end) in zip(processes, pipes, strict=True):
@@ -61,7 +63,11 @@ def _answers(pipes: list[Connection], seconds: float) -> list[Any]:
     return [answers[rank] for rank in range(len(pipes))]
 
 
-def _process(end: Connection, rank: int, size: int, port: int, work: Callable[..., Any], given: tuple) -> None:
+def _process(
+    end: Connection, rank: int, size: int, port: int, seconds: float, work: Callable[..., Any], given: tuple
+) -> None:
+    # Where each process stands, before it is taken for hung.
+    faulthandler.dump_traceback_later(0.9 * seconds)
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -70,6 +76,7 @@ def _process(end: Connection, rank: int, size: int, port: int, work: Callable[..
         address = f"tcp://127.0.0.1:{port}"
         torch.distributed.init_process_group(cpu.backend(), init_method=address, world_size=size, rank=rank)
         answer = (None, work(rank, *given))
+        settle()
     except BaseException:
         answer = (traceback.format_exc(), None)
     # Plain pickles: multiprocessing's own would send tensors as handles that end with this process.
