@@ -96,7 +96,7 @@ def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
         (["model.pattern=M-X"], 1, "unknown symbols X"),
         (["model.pattern=M-|", "parallel.pipeline=2"], 2, "a stage without layers"),
         (["attention.head_dim=63"], 1, "attention.head_dim=63 is odd"),
-        (["parallel.context=2"], 2, "parallel.context=2 is not supported yet"),
+        (["parallel.context=3"], 3, "does not divide by parallel.context=3"),
         (["parallel.sequence=true"], 1, "parallel.sequence=true with parallel.tensor=1"),
         (["parallel.tensor=3"], 4, "start a multiple of 3 processes"),
         (["parallel.tensor=8"], 8, "memory.heads=4 does not divide by parallel.tensor=8"),

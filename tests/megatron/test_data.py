@@ -47,12 +47,12 @@ def config_of(folder: Path, train: tuple[str, ...], micro_batch: int = 2, vocab_
 def test_batches_are_next_token_pairs_of_the_sets(folder: Path) -> None:
     train, validation = build_datasets(config_of(folder, (f"{folder}/a",)), 12, 4)
     batch = next(Batches(train, config_of(folder, (f"{folder}/a",))))
-    assert set(batch) == {"tokens", "labels", "loss_mask", "position_ids"}
+    assert set(batch) == {"tokens", "labels", "loss_mask", "position_ids", "counted"}
     for name in ("tokens", "labels", "position_ids"):
         assert batch[name].shape == (2, SEQ) and batch[name].dtype == torch.int64
     assert torch.equal(batch["tokens"][:, 1:], batch["labels"][:, :-1])
     assert torch.equal(batch["position_ids"], torch.arange(SEQ).expand(2, SEQ))
-    assert bool((batch["loss_mask"] == 1).all())
+    assert bool((batch["loss_mask"] == 1).all()) and batch["counted"] == 2 * SEQ
     assert len(train) >= 12
     assert all(200 <= int(sample["tokens"].min()) for sample in (validation[0], validation[3]))
 
@@ -82,12 +82,32 @@ def test_ranks_share_out_each_batch(folder: Path, monkeypatch: pytest.MonkeyPatc
     state = "atlas_megatron.data.parallel_state."
     monkeypatch.setattr(f"{state}model_parallel_is_initialized", lambda: True)
     monkeypatch.setattr(f"{state}get_data_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(f"{state}get_context_parallel_world_size", lambda: 1)
     shares = []
     for rank in range(2):
         monkeypatch.setattr(f"{state}get_data_parallel_rank", lambda rank=rank: rank)
         shares.append([batch["tokens"] for batch in Batches(train, config)][:4])
     together = [tokens for step in zip(*shares, strict=True) for tokens in step]
     assert torch.equal(torch.cat(together), whole)
+
+
+def test_context_parallel_ranks_share_out_each_sequence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(folder, (f"{folder}/a",))
+    train, _ = build_datasets(config, 4, 0)
+    whole = next(Batches(train, config))
+    state = "atlas_megatron.data.parallel_state."
+    for name, value in {
+        "model_parallel_is_initialized": True, "get_data_parallel_world_size": 1, "get_data_parallel_rank": 0,
+        "get_context_parallel_world_size": 4,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(f"{state}{name}", lambda value=value: value)
+    shards = []
+    for rank in range(4):
+        monkeypatch.setattr(f"{state}get_context_parallel_rank", lambda rank=rank: rank)
+        shards.append(next(Batches(train, config)))
+    for name in ("tokens", "labels", "loss_mask", "position_ids"):
+        assert torch.equal(torch.cat([shard[name] for shard in shards], 1), whole[name])
+    assert all(torch.equal(shard["counted"], whole["counted"]) for shard in shards)
 
 
 def test_batches_leave_the_random_state_alone(folder: Path) -> None:

@@ -68,7 +68,7 @@ def test_measurements_agree_with_the_states_they_describe() -> None:
     calls: list[tuple[tuple, Tensor, MemoryState]] = []
 
     def recorded(*args):
-        calls.append((args, *omega_memory(*args[:4], mixer._start(), mixer.rule, state=args[4])))
+        calls.append((args, *omega_memory(*args[:4], mixer._start(), mixer.rule, state=args[5])))
         return calls[-1][1:]
 
     mixer._memory = recorded
