@@ -47,7 +47,7 @@ class Position:
 class Trained:
     """What changes while a run trains."""
 
-    model: MegatronModule  # one pipeline stage, wrapped for data parallelism
+    chunks: list[MegatronModule]  # this rank's pipeline stages, each wrapped for data parallelism
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
@@ -121,7 +121,8 @@ def restore(folder: Path, config: Config, trained: Trained) -> Position:
         # Random streams belong to a shard; shards of another layout start theirs from the seed.
         del state["random"]
     loaded = dist_checkpointing.load(state, str(folder))
-    unwrap_model(trained.model).load_state_dict(loaded["model"])
+    for name, chunk in _named(trained.chunks).items():
+        chunk.load_state_dict(loaded["model"][name])
     load_moments(trained.optimizer, loaded["optimizer"], config)
     trained.scheduler.load_state_dict(loaded["scheduler"])
     if same_layout:
@@ -168,9 +169,14 @@ def _layout(parallel: ParallelConfig) -> list[int]:
     return [parallel.tensor, parallel.pipeline]
 
 
+def _named(chunks: list[MegatronModule]) -> dict[str, MegatronModule]:
+    # The names stand for places in this rank alone: what is saved is found again by its layer's number in the model.
+    return {f"chunk {place}": unwrap_model(chunk) for place, chunk in enumerate(chunks)}
+
+
 def _state(trained: Trained, parallel: ParallelConfig, *, loading: bool) -> dict[str, Any]:
     sharding = _sharding()
-    model = unwrap_model(trained.model).sharded_state_dict(metadata=sharding)
+    model = {name: chunk.sharded_state_dict(metadata=sharding) for name, chunk in _named(trained.chunks).items()}
     # is_loading allocates the moments to load into; without it they would be left out silently.
     with true_offsets(trained.optimizer):
         optimizer = trained.optimizer.sharded_state_dict(model, is_loading=loading, metadata=sharding)

@@ -193,6 +193,7 @@ class ParallelConfig:
     tensor: int = 1
     sequence: bool = False  # Megatron sequence parallel inside the tensor group
     pipeline: int = 1
+    virtual: int = 1  # stages of model.pattern a pipeline rank: every `pipeline`-th one (interleaved schedule)
     # Ranks that hold equal contiguous shards of each sequence.
     context: int = 1
     # How a memory crosses them. heads: all-to-all, all tokens of a share of the heads. handoff: the state, from rank

@@ -34,6 +34,13 @@ def data_parallel_size(config: Config, world_size: int) -> int:
     return world_size // (config.parallel.tensor * config.parallel.pipeline * config.parallel.context)
 
 
+def sequences_together(config: Config, world_size: int) -> int:
+    """What a batch has to be a multiple of: a micro-batch a replica, and interleaved one for each pipeline rank."""
+    parallel = config.parallel
+    group = parallel.pipeline if parallel.virtual > 1 else 1
+    return config.train.micro_batch * data_parallel_size(config, world_size) * group
+
+
 def _check_ranges(config: Config) -> None:
     model, memory, attention, train = config.model, config.memory, config.attention, config.train
     positive = [
@@ -44,7 +51,7 @@ def _check_ranges(config: Config) -> None:
         (config.delta, "delta", ("heads", "head_dim", "conv_size")),
         (train, "train", ("steps", "global_batch", "micro_batch", "lr", "adam_eps", "log_every", "stats_every")),
         (config.checkpoint, "checkpoint", ("every", "keep")),
-        (config.parallel, "parallel", ("tensor", "pipeline", "context")),
+        (config.parallel, "parallel", ("tensor", "pipeline", "virtual", "context")),
     ]
     for section, name, keys in positive:
         for key in keys:
@@ -92,11 +99,16 @@ def _check_parallel(config: Config, world_size: int) -> None:
             f"a world of {world_size} does not divide into parallel.tensor={parallel.tensor} x pipeline="
             f"{parallel.pipeline} x context={parallel.context} = {needed}; start a multiple of {needed} processes"
         )
-    stages = config.model.pattern.count("|") + 1
-    if stages != parallel.pipeline:
+    if parallel.virtual > 1 and parallel.pipeline == 1:
+        raise ValueError(
+            f"parallel.virtual={parallel.virtual} with parallel.pipeline=1, where nothing is to be interleaved; "
+            "set virtual to 1, or pipeline to 2 or more"
+        )
+    stages, wanted = config.model.pattern.count("|") + 1, parallel.pipeline * parallel.virtual
+    if stages != wanted:
         raise ValueError(
             f"model.pattern={config.model.pattern!r} has {stages} pipeline stages, parallel.pipeline="
-            f"{parallel.pipeline}; put {parallel.pipeline - 1} cuts '|' between its layers"
+            f"{parallel.pipeline} x virtual={parallel.virtual} = {wanted}; put {wanted - 1} cuts '|' between its layers"
         )
     split = [("model.ffn_hidden_size", config.model.ffn_hidden_size), ("model.vocab_size", config.model.vocab_size)]
     if has(config.model.pattern, WITH_MEMORY):
@@ -232,14 +244,15 @@ def _check_packed(config: Config) -> None:
 
 def _check_batches(config: Config, world_size: int) -> None:
     train = config.train
-    replicas = data_parallel_size(config, world_size)
-    together = train.micro_batch * replicas
+    replicas, together = data_parallel_size(config, world_size), sequences_together(config, world_size)
+    virtual = config.parallel.virtual
     checked = [("train.global_batch", train.global_batch)]
     if train.validate_every:
         checked.append(("train.validate_sequences", train.validate_sequences))
     for name, size in checked:
         if size == 0 or size % together:
+            interleaved = f" x {config.parallel.pipeline} interleaved pipeline ranks" if virtual > 1 else ""
             raise ValueError(
                 f"{name}={size} is not a multiple of train.micro_batch={train.micro_batch} x {replicas} data-parallel "
-                f"replicas = {together}; nearest: {max(1, round(size / together)) * together}"
+                f"replicas{interleaved} = {together}; nearest: {max(1, round(size / together)) * together}"
             )

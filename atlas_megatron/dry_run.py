@@ -86,8 +86,10 @@ def _memory_state(config: Config) -> float:
     model, memory = config.model, config.memory
     value = memory.head_dim
     matrices = value * value if memory.memory == "linear" else 2 * value * memory.expansion * value
+    stages = model.pattern.split("|")
     borders = math.isqrt(model.seq_length // memory.chunk) + 1
-    layers = max(sum(symbol in WITH_MEMORY for symbol in stage) for stage in model.pattern.split("|"))
+    ranks = (stages[rank :: config.parallel.pipeline] for rank in range(config.parallel.pipeline))
+    layers = max(sum(symbol in WITH_MEMORY for stage in own for symbol in stage) for own in ranks)
     heads = memory.heads / config.parallel.tensor
     return layers * borders * config.train.micro_batch * heads * 3 * matrices * 4
 

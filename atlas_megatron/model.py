@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -48,6 +49,10 @@ def transformer_config(config: Config) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        # Of two pipeline ranks each is the other's next and previous one: batched, core cannot tell these apart.
+        overlap_p2p_comm=parallel.virtual > 1,
+        batch_p2p_comm=parallel.virtual == 1,
         context_parallel_size=parallel.context,
         # Drawn whole and cut, on a CPU: the start does not depend on the tensor-parallel size.
         use_cpu_initialization=not on_gpu,
@@ -89,6 +94,20 @@ def build_model(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
+
+
+def build_chunks(config: Config) -> list[HybridModel]:
+    """This rank's stages of the pipeline, as `build_model` makes them: one, or `parallel.virtual` of them."""
+    virtual = config.parallel.virtual
+    return [
+        build_model(
+            config,
+            pre_process=parallel_state.is_pipeline_first_stage() and chunk == 0,
+            post_process=parallel_state.is_pipeline_last_stage() and chunk == virtual - 1,
+            vp_stage=chunk if virtual > 1 else None,
+        )
+        for chunk in range(virtual)
+    ]
 
 
 def num_params(config: Config) -> int:

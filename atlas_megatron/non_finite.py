@@ -15,14 +15,14 @@ class NonFiniteError(ArithmeticError):
     """NaN or inf reached the loss, the gradients or a memory; training on would only hide it."""
 
 
-def in_forward(model: torch.nn.Module, config: Config, forward: Callable[[], Any]) -> str:
+def in_forward(chunks: list[torch.nn.Module], config: Config, forward: Callable[[], Any]) -> str:
     """The first layer of the whole model whose parameters or outputs are not finite, in words.
 
-    `forward` runs the step's batches again through `model`, this process's stage; every process calls this.
+    `forward` runs the step's batches again through `chunks`, this process's stages; every process calls this.
     """
     found: list[tuple[int, str]] = []
     hooks = []
-    for number, module in _layers(model):
+    for number, module in _layers(chunks):
         bad = [name for name, parameter in module.named_parameters() if not _finite(parameter)]
         if bad:
             found.append((number, f"parameter {bad[0]} of {describe(number, config)}"))
@@ -36,10 +36,10 @@ def in_forward(model: torch.nn.Module, config: Config, forward: Callable[[], Any
     return everywhere[0][1] if everywhere else "no layer: its outputs are finite when the step is repeated"
 
 
-def in_gradients(model: torch.nn.Module, config: Config) -> str:
+def in_gradients(chunks: list[torch.nn.Module], config: Config) -> str:
     """The layer nearest to the loss whose gradients are not finite: backward, trouble spreads away from there."""
     found = []
-    for number, module in _layers(model):
+    for number, module in _layers(chunks):
         # main_grad: the parameter's part of the data-parallel gradient buffer.
         grads = {name: getattr(p, "main_grad", None) for name, p in module.named_parameters()}
         bad = [name for name, grad in grads.items() if grad is not None and not _finite(grad)]
@@ -54,12 +54,15 @@ def describe(number: int, config: Config) -> str:
     return f"layer {number} ({LAYERS[layers_of(config)[number - 1]]})" if number else "the embedding"
 
 
-def _layers(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module]]:
-    """This stage's layers by their number in the whole model."""
-    named = dict(model.named_modules())
-    stack = next(module for name, module in named.items() if name.endswith("decoder"))
-    embedding = [(0, module) for name, module in named.items() if name.endswith("embedding")]
-    return [*embedding, *((layer.layer_number, layer) for layer in stack.layers)]
+def _layers(chunks: list[torch.nn.Module]) -> list[tuple[int, torch.nn.Module]]:
+    """The layers of these stages by their number in the whole model."""
+    found: list[tuple[int, torch.nn.Module]] = []
+    for chunk in chunks:
+        named = dict(chunk.named_modules())
+        stack = next(module for name, module in named.items() if name.endswith("decoder"))
+        found += [(0, module) for name, module in named.items() if name.endswith("embedding")]
+        found += [(layer.layer_number, layer) for layer in stack.layers]
+    return found
 
 
 def _watch(number: int, config: Config, found: list[tuple[int, str]]) -> Callable[..., None]:

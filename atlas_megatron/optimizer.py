@@ -22,15 +22,16 @@ def takes_no_decay(parameter: torch.nn.Parameter) -> bool:
     return getattr(parameter, "no_weight_decay", False) or parameter.dim() <= 1
 
 
-def wrap(model: MegatronModule, config: TransformerConfig) -> DistributedDataParallel:
-    """The model with gradient buffers that data-parallel replicas reduce together."""
+def wrap(chunk: MegatronModule, config: TransformerConfig, *, first: bool = True) -> DistributedDataParallel:
+    """A model chunk with gradient buffers that data-parallel replicas reduce together."""
     options = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         # bfloat16 sums over many replicas lose the small gradients of gates and start weights.
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=torch.cuda.is_available(),
     )
-    return DistributedDataParallel(config, options, model)
+    # The backward ends in a rank's first chunk: what the others reduce has its time to overlap, whole.
+    return DistributedDataParallel(config, options, chunk, disable_bucketing=not first)
 
 
 def build_optimizer(

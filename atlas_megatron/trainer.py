@@ -17,6 +17,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 from torch import Tensor
@@ -25,11 +26,12 @@ from torch.utils.data import Dataset
 from atlas_megatron import checkpoint, non_finite
 from atlas_megatron.checkpoint import Position, Trained
 from atlas_megatron.config import WITH_MEMORY, Config, has, to_toml
+from atlas_megatron.config_checks import sequences_together
 from atlas_megatron.data import Batches, build_datasets, bytes_per_token
 from atlas_megatron.metrics import LOW_MEMORY_SHARE, Record, RunLog, Speed, bits_per_byte
 from atlas_megatron.mixers.base import Documents
 from atlas_megatron.mixers.memory import AtlasMixer
-from atlas_megatron.model import build_model, flops_per_token
+from atlas_megatron.model import build_chunks, flops_per_token
 from atlas_megatron.non_finite import NonFiniteError
 from atlas_megatron.optimizer import build_optimizer, wrap
 from atlas_megatron.parallel import world
@@ -115,22 +117,23 @@ class Trainer:
         train, trained = self.config.train, self.trained
         batches = [next(self._batches) for _ in range(_micro_batches(self.config, train.global_batch))]
         measures = self._has_memory and (step == 1 or step % train.stats_every == 0)
-        mixers = _measured(trained.model) if measures else []
+        mixers = _measured(trained.chunks) if measures else []
         for _, mixer in mixers:
             mixer.measure = True
-        trained.model.zero_grad_buffer()
+        for chunk in trained.chunks:
+            chunk.zero_grad_buffer()
         trained.optimizer.zero_grad()
         outputs = self._run(batches, forward_only=False)
         loss, stop = self._agree([output["loss"] for output in outputs])
         if not math.isfinite(loss):
-            layer = non_finite.in_forward(trained.model, self.config, lambda: self._run(batches, forward_only=True))
+            layer = non_finite.in_forward(trained.chunks, self.config, lambda: self._run(batches, forward_only=True))
             raise self._diverged(step, f"loss is {loss}", layer)
         # Before the update: step 1 of the warm-up then already moves the parameters.
         trained.scheduler.step(1)
         _, grad_norm, _ = trained.optimizer.step()
         if not math.isfinite(grad_norm):
             raise self._diverged(
-                step, f"gradient norm is {grad_norm}", non_finite.in_gradients(trained.model, self.config)
+                step, f"gradient norm is {grad_norm}", non_finite.in_gradients(trained.chunks, self.config)
             )
         self.position = Position(step, self.position.consumed_samples + train.global_batch)
         record = {
@@ -151,8 +154,9 @@ class Trainer:
         """Core's schedule over the micro-batches; what the loss function returned, on the last stage."""
         outputs = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, self.config.data.packed),
-            data_iterator=iter(batches),
-            model=[self.trained.model],
+            # Every stage reads all of them; the first takes their tokens, the last their labels.
+            data_iterator=[iter(batches) for _ in self.trained.chunks],
+            model=self.trained.chunks,
             num_microbatches=len(batches),
             seq_length=self.config.model.seq_length,
             micro_batch_size=self.config.train.micro_batch,
@@ -223,14 +227,14 @@ class Trainer:
         bits = None if self._bytes_per_token is None else bits_per_byte(loss, self._bytes_per_token)
         record = {"validation_loss": loss, "validation_bits_per_byte": bits}
         if self.config.train.validate_silenced and self._has_memory:
-            with _silenced(self.trained.model):
+            with _silenced(self.trained.chunks):
                 silenced = self._evaluate(self._validation_set)
             record["validation_loss_silenced"] = (silenced[0].sum() / silenced[1].sum()).item()
         return record
 
     def _write_position_loss(self, step: int) -> None:
         sequences = self.config.train.validate_sequences
-        together = sequences // _micro_batches(self.config, sequences)
+        together = sequences_together(self.config, torch.distributed.get_world_size())
         windows = SlidingWindows(self.config, sequences, multiple=together)
         sums = self._evaluate(windows)
         # Of too few windows no token stands at every place.
@@ -249,10 +253,12 @@ class Trainer:
         count = min(len(batches), _micro_batches(self.config, self.config.train.validate_sequences))
         sums = torch.zeros(2, self.config.model.seq_length, device=device())
         if count:
-            self.trained.model.eval()
+            for chunk in self.trained.chunks:
+                chunk.eval()
             with torch.no_grad():
                 outputs = self._run([next(batches) for _ in range(count)], forward_only=True)
-            self.trained.model.train()
+            for chunk in self.trained.chunks:
+                chunk.train()
             own = parallel_state.get_context_parallel_rank()
             for output in outputs:
                 sums.chunk(self.config.parallel.context, 1)[own].add_(output["positions"])
@@ -261,21 +267,21 @@ class Trainer:
 
 
 def _build(config: Config) -> Trained:
-    model = build_model(
-        config,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    )
-    model.to(device())
-    core = get_model_config(model)
-    wrapped = wrap(Float16Module(core, model) if core.bf16 else model, core)
-    # Replicas start from replica 0's parameters, whatever each drew.
-    wrapped.broadcast_params()
-    optimizer, scheduler = build_optimizer(config, [wrapped], bf16=core.bf16)
+    chunks: list[MegatronModule] = []
+    for model in build_chunks(config):
+        model.to(device())
+        core = get_model_config(model)
+        chunk = wrap(Float16Module(core, model) if core.bf16 else model, core, first=not chunks)
+        # Replicas start from replica 0's parameters, whatever each drew.
+        chunk.broadcast_params()
+        chunks.append(chunk)
+    # The schedule reads the first chunk's.
+    core = get_model_config(chunks[0])
+    optimizer, scheduler = build_optimizer(config, chunks, bf16=core.bf16)
     core.finalize_model_grads_func = finalize_model_grads
     core.grad_scale_func = optimizer.scale_loss
-    core.no_sync_func = wrapped.no_sync
-    return Trained(wrapped, optimizer, scheduler)
+    core.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    return Trained(chunks, optimizer, scheduler)
 
 
 def _forward_step(packed: bool, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, partial]:
@@ -301,16 +307,15 @@ def _micro_batches(config: Config, sequences: int) -> int:
     return sequences // (config.train.micro_batch * parallel_state.get_data_parallel_world_size())
 
 
-def _measured(model: torch.nn.Module) -> list[tuple[int, Any]]:
-    """This stage's mixers that can measure themselves, by layer number."""
-    modules = dict(model.named_modules()).items()
-    return [(m.layer_number, m) for _, m in modules if hasattr(m, "measurements")]
+def _measured(chunks: list[MegatronModule]) -> list[tuple[int, Any]]:
+    """The mixers of these stages that can measure themselves, by layer number."""
+    return [(m.layer_number, m) for chunk in chunks for m in chunk.modules() if hasattr(m, "measurements")]
 
 
 @contextmanager
-def _silenced(model: torch.nn.Module) -> Iterator[None]:
-    """Every memory of this stage at its start weights."""
-    memories = [module for module in model.modules() if isinstance(module, AtlasMixer)]
+def _silenced(chunks: list[MegatronModule]) -> Iterator[None]:
+    """Every memory of these stages at its start weights."""
+    memories = [module for chunk in chunks for module in chunk.modules() if isinstance(module, AtlasMixer)]
     for memory in memories:
         memory.silent = True
     try:

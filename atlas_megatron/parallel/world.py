@@ -53,6 +53,7 @@ def form_groups(config: Config) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         context_parallel_size=parallel.context,
         # The ranks that exchange heads, next to each other, and the ranks that hand the memory on between those.
         hierarchical_context_parallel_sizes=list(levels) if levels else None,

@@ -101,6 +101,13 @@ def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
         (["parallel.tensor=3"], 4, "start a multiple of 3 processes"),
         (["parallel.tensor=8"], 8, "memory.heads=4 does not divide by parallel.tensor=8"),
         (["parallel.pipeline=2"], 2, "put 1 cuts"),
+        (["parallel.virtual=2"], 1, "where nothing is to be interleaved"),
+        (["parallel.pipeline=2", "parallel.virtual=2", "model.pattern=M-|*-"], 2, "x virtual=2 = 4; put 3 cuts"),
+        (
+            ["parallel.pipeline=2", "parallel.virtual=2", "model.pattern=M|-|*|-", "train.global_batch=8"],
+            2,
+            "micro_batch=8 x 1 .* x 2 interleaved pipeline ranks = 16; nearest: 16",
+        ),
         (["train.global_batch=12", "train.micro_batch=4"], 2, "micro_batch=4 x 2 .* nearest: 16"),
         (["train.validate_sequences=12"], 1, "train.validate_sequences=12 is not a multiple"),
     ],

@@ -80,7 +80,7 @@ def test_nan_stops_the_run_with_step_and_layer(root: Path, tmp_path: Path, param
     world.join(config)
     try:
         trainer = Trainer(config)
-        wrapped = dict(trainer.trained.model.named_parameters())
+        wrapped = dict(trainer.trained.chunks[0].named_parameters())
         wrapped[f"module.{parameter}"].data[0] = math.nan
         with pytest.raises(NonFiniteError, match=said):
             trainer.train()
