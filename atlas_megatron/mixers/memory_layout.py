@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from atlas_kernels import lifted_width
+from atlas_kernels.newton_schulz import GRAM_STEPS
 from atlas_megatron.config import MemoryConfig
 
 # A learned step size may grow to this many times its start: without Newton-Schulz, larger sums of steps diverge.
@@ -160,6 +161,7 @@ def newton_schulz_flops(m: int, n: int, steps: int) -> float:
     """NS of one m x n matrix as `atlas_kernels.newton_schulz` does it: on the Gram matrix where that is cheaper."""
     m, n = sorted((m, n))
     if 2 * n >= 3 * m:
-        # X X^T and Q X; each step A A, P Q (but the first) and P A P (but the last).
-        return 4.0 * m * m * n + (8 * steps - 6) * m**3
+        # A part: X X^T and Q X; each step A A, P Q (but the first) and P A P (but the last).
+        parts = 1 + (steps > GRAM_STEPS)
+        return parts * (4.0 * m * m * n - 6 * m**3) + 8 * steps * m**3
     return steps * (4.0 * m * m * n + 2 * m**3)

@@ -46,6 +46,24 @@ def test_gram_form_equals_the_direct_form(coefficients):
         torch.testing.assert_close(gram_form(X, table), direct_form(X, table), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("decay", [1.0, 0.3, 0.1])
+def test_rounding_stays_small(decay):
+    """Singular values that fall off, as those of a momentum do; output and gradient of float32 against float64."""
+    S = normal(64, 8, 8) * decay ** torch.arange(8, dtype=torch.float64) @ normal(64, 8, 32, seed=1)
+    X = (S / S.norm(dim=(-2, -1), keepdim=True)).float()
+    weight = normal(64, 8, 32, seed=2)
+
+    def error(form):
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            x = X.to(dtype).requires_grad_()
+            out = form(x, schedule(5, "jordan"))
+            found.append((out.double(), torch.autograd.grad(out, x, weight.to(dtype))[0].double()))
+        return [(ours - true).norm() / true.norm() for ours, true in zip(*found, strict=True)]
+
+    assert max(error(direct_form) + error(gram_form)) < 1e-4
+
+
 def test_polar_express_needs_fewer_steps_than_jordan():
     """Its table is made to reach one, jordan's only to grow fast."""
     S = normal(16, 16)
