@@ -13,10 +13,11 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from atlas_megatron.metrics import read
-from atlas_megatron.tokenizer import train_tokenizer
+from atlas_megatron.tokenizer import load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 272
+LENGTH = 24  # of a document, its end included: shorter than a sequence
 
 CONFIG = """
 [run]
@@ -71,13 +72,15 @@ def write(root: Path, pattern: str = "M-*-") -> Path:
     """Tokenizer, train and validation sets, and a config under `root`; the config's path."""
     text = "the memory learns at test time what the window of the text says " * 40
     train_tokenizer([text], VOCABULARY, root / "tokenizer")
+    end = load_tokenizer(root / "tokenizer").eod
     generator = numpy.random.default_rng(0)
-    for name, documents in (("train", 24), ("validation", 8)):
+    for name, documents in (("train", 48), ("validation", 16)):
         builder = IndexedDatasetBuilder(str(root / f"{name}.bin"), dtype=DType.optimal_dtype(VOCABULARY))
         for _ in range(documents):
             # Every document repeats a phrase of its own: there is something to learn, also at test time.
-            phrase = generator.integers(0, VOCABULARY - 1, 12)
-            builder.add_document(torch.from_numpy(numpy.tile(phrase, 4)), [48])
+            phrase = generator.permutation([token for token in range(VOCABULARY) if token != end])[:12]
+            document = numpy.append(numpy.tile(phrase, 4)[: LENGTH - 1], end)
+            builder.add_document(torch.from_numpy(document), [LENGTH])
         builder.finalize(str(root / f"{name}.idx"))
     path = root / "tiny.toml"
     path.write_text(CONFIG.format(root=root, pattern=pattern))
