@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/installed-$(PINS)
 BENCH := $(VENV)/bench-$(PINS)
 IS_3_12 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null
 
-.PHONY: help setup quickstart test lint bench-memory bench-presets
+.PHONY: help setup quickstart test test-parallel lint bench-memory bench-presets
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -23,8 +23,11 @@ setup: $(INSTALLED) ## make .venv with the pinned versions (instant when they ha
 quickstart: setup ## pretrain a small ATLAS on real text and show what came out
 	@$(RUN) tools/quickstart.py $(ARGS)
 
-test: setup ## run the whole test suite
+test: setup ## run the test suite, but for the longer tests of several processes
 	@$(RUN) -m pytest $(ARGS)
+
+test-parallel: setup ## run those: every layout against one process, checkpoints that move between them
+	@$(RUN) -m pytest -m parallel $(ARGS)
 
 lint: setup ## ruff and mypy
 	@$(RUN) -m ruff check .

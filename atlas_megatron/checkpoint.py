@@ -89,11 +89,8 @@ def save(config: Config, trained: Trained, position: Position) -> Path:
     state = _state(trained, config.parallel, loading=False)
     state |= {"step": position.step, "consumed_samples": position.consumed_samples}
     state["layout"] = _layout(config.parallel)
-    # Core would pass write results through a manager process of its own, made for asynchronous saves: it costs seconds
-    # to start, and dies where a scheduler sends SIGTERM to every process, just when the last checkpoint is due.
-    filesystem_async._results_queue = queue.Queue()
     try:
-        dist_checkpointing.save(state, str(temporary))
+        write_shards(state, temporary)
         if world.rank() == 0:
             _complete(temporary, config, position.step)
             if folder.exists():
@@ -105,6 +102,14 @@ def save(config: Config, trained: Trained, position: Position) -> Path:
         raise _not_saved(temporary, position.step, error) from error
     torch.distributed.barrier()
     return folder
+
+
+def write_shards(state: dict[str, Any], folder: Path) -> None:
+    """Write a sharded state into an empty folder; every process calls it, and returns when all have written."""
+    # Core would pass write results through a manager process of its own, made for asynchronous saves: it costs seconds
+    # to start, and dies where a scheduler sends SIGTERM to every process, just when the last checkpoint is due.
+    filesystem_async._results_queue = queue.Queue()
+    dist_checkpointing.save(state, str(folder))
 
 
 def restore(folder: Path, config: Config, trained: Trained) -> Position:

@@ -19,8 +19,8 @@ from atlas_megatron import checkpoint
 from atlas_megatron.config import DeltaConfig, RecurrentConfig, load, model_differences, to_toml
 from atlas_megatron.config_checks import validate
 from atlas_megatron.train import main
-from layouts import SMALL
 from single_mixer import build_mixer
+from small_model import SMALL
 from test_model import UNCOUNTED
 
 SYMBOLS = "RLDG"
@@ -329,6 +329,6 @@ def test_two_processes_train_as_one(root: Path) -> None:
     config, words = root / "tiny.toml", [f"model.pattern={SYMBOLS}-", *SIZES]
     assert main([str(config), f"run.directory={root}/one", *words]) == 0
     layouts = {"tensor": ["parallel.tensor=2"], "sequence": ["parallel.tensor=2", "parallel.sequence=true"]}
-    tiny_run.train_in_two(config, [[f"run.directory={root}/{name}", *words, *at] for name, at in layouts.items()])
+    tiny_run.train_in(2, config, [[f"run.directory={root}/{name}", *words, *at] for name, at in layouts.items()])
     for name in layouts:
         assert tiny_run.losses(root / name) == pytest.approx(tiny_run.losses(root / "one"), abs=1e-4), name

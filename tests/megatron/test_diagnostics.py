@@ -20,8 +20,8 @@ from atlas_megatron.mixers.memory_layout import ETA_HEADROOM, eta_start, gate_st
 from atlas_megatron.presets import PRESETS
 from atlas_megatron.streaming import StreamContext
 from atlas_megatron.train import main
-from layouts import SMALL
 from single_mixer import build_mixer
+from small_model import SMALL
 
 TOOLS = Path(__file__).parents[2] / "tools"
 MEMORIES = {
@@ -189,7 +189,7 @@ def test_counts_of_two_processes_are_summed(root: Path) -> None:
     words = ["train.steps=1", "train.warmup_steps=0", "train.validate_every=0"]
     layouts = {"tensor": ["parallel.tensor=2"], "data": []}
     config = root / "tiny.toml"
-    tiny_run.train_in_two(config, [[f"run.directory={root}/{name}", *words, *at] for name, at in layouts.items()])
+    tiny_run.train_in(2, config, [[f"run.directory={root}/{name}", *words, *at] for name, at in layouts.items()])
     alone = metrics.read(root / "plain")[0]["layers"]["1"]
     for name, factor in (("tensor", 1), ("data", 2)):
         layer = metrics.read(root / name)[0]["layers"]["1"]

@@ -15,8 +15,8 @@ import tiny_run
 from atlas_megatron.presets import PRESETS
 from atlas_megatron.streaming import StreamContext
 from atlas_megatron.train import main
-from layouts import SMALL
 from single_mixer import build_mixer
+from small_model import SMALL
 
 ATTENTION = replace(SMALL.attention, persistent=3, segment=8)
 CONFIG = replace(SMALL, attention=ATTENTION)

@@ -12,8 +12,8 @@ from torch import Tensor
 from atlas_kernels import Gates, MemoryState, omega_memory
 from atlas_megatron.config import MemoryConfig
 from atlas_megatron.presets import PRESETS
-from layouts import SMALL
 from single_mixer import build_mixer
+from small_model import SMALL
 
 MEMORIES = {
     **{name: replace(SMALL.memory, **PRESETS[name]) for name in PRESETS},

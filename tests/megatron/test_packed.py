@@ -18,7 +18,7 @@ from atlas_megatron.presets import PRESETS
 from atlas_megatron.streaming import StreamContext
 from atlas_megatron.tokenizer import load_tokenizer
 from atlas_megatron.train import main
-from layouts import SMALL
+from small_model import SMALL
 
 LENGTHS = [[5, 1, 20, 9], [17, 18]]
 PATTERNS = {

@@ -11,7 +11,7 @@ import torch
 from atlas_megatron.config import MemoryConfig
 from atlas_megatron.presets import PRESETS
 from atlas_megatron.streaming import StreamContext, generate, read
-from layouts import SMALL
+from small_model import SMALL
 
 CUTS = {"halves": [25, 20], "in and between chunks": [1, 7, 8, 13, 16], "token by token": [1] * 45}
 

@@ -1,4 +1,4 @@
-"""Training: it learns, it stops at NaN with step and layer, and every layout takes the same steps."""
+"""Training: it learns, it stops at NaN with step and layer, and processes resume together."""
 
 from __future__ import annotations
 
@@ -16,10 +16,6 @@ from atlas_megatron.config import load
 from atlas_megatron.non_finite import NonFiniteError
 from atlas_megatron.parallel import world
 from atlas_megatron.train import main
-
-# A first loss differs by rounding alone. Later ones may drift: Newton-Schulz blows up the small directions of a
-# momentum, and with them what the order of a sum left there.
-FIRST, LATER = 1e-5, 2e-3
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +55,12 @@ def test_it_learns(root: Path) -> None:
     assert found[-1] < found[0] - 0.5
 
 
-def test_accumulated_micro_batches_are_one_batch(root: Path, alone: Path) -> None:
-    assert main([str(root / "tiny.toml"), f"run.directory={root}/whole", "train.micro_batch=4"]) == 0
-    whole, halves = tiny_run.losses(root / "whole"), tiny_run.losses(alone)
-    assert whole[0] == pytest.approx(halves[0], abs=FIRST)
-    assert whole == pytest.approx(halves, abs=LATER)
+def test_accumulated_micro_batches_are_one_batch(root: Path) -> None:
+    # Without Newton-Schulz, which blows up the small directions of a momentum and what the order of a sum left there.
+    for size in (2, 4):
+        words = ["memory.preset=omeganet", f"train.micro_batch={size}", f"run.directory={root}/by {size}"]
+        assert main([str(root / "tiny.toml"), *words]) == 0
+    assert tiny_run.losses(root / "by 2") == pytest.approx(tiny_run.losses(root / "by 4"), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -135,29 +132,16 @@ def test_dry_run_needs_neither_data_nor_processes(root: Path, capsys: pytest.Cap
 
 @pytest.fixture(scope="module")
 def two(root: Path) -> Path:
-    """Runs of two processes in every layout; the pipelined and the data-parallel one also resumed at step 3."""
-    layouts = {
-        "data": [],
-        "tensor": ["parallel.tensor=2"],
-        "sequence": ["parallel.tensor=2", "parallel.sequence=true"],
-        "pipeline": ["parallel.pipeline=2", "model.pattern=M-|*-"],
-    }
+    """Runs of two processes, and the same resumed at step 3."""
+    layouts = {"data": [], "pipeline": ["parallel.pipeline=2", "model.pattern=M-|*-"]}
     config = root / "tiny.toml"
-    tiny_run.train_in_two(config, [[f"run.directory={root}/{name}", *words] for name, words in layouts.items()])
-    resumed = []
-    for name in ("data", "pipeline"):
+    tiny_run.train_in(2, config, [[f"run.directory={root}/{name}", *words] for name, words in layouts.items()])
+    for name in layouts:
         shutil.copytree(root / name, root / f"{name}-resumed")
         shutil.rmtree(checkpoint.folder_of(root / f"{name}-resumed") / "step_00000006")
-        resumed.append([f"run.directory={root}/{name}-resumed", *layouts[name]])
-    tiny_run.train_in_two(config, resumed)
+    resumed = [[f"run.directory={root}/{name}-resumed", *words] for name, words in layouts.items()]
+    tiny_run.train_in(2, config, resumed)
     return root
-
-
-@pytest.mark.parametrize("layout", ["data", "tensor", "sequence"])
-def test_two_processes_train_as_one(two: Path, alone: Path, layout: str) -> None:
-    ours, theirs = tiny_run.losses(two / layout), tiny_run.losses(alone)
-    assert ours[0] == pytest.approx(theirs[0], abs=FIRST)
-    assert ours == pytest.approx(theirs, abs=LATER)
 
 
 @pytest.mark.parametrize("layout", ["data", "pipeline"])
@@ -167,13 +151,3 @@ def test_two_processes_resume_bit_equal(two: Path, layout: str) -> None:
     assert [r["loss"] for r in resumed] == [r["loss"] for r in unbroken]
     assert [r["grad_norm"] for r in resumed] == [r["grad_norm"] for r in unbroken]
     assert resumed[-1]["validation_loss"] == unbroken[-1]["validation_loss"]
-
-
-@pytest.mark.parametrize("layout", ["data", "tensor", "pipeline"])
-def test_one_process_resumes_what_two_saved(two: Path, tmp_path: Path, layout: str) -> None:
-    shutil.copytree(two / layout, tmp_path / "run")
-    shutil.rmtree(checkpoint.folder_of(tmp_path / "run") / "step_00000006")
-    assert main([str(two / "tiny.toml"), f"run.directory={tmp_path}/run"]) == 0
-    ours, theirs = tiny_run.losses(tmp_path / "run"), tiny_run.losses(two / layout)
-    assert ours[3] == pytest.approx(theirs[3], abs=FIRST)
-    assert ours == pytest.approx(theirs, abs=LATER)

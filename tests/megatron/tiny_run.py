@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+import processes
 from atlas_megatron.metrics import read
 from atlas_megatron.tokenizer import load_tokenizer, train_tokenizer
 
@@ -100,28 +100,23 @@ def train(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def train_in_two(config: Path, runs: list[list[str]]) -> None:
-    """Train with each list of overrides, one after the other, in the same two processes."""
-    ports = [_free_port() for _ in runs]
-    torch.multiprocessing.spawn(_process, args=(config, runs, ports), nprocs=2)
+def train_in(size: int, config: Path, runs: list[list[str]]) -> None:
+    """Train with each list of overrides, one after the other, in the same `size` processes."""
+    processes.run(size, _process, size, config, runs, processes.free_port())
 
 
-def _process(rank: int, config: Path, runs: list[list[str]], ports: list[int]) -> None:
+def _process(rank: int, size: int, config: Path, runs: list[list[str]], port: int) -> None:
     from atlas_megatron.train import main
 
-    torch.set_num_threads(1)
-    for overrides, port in zip(runs, ports, strict=True):
-        # What torchrun sets.
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # A run leaves its world behind it: the next one's port, free when the first process asks, goes through this store.
+    store = torch.distributed.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
+    for number, overrides in enumerate(runs):
+        if rank == 0:
+            store.set(f"port {number}", str(processes.free_port()))
+        os.environ["MASTER_PORT"] = store.get(f"port {number}").decode()
         assert main([str(config), *overrides]) == 0
 
 
 def losses(run: Path) -> list[float]:
     """The training loss of every step that a run's metrics hold."""
     return [record["loss"] for record in read(run)]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
