@@ -161,6 +161,7 @@ class TrainConfig:
     clip_grad: float = 1.0
     precision: str = "auto"  # auto: bfloat16 with float32 master weights on a GPU, float32 on a CPU
     recompute: bool = False  # recompute each layer's activations in the backward
+    deterministic: bool = False  # two runs of one layout are bit-equal on a GPU too; refuses what cannot be
     validate_every: int = 100  # steps; 0 never
     validate_sequences: int = 64
     validate_silenced: bool = False  # also validate with every memory held at its start weights: what it contributes
@@ -201,6 +202,9 @@ class ParallelConfig:
     # a node, handed on beyond.
     context_mode: str = "auto"
     devices_per_node: int = 0  # 0: as the launcher says (LOCAL_WORLD_SIZE), else all in one
+    # Until a process that does not answer is given up: longer than one writes its share of a checkpoint, and than the
+    # first indexes the data.
+    timeout_minutes: float = 30.0
     context_slices: int = 0  # of batch x heads that the hand-off is pipelined over; 0: twice the ranks it passes
 
 

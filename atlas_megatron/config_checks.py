@@ -51,7 +51,7 @@ def _check_ranges(config: Config) -> None:
         (config.delta, "delta", ("heads", "head_dim", "conv_size")),
         (train, "train", ("steps", "global_batch", "micro_batch", "lr", "adam_eps", "log_every", "stats_every")),
         (config.checkpoint, "checkpoint", ("every", "keep")),
-        (config.parallel, "parallel", ("tensor", "pipeline", "virtual", "context")),
+        (config.parallel, "parallel", ("tensor", "pipeline", "virtual", "context", "timeout_minutes")),
     ]
     for section, name, keys in positive:
         for key in keys:

@@ -61,6 +61,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         masked_softmax_fusion=False,
         # Needs Apex's CUDA extension.
         gradient_accumulation_fusion=False,
+        deterministic_mode=config.train.deterministic,
         recompute_granularity="full" if config.train.recompute else None,
         recompute_method="uniform" if config.train.recompute else None,
         recompute_num_layers=1 if config.train.recompute else None,

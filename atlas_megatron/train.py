@@ -29,12 +29,18 @@ every key, its default and its meaning:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 is done (or stopped by SIGTERM with a checkpoint), 1 NaN or inf, 2 a user's error."""
+    """Run the command line; its exit status.
+
+    0: done, or stopped by SIGTERM with a checkpoint. 1: NaN or inf. 2: a user's error. 3: another process ended.
+    """
     arguments = _parser().parse_intermixed_args(words)
     try:
         config = load(arguments.config, arguments.overrides)
         _quieten()
         return _dry_run(config) if arguments.dry_run else _train(config)
+    except ConnectionError as error:
+        print(f"atlas-train: {error}", file=sys.stderr)
+        return 3
     except (ValueError, OSError) as error:
         print(f"atlas-train: {error}", file=sys.stderr)
         return 2
@@ -89,7 +95,8 @@ def _train(config: Config) -> int:
     try:
         if first:
             print(to_toml(config))
-        trainer = Trainer(config)
+        with world.naming_the_lost(config):
+            trainer = Trainer(config)
         done = trainer.position.step >= config.train.steps
         finished = trainer.train()
     finally:

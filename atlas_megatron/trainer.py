@@ -80,27 +80,32 @@ class Trainer:
     def train(self) -> bool:
         """Train to the last step; False where SIGTERM ended it before, with a checkpoint.
 
-        Raises NonFiniteError, with step and layer, where NaN or inf appears: nothing is saved from then on.
+        Raises NonFiniteError, with step and layer, where NaN or inf appears: nothing is saved from then on; and
+        LostProcessError where another process ended.
         """
-        every, last = self.config.checkpoint.every, self.config.train.steps
         before = signal.signal(signal.SIGTERM, self._ask_to_stop)
         try:
-            while self.position.step < last:
-                step = self.position.step + 1
-                record, stop = self._step(step)
-                if self._validates(step):
-                    record |= self._validate(step)
-                if self.log:
-                    self.log.write(record)
-                if step % every == 0 or step == last or stop:
-                    saved = checkpoint.save(self.config, self.trained, self.position)
-                    if stop and step < last:
-                        self._say(f"SIGTERM: stopped after step {step}, saved {saved}; the same command resumes there")
-                        return False
+            with world.naming_the_lost(self.config):
+                return self._train()
         finally:
             signal.signal(signal.SIGTERM, before)
             if self.log:
                 self.log.close()
+
+    def _train(self) -> bool:
+        every, last = self.config.checkpoint.every, self.config.train.steps
+        while self.position.step < last:
+            step = self.position.step + 1
+            record, stop = self._step(step)
+            if self._validates(step):
+                record |= self._validate(step)
+            if self.log:
+                self.log.write(record)
+            if step % every == 0 or step == last or stop:
+                saved = checkpoint.save(self.config, self.trained, self.position)
+                if stop and step < last:
+                    self._say(f"SIGTERM: stopped after step {step}, saved {saved}; the same command resumes there")
+                    return False
         return True
 
     def _say(self, line: str) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import random
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import numpy
@@ -12,13 +16,17 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 
 from atlas_megatron.config import Config
-from atlas_megatron.parallel import alone, cpu
+from atlas_megatron.parallel import alone, cpu, determinism
 from atlas_megatron.parallel.scan import context_levels
 
 logger = logging.getLogger(__name__)
 
-# A rank may write its share of a large checkpoint for long while the others wait.
-TIMEOUT = timedelta(minutes=30)
+# How long a process that lost another one waits for all others to say the same.
+ROLL_CALL_SECONDS = 5.0
+
+
+class LostProcessError(ConnectionError):
+    """Another process of the run ended, or did not answer in time."""
 
 
 def size() -> int:
@@ -34,6 +42,7 @@ def rank() -> int:
 def join(config: Config) -> None:
     """Join the other processes (or be the only one), form Megatron's groups, seed every generator."""
     cpu.install()
+    determinism.switch(config)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not torch.distributed.is_initialized():
@@ -41,7 +50,8 @@ def join(config: Config) -> None:
         single = size() == 1
         store = torch.distributed.HashStore() if single else None
         backend = alone.backend() if single and not torch.cuda.is_available() else cpu.backend()
-        torch.distributed.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank(), world_size=size())
+        timeout = timedelta(minutes=config.parallel.timeout_minutes)
+        torch.distributed.init_process_group(backend, timeout=timeout, store=store, rank=rank(), world_size=size())
     form_groups(config)
     seed(config.run.seed)
 
@@ -55,6 +65,7 @@ def form_groups(config: Config) -> None:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         context_parallel_size=parallel.context,
+        distributed_timeout_minutes=parallel.timeout_minutes,
         # The ranks that exchange heads, next to each other, and the ranks that hand the memory on between those.
         hierarchical_context_parallel_sizes=list(levels) if levels else None,
     )
@@ -73,6 +84,42 @@ def seed(value: int) -> None:
     numpy.random.seed(value % 2**32)
     torch.manual_seed(value)
     tensor_parallel.model_parallel_cuda_manual_seed(value)
+
+
+@contextmanager
+def naming_the_lost(config: Config) -> Iterator[None]:
+    """Within: a failed exchange between processes becomes a LostProcessError that names the ones that are gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Gloo's errors have no type of their own, only the place in its sources.
+        if not isinstance(error, torch.distributed.DistError) and "/gloo/" not in str(error):
+            raise
+        # torchrun now stops the others, but their last words are still to come.
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        gone = ", ".join(map(str, _not_answering())) or "none; the network between them failed"
+        signal.signal(signal.SIGTERM, before)
+        raise LostProcessError(
+            f"rank {rank()} of {size()} lost the others within parallel.timeout_minutes="
+            f"{config.parallel.timeout_minutes:g}; ranks that do not answer: {gone}; look at the end of their logs, "
+            "then start the same command again: it resumes from the newest whole checkpoint"
+        ) from error
+
+
+def _not_answering() -> list[int]:
+    """The ranks that do not come to a roll call; every process that lost another holds it."""
+    missing = [other for other in range(size()) if other != rank()]
+    try:
+        store = torch.distributed.distributed_c10d._get_default_store()
+        store.set(f"answers/{rank()}", "here")
+        end = time.monotonic() + ROLL_CALL_SECONDS
+        while missing and time.monotonic() < end:
+            missing = [other for other in missing if not store.check([f"answers/{other}"])]
+            time.sleep(0.1)
+    except RuntimeError:
+        # Without torchrun the store lives in rank 0, and ended with it.
+        return [0]
+    return missing
 
 
 def leave() -> None:
