@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ import numpy
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import MegatronModule
@@ -30,6 +30,8 @@ from atlas_megatron.config import Config, ParallelConfig, load, model_difference
 from atlas_megatron.model import build_model
 from atlas_megatron.optimizer import allocate_moments, load_moments, true_offsets
 from atlas_megatron.parallel import world
+from atlas_megatron.parallel.cpu import device
+from atlas_megatron.shards import ShardWriting, write_shards
 
 MARKER = "complete.json"
 CONFIG = "config.toml"
@@ -75,41 +77,87 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def save(config: Config, trained: Trained, position: Position) -> Path:
-    """Write a checkpoint of `position`, then drop the oldest ones; every process calls it.
+class Saver:
+    """Writes checkpoints, whole or not at all; every process makes the same calls.
 
-    Raises OSError, with what to do, where the disk does not take it; what was saved before stays.
+    With checkpoint.async_save a copy is written by a thread while training goes on, and gets its name once `poll`,
+    `finish` or the next `save` has seen every process's part written.
     """
-    folder = folder_of(config.run.directory) / f"step_{position.step:08d}"
-    temporary = folder.with_suffix(".tmp")
-    if world.rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    torch.distributed.barrier()
-    state = _state(trained, config.parallel, loading=False)
-    state |= {"step": position.step, "consumed_samples": position.consumed_samples}
-    state["layout"] = _layout(config.parallel)
-    try:
-        write_shards(state, temporary)
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._pending: _Pending | None = None
+
+    def save(self, trained: Trained, position: Position) -> Path:
+        """Write a checkpoint of `position`, or begin to, then drop the oldest ones; where it is, or will be.
+
+        Raises OSError, with what to do, where the disk does not take it, or the one before; what was saved stays.
+        """
+        self.finish()
+        folder = folder_of(self._config.run.directory) / f"step_{position.step:08d}"
+        pending = _Pending(folder, position.step)
         if world.rank() == 0:
-            _complete(temporary, config, position.step)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.rename(temporary, folder)
-            _sync(folder.parent)
-            _drop_old(folder.parent, config.checkpoint.keep)
-    except (OSError, CheckpointException) as error:
-        raise _not_saved(temporary, position.step, error) from error
-    torch.distributed.barrier()
-    return folder
+            shutil.rmtree(pending.temporary, ignore_errors=True)
+            pending.temporary.mkdir(parents=True)
+        torch.distributed.barrier()
+        state = _state(trained, self._config.parallel, loading=False)
+        state |= {"step": position.step, "consumed_samples": position.consumed_samples}
+        state["layout"] = _layout(self._config.parallel)
+        with pending.complaints():
+            if self._config.checkpoint.async_save:
+                pending.writing = ShardWriting(state, pending.temporary)
+            else:
+                write_shards(state, pending.temporary)
+        self._pending = pending
+        if not pending.writing:
+            self.finish()
+        return folder
+
+    def poll(self) -> None:
+        """Give a pending checkpoint its name if all processes have written their parts of it."""
+        if self._pending and self._pending.writing:
+            busy = torch.tensor(float(self._pending.writing.busy()), device=device())
+            torch.distributed.all_reduce(busy)
+            if not busy.item():
+                self.finish()
+
+    def finish(self) -> None:
+        """Wait for a pending checkpoint and give it its name. Raises as `save` does."""
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, None
+        with pending.complaints():
+            if pending.writing:
+                pending.writing.finish()
+            if world.rank() == 0:
+                _complete(pending.temporary, self._config, pending.step)
+                if pending.folder.exists():
+                    shutil.rmtree(pending.folder)
+                os.rename(pending.temporary, pending.folder)
+                _sync(pending.folder.parent)
+                _drop_old(pending.folder.parent, self._config.checkpoint.keep)
+        torch.distributed.barrier()
 
 
-def write_shards(state: dict[str, Any], folder: Path) -> None:
-    """Write a sharded state into an empty folder; every process calls it, and returns when all have written."""
-    # Core would pass write results through a manager process of its own, made for asynchronous saves: it costs seconds
-    # to start, and dies where a scheduler sends SIGTERM to every process, just when the last checkpoint is due.
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(state, str(folder))
+@dataclass
+class _Pending:
+    """A checkpoint that does not have its name yet."""
+
+    folder: Path
+    step: int
+    writing: ShardWriting | None = None
+
+    @property
+    def temporary(self) -> Path:
+        return self.folder.with_suffix(".tmp")
+
+    @contextmanager
+    def complaints(self) -> Iterator[None]:
+        """Within: what goes wrong in writing is said with what to do."""
+        try:
+            yield
+        except (OSError, CheckpointException) as error:
+            raise _not_saved(self.temporary, self.step, error) from error
 
 
 def restore(folder: Path, config: Config, trained: Trained) -> Position:

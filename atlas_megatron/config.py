@@ -173,6 +173,7 @@ class TrainConfig:
 class CheckpointConfig:
     every: int = 200  # steps; the last step is always saved
     keep: int = 2  # newest checkpoints kept
+    async_save: bool = False  # written from a copy in memory while training goes on
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class Trainer:
         self._bytes_per_token = bytes_per_token(config)
         self.trained = _build(config)
         self.position = checkpoint.restore(resumed, config, self.trained) if resumed else Position()
+        self._saver = checkpoint.Saver(config)
         self._batches = Batches(train_set, config, self.position.consumed_samples)
         self._speed = Speed(config, flops_per_token(config).training, torch.distributed.get_world_size())
         self._has_memory = has(config.model.pattern, WITH_MEMORY)
@@ -97,15 +98,18 @@ class Trainer:
         while self.position.step < last:
             step = self.position.step + 1
             record, stop = self._step(step)
+            self._saver.poll()
             if self._validates(step):
                 record |= self._validate(step)
             if self.log:
                 self.log.write(record)
             if step % every == 0 or step == last or stop:
-                saved = checkpoint.save(self.config, self.trained, self.position)
+                saved = self._saver.save(self.trained, self.position)
                 if stop and step < last:
+                    self._saver.finish()
                     self._say(f"SIGTERM: stopped after step {step}, saved {saved}; the same command resumes there")
                     return False
+        self._saver.finish()
         return True
 
     def _say(self, line: str) -> None:
@@ -211,6 +215,8 @@ class Trainer:
                 )
 
     def _diverged(self, step: int, what: str, where: str) -> NonFiniteError:
+        # The good one that may still be being written.
+        self._saver.finish()
         last, _ = checkpoint.latest(self.config.run.directory)
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         return NonFiniteError(

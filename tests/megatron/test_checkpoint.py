@@ -7,13 +7,15 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
 
 import tiny_run
-from atlas_megatron import checkpoint, metrics
+from atlas_megatron import checkpoint, metrics, shards
 from atlas_megatron.parallel import world
 from atlas_megatron.train import main
 
@@ -66,6 +68,28 @@ def test_resuming_is_bit_equal(copied: tuple[Path, Path], unbroken: Path, step: 
             shutil.rmtree(saved)
     assert main([str(config), f"run.directory={run}"]) == 0
     assert_same_end(run, unbroken / "run")
+
+
+def test_saving_while_training_goes_on_saves_the_same(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(Thread):
+        def run(self) -> None:
+            time.sleep(1)  # several steps
+            super().run()
+
+    words = [str(unbroken / "tiny.toml"), f"run.directory={tmp_path}/run", "checkpoint.async_save=true"]
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "Thread", Late)
+        assert main([*words, "checkpoint.every=4"]) == 0
+    assert sorted(path.name for path in checkpoint.folder_of(tmp_path / "run").iterdir()) == [
+        "step_00000004",
+        "step_00000006",
+    ]
+    assert_same_end(tmp_path / "run", unbroken / "run")
+    shutil.rmtree(checkpoint.folder_of(tmp_path / "run") / "step_00000006")
+    assert main(words) == 0
+    assert_same_end(tmp_path / "run", unbroken / "run")
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(
@@ -135,11 +159,13 @@ def test_a_checkpoint_of_another_model_is_refused(
     assert sorted(path.name for path in checkpoint.folder_of(run).iterdir()) == before
 
 
+@pytest.mark.parametrize("while_training", ["false", "true"])
 def test_a_full_disk_leaves_what_was_saved(
     copied: tuple[Path, Path],
     unbroken: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    while_training: str,
 ) -> None:
     config, run = copied
     shutil.rmtree(checkpoint.folder_of(run) / "step_00000006")
@@ -149,7 +175,7 @@ def test_a_full_disk_leaves_what_was_saved(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        assert main([str(config), f"run.directory={run}"]) == 2
+        assert main([str(config), f"run.directory={run}", f"checkpoint.async_save={while_training}"]) == 2
     said = capsys.readouterr().err
     assert "the checkpoint of step 6 was not saved" in said
     assert "make room there" in said

@@ -17,12 +17,12 @@ from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntrop
 from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
-from atlas_megatron.checkpoint import write_shards
 from atlas_megatron.config import AttentionConfig, Config, MemoryConfig, ModelConfig, ParallelConfig, TrainConfig
 from atlas_megatron.config_checks import validate
 from atlas_megatron.model import build_chunks
 from atlas_megatron.parallel import world
 from atlas_megatron.presets import PRESETS
+from atlas_megatron.shards import write_shards
 
 LAYERS = 6
 SEQUENCES = 4

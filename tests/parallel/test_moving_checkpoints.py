@@ -99,8 +99,8 @@ def test_another_layout_takes_the_next_steps(moved: Path, unmoved: Path, first: 
 
 
 def test_one_process_goes_on_where_two_pipeline_stages_stopped(config: Path) -> None:
-    folder, name = config.parent / "short", "t1 p2 d1"
-    run_all(config, {folder: name})
+    folder = config.parent / "short"
+    tiny_run.train_in(2, config, [[*words("t1 p2 d1", folder), "checkpoint.async_save=true"]])
     theirs = losses(folder)
     shutil.rmtree(checkpoint.folder_of(folder) / f"step_{LAST:08d}")
     run_all(config, {folder: "t1 p1 d1"})
