@@ -27,7 +27,7 @@ from atlas_kernels.decays import decay_matrix, pair_band, source_band
 from atlas_kernels.memories import Matrices, MatrixReader, memory_of, oriented
 from atlas_kernels.products import times_transpose
 from atlas_kernels.rule import Gates, MemoryRule
-from atlas_kernels.writes import SumReader
+from atlas_kernels.writes import SourceReader
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class _DualReader:
     def __init__(
         self,
         rule: MemoryRule,
-        plain: MatrixReader | SumReader,
+        plain: MatrixReader | SourceReader,
         matrices: Matrices,
         cache: _Cache,
         scale: Tensor | None = None,
@@ -258,7 +258,7 @@ def _step(
 
     factors = memory.factors(_DualReader(rule, MatrixReader(matrices), matrices, cache), x, v, r)
     values = tuple(-factors[j][0] for j in dual_layers(rule))
-    plain = SumReader(alphas, -written, matrices, factors)
+    plain = SourceReader(-written, factors, [(alphas, W) for W in matrices])
     reader = _DualReader(rule, plain, matrices, cache, alphas, (written, x, values))
     y = memory.read(reader, q, read_residual)
 

@@ -16,14 +16,14 @@ def times_transpose(a: Tensor, b: Tensor) -> Tensor:
 
 
 def step_pair(
-    W: Tensor, S: Tensor, last: Tensor, wide: Tensor, narrow_w: Tensor, narrow_s: Tensor
+    W: Tensor, S: Tensor, last: Tensor, to_w: Tensor, to_s: Tensor, wide: Tensor, narrow: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The weights and the momentum that leave a chunk: (a W + k S + wide^T narrow_w, t S + wide^T narrow_s).
+    """The weights and the momentum that leave a chunk: (a W + k S + wide^T to_w narrow, t S + wide^T to_s narrow).
 
-    W, S [G, m, n]; last [G, 3, 1] = (a, k, t); wide [G, I, m]; narrow_w, narrow_s [G, I, n]. One function, so that
-    the gradients that meet here are summed inside the products.
+    W, S [G, m, n]; last [G, 3, 1] = (a, k, t); to_w, to_s [G, I, 1]; wide [G, I, m]; narrow [G, I, n]. One function,
+    so that the gradients that meet here are summed inside the products.
     """
-    return _StepPair.apply(W, S, last, wide, narrow_w, narrow_s)
+    return _StepPair.apply(W, S, last, to_w, to_s, wide, narrow)
 
 
 class _TimesTranspose(torch.autograd.Function):
@@ -41,23 +41,24 @@ class _TimesTranspose(torch.autograd.Function):
 
 class _StepPair(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, W, S, last, wide, narrow_w, narrow_s):
-        ctx.save_for_backward(W, S, last, wide, narrow_w, narrow_s)
+    def forward(ctx, W, S, last, to_w, to_s, wide, narrow):
+        ctx.save_for_backward(W, S, last, to_w, to_s, wide, narrow)
         a, k, t = last.unsqueeze(-1).unbind(1)
-        written = torch.addcmul(a * W, k, S).baddbmm_(wide.mT, narrow_w)
-        return written, (t * S).baddbmm_(wide.mT, narrow_s)
+        written = torch.addcmul(a * W, k, S).baddbmm_(wide.mT, to_w * narrow)
+        return written, (t * S).baddbmm_(wide.mT, to_s * narrow)
 
     @staticmethod
     def backward(ctx, grad_w: Tensor, grad_s: Tensor):
-        W, S, last, wide, narrow_w, narrow_s = ctx.saved_tensors
+        W, S, last, to_w, to_s, wide, narrow = ctx.saved_tensors
         a, k, t = last.unsqueeze(-1).unbind(1)
         grad_last = torch.stack([(g * m).sum((1, 2)) for g, m in ((grad_w, W), (grad_w, S), (grad_s, S))], 1)
-        grad_wide = torch.bmm(narrow_w, grad_w.mT).baddbmm_(narrow_s, grad_s.mT)
+        of_w, of_s = torch.bmm(wide, grad_w), torch.bmm(wide, grad_s)
         return (
             a * grad_w,
             torch.addcmul(t * grad_s, k, grad_w),
             grad_last.unsqueeze(-1),
-            grad_wide,
-            torch.bmm(wide, grad_w),
-            torch.bmm(wide, grad_s),
+            (of_w * narrow).sum(-1, keepdim=True),
+            (of_s * narrow).sum(-1, keepdim=True),
+            torch.bmm(to_w * narrow, grad_w.mT).baddbmm_(to_s * narrow, grad_s.mT),
+            of_w.mul_(to_w).addcmul_(to_s, of_s),
         )

@@ -18,10 +18,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from atlas_kernels import reads
 from atlas_kernels.decays import decay_matrix
 from atlas_kernels.memories import Factors, Matrices, Reader
 from atlas_kernels.newton_schulz import newton_schulz
-from atlas_kernels.products import step_pair, times_transpose
+from atlas_kernels.products import step_pair
 from atlas_kernels.rule import MemoryRule
 
 
@@ -44,7 +45,7 @@ class RawWrites:
         thetas = decay[..., :1] * theta[..., :1, None]  # prod_{r <= t} theta_r
         alphas = retention[..., :1] * alpha[..., :1, None]
         sums = decay @ band
-        kappas, sources = steps @ thetas, steps @ sums
+        kappas, sources = (steps * thetas.mT).sum(-1, keepdim=True), steps @ sums
         self.reads = list(zip(alphas.unbind(), kappas.unbind(), sources.unbind(), strict=True))
         # Of the last token: what the next weights take of the old ones and of the momentum, the next momentum of
         # the old one [N, G, 3, 1]; what both take of each source's outer product [N, G, I, 1].
@@ -57,30 +58,13 @@ class RawWrites:
     ) -> tuple[Reader, Matrices, Matrices]:
         last, to_weights, to_momentum = self.leaving[n]
         after = [
-            step_pair(W, S, last, wide, to_weights * narrow, to_momentum * narrow)
+            step_pair(W, S, last, to_weights, to_momentum, wide, narrow)
             for W, S, (wide, narrow) in zip(weights, momentum, factors, strict=True)
         ]
         written, moved = zip(*after, strict=True)
-        return _RawReader(*self.reads[n], weights, momentum, factors), written, moved
-
-
-class _RawReader:
-    def __init__(
-        self, alphas: Tensor, kappas: Tensor, sources: Tensor, weights: Matrices, momentum: Matrices, factors: Factors
-    ) -> None:
-        self.alphas, self.kappas, self.sources, self.factors = alphas, kappas, sources, factors
-        self.pairs = [torch.cat(pair, -1) for pair in zip(weights, momentum, strict=True)]
-
-    def widen(self, j: int, x: Tensor) -> Tensor:
-        wide, narrow = self.factors[j]
-        out = times_transpose(torch.cat([self.alphas * x, self.kappas * x], -1), self.pairs[j])
-        return out.baddbmm_(self.sources * times_transpose(x, narrow), wide)
-
-    def narrow(self, j: int, h: Tensor) -> Tensor:
-        wide, narrow = self.factors[j]
-        of_weights, of_momentum = torch.bmm(h, self.pairs[j]).chunk(2, -1)
-        out = torch.addcmul(self.alphas * of_weights, self.kappas, of_momentum)
-        return out.baddbmm_(self.sources * times_transpose(h, wide), narrow)
+        alphas, kappas, sources = self.reads[n]
+        terms: list[tuple[Tensor, ...]] = [(alphas, W, kappas, S) for W, S in zip(weights, momentum, strict=True)]
+        return SourceReader(sources, factors, terms), written, moved
 
 
 def writes_of(rule: MemoryRule, offset: int, gates: tuple[Tensor, Tensor, Tensor], band: Tensor) -> Writes:
@@ -115,22 +99,21 @@ class SumWrites:
             torch.baddbmm(last * W, wide.mT, outer * narrow)
             for W, (wide, narrow) in zip(weights, factors, strict=True)
         )
-        return SumReader(*self.reads[n], weights, factors), written, momentum
+        alphas, sources = self.reads[n]
+        return SourceReader(sources, factors, [(alphas, W) for W in weights]), written, momentum
 
 
-class SumReader:
-    def __init__(self, alphas: Tensor, sources: Tensor, weights: Matrices, factors: Factors) -> None:
-        self.alphas, self.sources, self.weights, self.factors = alphas, sources, weights, factors
+class SourceReader:
+    """Reads through the matrices of the chunk's start and its sources; terms[j]: c_1, M_1, ... of matrix j."""
+
+    def __init__(self, sources: Tensor, factors: Factors, terms: list[tuple[Tensor, ...]]) -> None:
+        self.sources, self.factors, self.terms = sources, factors, terms
 
     def widen(self, j: int, x: Tensor) -> Tensor:
-        wide, narrow = self.factors[j]
-        out = times_transpose(self.alphas * x, self.weights[j])
-        return out.baddbmm_(self.sources * times_transpose(x, narrow), wide)
+        return reads.widen(x, self.sources, *self.factors[j], *self.terms[j])
 
     def narrow(self, j: int, h: Tensor) -> Tensor:
-        wide, narrow = self.factors[j]
-        out = self.alphas * torch.bmm(h, self.weights[j])
-        return out.baddbmm_(self.sources * times_transpose(h, wide), narrow)
+        return reads.narrow(h, self.sources, *self.factors[j], *self.terms[j])
 
 
 class OrthogonalWrites:
