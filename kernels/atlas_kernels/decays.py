@@ -19,11 +19,12 @@ class _DecayMatrix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor) -> Tensor:
         zero = gate == 0
-        logs = gate.masked_fill(zero, 1.0).log().cumsum(-1)
-        zeros = zero.cumsum(-1)
-        products = (logs.unsqueeze(-1) - logs.unsqueeze(-2)).exp_()
+        # Base 2: on a CPU its exponential is the fast one.
+        logs = gate.masked_fill(zero, 1.0).log2().cumsum(-1)
+        products = (logs.unsqueeze(-1) - logs.unsqueeze(-2)).exp2_()
         # A product over a zero is zero: the counts of zeros up to t and up to s differ.
-        products.masked_fill_(zeros.unsqueeze(-1) != zeros.unsqueeze(-2), 0.0)
+        zeros = zero.cumsum(-1, dtype=gate.dtype)
+        products.mul_(torch.eq(zeros.unsqueeze(-1), zeros.unsqueeze(-2), out=torch.empty_like(products)))
         products = products.tril_()
         ctx.save_for_backward(products)
         return products

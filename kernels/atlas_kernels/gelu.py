@@ -2,10 +2,11 @@
 
 h = z s,  s = sigmoid(u),  u = C (z + a z^3),  C = 2 sqrt(2 / pi),  a = 0.044715;  p = u' = C (1 + 3 a z^2):
 
-    h'  = s (1 + z (1 - s) p)
-    h'' = s (1 - s) (p (4 + z p (1 - 2 s)) - 2 C)
+    h'  = s + s (1 - s) z p
+    h'' = s (1 - s) (4 p - 2 C + z p^2 (1 - 2 s))
 
-The same function as with a tanh, and a vectorised sigmoid is several times cheaper on a CPU.
+The same function as with a tanh, and a vectorised sigmoid is several times cheaper on a CPU. Its derivative s (1 - s)
+times something is one pass of torch's, `sigmoid_backward`.
 """
 
 from __future__ import annotations
@@ -29,16 +30,21 @@ def gelu_with_derivative(z: Tensor) -> tuple[Tensor, Tensor]:
     return _GeluWithDerivative.apply(z)
 
 
+def _even(z: Tensor, constant: float, square: float) -> Tensor:
+    """constant + square z^2, in one pass."""
+    return torch.addcmul(z.new_full((), constant), z, z, value=square)
+
+
 def _sigmoid(z: Tensor) -> Tensor:
-    return (z * z).mul_(_A * _C).add_(_C).mul_(z).sigmoid_()
+    return _even(z, _C, _A * _C).mul_(z).sigmoid_()
 
 
 def _slope(z: Tensor) -> Tensor:
-    return (z * z).mul_(3.0 * _A * _C).add_(_C)
+    return _even(z, _C, 3.0 * _A * _C)
 
 
 def _first(z: Tensor, s: Tensor) -> Tensor:
-    return _slope(z).mul_(z).mul_(1.0 - s).add_(1.0).mul_(s)
+    return torch.ops.aten.sigmoid_backward(_slope(z).mul_(z), s).add_(s)
 
 
 class _Gelu(torch.autograd.Function):
@@ -65,5 +71,6 @@ class _GeluWithDerivative(torch.autograd.Function):
     def backward(ctx, grad_h: Tensor, grad_first: Tensor) -> Tensor:
         z, s, first = ctx.saved_tensors
         p = _slope(z)
-        second = (1.0 - 2.0 * s).mul_(z).mul_(p).add_(4.0).mul_(p).sub_(2.0 * _C).mul_(s).mul_(1.0 - s)
-        return second.mul_(grad_first).addcmul_(grad_h, first)
+        bend = torch.rsub(s, 1, alpha=2).mul_(z).mul_(p).mul_(p)
+        bend.add_(_even(z, 2.0 * _C, 12.0 * _A * _C)).mul_(grad_first)
+        return torch.ops.aten.sigmoid_backward(bend, s).addcmul_(grad_h, first)

@@ -22,24 +22,26 @@ def pull_through_layer_norm(o: Tensor, e: Tensor) -> Tensor:
     return _PullThroughLayerNorm.apply(o, e)
 
 
-def _jacobian_times(n: Tensor, inverse_sd: Tensor, e: Tensor) -> Tensor:
-    along = (e * n).mean(-1, keepdim=True)
-    return torch.addcmul(e - e.mean(-1, keepdim=True), n, along, value=-1).mul_(inverse_sd)
-
-
 class _PullThroughLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, o: Tensor, e: Tensor) -> Tensor:
-        n, _, inverse_sd = torch.native_layer_norm(o, o.shape[-1:], None, None, LAYER_NORM_EPSILON)
-        ctx.save_for_backward(n, inverse_sd, e)
-        return _jacobian_times(n, inverse_sd, e)
+        n, mean, inverse_sd = torch.native_layer_norm(o, o.shape[-1:], None, None, LAYER_NORM_EPSILON)
+        ctx.save_for_backward(o, n, mean, inverse_sd, e)
+        return _jacobian_times(o, mean, inverse_sd, e)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        n, inverse_sd, e = ctx.saved_tensors
-        grad_e = _jacobian_times(n, inverse_sd, grad)
+        o, n, mean, inverse_sd, e = ctx.saved_tensors
+        grad_e = _jacobian_times(o, mean, inverse_sd, grad)
         # Through n, then through sd: d sd / d o = n / V.
-        through_n = torch.addcmul(grad * (e * n).mean(-1, keepdim=True), e, (grad * n).mean(-1, keepdim=True))
-        grad_o = _jacobian_times(n, inverse_sd, through_n.mul_(-inverse_sd))
-        along_sd = (e * grad_e).mean(-1, keepdim=True) * inverse_sd
-        return grad_o.addcmul_(n, along_sd, value=-1), grad_e
+        through_n = torch.addcmul(grad * (e * n).sum(-1, keepdim=True), e, (grad * n).sum(-1, keepdim=True))
+        through_n.mul_(inverse_sd / -o.shape[-1])
+        along_sd = (e * grad_e).sum(-1, keepdim=True).mul_(inverse_sd)
+        grad_o = _jacobian_times(o, mean, inverse_sd, through_n)
+        return grad_o.addcmul_(n, along_sd, value=-1 / o.shape[-1]), grad_e
+
+
+def _jacobian_times(o: Tensor, mean: Tensor, inverse_sd: Tensor, e: Tensor) -> Tensor:
+    """J e, which is torch's own backward of the layer norm at o."""
+    wanted = [True, False, False]
+    return torch.ops.aten.native_layer_norm_backward(e, o, o.shape[-1:], mean, inverse_sd, None, None, wanted)[0]
