@@ -207,10 +207,25 @@ class Layout:
     def with_halo(self, halo: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The sources of each chunk [N, G, I, ...] and the halo that follows the segment [B, W-1, H, ...]."""
         t = torch.cat([halo, t], 1)
-        windows = t.unfold(1, self.tokens + self.window - 1, self.tokens)  # [B, N, H, ..., I]
         # A copy: a view would keep the whole segment alive for as long as the state lives.
         following = t[:, t.shape[1] - self.window + 1 :].clone()
-        return windows.movedim(-1, 3).transpose(0, 1).flatten(1, 2), following
+        return _Windows.apply(t, self.tokens + self.window - 1, self.tokens), following
+
+
+class _Windows(torch.autograd.Function):
+    """[B, T, H, ...] -> [N, B H, size, ...], one window every `step` tokens; torch's own backward is slow."""
+
+    @staticmethod
+    def forward(ctx, t: Tensor, size: int, step: int) -> Tensor:
+        ctx.shape, ctx.size, ctx.step = t.shape, size, step
+        return t.unfold(1, size, step).movedim(-1, 3).transpose(0, 1).flatten(1, 2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        sums = grad.new_zeros(ctx.shape)
+        for n, window in enumerate(grad.unflatten(1, (ctx.shape[0], ctx.shape[2])).transpose(2, 3)):
+            sums[:, n * ctx.step : n * ctx.step + ctx.size] += window
+        return sums, None, None
 
 
 def scan(
@@ -247,12 +262,18 @@ def scan(
     alpha, eta, theta = (layout.by_chunk(g) for g in (inputs.alpha, inputs.eta, inputs.theta))
     writes = writes_of(rule, offset, (alpha, eta, theta), band)
     memory, outputs = memory_of(rule), []
-    weights, momentum, anchor = (oriented(memory, tuple(m.flatten(0, 1) for m in ms)) for ms in state.matrices())
+    # Row by row: passes over matrices of one layout are several times faster than over two.
+    weights, momentum, anchor = (
+        tuple(m.contiguous() for m in oriented(memory, tuple(m.flatten(0, 1) for m in ms))) for ms in state.matrices()
+    )
+
+    # Taken apart at once: the backward of one index is a whole segment of zeros.
+    qs, read_qs, xs, vs, rs = (t.unbind() for t in (q, read_residual, x, v, r))
 
     def step(n: int, weights: Matrices, momentum: Matrices, anchor: Matrices) -> tuple[Tensor, Matrices, Matrices]:
-        factors = memory.factors(MatrixReader(anchor), x[n], v[n], r[n])
+        factors = memory.factors(MatrixReader(anchor), xs[n], vs[n], rs[n])
         reader, weights, momentum = writes.advance(n, weights, momentum, factors)
-        return memory.read(reader, q[n], read_residual[n]), weights, momentum
+        return memory.read(reader, qs[n], read_qs[n]), weights, momentum
 
     last_anchor = anchor
     for n in range(chunks):
