@@ -14,31 +14,37 @@ def layer_norm(o: Tensor) -> Tensor:
     return F.layer_norm(o, o.shape[-1:], eps=LAYER_NORM_EPSILON)
 
 
-def pull_through_layer_norm(o: Tensor, e: Tensor) -> Tensor:
+def pull_through_layer_norm(o: Tensor, e: Tensor, plus_output: bool = False) -> Tensor:
     """J e, J the (symmetric) Jacobian of the layer norm at o: (e - mean(e) - n mean(e n)) / sd; differentiable once.
 
-    o, e [..., V]. A function of its own: its backward takes about half the time of torch's second derivative.
+    o, e [..., V]. plus_output: J (e + n) instead. A function of its own: its backward takes about half the time of
+    torch's second derivative.
     """
-    return _PullThroughLayerNorm.apply(o, e)
+    return _PullThroughLayerNorm.apply(o, e, plus_output)
 
 
 class _PullThroughLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, o: Tensor, e: Tensor) -> Tensor:
+    def forward(ctx, o: Tensor, e: Tensor, plus_output: bool) -> Tensor:
         n, mean, inverse_sd = torch.native_layer_norm(o, o.shape[-1:], None, None, LAYER_NORM_EPSILON)
+        if plus_output:
+            e = e + n
         ctx.save_for_backward(o, n, mean, inverse_sd, e)
+        ctx.plus_output = plus_output
         return _jacobian_times(o, mean, inverse_sd, e)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         o, n, mean, inverse_sd, e = ctx.saved_tensors
         grad_e = _jacobian_times(o, mean, inverse_sd, grad)
         # Through n, then through sd: d sd / d o = n / V.
         through_n = torch.addcmul(grad * (e * n).sum(-1, keepdim=True), e, (grad * n).sum(-1, keepdim=True))
         through_n.mul_(inverse_sd / -o.shape[-1])
+        if ctx.plus_output:
+            through_n.add_(grad_e)
         along_sd = (e * grad_e).sum(-1, keepdim=True).mul_(inverse_sd)
         grad_o = _jacobian_times(o, mean, inverse_sd, through_n)
-        return grad_o.addcmul_(n, along_sd, value=-1 / o.shape[-1]), grad_e
+        return grad_o.addcmul_(n, along_sd, value=-1 / o.shape[-1]), grad_e, None
 
 
 def _jacobian_times(o: Tensor, mean: Tensor, inverse_sd: Tensor, e: Tensor) -> Tensor:

@@ -97,11 +97,10 @@ class Mlp:
 
     def error(self, anchor: Reader, h: Tensor, v: Tensor, r: Tensor) -> Tensor:
         """The inner loss's gradient at W1's output, [G, I, V]."""
-        if self.loss == "dot":
-            return pull_through_layer_norm(anchor.narrow(0, h), -v) if self.output_norm else -v
-        o = anchor.narrow(0, h)
-        e = (r - v) + (layer_norm(o) if self.output_norm else o)
-        return pull_through_layer_norm(o, e) if self.output_norm else e
+        l2 = self.loss == "l2"
+        if self.output_norm:
+            return pull_through_layer_norm(anchor.narrow(0, h), r - v if l2 else -v, plus_output=l2)
+        return (r - v) + anchor.narrow(0, h) if l2 else -v
 
     def read(self, reader: Reader, x: Tensor, r: Tensor) -> Tensor:
         return self.output(reader.narrow(0, gelu(reader.widen(1, x))), r)
