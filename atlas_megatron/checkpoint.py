@@ -193,9 +193,7 @@ def check_same_model(folder: Path, config: Config) -> None:
         )
 
 
-def load_model(
-    run_directory: str | Path, parallel: ParallelConfig = ParallelConfig()
-) -> tuple[MegatronModule, Config]:
+def load_model(run_directory: str | Path, parallel: ParallelConfig | None = None) -> tuple[MegatronModule, Config]:
     """The newest whole checkpoint's model, in evaluation mode, and its configuration, in a single process.
 
     parallel: or in the processes of this layout, one pipeline stage each. Joins the world if that has not been done;
@@ -206,7 +204,7 @@ def load_model(
         raise ValueError(f"{run_directory} holds no whole checkpoint; train first: atlas-train CONFIG.toml")
     config = load(folder / CONFIG)
     stages = config.model.pattern.replace("|", "")
-    config = replace(config, parallel=parallel, model=replace(config.model, pattern=stages))
+    config = replace(config, parallel=parallel or ParallelConfig(), model=replace(config.model, pattern=stages))
     if not torch.distributed.is_initialized():
         world.join(config)
     model = build_model(config)

@@ -146,7 +146,7 @@ def _check_context(config: Config) -> None:
             f"{config.attention.segment}; change one of them"
         )
     _, handed = context_levels(config)
-    if handed > 1 and has(pattern, WITH_MEMORY) and config.memory.kernel != "lifted":
+    if (handed > 1 or "C" in pattern) and has(pattern, WITH_MEMORY) and config.memory.kernel != "lifted":
         raise ValueError(
             f"memory.kernel={config.memory.kernel!r} keeps a state that grows with the sequence and is not handed on; "
             f"take parallel.context_mode='heads', and a parallel.context that divides memory.heads="
