@@ -102,7 +102,8 @@ def train(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 
 def train_in(size: int, config: Path, runs: list[list[str]]) -> None:
     """Train with each list of overrides, one after the other, in the same `size` processes."""
-    processes.run(size, _process, size, config, runs, processes.free_port())
+    seconds = 60.0 * (1 + len(runs))  # the processes answer once, at the end
+    processes.run(size, _process, size, config, runs, processes.free_port(), seconds=seconds)
 
 
 def _process(rank: int, size: int, config: Path, runs: list[list[str]], port: int) -> None:

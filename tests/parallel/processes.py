@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -69,6 +70,8 @@ def _process(
     # Where each process stands, before it is taken for hung.
     faulthandler.dump_traceback_later(0.9 * seconds)
     torch.set_num_threads(1)
+    # What was imported stays: core collects garbage at each checkpoint, and would go through all of it.
+    gc.freeze()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
