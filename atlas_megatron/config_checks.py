@@ -106,9 +106,11 @@ def _check_parallel(config: Config, world_size: int) -> None:
         )
     stages, wanted = config.model.pattern.count("|") + 1, parallel.pipeline * parallel.virtual
     if stages != wanted:
+        off = f"{wanted - stages} are missing" if stages < wanted else f"{stages - wanted} are too many"
         raise ValueError(
             f"model.pattern={config.model.pattern!r} has {stages} pipeline stages, parallel.pipeline="
-            f"{parallel.pipeline} x virtual={parallel.virtual} = {wanted}; put {wanted - 1} cuts '|' between its layers"
+            f"{parallel.pipeline} x virtual={parallel.virtual} = {wanted}; put {wanted - 1} cuts '|' between its "
+            f"layers: {off}"
         )
     split = [("model.ffn_hidden_size", config.model.ffn_hidden_size), ("model.vocab_size", config.model.vocab_size)]
     if has(config.model.pattern, WITH_MEMORY):

@@ -1,125 +1,179 @@
-"""What a configuration would cost, from closed forms: no process, no data, no tensor."""
+"""What a run would cost, and where it would not fit, from closed forms: no process, no data, no model, no tensor."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
+from rich.console import Group, RenderableType
 from rich.table import Table
 
-from atlas_megatron.config import LAYERS, WITH_MEMORY, Config, layers_of
-from atlas_megatron.config_checks import data_parallel_size
+from atlas_megatron.communication import busiest, hand_off_bubble, pipeline_bubble
+from atlas_megatron.config import LAYERS, Config
+from atlas_megatron.config_checks import data_parallel_size, validate
+from atlas_megatron.footprint import Footprint, footprint, fullest, micro_batches, parameters_at, stages_at
 from atlas_megatron.model import flops_per_token, num_params
+from atlas_megatron.parallel.scan import context_levels
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """Bytes on the fullest device; the first three are exact up to Megatron's padding, the last two estimates."""
+class DryRun:
+    """A validated configuration on a world of devices with so many bytes each."""
 
-    parameters: float
-    gradients: float
-    optimizer: float
-    activations: float
-    memory_state: float
+    config: Config
+    world_size: int
+    memory: float
+    bf16: bool
 
-    @property
-    def total(self) -> float:
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.memory_state
+    def report(self) -> Group:
+        """The run and its layout, its fullest rank, all pipeline ranks where they differ, and whether it fits."""
+        rank = fullest(self.config, self.world_size, bf16=self.bf16)
+        parts: list[RenderableType] = [self._run(), self._rank(rank)]
+        if self.config.parallel.pipeline > 1:
+            parts.append(self._ranks())
+        return Group(*parts, *self.verdict())
+
+    def verdict(self) -> list[str]:
+        """Lines: that every rank fits, or which does not, by how much, and what would change that."""
+        held = {rank: self._held(rank) for rank in range(self.config.parallel.pipeline)}
+        over = {rank: held[rank].total - self.memory for rank in held if held[rank].total > self.memory}
+        most, device = max(footprint.total for footprint in held.values()), _bytes(self.memory)
+        if not over:
+            return [f"fits: about {_bytes(most)} of the {device} of a device"]
+        lines = [
+            f"does not fit: pipeline rank {rank} needs about {_bytes(held[rank].total)}, {_bytes(excess)} more than "
+            f"the {device} of a device; the largest part are {_largest(held[rank])}"
+            for rank, excess in over.items()
+        ]
+        remedies = [
+            f"  {words}: about {_bytes(total)}, {'fits' if total <= self.memory else 'still too much'}"
+            for words, total in self._remedies()
+            if total < most
+        ]
+        return [*lines, "what would change that:", *remedies, "  more stages: parallel.pipeline, and cuts '|' for it"]
+
+    def _held(self, rank: int) -> Footprint:
+        return footprint(self.config, self.world_size, rank, bf16=self.bf16)
+
+    def _remedies(self) -> Iterator[tuple[str, float]]:
+        """Single changes that this world allows, and the bytes of the fullest rank with each."""
+        train, parallel = self.config.train, self.config.parallel
+        changes = {
+            "train.recompute=true": replace(self.config, train=replace(train, recompute=True)),
+            f"train.micro_batch={train.micro_batch // 2}": replace(
+                self.config, train=replace(train, micro_batch=train.micro_batch // 2)
+            ),
+            "parallel.sequence=true": replace(self.config, parallel=replace(parallel, sequence=True)),
+            f"parallel.tensor={2 * parallel.tensor}": replace(
+                self.config, parallel=replace(parallel, tensor=2 * parallel.tensor)
+            ),
+            f"parallel.context={2 * parallel.context}": replace(
+                self.config, parallel=replace(parallel, context=2 * parallel.context)
+            ),
+        }
+        for words, config in changes.items():
+            try:
+                validate(config, self.world_size)
+            except ValueError:
+                continue
+            rank = fullest(config, self.world_size, bf16=self.bf16)
+            yield words, footprint(config, self.world_size, rank, bf16=self.bf16).total
+
+    def _run(self) -> Table:
+        config, world_size = self.config, self.world_size
+        train, model, parallel, flops = config.train, config.model, config.parallel, flops_per_token(config)
+        replicas, tokens = data_parallel_size(config, world_size), train.global_batch * model.seq_length
+        table = _table(f"dry run: {config.run.directory}")
+        table.add_row("parameters", f"{num_params(config):,}")
+        counts = [(kind, model.pattern.count(symbol)) for symbol, kind in LAYERS.items()]
+        table.add_row("layers", ", ".join(f"{count} {kind}" for kind, count in counts if count))
+        table.add_row("forward FLOPs a token", f"{flops.forward:.3e}")
+        table.add_row("training FLOPs a token", f"{flops.training:.3e}")
+        table.add_row("of these, the memories' inner loop", f"{flops.inner:.3e}")
+        table.add_row("tokens a step", f"{tokens:,} ({train.global_batch} sequences of {model.seq_length:,})")
+        table.add_row("tokens of the run", f"{tokens * train.steps:,} in {train.steps:,} steps")
+        table.add_row("micro-batches a step", f"{micro_batches(config, world_size)}")
+        table.add_row("precision", "bfloat16, float32 master weights" if self.bf16 else "float32")
+        layout = (parallel.tensor, parallel.pipeline, parallel.context, replicas)
+        table.add_row("devices", f"{world_size:,}")
+        table.add_row("tensor x pipeline x context x data", " x ".join(map(str, layout)))
+        if parallel.pipeline > 1:
+            table.add_row("waiting in the pipeline", f"{pipeline_bubble(config, world_size):.1%} of a step")
+        if parallel.context > 1:
+            near, far = context_levels(config)
+            table.add_row("context ranks that exchange heads", f"{near}")
+            table.add_row("context ranks that hand states on", f"{far}")
+            table.add_row("waiting for states, at most", f"{hand_off_bubble(config):.1%} of a pass")
+        return table
+
+    def _rank(self, rank: int) -> Table:
+        config, held = self.config, self._held(rank)
+        many = config.parallel.pipeline > 1
+        table = _table(f"a device of pipeline rank {rank}, the fullest" if many else "a device")
+        table.add_row("parameters", f"{parameters_at(config, rank):,}")
+        for name, size in vars(held).items():
+            table.add_row(f"holds: {_NAMES[name]}", _bytes(size))
+        table.add_row("holds: in all, about", _bytes(held.total))
+        sent = busiest(config, self.world_size, rank, bf16=self.bf16)
+        for kind, size in sent.items():
+            table.add_row(f"sends a step, {kind}", _bytes(size))
+        if sent:
+            table.add_row("sends a step, in all", _bytes(sum(sent.values())))
+        return table
+
+    def _ranks(self) -> Table:
+        """A row a pipeline rank; neighbours that are alike share one."""
+        most = max(self._held(rank).total for rank in range(self.config.parallel.pipeline))
+        name, unit, digits = ("GiB", 2**30, 2) if most >= 2**30 else ("MiB", 2**20, 1)
+        names = ("layers", "10^6 params", "weights etc.", "activations", "memory states", "in all", "sent")
+        title = f"every pipeline rank: {name} held, about, and sent in a step"
+        table = Table("rank", *names, title=title, pad_edge=False)
+        rows: list[tuple[int, int, tuple[str, ...]]] = []
+        for rank in range(self.config.parallel.pipeline):
+            row = self._row(rank, unit, digits)
+            if rows and rows[-1][2] == row:
+                rows[-1] = (rows[-1][0], rank, row)
+            else:
+                rows.append((rank, rank, row))
+        for first, last, row in rows:
+            table.add_row(str(first) if first == last else f"{first} to {last}", *row)
+        for column in table.columns[2:]:
+            column.justify = "right"
+            # On a narrow screen it is the layers that wrap.
+            column.min_width = max(len(word) for text in (column.header, *column.cells) for word in str(text).split())
+        return table
+
+    def _row(self, rank: int, unit: int, digits: int) -> tuple[str, ...]:
+        held, layers = self._held(rank), "".join(stages_at(self.config, rank))
+        sent = sum(busiest(self.config, self.world_size, rank, bf16=self.bf16).values())
+        state = held.parameters + held.gradients + held.optimizer
+        return (
+            " ".join(f"{layers.count(symbol)}{symbol}" for symbol in LAYERS if symbol in layers),
+            f"{parameters_at(self.config, rank) / 1e6:,.2f}",
+            *(f"{size / unit:,.{digits}f}" for size in (state, held.activations, held.memory_state, held.total, sent)),
+        )
 
 
-def footprint(config: Config, world_size: int, *, bf16: bool) -> Footprint:
-    """Bytes a device. Gradients are kept in float32; with bf16 the optimizer adds float32 master weights."""
-    parallel = config.parallel
-    shard = num_params(config) / (parallel.tensor * parallel.pipeline)
-    size = 2 if bf16 else 4
-    return Footprint(
-        parameters=shard * size,
-        gradients=shard * 4,
-        optimizer=shard * (12 if bf16 else 8) / data_parallel_size(config, world_size),
-        activations=_activations(config, size),
-        memory_state=_memory_state(config),
-    )
+# How a Footprint's fields are called; "about" is an estimate.
+_NAMES = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "activations": "activations, about",
+    "memory_state": "memory states, about",
+}
 
 
-def _activations(config: Config, size: int) -> float:
-    """What the backward of one micro-batch keeps: each layer's inputs and products, and the logits.
-
-    A layer is counted as: its input twice (residual and norm), then M: q, k, v before and after the convolution,
-    lifted in float32, gates and the read; *: q, k, v and the output; -: both halves of SwiGLU and their product;
-    D, G: as M; R, L: the output gate's branch, and in float32 what each token's cell computes, gates and states.
-    With train.recompute only each layer's input stays, and one layer at a time is whole.
-    """
-    model, memory, tensor = config.model, config.memory, config.parallel.tensor
-    tokens = config.train.micro_batch * model.seq_length
-    width, gates = memory.heads * memory.head_dim, memory.heads * (3 + _gammas(config))
-    inside = {
-        "M": (2 * 4 * width * size + (5 * width + 2 * gates) * 4) / tensor,
-        "F": 5 * config.attention.heads * config.attention.head_dim * size / tensor,
-        "*": 5 * config.attention.heads * config.attention.head_dim * size / tensor,
-        "-": 3 * model.ffn_hidden_size * size / tensor,
-    }
-    recurrent, delta = config.recurrent.heads * config.recurrent.head_dim, config.delta.heads * config.delta.head_dim
-    inside["R"] = recurrent * (3 * size + 6 * 4) / tensor
-    inside["L"] = recurrent * (3 * size + 7 * 4) / tensor
-    inside["D"] = (2 * 4 * delta * size + (5 * delta + 2 * config.delta.heads) * 4) / tensor
-    inside["G"] = inside["D"] + 2 * config.delta.heads * 4 / tensor
-    inside["A"] = inside["M"] + inside["*"] + 2 * model.hidden_size * size
-    # C: the read besides, with its own keys and values.
-    inside["C"] = inside["A"] + (2 * width * 4 + 2 * config.attention.heads * config.attention.head_dim * size) / tensor
-    around = 2 * model.hidden_size * size / (tensor if config.parallel.sequence else 1)
-    # 1F1B: the first stage holds as many micro-batches as there are stages, each with one stage's layers.
-    layers = layers_of(config)
-    if config.train.recompute:
-        kept = len(layers) * around / 2 + max(inside[symbol] for symbol in layers) + around
-    else:
-        kept = sum(inside[symbol] + around for symbol in layers)
-    logits = (size + 4 + 4) * model.vocab_size / tensor
-    return tokens * (kept + logits)
+def _largest(held: Footprint) -> str:
+    name = max(vars(held), key=lambda field: getattr(held, field))
+    return f"{_NAMES[name].removesuffix(', about')}, {_bytes(getattr(held, name))}"
 
 
-def _gammas(config: Config) -> int:
-    return config.memory.window if config.memory.omega_gates == "pair" else 1
-
-
-def _memory_state(config: Config) -> float:
-    """Weights, momentum and anchor of each memory, kept at about sqrt(N) of a sequence's N chunks, in float32."""
-    model, memory = config.model, config.memory
-    value = memory.head_dim
-    matrices = value * value if memory.memory == "linear" else 2 * value * memory.expansion * value
-    stages = model.pattern.split("|")
-    borders = math.isqrt(model.seq_length // memory.chunk) + 1
-    ranks = (stages[rank :: config.parallel.pipeline] for rank in range(config.parallel.pipeline))
-    layers = max(sum(symbol in WITH_MEMORY for stage in own for symbol in stage) for own in ranks)
-    heads = memory.heads / config.parallel.tensor
-    return layers * borders * config.train.micro_batch * heads * 3 * matrices * 4
-
-
-def report(config: Config, world_size: int, *, bf16: bool) -> Table:
-    """Parameters, FLOPs, memory a device, batch and layout of a configuration."""
-    train, model, parallel = config.train, config.model, config.parallel
-    flops, memory = flops_per_token(config), footprint(config, world_size, bf16=bf16)
-    replicas = data_parallel_size(config, world_size)
-    tokens = train.global_batch * model.seq_length
-    table = Table("what", "value", title=f"dry run: {config.run.directory}")
+def _table(title: str) -> Table:
+    table = Table("what", "value", title=title)
     table.columns[1].justify = "right"
-    table.add_row("parameters", f"{num_params(config):,}")
-    counts = [(kind, model.pattern.count(symbol)) for symbol, kind in LAYERS.items()]
-    table.add_row("layers", ", ".join(f"{count} {kind}" for kind, count in counts if count))
-    table.add_row("forward FLOPs a token", f"{flops.forward:.3e}")
-    table.add_row("training FLOPs a token", f"{flops.training:.3e}")
-    table.add_row("of these, the memories' inner loop", f"{flops.inner:.3e}")
-    table.add_row("tokens a step", f"{tokens:,} ({train.global_batch} sequences of {model.seq_length:,})")
-    table.add_row("tokens of the run", f"{tokens * train.steps:,} in {train.steps:,} steps")
-    table.add_row("micro-batches a step", f"{train.global_batch // (train.micro_batch * replicas)}")
-    table.add_row("devices", f"{world_size}: tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {replicas}")
-    table.add_row("precision", "bfloat16, float32 master weights" if bf16 else "float32")
-    for name, size in (
-        ("parameters", memory.parameters),
-        ("gradients", memory.gradients),
-        ("optimizer", memory.optimizer),
-        ("activations, about", memory.activations),
-        ("memory states, about", memory.memory_state),
-        ("in all, about", memory.total),
-    ):
-        table.add_row(f"a device holds: {name}", f"{size / 2**30:.2f} GiB")
     return table
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**27 else f"{size / 2**20:,.2f} MiB"

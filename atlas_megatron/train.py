@@ -12,12 +12,14 @@ from rich.console import Console
 
 from atlas_megatron.config import Config, describe, load, to_toml
 from atlas_megatron.config_checks import validate
+from atlas_megatron.machine import Machine, in_nodes, is_machine_word
 
 EXAMPLES = """\
 examples:
   atlas-train configs/quickstart.toml
   atlas-train configs/quickstart.toml train.steps=50 run.directory=runs/short
   atlas-train configs/atlas-340m.toml --dry-run
+  atlas-train configs/atlas-340m.toml --dry-run world=64 memory=80GiB parallel.tensor=2 parallel.context=4
   torchrun --nproc-per-node 8 -m atlas_megatron.train configs/atlas-340m.toml parallel.tensor=2
 
 The same command again resumes from the newest whole checkpoint, or says that the run is done.
@@ -34,10 +36,12 @@ def main(words: Sequence[str] | None = None) -> int:
     0: done, or stopped by SIGTERM with a checkpoint. 1: NaN or inf. 2: a user's error. 3: another process ended.
     """
     arguments = _parser().parse_intermixed_args(words)
+    words = [word for word in arguments.overrides if arguments.dry_run and is_machine_word(word)]
     try:
-        config = load(arguments.config, arguments.overrides)
+        machine = Machine.of(words)
+        config = load(arguments.config, [word for word in arguments.overrides if word not in words])
         _quieten()
-        return _dry_run(config) if arguments.dry_run else _train(config)
+        return _dry_run(config, machine) if arguments.dry_run else _train(config)
     except ConnectionError as error:
         print(f"atlas-train: {error}", file=sys.stderr)
         return 3
@@ -61,24 +65,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", metavar="CONFIG.toml", help="what to train; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
-    parser.add_argument("--dry-run", action="store_true", help="print size, FLOPs, memory and layout; train nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print size, FLOPs, memory, communication and layout; train nothing. world=N: on N devices, memory=80GiB: "
+        "of this size, in nodes of parallel.devices_per_node (8)",
+    )
     return parser
 
 
 # Both import Megatron in their bodies: it takes seconds, which --help and a mistyped key should not cost.
 
 
-def _dry_run(config: Config) -> int:
-    from atlas_megatron.dry_run import report
+def _dry_run(config: Config, machine: Machine) -> int:
+    from atlas_megatron.dry_run import DryRun
     from atlas_megatron.model import parameter_dtype
-    from atlas_megatron.parallel import world
 
-    parallel = config.parallel
-    world_size = max(world.size(), parallel.tensor * parallel.pipeline * parallel.context)
+    config, world_size = in_nodes(config), machine.world_size(config)
     validate(config, world_size)
     print(to_toml(config))
     bf16 = parameter_dtype(config).itemsize == 2
-    Console(soft_wrap=True).print(report(config, world_size, bf16=bf16))
+    Console(soft_wrap=True).print(DryRun(config, world_size, machine.memory, bf16).report())
     return 0
 
 

@@ -125,7 +125,7 @@ def test_dry_run_needs_neither_data_nor_processes(root: Path, capsys: pytest.Cap
     words = ["parallel.tensor=2", "parallel.pipeline=2", "model.pattern=M-|*-", "data.train=nowhere"]
     assert main([str(root / "tiny.toml"), "--dry-run", *words]) == 0
     said = capsys.readouterr().out
-    for line in ("parameters", "training FLOPs a token", "4: tensor 2 x pipeline 2 x data 1", "in all, about"):
+    for line in ("parameters", "training FLOPs a token", "2 x 2 x 1 x 1", "in all, about"):
         assert line in said
     assert main([str(root / "tiny.toml"), "--dry-run", "parallel.tensor=3"]) == 2
 
