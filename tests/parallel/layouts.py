@@ -61,6 +61,11 @@ LAYOUTS = {
     "interleaved": Layout(2, ParallelConfig(pipeline=2, virtual=2), (1, 3, 4)),
     "uneven": Layout(2, ParallelConfig(pipeline=2), (1,)),
     "context": Layout(2, ParallelConfig(context=2)),
+    "context handoff": Layout(2, ParallelConfig(context=2, context_mode="handoff")),
+    "sequence x context": Layout(4, ParallelConfig(tensor=2, sequence=True, context=2, context_mode="handoff")),
+    "interleaved x context": Layout(
+        4, ParallelConfig(pipeline=2, virtual=2, context=2, context_mode="handoff"), (1, 3, 4)
+    ),
     "data x tensor x pipeline": Layout(8, ParallelConfig(tensor=2, pipeline=2), (3,)),
     "tensor x pipeline x context": Layout(8, ParallelConfig(tensor=2, pipeline=2, context=2), (3,)),
 }

@@ -125,6 +125,17 @@ def test_a_sequence_over_ranks_is_the_sequence(number: int, found: dict[int, lis
         assert (own[name] - gradient).norm() <= TOLERANCE * gradient.norm(), name
 
 
+def test_a_pass_that_is_recomputed_hands_on_twice() -> None:
+    config = models.small("M-A-*-R-")
+    config = replace(config, train=replace(config.train, recompute=True))
+    ((losses, gradients),) = processes.run(1, models.losses_and_gradients, [config])[0]
+    shared = models.spread(config, RANKS, "handoff", **SLICED)
+    ((same, own),) = processes.run(RANKS, models.losses_and_gradients, [shared])[0]
+    torch.testing.assert_close(same, losses, rtol=1e-6, atol=1e-6)
+    for name, gradient in gradients.items():
+        assert (own[name] - gradient).norm() <= TOLERANCE * gradient.norm(), name
+
+
 def test_a_stream_goes_on_over_ranks() -> None:
     """Pieces of a sequence, each spread over the ranks, with a state between them: logits and gradients."""
     configs = [
