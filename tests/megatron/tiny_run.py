@@ -101,21 +101,16 @@ def train(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 
 
 def train_in(size: int, config: Path, runs: list[list[str]]) -> None:
-    """Train with each list of overrides, one after the other, in the same `size` processes."""
-    seconds = 60.0 * (1 + len(runs))  # the processes answer once, at the end
-    processes.run(size, _process, size, config, runs, processes.free_port(), seconds=seconds)
+    """Train with each list of overrides in `size` processes, one run after the other."""
+    # Processes of its own for each: gloo's threads stay where a world is left.
+    for overrides in runs:
+        processes.run(size, _process, [str(config), *overrides])
 
 
-def _process(rank: int, size: int, config: Path, runs: list[list[str]], port: int) -> None:
+def _process(rank: int, words: list[str]) -> None:
     from atlas_megatron.train import main
 
-    # A run leaves its world behind it: the next one's port, free when the first process asks, goes through this store.
-    store = torch.distributed.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
-    for number, overrides in enumerate(runs):
-        if rank == 0:
-            store.set(f"port {number}", str(processes.free_port()))
-        os.environ["MASTER_PORT"] = store.get(f"port {number}").decode()
-        assert main([str(config), *overrides]) == 0
+    assert main(words) == 0
 
 
 def losses(run: Path) -> list[float]:
