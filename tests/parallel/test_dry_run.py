@@ -21,6 +21,7 @@ from atlas_megatron.config import (
     TrainConfig,
 )
 from atlas_megatron.footprint import parameters_at
+from atlas_megatron.presets import PRESETS
 
 # What the closed forms leave out: the padding of buffers, and scalars.
 LEFT_OUT = 0.05
@@ -46,6 +47,7 @@ def context(ranks: int, mode: str, **keys: Any) -> dict[str, Any]:
 
 
 INTERLEAVED = {"pipeline": 2, "virtual": 2}
+HALF = {"precision": "bfloat16"}
 NODES = {"devices_per_node": 2}
 # By name: processes, and what is trained on them.
 CASES: dict[str, tuple[int, Config]] = {
@@ -60,6 +62,8 @@ CASES: dict[str, tuple[int, Config]] = {
     "heads": (2, case("M-*-A-D-G-F-", parallel=context(2, "heads"))),
     "heads, packed": (2, case("M-*-", data={"packed": True}, parallel=context(2, "heads"))),
     "handed on": (2, case("M-*-A-D-G-F-", parallel=context(2, "handoff"))),
+    "handed on, packed": (2, case("M-*-D-R-", data={"packed": True}, parallel=context(2, "handoff"))),
+    "heads of a growing cache": (2, case("M-", memory=PRESETS["dot"], parallel=context(2, "heads"))),
     "handed on, other layers": (2, case("R-L-C-", parallel=context(2, "handoff"))),
     "handed on, recomputed": (2, case(train={"recompute": True}, parallel=context(2, "handoff"))),
     "inside a chunk": (2, case("M-", model={"seq_length": 40}, parallel=context(2, "handoff"))),
@@ -68,6 +72,11 @@ CASES: dict[str, tuple[int, Config]] = {
         case("M-", memory={"momentum": False, "ns_steps": 0, "ns_period": 1, "omega_gates": "source"},
              parallel=context(2, "handoff")),
     ),  # fmt: skip
+    "bfloat16, tensor": (2, case("M-*-D-", parallel={"tensor": 2}, train=HALF)),
+    "bfloat16, sequence": (2, case(parallel={"tensor": 2, "sequence": True}, train=HALF)),
+    "bfloat16, pipeline": (2, case("M-*|-", parallel={"pipeline": 2}, train=HALF)),
+    "bfloat16, heads": (2, case("M-*-A-G-", parallel=context(2, "heads"), train=HALF)),
+    "bfloat16, handed on": (2, case("M-A-D-R-C-", parallel=context(2, "handoff"), train=HALF)),
     "heads and handed on": (4, case("M-*-", parallel=context(4, "heads+handoff", **NODES))),
     "handed on to three": (4, case("M-*-F-", parallel=context(4, "handoff"))),
     "tensor, pipeline, context": (8, case("M-|*-", parallel={"tensor": 2, "pipeline": 2, **context(2, "heads")})),
@@ -95,7 +104,7 @@ def test_parameters_are_those_of_built_models(name: str, found: dict[str, list[t
 def test_bytes_are_those_sent(name: str, found: dict[str, list[traffic.Counted]]) -> None:
     size, config = CASES[name]
     for rank in found[name]:
-        told = bytes_sent(config, size, rank.place, bf16=False)
+        told = bytes_sent(config, size, rank.place, bf16=config.train.precision == "bfloat16")
         counted = dict(rank.sent)
         assert counted.pop(traffic.OTHER, 0.0) <= LEFT_OUT * sum(counted.values())
         assert told.keys() == counted.keys()

@@ -65,7 +65,7 @@ class Counted:
 
 
 def steps(rank: int, cases: list[Config]) -> list[Counted]:
-    """What this rank has sent in one step of each case, in float32."""
+    """What this rank has sent in one step of each case."""
     return [_step(config) for config in cases]
 
 
