@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 import json
+import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -53,7 +55,8 @@ class ModelConfig:
     """The stack around the mixers (Llama-style: pre-RMSNorm, SwiGLU)."""
 
     # One symbol a layer: M memory, * sliding-window attention, F full attention, A memory as a gate of sliding-window
-    # attention (MAG), C memory as a context of attention (MAC), - SwiGLU MLP; | pipeline cut. M-*- is MAL.
+    # attention (MAG), C memory as a context of attention (MAC), - SwiGLU MLP; | pipeline cut (without any, the blocks
+    # are dealt out evenly). M-*- is MAL.
     # Baselines: R GRU, L LSTM, D DeltaNet, G Gated DeltaNet; F-F- is a Transformer++.
     pattern: str = "M-M-*-M-"
     hidden_size: int = 256
@@ -262,7 +265,21 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ValueError(f"{word!r} is not an override; write section.key=value, for example train.steps=100")
         _check_key(section, key)
         tables.setdefault(section, {})[key] = _parse_word(value, _types(section)[key])
-    return _from_tables(tables)
+    config = _from_tables(tables)
+    pattern = cut_evenly(config.model.pattern, config.parallel.pipeline * config.parallel.virtual)
+    return replace(config, model=replace(config.model, pattern=pattern))
+
+
+def cut_evenly(pattern: str, stages: int) -> str:
+    """The pattern with cuts into so many pipeline stages of about as many blocks each, unless it has cuts of its own.
+
+    A block is a mixer with the MLP behind it. A pattern of fewer blocks than stages stays as it is.
+    """
+    blocks = re.findall("[^-]-?|-", pattern)
+    if "|" in pattern or not 1 < stages <= len(blocks):
+        return pattern
+    ends = [round(len(blocks) * stage / stages) for stage in range(stages + 1)]
+    return "|".join("".join(blocks[a:b]) for a, b in itertools.pairwise(ends))
 
 
 def _preset(name: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from atlas_megatron.config import Config, describe, load, model_differences, to_toml
+from atlas_megatron.config import Config, cut_evenly, describe, load, model_differences, to_toml
 from atlas_megatron.config_checks import validate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -100,7 +100,7 @@ def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
         (["parallel.sequence=true"], 1, "parallel.sequence=true with parallel.tensor=1"),
         (["parallel.tensor=3"], 4, "start a multiple of 3 processes"),
         (["parallel.tensor=8"], 8, "memory.heads=4 does not divide by parallel.tensor=8"),
-        (["parallel.pipeline=2"], 2, "put 1 cuts"),
+        (["parallel.pipeline=2", "model.pattern=M-"], 2, "put 1 cuts"),
         (["parallel.virtual=2"], 1, "where nothing is to be interleaved"),
         (["parallel.pipeline=2", "parallel.virtual=2", "model.pattern=M-|*-"], 2, "x virtual=2 = 4; put 3 cuts"),
         (
@@ -153,3 +153,21 @@ def test_the_quickstart_is_the_whole_model() -> None:
     assert (memory.memory, memory.norm, memory.window, memory.omega_gates) == ("mlp", "layer", 16, "pair")
     assert (memory.momentum, memory.ns_steps, memory.feature_map, memory.degree) == (True, 5, "hadamard", 2)
     assert config.model.pattern.count("*") == 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "stages", "cut"),
+    [
+        ("M-*-M-A-", 2, "M-*-|M-A-"),
+        ("M-*-M-", 2, "M-*-|M-"),
+        ("M-M-M-M-M-", 3, "M-M-|M-|M-M-"),
+        ("MM*-", 3, "M|M|*-"),
+        ("M-|*-M-", 2, "M-|*-M-"),
+        ("M-", 2, "M-"),
+        ("M-M-", 1, "M-M-"),
+    ],
+)
+def test_a_pattern_without_cuts_is_cut_evenly(empty: Path, pattern: str, stages: int, cut: str) -> None:
+    assert cut_evenly(pattern, stages) == cut
+    config = load(empty, [f"model.pattern={pattern}", f"parallel.pipeline={stages}"])
+    assert config.model.pattern == cut

@@ -29,7 +29,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_thousand_devices_on_one_processor(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(LARGE), "--dry-run", *SCALE, CUTS, "world=1024"]) == 0
+    assert main([str(LARGE), "--dry-run", *SCALE, "world=1024"]) == 0
     said = capsys.readouterr().out
     # The eight devices of a node are a tensor-parallel group: heads are not exchanged between nodes.
     assert "devices_per_node = 8" in said
@@ -47,7 +47,7 @@ def test_a_thousand_devices_on_one_processor(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([*SCALE, "world=1024"], "put 3 cuts '|' between its layers: 3 are missing"),
+        ([*SCALE, "model.pattern=M-|M-M-", "world=1024"], "put 3 cuts '|' between its layers: 2 are missing"),
         ([*SCALE, CUTS, "world=1000"], "a world of 1000 does not divide into"),
         ([CUTS], "put 0 cuts '|' between its layers: 3 are too many"),
         (["wrld=8"], "'wrld=8' is neither an override nor a word of a dry run"),
