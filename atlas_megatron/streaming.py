@@ -15,7 +15,8 @@ class StreamContext:
     """One state for each layer that has one, by layer number; passed to the model as `inference_context`.
 
     forward(a, context), then forward(b, context), gives what forward(a + b) gives, at any cut. A fresh context
-    begins a sequence. Nothing is detached: without no_grad, gradients flow back over the cuts.
+    begins a sequence. Nothing is detached: without no_grad, gradients flow back over the cuts. Under context
+    parallelism a and b are this rank's shards of them, and the states stay in that layout.
     """
 
     def __init__(self) -> None:
@@ -35,11 +36,12 @@ def read(model: HybridModel, tokens: Tensor, context: StreamContext) -> Tensor:
 
     Raises ValueError for a model whose tokens or layers are spread over ranks.
     """
-    if model.config.sequence_parallel or model.config.pipeline_model_parallel_size > 1:
+    config = model.config
+    if config.sequence_parallel or config.pipeline_model_parallel_size > 1 or config.context_parallel_size > 1:
         raise ValueError(
-            f"a stream was given to a model with parallel.sequence={str(model.config.sequence_parallel).lower()}, "
-            f"parallel.pipeline={model.config.pipeline_model_parallel_size}; load its checkpoint with "
-            "parallel.sequence=false and parallel.pipeline=1"
+            f"a stream was given to a model with parallel.sequence={str(config.sequence_parallel).lower()}, "
+            f"pipeline={config.pipeline_model_parallel_size}, context={config.context_parallel_size}; load its "
+            "checkpoint with parallel.sequence=false, pipeline=1 and context=1"
         )
     # Layers count positions themselves; core's embedding takes none.
     return model(tokens, None, None, inference_context=context, runtime_gather_output=True)
