@@ -29,7 +29,9 @@ def quick(name: str, out: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["capacity", "mqar", "mad"])
+@pytest.mark.parametrize(
+    "name", ["capacity", "mqar", "mad", pytest.param("context_parallel", marks=pytest.mark.parallel)]
+)
 def test_quick_run_leaves_results_and_a_second_one_leaves_them_alone(name: str, tmp_path: Path) -> None:
     printed = quick(name, tmp_path)
     stored = (tmp_path / f"{name}.json").read_text()

@@ -14,14 +14,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from matplotlib import pyplot
 
 import record
+from atlas_megatron.config import load
 from atlas_megatron.metrics import read
 
 BASE = record.ROOT / "configs" / "quickstart.toml"
-RUNS = record.ROOT / "runs" / "experiments" / "layouts"
+RUNS = record.ROOT / "runs" / "experiments" / "layout_curves"
 PRESETS = ("atlas", "omeganet")
 # Processes, and what is changed.
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -40,20 +42,20 @@ STEPS, QUICK_STEPS = 60, 2
 QUICK = ("one process", "context 2, handoff")
 
 
-def trained(layout: str, preset: str, steps: int, more: Sequence[str]) -> record.Cell:
+def trained(layout: str, preset: str, steps: int) -> record.Cell:
     """The loss and the gradient norm of every step."""
     processes, changes = LAYOUTS[layout]
     directory = RUNS / f"{layout} {preset}".replace(",", "").replace(" ", "_")
     shutil.rmtree(directory, ignore_errors=True)
     words = [f"run.directory={directory}", f"memory.preset={preset}", f"train.steps={steps}", "train.warmup_steps=1"]
     words += ["train.validate_every=0", f"checkpoint.every={steps}", "log.tensorboard=false", "train.micro_batch=1"]
-    words += ["train.stats_every=1000000", *changes, *more]
+    words += ["train.stats_every=1000000", *changes]
     if preset == "atlas":
-        words += ["memory.ns_period=64"]
+        words += [f"memory.ns_period={load(BASE).memory.ns_period}"]  # which the preset would set
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
         [*launch, "-m", "atlas_megatron.train", str(BASE), *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=record.ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
         raise ValueError(f"{layout}, {preset} did not train to its end: {done.stderr.strip().splitlines()[-1]}")
@@ -106,22 +108,21 @@ def describe(results: record.Record, layouts: Sequence[str], steps: int) -> None
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    asked = record.options("layouts", __doc__, words)
+    asked = record.options("layout_curves", __doc__, words)
     layouts, steps = (QUICK, QUICK_STEPS) if asked.quick else (tuple(LAYOUTS), STEPS)
-    more = ["model.seq_length=128", "attention.window=64"] if asked.quick else []
 
     def experiment() -> None:
         chosen = {name: LAYOUTS[name] for name in layouts}
-        results = record.Record("layouts", asked, {"steps": steps, "layouts": chosen, "changes": more})
-        if not (record.ROOT / "data" / "quickstart" / "train.bin").is_file():
-            raise ValueError("data/quickstart holds no corpus; run make quickstart first")
+        results = record.Record("layout_curves", asked, {"steps": steps, "layouts": chosen})
+        if not Path(f"{load(BASE).data.train[0]}.bin").is_file():
+            raise ValueError(f"{load(BASE).data.train[0]} holds no corpus; run make quickstart first")
         for preset in PRESETS:
             for layout in layouts:
-                results.cell(f"{layout}, {preset}", partial(trained, layout, preset, steps, more))
+                results.cell(f"{layout}, {preset}", partial(trained, layout, preset, steps))
         draw(results, layouts)
         describe(results, layouts, steps)
 
-    return record.run("layouts", experiment)
+    return record.run("layout_curves", experiment)
 
 
 if __name__ == "__main__":
