@@ -2,9 +2,9 @@
 
 Three exchanges, each differentiable: the last tokens of the shards to the left (`Chain.before`), a state from the left
 neighbour and on to the right one (`Chain.receive`, `Chain.pass_on`), and sequence shards against shards of the heads
-(`to_heads`, `to_sequence`). In the forward everything flows to the right and nothing is waited for on the left, so the
-first rank may run ahead by whole layers; in the backward gradients flow to the left. A group of None is this process
-alone: every exchange is then the identity.
+(`to_heads`, `to_sequence`). In the forward all but the last flow to the right and nothing is waited for on the left, so
+that the first rank may run ahead by whole layers; in the backward gradients flow to the left. A group of None is this
+process alone: every exchange is then the identity.
 
 Every rank must make the same calls in the same order. Dims: B batch, t tokens of a shard, H heads, N ranks.
 """

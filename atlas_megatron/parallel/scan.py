@@ -60,10 +60,6 @@ class Shards:
         near, far = groups.hcp
         return Shards(Chain(groups.cp), near, Chain(far), slices or 2 * far.size())
 
-    def position(self, first: int, tokens: int) -> int:
-        """Of this rank's first token, where the sequence goes on at `first` and each rank has `tokens` tokens."""
-        return first + self.tokens.rank * tokens
-
     def scan(
         self, memory: Memory, tokens: tuple[Tensor, ...], state: Any, positions: Tensor | None, *, sliced: bool
     ) -> tuple[Tensor, Any]:
