@@ -12,6 +12,7 @@ setup(
     package_dir={"atlas_kernels": "kernels/atlas_kernels"},
     packages=find_packages(include=["atlas_megatron", "atlas_megatron.*"]) + find_packages("kernels"),
     install_requires=[
+        "einops",  # Megatron-Core forms the two levels of context-parallel groups with it, without declaring it
         "matplotlib",
         "megatron-core==0.19.2",
         "numpy",
