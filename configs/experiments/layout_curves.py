@@ -38,7 +38,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
         ("parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2", "model.pattern=M-*|-M-"),
     ),
 }
-STEPS, QUICK_STEPS = 60, 2
+STEPS, QUICK_STEPS = 40, 2
 QUICK = ("one process", "context 2, handoff")
 
 
