@@ -1,17 +1,26 @@
 """Multi-query associative recall: accuracy against the size of the state, for each sequence mixer.
 
-The protocol of zoology (Arora et al. 2023, arXiv 2312.04927) on sequences that a CPU can train on: vocabulary 8192,
-key value pairs, then every key once more after a gap drawn from a power law; the loss and the accuracy are at those
-queries alone. Two layers of the mixer, 64 wide, without MLPs, tied embeddings. One training run mixes the numbers of
-pairs, each is measured apart. The state of a mixer is what it carries past a token: see state_floats in training.py.
+After zoology (Arora et al. 2023, arXiv 2312.04927): key value pairs, then every key once more after a gap drawn from a
+power law; the loss and the accuracy are at those queries alone, every sequence is fresh. Two layers of the mixer, 64
+wide, without MLPs, tied embeddings. One training run mixes the numbers of pairs, each is measured apart. The state of
+a mixer is what it carries past a token: see state_floats in training.py.
+
+So that a CPU core trains all mixers within half an hour, it is a small task. Zoology has a vocabulary of 8192, 100,000
+and more sequences of 64 to 512 tokens over 64 epochs, learned positions (here rotary ones, in attention alone), and
+the best of four learning rates at full length. Here: a small vocabulary, since with 8192 every mixer is still at
+chance after as many steps; four tokens for each pair, so that a short sequence is dense in queries; sequences of one
+pair and up, which bring the recurrent mixers off the start; a learning rate for each mixer from short runs; about a
+million tokens. So it shows what is learned soon, and what a state of that size holds where accuracy has come near one.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import inf
+from statistics import mean
 
 from matplotlib import pyplot
 
@@ -23,59 +32,103 @@ from training import Schedule
 
 @dataclass(frozen=True)
 class Grid:
-    """What is trained: sizes a mixer (head size of a memory, window of attention, 0 where it has none)."""
+    """What is trained: sizes a mixer (head size of a memory, window of attention, 0 where it has none).
+
+    lengths: tokens of the sequences with so many pairs. schedule.batch: sequences of the longest; of shorter ones as
+    many as have the same tokens. A mixer's learning rate is that of `rates` with the lowest loss after `pilot` steps.
+    """
 
     sizes: dict[str, tuple[int, ...]]
-    pairs: tuple[int, ...]
-    tokens: int
+    lengths: dict[int, int]
+    measured: tuple[int, ...]  # numbers of pairs, of those in `lengths`
     vocabulary: int
     schedule: Schedule
+    rates: tuple[float, ...]
+    pilot: int
     seeds: tuple[int, ...] = (0,)
+
+    @property
+    def tokens(self) -> int:
+        return max(self.lengths.values())
+
+    def task(self, generate: Callable[[int, int], Batch]) -> Task:
+        return Task(generate, self.vocabulary, self.tokens)
 
 
 FULL = Grid(
     sizes={
-        "atlas": (8, 16),
-        "omeganet": (8, 16),
-        "titans": (8, 16),
-        "delta": (8, 16, 32),
-        "gated delta": (8, 16, 32),
-        "sliding window": (8, 32),
         "attention": (0,),
+        "sliding window": (8, 32),
+        "gated delta": (8, 32),
+        "delta": (8, 32),
+        "titans": (8, 16),
+        "omeganet": (8, 16),
+        "atlas": (8, 16),
     },
-    pairs=(4, 8, 16),
-    tokens=64,
-    vocabulary=8192,
-    schedule=Schedule(steps=1500, batch=32, lr=1e-2, warmup=50),
+    lengths={1: 4, 2: 8, 4: 16, 8: 32, 16: 64},
+    measured=(4, 8, 16),
+    vocabulary=256,
+    schedule=Schedule(steps=1000, batch=16, lr=0.0, warmup=50),
+    rates=(1e-2, 2e-2, 4e-2),
+    pilot=200,
 )
 QUICK = Grid(
     sizes={"atlas": (8,), "delta": (8,), "gated delta": (8,), "sliding window": (8,), "attention": (0,)},
-    pairs=(2, 4),
-    tokens=32,
+    lengths={1: 8, 2: 16, 4: 32},
+    measured=(2, 4),
     vocabulary=128,
-    schedule=Schedule(steps=12, batch=8, lr=5e-3, warmup=3, evaluated=2),
+    schedule=Schedule(steps=12, batch=8, lr=0.0, warmup=3, evaluated=2),
+    rates=(5e-3, 1e-2),
+    pilot=4,
 )
+
+
+def sequences(seed: int, count: int, grid: Grid, pairs: int) -> Batch:
+    """Sequences with so many pairs: the tokens of `count` of the longest."""
+    tokens = grid.lengths[pairs]
+    return mqar(seed, count * grid.tokens // tokens, tokens, pairs, grid.vocabulary)
 
 
 def mixed(seed: int, count: int, grid: Grid) -> Batch:
     """Batches with each number of pairs in turn."""
-    return mqar(seed, count, grid.tokens, grid.pairs[seed % len(grid.pairs)], grid.vocabulary)
+    return sequences(seed, count, grid, list(grid.lengths)[seed % len(grid.lengths)])
 
 
-def measure(grid: Grid, mixer: str, size: int, seed: int) -> record.Cell:
+def measure(grid: Grid, mixer: str, size: int, seed: int, schedule: Schedule) -> record.Cell:
     config = training.config_of(mixer, size, grid.tokens, grid.vocabulary, mlp=False)
-    task = Task(partial(mixed, grid=grid), grid.vocabulary, grid.tokens)
-    measured = {
-        str(pairs): Task(
-            partial(mqar, tokens=grid.tokens, pairs=pairs, vocabulary=grid.vocabulary), grid.vocabulary, grid.tokens
-        )
-        for pairs in grid.pairs
-    }
-    return training.train_and_measure(config, task, grid.schedule, seed, measured)
+    measured = {str(pairs): grid.task(partial(sequences, grid=grid, pairs=pairs)) for pairs in grid.measured}
+    return training.train_and_measure(config, grid.task(partial(mixed, grid=grid)), schedule, seed, measured)
 
 
 def cell_name(mixer: str, size: int, seed: int) -> str:
     return f"{mixer}, {f'size {size}, ' if size else ''}seed {seed}"
+
+
+def pilot_name(mixer: str, rate: float) -> str:
+    return f"{mixer}, pilot of rate {rate:g}"
+
+
+def pilot_loss(results: record.Record, mixer: str, rate: float) -> float:
+    """Mean over the numbers of pairs; infinite where training diverged."""
+    losses = [scores["loss"] for scores in results.cells[pilot_name(mixer, rate)]["measured"].values()]
+    return inf if None in losses else mean(losses)
+
+
+def best_rate(results: record.Record, grid: Grid, mixer: str) -> float:
+    return min(grid.rates, key=lambda rate: pilot_loss(results, mixer, rate))
+
+
+def train_all(results: record.Record, grid: Grid) -> None:
+    """The pilots of each mixer at its first size, from a seed of their own; then its sizes at the best rate."""
+    for mixer, sizes in grid.sizes.items():
+        for rate in grid.rates:
+            schedule = replace(grid.schedule, steps=grid.pilot, lr=rate)
+            found = partial(measure, grid, mixer, sizes[0], max(grid.seeds) + 1, schedule)
+            results.cell(pilot_name(mixer, rate), found)
+        schedule = replace(grid.schedule, lr=best_rate(results, grid, mixer))
+        for size in sizes:
+            for seed in grid.seeds:
+                results.cell(cell_name(mixer, size, seed), partial(measure, grid, mixer, size, seed, schedule))
 
 
 def accuracies(results: record.Record, grid: Grid, mixer: str, size: int, pairs: int) -> list[float]:
@@ -92,9 +145,9 @@ def floats(results: record.Record, grid: Grid, mixer: str, size: int) -> int:
 def draw(results: record.Record, grid: Grid) -> None:
     with pyplot.style.context(record.STYLE):
         figure, panels = pyplot.subplots(
-            1, len(grid.pairs), figsize=(4 * len(grid.pairs), 4), sharey=True, squeeze=False, layout="constrained"
+            1, len(grid.measured), figsize=(4 * len(grid.measured), 4), sharey=True, squeeze=False, layout="constrained"
         )
-        for axes, pairs in zip(panels[0], grid.pairs, strict=True):
+        for axes, pairs in zip(panels[0], grid.measured, strict=True):
             for place, (mixer, sizes) in enumerate(grid.sizes.items()):
                 points = [
                     (floats(results, grid, mixer, size), accuracy)
@@ -107,30 +160,39 @@ def draw(results: record.Record, grid: Grid) -> None:
             axes.set_xscale("log", base=2)
             axes.set_ylim(-0.02, 1.02)
             axes.set_xlabel("state (numbers, all layers)")
-            axes.set_title(f"{pairs} pairs", fontsize="medium")
+            axes.set_title(f"{pairs} pairs in {grid.lengths[pairs]} tokens", fontsize="medium")
         panels[0][0].set_ylabel("accuracy (dotted: any value of the context)")
-        panels[0][-1].legend()
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper")
         results.save_figure(figure)
 
 
-def describe(results: record.Record, grid: Grid) -> None:
+def describe(results: record.Record, grid: Grid, observed: Sequence[str]) -> None:
     said = []
     for mixer, sizes in grid.sizes.items():
         for size in sizes:
             state = floats(results, grid, mixer, size)
-            scores = [accuracies(results, grid, mixer, size, pairs) for pairs in grid.pairs]
-            shown = [f"{100 * sum(s) / len(s):.1f}" if s else "diverged" for s in scores]
+            scores = [accuracies(results, grid, mixer, size, pairs) for pairs in grid.measured]
+            shown = [f"{100 * mean(score):.1f}" if score else "diverged" for score in scores]
             said.append(f"{mixer}{f' {size}' if size else ''} ({state:,} numbers): {', '.join(shown)}")
-    chance = ", ".join(f"{100 / pairs:.1f}" for pairs in grid.pairs)
+    chance = ", ".join(f"{100 / pairs:.1f}" for pairs in grid.measured)
     schedule = grid.schedule
+    rates = ", ".join(f"{mixer} {best_rate(results, grid, mixer):g}" for mixer in grid.sizes)
     results.write_text(
         "Multi-query associative recall",
         [
-            f"Accuracy in percent at {', '.join(map(str, grid.pairs))} pairs ({chance} by naming any value of the "
-            f"context) after {schedule.steps} steps of {schedule.batch} sequences of {grid.tokens} tokens, vocabulary "
-            f"{grid.vocabulary}. {'; '.join(said)}."
+            f"Accuracy in percent at {', '.join(map(str, grid.measured))} pairs ({chance} by naming any value of the "
+            f"context) after {schedule.steps} steps of {schedule.batch * grid.tokens:,} tokens, sequences of "
+            f"{', '.join(str(grid.lengths[pairs]) for pairs in grid.measured)} tokens, vocabulary {grid.vocabulary}, "
+            f"{len(grid.seeds)} seed{'s' * (len(grid.seeds) > 1)}. {'; '.join(said)}.",
+            f"Learning rates, of {', '.join(f'{rate:g}' for rate in grid.rates)} the best after {grid.pilot} steps: "
+            f"{rates}.",
+            *observed,
         ],
     )
+
+
+# Of the full grid; the numbers behind it are in the JSON.
+OBSERVED: tuple[str, ...] = ()
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -139,12 +201,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
     def experiment() -> None:
         results = record.Record("mqar", asked, {**asdict(grid), **training.SETTINGS})
-        for mixer, sizes in grid.sizes.items():
-            for size in sizes:
-                for seed in grid.seeds:
-                    results.cell(cell_name(mixer, size, seed), partial(measure, grid, mixer, size, seed))
+        train_all(results, grid)
         draw(results, grid)
-        describe(results, grid)
+        describe(results, grid, () if asked.quick else OBSERVED)
 
     return record.run("mqar", experiment)
 

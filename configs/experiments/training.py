@@ -24,8 +24,15 @@ HIDDEN = 64
 FEED_FORWARD = 128
 LAYERS = 2
 HEADS = 2  # of a memory; attention divides HIDDEN among as many
-INIT_STD = HIDDEN**-0.5  # linears of 64 inputs keep their scale; embeddings have length 1
+INIT_STD = HIDDEN**-0.5  # linears of 64 inputs keep their scale
+# Zoology's. Output layers are tied: longer embeddings begin by answering every token with itself.
+EMBEDDING_STD = 0.02
 WINDOW, CHUNK = 8, 16  # of the memories that have them
+# Tokens between orthogonalised writes. A memory that wrote once a chunk could not recall what the chunk holds; the
+# first place where 2 can be late is the second token of a pair, and pairs of two tokens end where a write is.
+NS_PERIOD = 2
+# Steps start ten times larger than the default and are bounded as much higher: at that one they end up at the bound.
+ETA_SUM = 1.0
 GATE_RANK = 8
 # What each mixer is: a symbol of `model.pattern` and the memory's preset.
 SYMBOLS = {
@@ -46,7 +53,8 @@ FINAL_LR = 0.1  # of the peak
 # What a result depends on and its grid does not say.
 SETTINGS = {
     "hidden": HIDDEN, "feed_forward": FEED_FORWARD, "layers": LAYERS, "heads": HEADS, "window": WINDOW, "chunk": CHUNK,
-    "gate_rank": GATE_RANK, "init_std": INIT_STD, "betas": BETAS, "clip": CLIP,
+    "gate_rank": GATE_RANK, "ns_period": NS_PERIOD, "eta_sum": ETA_SUM, "init_std": INIT_STD,
+    "embedding_std": EMBEDDING_STD, "betas": BETAS, "clip": CLIP,
 }  # fmt: skip
 NOTHING: dict[str, float | None] = {"accuracy": None, "loss": None}
 
@@ -97,8 +105,8 @@ def _memory(preset: str, size: int) -> MemoryConfig:
         return MemoryConfig()
     memory = replace(MemoryConfig(), preset=preset, heads=HEADS, head_dim=size, gate_rank=GATE_RANK, **PRESETS[preset])
     # Short sequences: several chunks, and windows shorter than one.
-    memory = replace(memory, chunk=min(memory.chunk, CHUNK), window=min(memory.window, WINDOW))
-    return replace(memory, ns_period=memory.chunk) if memory.ns_steps else memory
+    memory = replace(memory, chunk=min(memory.chunk, CHUNK), window=min(memory.window, WINDOW), eta_sum=ETA_SUM)
+    return replace(memory, ns_period=NS_PERIOD) if memory.ns_steps else memory
 
 
 def state_floats(config: Config) -> int:
@@ -130,6 +138,7 @@ class Asked(nn.Module):
     def __init__(self, config: Config, task: Task) -> None:
         super().__init__()
         self.model = build_model(config)
+        nn.init.normal_(self.model.embedding.word_embeddings.weight, std=EMBEDDING_STD)
         self.asked: Tensor | None = None
         self.spread: nn.Module | None = None
         if task.decoded:
