@@ -40,25 +40,25 @@ class Grid:
 
 FULL = Grid(
     sizes={
-        "atlas": 16,
-        "omeganet": 16,
-        "titans": 16,
-        "delta": 16,
-        "gated delta": 16,
-        "sliding window": 16,
         "attention": 0,
+        "sliding window": 16,
+        "gated delta": 16,
+        "delta": 16,
+        "titans": 8,
+        "omeganet": 8,
+        "atlas": 8,
     },
     tokens=64,
     short=32,
     copied=8,
-    schedule=Schedule(steps=400, batch=32, lr=3e-3, warmup=40),
+    schedule=Schedule(steps=400, batch=16, lr=1e-2, warmup=40, evaluated=16),
 )
 QUICK = Grid(
-    sizes={"atlas": 8, "delta": 8, "attention": 0},
+    sizes={"attention": 0, "delta": 8, "atlas": 8},
     tokens=32,
     short=16,
     copied=4,
-    schedule=Schedule(steps=6, batch=8, lr=3e-3, warmup=2, evaluated=2),
+    schedule=Schedule(steps=6, batch=8, lr=1e-2, warmup=2, evaluated=2),
 )
 
 
