@@ -5,13 +5,14 @@ power law; the loss and the accuracy are at those queries alone, every sequence 
 wide, without MLPs, tied embeddings. One training run mixes the numbers of pairs, each is measured apart. The state of
 a mixer is what it carries past a token: see state_floats in training.py.
 
-So that a CPU core trains all mixers, it is a small task. Zoology has a vocabulary of 8192, 100,000 and more sequences
-of 64 to 512 tokens over 64 epochs, and the best of four learning rates at full length. Here: a vocabulary of 256 (with
+So that a CPU core trains all mixers in 40 minutes, it is a small task. Zoology has a vocabulary of 8192, 100,000 and
+more sequences of 64 to 512 tokens over 64 epochs, and the best of four learning rates. Here: a vocabulary of 256 (with
 8192, atlas, omeganet and titans answered 1 % or less after 600 steps); four tokens for each pair, so that a sequence
-is dense in queries; sequences of one pair and up, which bring the recurrent mixers off the start sooner; a learning
-rate for each mixer from short runs; about a million tokens. Attention, full and sliding, has rotary positions and no
-short convolution, which the others have: it has to learn to look one token back, and gets three times the steps. So
-this shows what is learned soon; it bounds what a state can hold from below alone.
+is dense in queries; sequences of one pair and up, which bring the recurrent mixers off the start sooner; the better of
+two learning rates at full length (short pilots mislead: the higher rate leads early and stalls); about a million
+tokens. Attention, full and sliding, has rotary positions and no short convolution, which the others have: it has to
+learn to look one token back, and gets three times the steps. So this shows what is learned soon, and bounds from below
+alone what a state can hold.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from math import inf
+from itertools import product
 from statistics import mean
 
 from matplotlib import pyplot
@@ -36,7 +37,7 @@ class Grid:
     """What is trained: sizes a mixer (head size of a memory, window of attention, 0 where it has none).
 
     lengths: tokens of the sequences with so many pairs. schedule.batch: sequences of the longest; of shorter ones as
-    many as have the same tokens. A mixer's learning rate is that of `rates` with the lowest loss after `pilot` steps.
+    many as have the same tokens. Every cell is trained at each of the `rates`, and the best of them is what counts.
     longer: how many times the schedule's steps a mixer takes, where not once.
     """
 
@@ -46,7 +47,6 @@ class Grid:
     vocabulary: int
     schedule: Schedule
     rates: tuple[float, ...]
-    pilot: int
     longer: dict[str, int]
     seeds: tuple[int, ...] = (0,)
 
@@ -66,14 +66,13 @@ FULL = Grid(
         "delta": (8, 32),
         "titans": (8, 16),
         "omeganet": (8, 16),
-        "atlas": (4, 8),
+        "atlas": (8, 16),
     },
     lengths={1: 4, 2: 8, 4: 16, 8: 32, 16: 64},
     shown=(4, 8, 16),
     vocabulary=256,
     schedule=Schedule(steps=1000, batch=16, lr=0.0, warmup=50),
-    rates=(1e-2, 2e-2, 4e-2),
-    pilot=200,
+    rates=(1e-2, 2e-2),
     longer={"attention": 3, "sliding window": 3},
 )
 QUICK = Grid(
@@ -83,7 +82,6 @@ QUICK = Grid(
     vocabulary=128,
     schedule=Schedule(steps=12, batch=8, lr=0.0, warmup=3, evaluated=2),
     rates=(5e-3, 1e-2),
-    pilot=4,
     longer={"attention": 2},
 )
 
@@ -105,47 +103,35 @@ def measure(grid: Grid, mixer: str, size: int, seed: int, schedule: Schedule) ->
     return training.train_and_measure(config, grid.task(partial(mixed, grid=grid)), schedule, seed, measured)
 
 
-def cell_name(mixer: str, size: int, seed: int) -> str:
-    return f"{mixer}, {f'size {size}, ' if size else ''}seed {seed}"
-
-
-def pilot_name(mixer: str, rate: float) -> str:
-    return f"{mixer}, pilot of rate {rate:g}"
-
-
-def pilot_loss(results: record.Record, mixer: str, rate: float) -> float:
-    """Mean over the numbers of pairs, the few that are learned first included; infinite where training diverged."""
-    losses = [scores["loss"] for scores in results.cells[pilot_name(mixer, rate)]["measured"].values()]
-    return inf if None in losses else mean(losses)
-
-
-def best_rate(results: record.Record, grid: Grid, mixer: str) -> float:
-    return min(grid.rates, key=lambda rate: pilot_loss(results, mixer, rate))
+def cell_name(mixer: str, size: int, rate: float, seed: int) -> str:
+    return f"{mixer}, {f'size {size}, ' if size else ''}rate {rate:g}, seed {seed}"
 
 
 def train_all(results: record.Record, grid: Grid) -> None:
-    """The pilots of each mixer at its last size, from a seed of their own; then its sizes at the best rate."""
     for mixer, sizes in grid.sizes.items():
-        for rate in grid.rates:
-            schedule = replace(grid.schedule, steps=grid.pilot, lr=rate)
-            found = partial(measure, grid, mixer, sizes[-1], max(grid.seeds) + 1, schedule)
-            results.cell(pilot_name(mixer, rate), found)
         steps = grid.schedule.steps * grid.longer.get(mixer, 1)
-        schedule = replace(grid.schedule, steps=steps, lr=best_rate(results, grid, mixer))
-        for size in sizes:
-            for seed in grid.seeds:
-                results.cell(cell_name(mixer, size, seed), partial(measure, grid, mixer, size, seed, schedule))
+        for size, rate, seed in product(sizes, grid.rates, grid.seeds):
+            schedule = replace(grid.schedule, steps=steps, lr=rate)
+            results.cell(cell_name(mixer, size, rate, seed), partial(measure, grid, mixer, size, seed, schedule))
 
 
-def accuracies(results: record.Record, grid: Grid, mixer: str, size: int, pairs: int) -> list[float]:
-    """Of each seed that did not diverge."""
-    cells = [results.cells[cell_name(mixer, size, seed)] for seed in grid.seeds]
-    found = [cell["measured"][str(pairs)]["accuracy"] for cell in cells]
-    return [accuracy for accuracy in found if accuracy is not None]
+@dataclass(frozen=True)
+class Found:
+    """A mixer of one size at its best rate: numbers of state, and accuracies by the number of pairs, mean of seeds."""
+
+    state: int
+    rate: float
+    accuracy: dict[int, float]
 
 
-def floats(results: record.Record, grid: Grid, mixer: str, size: int) -> int:
-    return results.cells[cell_name(mixer, size, grid.seeds[0])]["state_floats"]
+def found(results: record.Record, grid: Grid, mixer: str, size: int) -> Found:
+    """Best is the highest mean accuracy over the numbers of pairs shown; training that diverged counts as none."""
+    tried = []
+    for rate in grid.rates:
+        cells = [results.cells[cell_name(mixer, size, rate, seed)] for seed in grid.seeds]
+        scores = {n: mean(cell["measured"][str(n)]["accuracy"] or 0.0 for cell in cells) for n in grid.shown}
+        tried.append(Found(cells[0]["state_floats"], rate, scores))
+    return max(tried, key=lambda one: mean(one.accuracy.values()))
 
 
 def draw(results: record.Record, grid: Grid) -> None:
@@ -155,13 +141,9 @@ def draw(results: record.Record, grid: Grid) -> None:
         )
         for axes, pairs in zip(panels[0], grid.shown, strict=True):
             for place, (mixer, sizes) in enumerate(grid.sizes.items()):
-                points = [
-                    (floats(results, grid, mixer, size), accuracy)
-                    for size in sizes
-                    for accuracy in accuracies(results, grid, mixer, size, pairs)
-                ]
-                if points:
-                    axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=f"C{place}", label=mixer)
+                points = [found(results, grid, mixer, size) for size in sizes]
+                states, scores = [p.state for p in points], [p.accuracy[pairs] for p in points]
+                axes.plot(states, scores, marker="o", markersize=4, color=f"C{place}", label=mixer)
             axes.axhline(1 / pairs, color="grey", linestyle=":", linewidth=1)
             axes.set_xscale("log", base=2)
             axes.set_ylim(-0.02, 1.02)
@@ -176,13 +158,11 @@ def describe(results: record.Record, grid: Grid, observed: Sequence[str]) -> Non
     said = []
     for mixer, sizes in grid.sizes.items():
         for size in sizes:
-            state = floats(results, grid, mixer, size)
-            scores = [accuracies(results, grid, mixer, size, pairs) for pairs in grid.shown]
-            shown = [f"{100 * mean(score):.1f}" if score else "diverged" for score in scores]
-            said.append(f"{mixer}{f' {size}' if size else ''} ({state:,} numbers): {', '.join(shown)}")
+            best = found(results, grid, mixer, size)
+            shown = ", ".join(f"{100 * score:.1f}" for score in best.accuracy.values())
+            said.append(f"{mixer}{f' {size}' if size else ''} ({best.state:,} numbers): {shown} at {best.rate:g}")
     chance = ", ".join(f"{100 / pairs:.1f}" for pairs in grid.shown)
     schedule = grid.schedule
-    rates = ", ".join(f"{mixer} {best_rate(results, grid, mixer):g}" for mixer in grid.sizes)
     lengths = ", ".join(str(grid.lengths[pairs]) for pairs in grid.shown)
     longer = ", ".join(f"{mixer} {times} times as many" for mixer, times in grid.longer.items())
     results.write_text(
@@ -190,10 +170,8 @@ def describe(results: record.Record, grid: Grid, observed: Sequence[str]) -> Non
         [
             f"Accuracy in percent at {', '.join(map(str, grid.shown))} pairs ({chance} by naming any value of the "
             f"context) after {schedule.steps} steps of {schedule.batch * grid.tokens:,} tokens ({longer}), sequences "
-            f"of {lengths} tokens, vocabulary {grid.vocabulary}, seeds {', '.join(map(str, grid.seeds))}. "
-            f"{'; '.join(said)}.",
-            f"Learning rates, of {', '.join(f'{rate:g}' for rate in grid.rates)} the best after {grid.pilot} steps: "
-            f"{rates}.",
+            f"of {lengths} tokens, vocabulary {grid.vocabulary}, seeds {', '.join(map(str, grid.seeds))}, at the best "
+            f"learning rate of {', '.join(f'{rate:g}' for rate in grid.rates)}. {'; '.join(said)}.",
             *observed,
         ],
     )
@@ -208,7 +186,9 @@ def main(words: Sequence[str] | None = None) -> int:
     grid = QUICK if asked.quick else FULL
 
     def experiment() -> None:
-        results = record.Record("mqar", asked, {**asdict(grid), **training.SETTINGS})
+        # What the name of a cell says is not asked of the whole: the grid may grow by it.
+        shared = {name: value for name, value in asdict(grid).items() if name not in ("sizes", "rates", "seeds")}
+        results = record.Record("mqar", asked, {**shared, **training.SETTINGS})
         train_all(results, grid)
         draw(results, grid)
         describe(results, grid, () if asked.quick else OBSERVED)
