@@ -4,7 +4,8 @@ In-context recall, fuzzy and noisy in-context recall, selective copying, compres
 Two blocks of mixer and SwiGLU MLP, 64 wide; the loss and the accuracy are where an answer is due. MAD trains models
 128 wide for 200 epochs of 12,800 sequences of 128 tokens. Here a CPU core trains all of them: shorter sequences, all
 fresh, and a few hundred steps, so that most tasks are in the midst of being learned: compare the mixers here with each
-other, and as to what they learn soon, not with MAD's tables. Attention, full and sliding, has no short convolution,
+other, and as to what they learn soon, not with MAD's tables. MAD reports the best of six settings of AdamW, this one
+learning rate for all. Attention, full and sliding, has no short convolution,
 which the others have, and gets three times the steps.
 """
 
@@ -49,8 +50,8 @@ FULL = Grid(
     sizes={
         "attention": 0,
         "sliding window": 16,
-        "gated delta": 16,
-        "delta": 16,
+        "gated delta": 8,
+        "delta": 8,
         "titans": 8,
         "omeganet": 8,
         "atlas": 8,
