@@ -149,4 +149,5 @@ def outputs_and_gradients(compared: Compared) -> dict[str, Tensor]:
 
 def _disturb(module: Any, inputs: Any, output: Tensor) -> Tensor:
     up = torch.rand(output.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    return torch.nextafter(output, torch.where(up, torch.inf, -torch.inf))
+    held = output.detach()
+    return output + (torch.nextafter(held, torch.where(up, torch.inf, -torch.inf)) - held)
