@@ -206,6 +206,11 @@ def describe(results: record.Record, grid: Grid) -> None:
         f"The model against the wall clock, two processes on {os.cpu_count()} cores: {'; '.join(held)}. What a "
         "hand-off sends does not grow with the tokens; an all-to-all's bytes do."
     )
+    if any(layout.ranks > (os.cpu_count() or 1) for layout in LAYOUTS):
+        paragraphs.append(
+            "Where processes share a core they also share its caches, and their work counts what that costs: the "
+            "modelled speed of those layouts is too low."
+        )
     if grid.run:
         noise = results.cells["noise"]
         said = []
