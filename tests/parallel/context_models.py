@@ -98,13 +98,19 @@ def _of_one(config: Config) -> tuple[Tensor, dict[str, Tensor]]:
     group = parallel_state.get_context_parallel_group()
     gathered = [torch.empty_like(losses) for _ in range(shards)]
     torch.distributed.all_gather(gathered, losses.detach(), group=group)
+    gradients = _summed_gradients(model, group)
+    return torch.cat(gathered, 1), gradients
+
+
+def _summed_gradients(model: torch.nn.Module, group: torch.distributed.ProcessGroup) -> dict[str, Tensor]:
+    """Of each parameter, over the ranks that hold a sequence; each rank must have one."""
     gradients = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         torch.distributed.all_reduce(parameter.grad, group=group)
         gradients[name] = parameter.grad
     settle()
-    return torch.cat(gathered, 1), gradients
+    return gradients
 
 
 PIECES = (16, 32)
@@ -131,10 +137,5 @@ def _streamed(config: Config) -> tuple[Tensor, dict[str, Tensor]]:
         read += gathered
         loss = loss + logits.square().mean() / shards
     loss.backward()
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        torch.distributed.all_reduce(parameter.grad, group=group)
-        gradients[name] = parameter.grad
-    settle()
+    gradients = _summed_gradients(model, group)
     return torch.cat(read, 1), gradients
