@@ -163,6 +163,10 @@ class TrainConfig:
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
     precision: str = "auto"  # auto: bfloat16 with float32 master weights on a GPU, float32 on a CPU
+    # "": off. hybrid | e4m3: the linears of mixers, attention and MLPs multiply in FP8 (Transformer Engine, from
+    # sm_89); the memory's gates, its inner loop and its state never do.
+    fp8: str = ""
+    fp8_recipe: str = "delayed"  # delayed | tensorwise | blockwise (sm_90) | mxfp8 (sm_100): how FP8 is scaled
     recompute: bool = False  # recompute each layer's activations in the backward
     deterministic: bool = False  # two runs of one layout are bit-equal on a GPU too; refuses what cannot be
     validate_every: int = 100  # steps; 0 never

@@ -17,6 +17,8 @@ from atlas_megatron.parallel.scan import context_levels
 CONTEXT_MODES = ("auto", "heads", "handoff", "heads+handoff")
 # Layers that keep packed documents apart.
 PACKED = "M*FARLDG-"
+# Sizes of FP8 products.
+FP8_MULTIPLE = 16
 # Lifted features a head: a memory's matrices grow with them.
 WIDEST = 4096
 
@@ -27,6 +29,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_parallel(config, world_size)
     _check_model(config)
     _check_batches(config, world_size)
+    _check_fp8(config)
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
@@ -84,9 +87,12 @@ def _check_ranges(config: Config) -> None:
         ("delta.impl", config.delta.impl, ("auto", "fla", "chunked")),
         ("parallel.context_mode", config.parallel.context_mode, CONTEXT_MODES),
         ("train.precision", train.precision, ("auto", "float32", "bfloat16")),
+        ("train.fp8", train.fp8, ("", "hybrid", "e4m3")),
+        ("train.fp8_recipe", train.fp8_recipe, ("delayed", "tensorwise", "blockwise", "mxfp8")),
     ):
         if given not in known:
-            raise ValueError(f"{name}={given!r} is unknown; choose one of {', '.join(known)}")
+            words = ", ".join(word or "''" for word in known)
+            raise ValueError(f"{name}={given!r} is unknown; choose one of {words}")
 
 
 def _check_parallel(config: Config, world_size: int) -> None:
@@ -257,4 +263,38 @@ def _check_batches(config: Config, world_size: int) -> None:
             raise ValueError(
                 f"{name}={size} is not a multiple of train.micro_batch={train.micro_batch} x {replicas} data-parallel "
                 f"replicas{interleaved} = {together}; nearest: {max(1, round(size / together)) * together}"
+            )
+
+
+def _check_fp8(config: Config) -> None:
+    """Raise ValueError where `train.fp8` asks for what Transformer Engine's FP8 products cannot take."""
+    if not config.train.fp8:
+        return
+    if not config.model.transformer_engine:
+        raise ValueError(
+            f"train.fp8={config.train.fp8!r} with model.transformer_engine=false, whose linears know no FP8; set "
+            "model.transformer_engine=true, or train.fp8=''"
+        )
+    if config.train.precision == "float32":
+        raise ValueError(f"train.fp8={config.train.fp8!r} with train.precision='float32'; set precision='bfloat16'")
+    model, parallel, pattern = config.model, config.parallel, config.model.pattern
+    shards = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    sizes = {
+        "model.hidden_size": model.hidden_size,
+        f"model.ffn_hidden_size / tensor={parallel.tensor}": model.ffn_hidden_size // parallel.tensor,
+        f"train.micro_batch x model.seq_length / {shards} shards": config.train.micro_batch
+        * model.seq_length
+        // shards,
+    }
+    mixers = {"memory": WITH_MEMORY, "attention": WITH_ATTENTION, "recurrent": WITH_RECURRENT, "delta": WITH_DELTA}
+    for name, symbols in mixers.items():
+        if has(pattern, symbols):
+            section = getattr(config, name)
+            width = section.heads * section.head_dim // parallel.tensor
+            sizes[f"{name}.heads x head_dim / tensor={parallel.tensor}"] = width
+    for name, size in sizes.items():
+        if size % FP8_MULTIPLE:
+            raise ValueError(
+                f"{name} = {size} is no multiple of {FP8_MULTIPLE}, which train.fp8 needs; nearest: "
+                f"{max(1, round(size / FP8_MULTIPLE)) * FP8_MULTIPLE}"
             )

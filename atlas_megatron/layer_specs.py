@@ -22,6 +22,9 @@ from atlas_megatron.config import Config, layers_of
 from atlas_megatron.mixers import MIXERS
 from atlas_megatron.mixers.linears import MixerLinears
 
+# Compute capability from which Transformer Engine has a recipe.
+FP8_RECIPES = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+
 
 class RMSNorm(torch.nn.Module):
     """x / rms(x) * weight. Core's plain norm is torch's, which it refuses under sequence parallelism."""
@@ -65,7 +68,8 @@ def core_pattern(config: Config) -> str:
 def stack_spec(config: Config) -> ModuleSpec:
     """The stack of `config`. Raises ValueError if it asks for Transformer Engine where there is none."""
     backend, norm = _backend(config)
-    linears = MixerLinears(backend.column_parallel_linear(), backend.row_parallel_linear())
+    plain = LocalSpecProvider().column_parallel_linear()
+    linears = MixerLinears(backend.column_parallel_linear(), backend.row_parallel_linear(), plain)
     mlp = MLPSubmodules(linear_fc1=linears.column_type, linear_fc2=linears.row_type)
     layers = HybridStackSubmodules(
         mamba_layer=ModuleSpec(
@@ -100,7 +104,21 @@ def _backend(config: Config) -> tuple[BackendSpecProvider, type]:
             f"model.transformer_engine=true but {missing}; install the `gpu` extra on a machine with a GPU, "
             "or set model.transformer_engine=false"
         )
+    _check_fp8(config)
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     backend = TESpecProvider()
     return backend, backend.layer_norm(rms_norm=True)
+
+
+def _check_fp8(config: Config) -> None:
+    """Raise ValueError if this GPU is too old for `train.fp8`."""
+    if not config.train.fp8:
+        return
+    needed, found = FP8_RECIPES[config.train.fp8_recipe], torch.cuda.get_device_capability()
+    if found < needed:
+        raise ValueError(
+            f"train.fp8={config.train.fp8!r} with fp8_recipe={config.train.fp8_recipe!r} needs a GPU of compute "
+            f"capability {needed[0]}.{needed[1]}, this one has {found[0]}.{found[1]}; take another recipe, or "
+            "train.fp8=''"
+        )

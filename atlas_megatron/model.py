@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from atlas_megatron.config import Config, layers_of
@@ -59,8 +60,12 @@ def transformer_config(config: Config) -> TransformerConfig:
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
-        # Needs Apex's CUDA extension.
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=on_gpu and _grad_accum_fusion_available,  # Apex's CUDA extension
+        fp8=config.train.fp8 or None,
+        fp8_recipe=config.train.fp8_recipe,
+        # Of the delayed recipe: the largest of many steps, as Transformer Engine itself has it.
+        fp8_amax_history_len=1024,
+        fp8_amax_compute_algo="max",
         deterministic_mode=config.train.deterministic,
         recompute_granularity="full" if config.train.recompute else None,
         recompute_method="uniform" if config.train.recompute else None,

@@ -70,7 +70,7 @@ class DeltaNet(Mixer):
         self.kernel = choose_kernel(delta.impl, self.config.params_dtype, delta.head_dim)
         width = delta.heads * delta.head_dim
         self.linear_qkvg = linears.column(hidden, 4 * width, self.config, self.tp_group)
-        self.linear_gates = linears.column(hidden, delta.heads * self.gates, self.config, self.tp_group)
+        self.linear_gates = linears.gates(hidden, delta.heads * self.gates, self.config, self.tp_group)
         self.linear_out = linears.row(width, hidden, self.config, self.tp_group)
         self.convolution = self.by_head(initial_taps(delta.heads, delta.head_dim, delta.conv_size))
         self.norm_gain = self.by_head(torch.ones(delta.heads, delta.head_dim))

@@ -71,7 +71,7 @@ class AtlasMixer(Mixer):
         self.rule = memory.rule()
         width = memory.heads * memory.head_dim
         self.linear_qkvg = linears.column(hidden, 4 * width, self.config, self.tp_group)
-        self.linear_gates = linears.column(
+        self.linear_gates = linears.gates(
             memory.gate_rank, memory.heads * gate_count(memory), self.config, self.tp_group
         )
         self.linear_out = linears.row(width, hidden, self.config, self.tp_group)
