@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from atlas_kernels.decays import pair_band, source_band
-from atlas_kernels.delta_rule import delta_rule, delta_rule_packed
-from atlas_kernels.memories import Matrices, MatrixReader, memory_of, oriented
-from atlas_kernels.packing import Packing, pack
-from atlas_kernels.rule import Gates, MemoryRule, MemoryState
-from atlas_kernels.writes import writes_of
+from .decays import pair_band, source_band
+from .delta_rule import delta_rule, delta_rule_packed
+from .memories import Matrices, MatrixReader, memory_of, oriented
+from .packing import Packing, pack
+from .rule import Gates, MemoryRule, MemoryState
+from .writes import writes_of
 
 # A call whose whole graph is smaller than this holds it and recomputes nothing.
 HELD_BYTES = 256 << 20

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from atlas_kernels.decays import decay_matrix
-from atlas_kernels.packing import Packing, pack
-from atlas_kernels.products import times_transpose
-from atlas_kernels.rule import Gates, MemoryState
+from .decays import decay_matrix
+from .packing import Packing, pack
+from .products import times_transpose
+from .rule import Gates, MemoryState
 
 BLOCK = 64
 # Blocks between two states that are held for the backward.

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from atlas_kernels.decays import decay_matrix, pair_band, source_band
-from atlas_kernels.memories import Matrices, MatrixReader, memory_of, oriented
-from atlas_kernels.products import times_transpose
-from atlas_kernels.rule import Gates, MemoryRule
-from atlas_kernels.writes import SourceReader
+from .decays import decay_matrix, pair_band, source_band
+from .memories import Matrices, MatrixReader, memory_of, oriented
+from .products import times_transpose
+from .rule import Gates, MemoryRule
+from .writes import SourceReader
 
 
 @dataclass(frozen=True)

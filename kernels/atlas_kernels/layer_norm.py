@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atlas_kernels.reference import LAYER_NORM_EPSILON
+from .reference import LAYER_NORM_EPSILON
 
 
 def layer_norm(o: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from atlas_kernels.gelu import gelu, gelu_with_derivative
-from atlas_kernels.layer_norm import layer_norm, pull_through_layer_norm
-from atlas_kernels.products import times_transpose
-from atlas_kernels.rule import MemoryRule
+from .gelu import gelu, gelu_with_derivative
+from .layer_norm import layer_norm, pull_through_layer_norm
+from .products import times_transpose
+from .rule import MemoryRule
 
 Matrices = tuple[Tensor, ...]
 Factors = tuple[tuple[Tensor, Tensor], ...]

@@ -7,12 +7,12 @@ import logging
 import torch
 from torch import Tensor
 
-from atlas_kernels.chunked import omega_memory_chunked, omega_memory_packed
-from atlas_kernels.dual import DualState, initial_dual_state, omega_memory_dual
-from atlas_kernels.memories import MatrixReader, memory_of, oriented
-from atlas_kernels.packing import documents, of_rows, row_of
-from atlas_kernels.reference import omega_memory_reference
-from atlas_kernels.rule import Gates, MemoryRule, MemoryState, initial_state
+from .chunked import omega_memory_chunked, omega_memory_packed
+from .dual import DualState, initial_dual_state, omega_memory_dual
+from .memories import MatrixReader, memory_of, oriented
+from .packing import documents, of_rows, row_of
+from .reference import omega_memory_reference
+from .rule import Gates, MemoryRule, MemoryState, initial_state
 
 logger = logging.getLogger("atlas_kernels")
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atlas_kernels.rule import Gates, MemoryState
+from .rule import Gates, MemoryState
 
 
 @dataclass(frozen=True)

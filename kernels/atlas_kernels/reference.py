@@ -14,8 +14,8 @@ import math
 import torch
 from torch import Tensor
 
-from atlas_kernels.newton_schulz import newton_schulz
-from atlas_kernels.rule import Gates, MemoryRule, MemoryState
+from .newton_schulz import newton_schulz
+from .rule import Gates, MemoryRule, MemoryState
 
 LAYER_NORM_EPSILON = 1e-5
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atlas_kernels.reference import gelu, layer_norm
-from atlas_kernels.rule import Gates, MemoryRule
+from .reference import gelu, layer_norm
+from .rule import Gates, MemoryRule
 
 
 class Layer:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from atlas_kernels.newton_schulz import COEFFICIENTS
+from .newton_schulz import COEFFICIENTS
 
 MEMORIES = ("linear", "mlp", "gated_mlp")
 LOSSES = ("l2", "dot")

@@ -18,12 +18,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from atlas_kernels import reads
-from atlas_kernels.decays import decay_matrix
-from atlas_kernels.memories import Factors, Matrices, Reader
-from atlas_kernels.newton_schulz import newton_schulz
-from atlas_kernels.products import step_pair
-from atlas_kernels.rule import MemoryRule
+from . import reads
+from .decays import decay_matrix
+from .memories import Factors, Matrices, Reader
+from .newton_schulz import newton_schulz
+from .products import step_pair
+from .rule import MemoryRule
 
 
 class Writes(Protocol):
