@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/installed-$(PINS)
 BENCH := $(VENV)/bench-$(PINS)
 IS_3_12 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null
 
-.PHONY: help setup quickstart test test-parallel lint bench-memory bench-presets
+.PHONY: help setup quickstart test test-parallel lint bench-memory bench-presets gpu-check
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -38,6 +38,9 @@ bench-memory: setup $(BENCH) ## time the memory beside titans-pytorch's; prints 
 
 bench-presets: setup ## time every preset beside omeganet, and packed documents beside one
 	@$(RUN) tools/bench_presets.py $(ARGS)
+
+gpu-check: setup ## on a machine with one GPU: its tests, then every benchmark, into docs/results/gpu
+	@$(RUN) tools/gpu_check.py $(ARGS)
 
 $(INSTALLED): | $(RUN)
 	@$(RUN) $(IS_3_12) || { echo "$(VENV) is not of Python 3.12: remove it and run make setup again" >&2; exit 2; }

@@ -83,6 +83,7 @@ class Speed:
             "tflops": achieved / 1e12,
             "mfu": achieved / self._peak if self._peak else None,
             "eta_seconds": (self._steps - step) * fmean(self._recent),
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         }
 
 

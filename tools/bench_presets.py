@@ -31,12 +31,22 @@ HEADS, HEAD_DIM, TOKENS, BATCH = 6, 64, 1024, 1
 DOCUMENTS = {"few": (300, 45, 679), "many": (40, 300, 5, 128, 200, 63, 64, 224)}
 
 
-def contender(memory: MemoryConfig, positions: Tensor | None = None) -> Callable[[], None]:
-    """Forward and backward of the op on random inputs as the mixer would give them."""
+def contender(
+    memory: MemoryConfig,
+    positions: Tensor | None = None,
+    *,
+    batch: int = BATCH,
+    tokens: int = TOKENS,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    impl: str = "auto",
+) -> Callable[[], None]:
+    """Forward and backward of the op on random inputs as the mixer would give them: q, k, v in `dtype`."""
     torch.manual_seed(0)
-    q, k = (F.normalize(torch.randn(BATCH, TOKENS, HEADS, HEAD_DIM), dim=-1) for _ in range(2))
-    v = torch.randn(BATCH, TOKENS, HEADS, HEAD_DIM)
-    eta = torch.full((BATCH, TOKENS, HEADS), eta_start(memory))
+    shape = (batch, tokens, memory.heads, memory.head_dim)
+    q, k = (F.normalize(torch.randn(shape, device=device), dim=-1).to(dtype) for _ in range(2))
+    v = torch.randn(shape, device=device, dtype=dtype)
+    eta = torch.full(shape[:3], eta_start(memory), device=device)
     one = torch.ones_like(eta)
     gamma = {
         "pair": 0.5 * one.unsqueeze(-1).expand(*one.shape, memory.window).clone(),
@@ -49,19 +59,21 @@ def contender(memory: MemoryConfig, positions: Tensor | None = None) -> Callable
         theta=0.9 * one if memory.momentum else 0 * one,
         gamma=gamma,
     )
-    weights = [torch.randn(HEADS, rows, cols) * cols**-0.5 for rows, cols in weight_shapes(memory)]
+    matrices = weight_shapes(memory)
+    weights = [torch.randn(memory.heads, rows, cols, device=device) * cols**-0.5 for rows, cols in matrices]
     coefficients = initial_coefficients(memory.feature_map, memory.degree)
+    coefficients = None if coefficients is None else coefficients.to(device)
     leaves = [t.clone().requires_grad_() for t in (q, k, v, *vars(gates).values(), *weights)]
     rule = memory.rule()
-    own_residual = memory.memory != "linear" and (rule.dual or lifted(memory) != HEAD_DIM)
+    own_residual = memory.memory != "linear" and (rule.dual or lifted(memory) != memory.head_dim)
 
     def run() -> None:
         q, k, v, alpha, eta, theta, gamma, *start = leaves
         x, y = (lift(t, memory.feature_map, coefficients, memory.sketch_width) for t in (k, q))
         residual = (q, k) if own_residual else None
         gates = Gates(alpha, eta, theta, gamma)
-        out, _ = omega_memory(y, x, v, gates, tuple(start), rule, residual=residual, positions=positions)
-        out.square().mean().backward()
+        out, _ = omega_memory(y, x, v, gates, tuple(start), rule, residual=residual, impl=impl, positions=positions)
+        out.float().square().mean().backward()
 
     return run
 

@@ -24,7 +24,8 @@ PROMPT_TOKENS = 128
 NEW_TOKENS = 128
 
 
-def _prepare(config: Config) -> int:
+def prepare(config: Config) -> int:
+    """Corpus, tokenizer and indexed data where `config` looks for them; an exit status."""
     files = [str(file) for file in standard_library(CORPUS_BYTES)]
     out = Path(config.data.train[0]).parent
     options = ["--train-tokenizer", str(config.model.vocab_size), "--validation", str(HELD_OUT)]
@@ -93,7 +94,7 @@ def main(words: Sequence[str] | None = None) -> int:
     overrides = parser.parse_args(words).overrides
     try:
         config = load(CONFIG, overrides)
-        failed = _prepare(config) or train.main([str(CONFIG), *overrides])
+        failed = prepare(config) or train.main([str(CONFIG), *overrides])
         if failed:
             return failed
         from atlas_megatron.metrics import read

@@ -1,0 +1,312 @@
+"""What a machine with one GPU can check and time, in one command of at most ten minutes.
+
+First the kernels' tests, on the GPU; while one is red nothing is timed. Then the loss of a small model's first steps on
+the GPU beside the CPU's, the kernels beside torch and, where they are installed, beside their peers, and whole training
+steps through `atlas-train`. Contenders run in turn, times are medians; all of it goes into one JSON with device,
+versions and commit, and into a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+
+import quickstart
+from atlas_kernels import newton_schulz
+from atlas_megatron.config import MemoryConfig, load
+from atlas_megatron.mixers.memory_layout import memory_flops, newton_schulz_flops
+from atlas_megatron.presets import PRESETS
+from bench_memory import commit
+from bench_presets import contender
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "flash-linear-attention", "titans-pytorch")
+ROUNDS = 7
+BUDGET = 540  # seconds; what does not fit is listed as not run
+# batch, tokens, heads, head size of the memory op.
+OP = (8, 4096, 16, 64)
+DATA = ROOT / "data/quickstart"
+# name: config, overrides.
+EXACT = ["memory.ns_period=1", "model.seq_length=1024", "train.global_batch=8"]
+RUNS: dict[str, tuple[str, list[str]]] = {
+    "exact ATLAS, 12 layers, 768 wide, F = V": ("atlas-170m", [*EXACT, "memory.expansion=1", "train.micro_batch=8"]),
+    "exact ATLAS, 12 layers, 768 wide, F = 2 V": ("atlas-170m", [*EXACT, "memory.expansion=2", "train.micro_batch=8"]),
+    "atlas-340m, a write a chunk": ("atlas-340m", ["memory.ns_period=64", "train.global_batch=16"]),
+    "atlas-340m, 4K x 8": ("atlas-340m", ["memory.ns_period=64", "train.global_batch=8"]),
+    "atlas-340m, 32K x 1": (
+        "atlas-340m",
+        ["memory.ns_period=64", "model.seq_length=32768", "train.micro_batch=1", "train.global_batch=1"],
+    ),
+}
+SIZE_20M = [
+    "model.pattern=M-M-M-M-M-*-M-M-M-M-M-", "model.hidden_size=384", "model.ffn_hidden_size=1024",
+    "memory.heads=6", "attention.heads=6",
+]  # fmt: skip
+STEPS = 8  # of a timed run; the first three are not counted
+
+
+@dataclass
+class Report:
+    """Figures by section, what was skipped and why, and the clock."""
+
+    started: float = field(default_factory=time.monotonic)
+    sections: dict[str, Any] = field(default_factory=dict)
+    not_run: dict[str, str] = field(default_factory=dict)
+
+    def section(self, name: str, measure: Callable[[], Any]) -> None:
+        """Run one section, unless the time is over; a failure is noted and the next one goes on."""
+        if time.monotonic() - self.started > BUDGET:
+            self.not_run[name] = f"the {BUDGET} s were over"
+            return
+        print(f"{name} ...", flush=True)
+        try:
+            self.sections[name] = measure()
+        except Exception as error:  # what one section lacks is no reason to lose the others
+            self.not_run[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"  not run: {self.not_run[name]}", flush=True)
+
+
+def medians(contenders: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Median seconds of each on the GPU, in turn; the first two rounds warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for round_ in range(rounds + 2):
+        for name, run in contenders.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            if round_ >= 2:
+                seconds[name].append(begin.elapsed_time(end) / 1e3)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def matmul() -> Callable[[], object]:
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return lambda: a @ a
+
+
+def bench_newton_schulz() -> dict[str, Any]:
+    """8192 matrices, five steps, forward: the kernel, torch's products and these compiled; FLOPs of the direct form."""
+    from atlas_kernels.gpu.newton_schulz import newton_schulz as kernel
+
+    compiled = torch.compile(newton_schulz, dynamic=False)
+    found = {}
+    for m, n in ((64, 64), (64, 256)):
+        S = torch.randn(8192, m, n, device="cuda", dtype=torch.bfloat16)
+        seconds = medians(
+            {
+                "kernel": lambda S=S: kernel(S, 5),
+                "torch": lambda S=S: newton_schulz(S, 5),
+                "torch.compile": lambda S=S: compiled(S, 5),
+                "matmul": matmul(),
+            }
+        )
+        direct = 8192 * 5 * (4.0 * m * m * n + 2 * m**3)
+        rate = 2 * 8192**3 / seconds["matmul"]
+        found[f"{m} x {n}"] = {
+            "seconds": seconds,
+            "useful_flops": direct,
+            "own_flops": 8192 * newton_schulz_flops(m, n, 5),
+            "share_of_matmul_rate": direct / seconds["kernel"] / rate,
+            "times_torch_compile": seconds["torch.compile"] / seconds["kernel"],
+        }
+    return found
+
+
+def bench_op() -> dict[str, Any]:
+    """The memory op at B=8, T=4096, 16 heads of 64, forward and backward, beside the chunk form in torch and peers."""
+    batch, tokens, heads, size = OP
+    base = MemoryConfig(heads=heads, head_dim=size)
+    members = {
+        "omeganet": replace(base, **PRESETS["omeganet"]),
+        "titans": replace(base, **PRESETS["titans"]),
+        "atlas, a write a chunk": replace(base, **PRESETS["atlas"], ns_period=base.chunk),
+    }
+    contenders: dict[str, Callable[[], object]] = {"matmul": matmul()}
+    for name, memory in members.items():
+        for impl in ("triton", "chunked"):
+            contenders[f"{name}: {impl}"] = contender(
+                memory, batch=batch, tokens=tokens, dtype=torch.bfloat16, device="cuda", impl=impl
+            )
+    for name, peer in (("flash-linear-attention Gated DeltaNet", gated_delta), ("titans-pytorch", titans)):
+        try:
+            contenders[name] = peer()
+        except ImportError as error:
+            print(f"  {name}: {error}")
+    torch.cuda.reset_peak_memory_stats()
+    seconds = medians(contenders, rounds=5)
+    rate = 2 * 8192**3 / seconds["matmul"]
+    floors = {name: 3 * batch * memory_flops(memory, tokens) / rate for name, memory in members.items()}
+    return {
+        "seconds": seconds,
+        "times_floor": {name: seconds[f"{name}: triton"] / floor for name, floor in floors.items()},
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+    }
+
+
+def gated_delta() -> Callable[[], object]:
+    """flash-linear-attention's Gated DeltaNet at the shape of OP."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    make = lambda *s: torch.randn(*s, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    q, k, v = (make(*OP).requires_grad_() for _ in range(3))
+    beta = make(*OP[:3]).sigmoid().requires_grad_()
+    decay = F.logsigmoid(make(*OP[:3]).float()).requires_grad_()
+    normal = lambda t: F.normalize(t, dim=-1)  # noqa: E731
+    return lambda: chunk_gated_delta_rule(normal(q), normal(k), v, decay, beta)[0].float().square().mean().backward()
+
+
+def titans() -> Callable[[], object]:
+    """titans-pytorch's NeuralMemory of as many heads, at the shape of OP; with its projections."""
+    from titans_pytorch import NeuralMemory
+
+    batch, tokens, heads, size = OP
+    memory = NeuralMemory(dim=heads * size, heads=heads, dim_head=size, chunk_size=64).cuda()
+    x = torch.randn(batch, tokens, heads * size, device="cuda")
+    return lambda: memory(x)[0].square().mean().backward()
+
+
+def train(config: str, words: list[str], directory: Path, *, gpu: bool = True) -> list[dict[str, Any]]:
+    """The records of a short run of `atlas-train` in a process of its own, on the quickstart's text."""
+    command = [sys.executable, "-m", "atlas_megatron.train", f"configs/{config}.toml", *words]
+    command += [f"run.directory={directory}", f'data.train=["{DATA}/train"]', f'data.validation=["{DATA}/validation"]']
+    command += [f"data.tokenizer={DATA}/tokenizer", "train.validate_every=0", "log.tensorboard=false"]
+    environment = os.environ | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or done.stdout.strip()).splitlines()[-1])
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def bench_training(scratch: Path) -> dict[str, Any]:
+    """Tokens a second and MFU of whole training steps."""
+    found: dict[str, Any] = {}
+    for number, (name, (config, words)) in enumerate(RUNS.items()):
+        steps = [f"train.steps={STEPS}", "train.warmup_steps=1", "train.stats_every=1000", "train.log_every=1000"]
+        try:
+            records = train(config, [*words, *steps], scratch / f"run{number}")
+        except RuntimeError as error:
+            found[name] = {"not_run": str(error)}
+            continue
+        counted = records[3:]
+        found[name] = {
+            key: statistics.median(record[key] for record in counted)
+            for key in ("tokens_per_second", "mfu", "peak_memory_bytes")
+            if counted[0].get(key) is not None
+        }
+    return found
+
+
+def loss_curves(scratch: Path) -> dict[str, Any]:
+    """The first 20 steps of a model of 20M parameters: the CPU's in float32, the GPU's in float32 and bfloat16."""
+    words = [*SIZE_20M, "train.steps=20", "train.warmup_steps=5", "train.stats_every=1000"]
+    curves = {}
+    for name, gpu, precision in (("cpu", False, "float32"), ("gpu", True, "float32"), ("gpu, bf16", True, "bfloat16")):
+        records = train(
+            "quickstart", [*words, f"train.precision={precision}"], scratch / name.replace(", ", "-"), gpu=gpu
+        )
+        curves[name] = [record["loss"] for record in records]
+    apart = {
+        name: max(abs(a - b) / b for a, b in zip(curves[name], curves["cpu"], strict=True))
+        for name in curves
+        if name != "cpu"
+    }
+    return {"losses": curves, "largest_relative_difference": apart}
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0], "cuda": str(torch.version.cuda)}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def tests() -> str:
+    """The last line of the kernels' tests on this GPU. Raises RuntimeError if one is red."""
+    command = [sys.executable, "-m", "pytest", "-q", "tests/gpu", "-x"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    last = done.stdout.strip().splitlines()[-1]
+    if done.returncode:
+        raise RuntimeError(f"the kernels' tests are red, nothing is timed: {last}; run {' '.join(command[1:])}")
+    return last
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Every figure as a row, and what was not run."""
+    lines = [f"# {report['device']}", "", f"`{report['command']}` at {report['commit']}: {report['tests']}", ""]
+    lines += ["| what | figure |", "|---|---|"]
+
+    def rows(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                rows(f"{name} / {key}", inner)
+        elif not isinstance(value, list):
+            lines.append(f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |")
+
+    for name, section in report["sections"].items():
+        rows(name, section)
+    lines += [f"| {name} | not run: {why} |" for name, why in report["not_run"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python tools/gpu_check.py --out docs/results/gpu",
+    )
+    parser.add_argument("--out", type=Path, default=Path("docs/results/gpu"), help="folder of check.json and check.md")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_check: no GPU is visible; run it on a machine with one (make test checks the rest)", file=sys.stderr)
+        return 2
+    try:
+        passed = tests()
+    except RuntimeError as error:
+        print(f"gpu_check: {error}", file=sys.stderr)
+        return 1
+    report = Report()
+    scratch = Path("runs/gpu_check") / str(os.getpid())
+    report.section("Newton-Schulz, 8192 matrices, forward", bench_newton_schulz)
+    report.section("memory op, B=8 T=4096, 16 heads of 64, forward and backward", bench_op)
+    if not (DATA / "train.bin").is_file():
+        quickstart.prepare(load(quickstart.CONFIG))
+    report.section("loss of the first steps", lambda: loss_curves(scratch))
+    report.section("training", lambda: bench_training(scratch))
+    written = {
+        "command": " ".join(["python", "tools/gpu_check.py", *sys.argv[1:]]),
+        "commit": commit(),
+        "device": torch.cuda.get_device_name(),
+        "versions": versions(),
+        "tests": passed,
+        "sections": report.sections,
+        "not_run": report.not_run,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "check.json").write_text(json.dumps(written, indent=1) + "\n")
+    (arguments.out / "check.md").write_text(markdown(written))
+    Console().print(markdown(written))
+    print(f"written: {arguments.out}/check.json, check.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
