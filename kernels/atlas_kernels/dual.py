@@ -5,8 +5,9 @@ written: after the decays and the gradients' factors d_i of the sources x_i,
 
     W_t phi*(q) = beta_t W_0 q - sum_i C[t,i] d_i exp(q . x_i)     start weights: on phi*'s first-order part, q itself
 
-which is causal attention over a growing cache of (x_i, C d_i), a chunk at a time: scores are [tokens of a chunk, P].
-`softmax` divides the sum by sum_i C[t,i] exp(q . x_i); with a linear memory, the dot loss and alpha = 1 that is softmax
+which is causal attention over a growing cache of (x_i, C d_i), a chunk at a time: scores are [tokens of a chunk, P],
+and are computed again in the backward; where that is not enough, whole chunks are (as in chunked.py). `softmax`
+divides the sum by sum_i C[t,i] exp(q . x_i); with a linear memory, the dot loss and alpha = 1 that is softmax
 attention. The layers behind, over the hidden width, are ordinary matrices. k = 0 and no momentum.
 
 The state of a begun chunk is the state at its start and the chunk's tokens so far: to go on, they are computed again.
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from . import chunked
 from .decays import decay_matrix, pair_band, source_band
 from .memories import Matrices, MatrixReader, memory_of, oriented
 from .products import times_transpose
@@ -135,9 +137,7 @@ class _DualReader:
         own: tuple[Tensor, Tensor, Matrices] | None = None,
     ) -> None:
         self.layers, self.softmax = dual_layers(rule), rule.kernel == "softmax"
-        self.plain, self.matrices, self.scale, self.own = plain, matrices, scale, own
-        self.keys, self.values = cache.joined()
-        self.weights = cache.weights
+        self.plain, self.matrices, self.cache, self.scale, self.own = plain, matrices, cache, scale, own
 
     def narrow(self, j: int, h: Tensor) -> Tensor:
         return self.plain.narrow(j, h)
@@ -147,29 +147,94 @@ class _DualReader:
             return self.plain.widen(j, x)
         at = self.layers.index(j)
         start = times_transpose(x, self.matrices[j])
-        scores, values = self._weighted(x), self.values[at]
+        own: tuple[Tensor | None, ...] = (None, None, None, None)
         if self.scale is not None and self.own is not None:
             start = self.scale * start
-            values = torch.cat([values, self.own[2][at]], 1)
-        summed = torch.bmm(scores, values)
-        if self.softmax:
-            total = scores.sum(-1, keepdim=True)
-            summed = summed / total.where(total > 0, 1.0)
-        return start + summed
+            own = (self.scale, self.own[0], self.own[1], self.own[2][at])
+        blocks = (*self.cache.keys, *(values[at] for values in self.cache.values))
+        return start + _Attended.apply(self.softmax, x, *own, self.cache.weights, *blocks)
 
-    def _weighted(self, x: Tensor) -> Tensor:
-        """C exp(x . k) of the cache and of the chunk's own sources [G, T, P + I]; under `softmax` up to a factor."""
-        logits, weights = times_transpose(x, self.keys), self.weights.unsqueeze(-2)
-        if self.scale is not None and self.own is not None:
-            own_weights, own_keys, _ = self.own
-            own_logits = times_transpose(x, own_keys)
-            # A later source has no weight, but its score must not set the maximum.
-            later = torch.ones_like(own_logits[0], dtype=torch.bool).triu(own_logits.shape[-1] - x.shape[1] + 1)
-            logits = torch.cat([logits, own_logits.masked_fill(later, -torch.inf)], -1)
-            weights = torch.cat([self.scale * weights, own_weights], -1)
-        if self.softmax and logits.shape[-1]:
-            logits = logits - logits.detach().amax(-1, keepdim=True)
-        return weights * logits.exp()
+
+class _Attended(torch.autograd.Function):
+    """sum_i C_i values_i exp(x . keys_i), or under softmax divided by the sum of the weights: [G, T, wide].
+
+    x [G, T, D]; scale [G, T, 1], own weights [G, T, I], own keys [G, I, D], own values [G, I, wide]: see _DualReader;
+    the cache's weights [G, P]; its keys, then its values, block by block. Scores are computed again in the backward,
+    so that what is held between the two grows with T, not with T^2.
+    """
+
+    @staticmethod
+    def forward(ctx, softmax, x, scale, own_weights, own_keys, own_values, cache_weights, *blocks):
+        ctx.softmax = softmax
+        ctx.save_for_backward(x, scale, own_weights, own_keys, own_values, cache_weights, *blocks)
+        keys, values = _joined(blocks, own_keys, own_values)
+        _, scores = _scores(softmax, x, scale, own_weights, cache_weights, keys)
+        summed = torch.bmm(scores, values)
+        return summed / _total(scores) if softmax else summed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, scale, own_weights, own_keys, own_values, cache_weights, *blocks = ctx.saved_tensors
+        keys, values = _joined(blocks, own_keys, own_values)
+        kernel, scores = _scores(ctx.softmax, x, scale, own_weights, cache_weights, keys)
+        if ctx.softmax:
+            grad = grad / _total(scores)
+        grad_values = torch.bmm(scores.mT, grad)
+        grad_scores = torch.bmm(grad, values.mT)
+        if ctx.softmax:  # through the sum: what the output itself would give
+            grad_scores -= (grad_scores * scores).sum(-1, keepdim=True) / _total(scores)
+        grad_weights = kernel.mul_(grad_scores)
+        grad_logits = grad_scores.mul_(scores)
+        grad_x, grad_keys = torch.bmm(grad_logits, keys), torch.bmm(grad_logits.mT, x)
+
+        cached = cache_weights.shape[1]
+        of_cache, of_own = grad_weights.split([cached, grad_weights.shape[-1] - cached], -1)
+        own = (None, None, None, None)
+        if scale is None:
+            grad_cache = of_cache.sum(1)
+        else:
+            grad_scale = torch.bmm(of_cache, cache_weights.unsqueeze(-1))
+            grad_cache = torch.bmm(of_cache.mT, scale).squeeze(-1)
+            own = (grad_scale, of_own, grad_keys[:, cached:], grad_values[:, cached:])
+        lengths = [block.shape[1] for block in blocks[: len(blocks) // 2]]
+        by_block = (*grad_keys[:, :cached].split(lengths, 1), *grad_values[:, :cached].split(lengths, 1))
+        return None, grad_x, *own, grad_cache, *by_block
+
+
+def _joined(blocks: tuple[Tensor, ...], own_keys: Tensor | None, own_values: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values of the cache, and of the chunk's own sources behind it."""
+    half = len(blocks) // 2
+    own = ((), ()) if own_keys is None or own_values is None else ((own_keys,), (own_values,))
+    return torch.cat([*blocks[:half], *own[0]], 1), torch.cat([*blocks[half:], *own[1]], 1)
+
+
+def _scores(
+    softmax: bool,
+    x: Tensor,
+    scale: Tensor | None,
+    own_weights: Tensor | None,
+    cache_weights: Tensor,
+    keys: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """exp(x . k) and C exp(x . k), [G, T, P + I] both; under softmax up to a common factor."""
+    kernel, weights = torch.bmm(x, keys.mT), cache_weights.unsqueeze(-2)
+    if scale is not None and own_weights is not None:
+        weights = torch.cat([scale * weights, own_weights], -1)
+        # A later source has no weight, but its score must not set the maximum.
+        sources = own_weights.shape[-1]
+        later = torch.ones_like(own_weights[0], dtype=torch.bool).triu(sources - x.shape[1] + 1)
+        kernel[..., kernel.shape[-1] - sources :].masked_fill_(later, -torch.inf)
+    if softmax and kernel.shape[-1]:
+        kernel -= kernel.amax(-1, keepdim=True)
+    kernel.exp_()
+    return kernel, weights * kernel
+
+
+def _total(scores: Tensor) -> Tensor:
+    """The sum that softmax divides by; 1 where nothing was written yet."""
+    total = scores.sum(-1, keepdim=True)
+    return total.where(total > 0, 1.0)
 
 
 def omega_memory_dual(
@@ -205,7 +270,7 @@ def omega_memory_dual(
     values_so_far = tuple(map(flat, state.cache_values))
     cache = _Cache(flat(state.cache_weights), (flat(state.cache_keys),), (values_so_far,))
     halo, total, outputs = keys.shape[1] - alpha.shape[1], alpha.shape[1], []
-    start = 0
+    start, recompute = 0, torch.is_grad_enabled() and _graph_bytes(rule, state, total) > chunked.HELD_BYTES
     while start < total:
         stop = min(start + rule.chunk, total)
         before = min(rule.window - 1, halo + start)
@@ -213,7 +278,7 @@ def omega_memory_dual(
         part = [queries[:, own], read_residuals[:, own], keys[:, sources], values[:, sources], residuals[:, sources]]
         part += [alpha[:, own], eta[:, own], gamma[:, own] if pair else gamma[:, sources]]
         arguments = (rule, pair, before, list(map(flat, part)), matrices, cache)
-        if torch.is_grad_enabled() and total > rule.chunk:
+        if recompute:
             y, after, entry = checkpoint(_step, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             y, after, entry = _step(*arguments)
@@ -239,6 +304,14 @@ def omega_memory_dual(
         position=state.position + tokens,
     )
     return whole(torch.cat(outputs, 1))[:, offset:], after_state
+
+
+def _graph_bytes(rule: MemoryRule, state: DualState, tokens: int) -> float:
+    """About what the backward of `tokens` tokens would hold without recomputation (the factor as measured)."""
+    batch, heads = state.weights[0].shape[:2]
+    sources = tokens / rule.chunk * (rule.chunk + rule.window - 1)
+    values = 6 * sources * sum(sum(w.shape[2:]) for w in state.weights)
+    return values * batch * heads * state.weights[0].element_size()
 
 
 def _step(

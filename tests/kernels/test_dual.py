@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from atlas_kernels import Gates, MemoryRule, omega_memory
+from atlas_kernels import Gates, MemoryRule, chunked, omega_memory
 from atlas_kernels.reference_dual import omega_memory_dual_reference
 from problems import TOLERANCE, assert_close, gradients, problem, relative_rms, state_tensors
 
@@ -44,6 +44,19 @@ def test_any_cut_gives_the_whole(kernel, pair, residual):
         second, state = p.run("chunked", at, None, middle)
         parts = {"y": torch.cat([first, second], 1), **state_tensors(state)}
         assert_close(parts | gradients(list(parts.values()), p.leaves()), whole)
+
+
+@pytest.mark.parametrize("kernel", ["exponential", "softmax"])
+def test_chunks_computed_again_give_the_same(kernel, monkeypatch):
+    p = problem(rule_of("gated_mlp", kernel=kernel), 3 * CHUNK + 1)
+    results = []
+    for held in (chunked.HELD_BYTES, 0):
+        monkeypatch.setattr(chunked, "HELD_BYTES", held)
+        y, state = p.run("chunked")
+        outputs = {"y": y, **state_tensors(state)}
+        results.append(outputs | gradients(list(outputs.values()), p.leaves()))
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][name]), name
 
 
 @pytest.mark.parametrize("memory", ["linear", "mlp"])
