@@ -5,14 +5,13 @@ power law; the loss and the accuracy are at those queries alone, every sequence 
 wide, without MLPs, tied embeddings. One training run mixes the numbers of pairs, each is measured apart. The state of
 a mixer is what it carries past a token: see state_floats in training.py.
 
-So that a CPU core trains all mixers in 40 minutes, it is a small task. Zoology has a vocabulary of 8192, 100,000 and
-more sequences of 64 to 512 tokens over 64 epochs, and the best of four learning rates. Here: a vocabulary of 256 (with
-8192, atlas, omeganet and titans answered 1 % or less after 600 steps); four tokens for each pair, so that a sequence
-is dense in queries; sequences of one pair and up, which bring the recurrent mixers off the start sooner; the better of
-two learning rates at full length (short pilots mislead: the higher rate leads early and stalls); about a million
-tokens. Attention, full and sliding, has rotary positions and no short convolution, which the others have: it has to
-learn to look one token back, and gets three times the steps. So this shows what is learned soon, and bounds from below
-alone what a state can hold.
+So that a CPU core trains all mixers in about half an hour, it is a small task. Zoology has a vocabulary of 8192,
+100,000 and more sequences of 64 to 512 tokens over 64 epochs, and the best of four learning rates. Here: a vocabulary
+of 256 (with 8192, atlas, omeganet and titans answered 1 % or less after 600 steps); four tokens for each pair, so that
+a sequence is dense in queries; sequences of one pair and up, which bring the recurrent mixers off the start sooner; the
+better of two learning rates; about a million tokens. Attention, full and sliding, has rotary positions and no short
+convolution, which the others have: it has to learn to look one token back, and gets three times the steps. So this
+shows what is learned soon, and bounds from below alone what a state can hold.
 """
 
 from __future__ import annotations
@@ -178,7 +177,14 @@ def describe(results: record.Record, grid: Grid, observed: Sequence[str]) -> Non
 
 
 # Of the full grid; the numbers behind it are in the JSON.
-OBSERVED: tuple[str, ...] = ()
+OBSERVED = (
+    "Number for number the delta rules recall most: 4,096 numbers of state answer 99 % at 16 pairs, where the deep "
+    "memories have 8,192 to 16,384 and answer 76 to 89 %. Among these ATLAS leads at heads of 8 and trails at heads of "
+    "16, where OmegaNet, with half its numbers, is best. The paper's Fig 7 has ATLAS above DeltaNet at every size: "
+    "here, after a million tokens, neither momentum nor Newton-Schulz buys recall. One seed and two learning rates: "
+    "attention and OmegaNet of 8 fail at the higher one, Gated DeltaNet of 8 at the lower (5 % and less), so a gap of "
+    "a few points says nothing.",
+)
 
 
 def main(words: Sequence[str] | None = None) -> int:
