@@ -31,5 +31,10 @@ setup(
         "bench": ["titans-pytorch==0.5.5"],
         "dev": ["mypy", "pytest", "ruff"],
     },
-    entry_points={"console_scripts": ["atlas-train=atlas_megatron.train:main"]},
+    entry_points={
+        "console_scripts": [
+            "atlas-generate=atlas_megatron.generate:main",
+            "atlas-train=atlas_megatron.train:main",
+        ]
+    },
 )

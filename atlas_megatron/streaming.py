@@ -63,21 +63,26 @@ def generate(
     """
     if tokens.dim() != 2 or tokens.shape[1] == 0:
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}; expected [B, T] with at least one token")
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} must be 0 (the likeliest token) or more")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must lie in (0, 1]")
+    check_sampling(temperature, top_p)
     generator = torch.Generator(tokens.device).manual_seed(seed)
     context, step = StreamContext(), tokens
     for _ in range(max_new_tokens):
         logits = read(model, step, context)[:, -1].float()
-        step = _sample(logits, temperature, top_p, generator)
+        step = sample(logits, temperature, top_p, generator)
         tokens = torch.cat([tokens, step], 1)
     return tokens
 
 
-def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token a row, [B, 1]."""
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Raise ValueError for arguments of `sample` that are out of range."""
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} must be 0 (the likeliest token) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must lie in (0, 1]")
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """One token a row [B, 1] of logits [B, vocabulary]; arguments as in `generate`."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     probabilities, order = (logits / temperature).softmax(-1).sort(-1, descending=True)

@@ -40,7 +40,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         machine = Machine.of(words)
         config = load(arguments.config, [word for word in arguments.overrides if word not in words])
-        _quieten()
+        quieten()
         return _dry_run(config, machine) if arguments.dry_run else _train(config)
     except ConnectionError as error:
         print(f"atlas-train: {error}", file=sys.stderr)
@@ -121,7 +121,7 @@ def _train(config: Config) -> int:
     return 0
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Leave the screen to the run's own lines: core warns of absent accelerators, and of itself, at every start."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -1,0 +1,146 @@
+"""atlas-generate: a prompt of any length in pieces, text as it comes, turns with one memory, bad input."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import tiny_run
+from atlas_megatron import reader as readers
+from atlas_megatron.generate import Sampling, Speaker, main
+from atlas_megatron.reader import Spoken, open_reader, pieces
+from atlas_megatron.tokenizer import load_tokenizer, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that has trained."""
+    root = tmp_path_factory.mktemp("run")
+    # Without Newton-Schulz, which blows rounding up: the likeliest token shall not hang on where a text is cut.
+    done = tiny_run.train(tiny_run.write(root), "memory.preset=omeganet")
+    assert done.returncode == 0, done.stderr
+    return root / "run"
+
+
+def generate(*words: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "atlas_megatron.generate", *words],
+        input=given, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_text_in_pieces_is_tokens_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path(readers.__file__).read_text(encoding="utf-8") + "naïve  café\n\n\tend " * 20
+    train_tokenizer([source], 400, tmp_path / "tokenizer")
+    encode = load_tokenizer(tmp_path / "tokenizer").encode
+    monkeypatch.setattr(readers, "BLOCK", 100)
+    parts = list(pieces(io.StringIO(source)))
+    assert len(parts) > 20 and "".join(parts) == source
+    assert [token for part in parts for token in encode(part)] == encode(source)
+
+
+def test_text_is_given_out_in_whole_characters(tmp_path: Path) -> None:
+    text = "the naïve café — 東京 🙂 end"
+    train_tokenizer(["a plain text of ascii alone"], 260, tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    spoken = Spoken(tokenizer)
+    said = [spoken.add(token) for token in tokenizer.encode(text)]
+    assert "".join(said) == text and "\N{REPLACEMENT CHARACTER}" not in "".join(said)
+    assert "" in said  # a character of several bytes is several tokens here
+
+
+class Counting:
+    """A reader whose next token is the count of those it has read, and the most it was given at once."""
+
+    def __init__(self) -> None:
+        self.tokenizer = SimpleNamespace(
+            encode=lambda text: [ord(c) % 50 for c in text], decode=self._decode, vocab_size=1000, eod=999
+        )
+        self.device, self.longest = torch.device("cpu"), 0
+        self.forget()
+
+    @staticmethod
+    def _decode(ids: Sequence[int]) -> str:
+        return "".join(f"<{i}>" for i in ids)
+
+    def forget(self) -> None:
+        self.seen = 0
+
+    def read(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.longest = max(self.longest, tokens.shape[1])
+        counts = self.seen + torch.arange(1, tokens.shape[1] + 1)
+        self.seen += tokens.shape[1]
+        return torch.nn.functional.one_hot(counts[None], 1200).double()
+
+
+def test_a_long_prompt_is_read_in_segments_and_continued_from_its_end() -> None:
+    reader = Counting()
+    speaker = Speaker(reader, Sampling(0.0, 1.0, 0), segment=7)
+    assert speaker.read(io.StringIO("abcde " * 10)) == 60 and reader.longest == 7
+    assert [token for token, _ in speaker.speak(3)] == [60, 61, 62]
+    # The memory has read its own words.
+    assert speaker.read(io.StringIO("xyz")) == 3
+    assert [token for token, _ in speaker.speak(2)] == [66, 67]
+    speaker.forget()
+    speaker.read(io.StringIO("xyz"))
+    assert [token for token, _ in speaker.speak(1)] == [3]
+
+
+def test_it_ends_with_the_document() -> None:
+    reader = Counting()
+    speaker = Speaker(reader, Sampling(0.0, 1.0, 0), segment=500)
+    speaker.read(io.StringIO("a" * 997))
+    assert [token for token, _ in speaker.speak(9)] == [997, 998]
+
+
+def test_the_command(run: Path, tmp_path: Path) -> None:
+    prompt = "the memory learns at test time " * 20
+    whole = generate(str(run), "--prompt", prompt, "--tokens", "12", "--temperature", "0")
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.startswith(prompt) and "[wrote 12 tokens in" in whole.stderr
+    file = tmp_path / "prompt.txt"
+    file.write_text(prompt)
+    # Segments of another length, another way in: the same text.
+    segmented = generate(str(run), "--prompt-file", str(file), "--tokens", "12", "--temperature", "0", "--segment", "5")
+    assert segmented.stdout == whole.stdout[len(prompt) :]
+    piped = generate(str(run), "--prompt-file", "-", "--tokens", "12", "--temperature", "0", given=prompt)
+    assert piped.stdout == segmented.stdout
+    turns = generate(str(run), "--interactive", "--tokens", "3", given="the memory\n/forget\nthe window\n/quit\n")
+    assert turns.returncode == 0 and turns.stderr.count("[wrote") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--prompt", ""], "the prompt holds no token"),
+        (["--prompt", "a", "--tokens", "0"], "--tokens 0 must be at least 1"),
+        (["--prompt", "a", "--segment", "0"], "--segment 0 must be at least 1 token"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0 must be 0"),
+        (["--prompt", "a", "--top-p", "0"], "top_p=0.0 must lie in (0, 1]"),
+        (["--prompt-file", "missing.txt"], "--prompt-file missing.txt is no file"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "open_reader", lambda path: Counting())
+    assert main(["model", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no folder; give the directory of a run or an exported model"):
+        open_reader(tmp_path / "missing")
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        open_reader(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="holds a model of type 'llama'"):
+        open_reader(tmp_path)
