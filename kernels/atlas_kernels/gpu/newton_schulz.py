@@ -1,0 +1,205 @@
+"""Newton-Schulz on a GPU: the contract of atlas_kernels.newton_schulz, thousands of small matrices at a time.
+
+What is launched for which size is pinned here (`plan`); the kernels and what they cost are in newton_schulz_forward.py
+and newton_schulz_backward.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from atlas_kernels.gpu.newton_schulz_backward import backward_blocks, backward_whole
+from atlas_kernels.gpu.newton_schulz_forward import forward_blocks, forward_whole
+from atlas_kernels.gpu.variants import Variant
+from atlas_kernels.newton_schulz import schedule
+
+SMALLER, LARGER = 128, 512
+# Past it three tf32 products in place of one fit neither registers nor, on sm_100, tensor memory.
+SMALLER_OF_FLOAT32 = 64
+PRODUCTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+INTERPRETED = not isinstance(forward_whole, triton.runtime.JITFunction)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """M, N: the powers of two that hold the smaller side and the larger one (`whole`) or a block of the larger."""
+
+    whole: bool
+    M: int
+    N: int
+    warps: int
+
+    def blocks(self, n: int) -> dict[str, int]:
+        return {} if self.whole else {"BLOCKS": triton.cdiv(n, self.N)}
+
+
+def plan(m: int, n: int, products: torch.dtype, backward: bool) -> Plan:
+    """What a matrix [m, n], m <= n, is launched with: chosen so that registers hold it (see kernels/resources.json)."""
+    M, N = max(16, triton.next_power_of_2(m)), max(16, triton.next_power_of_2(n))
+    exact = products == torch.float32
+    # The backward holds G beside E and D, float32 products hold their operands twice.
+    room = (2048 if exact else 4096) if backward else (4096 if exact else 16384)
+    if M <= 64 and M * N <= room:
+        return Plan(True, M, N, min(8, max(1, M * N // (512 if backward else 1024))))
+    if M == 128:
+        return Plan(False, M, 32, 8)
+    return Plan(False, M, 32 if exact else 64, 8 if M == 64 and backward and not exact else 4)
+
+
+def newton_schulz(
+    S: Tensor, steps: int, coefficients: str = "jordan", products: torch.dtype | None = None
+) -> Tensor:
+    """NS_k(S), differentiable once; NS_0 is the identity and NS_k(0) = 0.
+
+    S [..., m, n] float32, bfloat16 or float16, of any strides (leading dimensions that cannot be merged are copied);
+    the result has its shape, dtype and, where it is dense, its strides. The smaller side up to 128, the larger to 512.
+    products: the dtype of the factors of matrix products, sums are float32. None is S's own. A float32 momentum is
+    trained with products=torch.bfloat16; float32 products are three tf32 products each, smaller side up to 64.
+    Raises ValueError for what no kernel covers. Deterministic.
+    """
+    table = schedule(steps, coefficients)
+    products = S.dtype if products is None else products
+    _check(S, products)
+    if not table or not S.numel():
+        return S
+    if S.shape[-2] > S.shape[-1]:
+        return newton_schulz(S.mT, steps, coefficients, products).mT
+    flat = S.reshape(-1, *S.shape[-2:])
+    return _NewtonSchulz.apply(flat, steps, coefficients, products).view(S.shape)
+
+
+def _check(S: Tensor, products: torch.dtype) -> None:
+    for name, dtype in (("S", S.dtype), ("products", products)):
+        if dtype not in PRODUCTS:
+            raise ValueError(f"{name} is {dtype}; the kernels take float32, bfloat16 and float16")
+    if S.dim() < 2:
+        raise ValueError(f"S has shape {list(S.shape)}; give matrices [..., m, n]")
+    smaller, larger = sorted(S.shape[-2:])
+    if smaller > SMALLER or larger > LARGER:
+        raise ValueError(
+            f"S has matrices {list(S.shape[-2:])}; the kernels cover a smaller side up to {SMALLER} and a larger up to "
+            f'{LARGER}: take impl="chunked" for others'
+        )
+    if INTERPRETED:
+        if S.is_cuda:
+            raise ValueError("S is on a GPU and the kernels are interpreted; unset TRITON_INTERPRET")
+        if products == torch.bfloat16:
+            raise ValueError("products=torch.bfloat16 is wrong in Triton's interpreter; take float32 or float16 there")
+        return
+    if not S.is_cuda:
+        raise ValueError(f"S is on {S.device}; the kernels need a GPU, or TRITON_INTERPRET=1 set before they are imported")
+    major, minor = torch.cuda.get_device_capability(S.device)
+    if major < 8:
+        raise ValueError(f"S is on a GPU of sm_{major}{minor}; the kernels need sm_80 or newer")
+    if products == torch.float32 and smaller > SMALLER_OF_FLOAT32:
+        raise ValueError(
+            f"S has matrices {list(S.shape[-2:])}; float32 products cover a smaller side up to {SMALLER_OF_FLOAT32}: "
+            "pass products=torch.bfloat16"
+        )
+
+
+@lru_cache(maxsize=64)
+def _coefficient_table(steps: int, coefficients: str, device: torch.device) -> Tensor:
+    return torch.tensor(schedule(steps, coefficients), dtype=torch.float32, device=device)
+
+
+def _programs(count: int, M: int, device: torch.device) -> int:
+    """As many as a GPU runs at once, so that what they keep aside does not grow with the batch."""
+    if INTERPRETED:
+        return min(count, 2)
+    a_multiprocessor = {16: 8, 32: 4, 64: 2, 128: 1}[M]
+    return min(count, a_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class _NewtonSchulz(torch.autograd.Function):
+    """S [matrices, m, n] with m <= n."""
+
+    @staticmethod
+    def forward(ctx: Any, S: Tensor, steps: int, coefficients: str, products: torch.dtype) -> Tensor:
+        count, m, n = S.shape
+        result = torch.empty_like(S)
+        norms = torch.empty(count, dtype=torch.float32, device=S.device)
+        table = _coefficient_table(steps, coefficients, S.device)
+        at = plan(m, n, products, backward=False)
+        kernel: Any = forward_whole if at.whole else forward_blocks
+        kernel[(count,)](
+            *(S, result, norms, table, m, n, *S.stride(), *result.stride()),
+            M=at.M,
+            N=at.N,
+            PRODUCTS=PRODUCTS[products],
+            STEPS=steps,
+            **at.blocks(n),
+            num_warps=at.warps,
+            num_stages=1,
+        )
+        ctx.save_for_backward(S, norms, table)
+        ctx.products = products
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        S, norms, table = ctx.saved_tensors
+        count, m, n = S.shape
+        steps = len(table)
+        result = torch.empty_like(S)
+        at = plan(m, n, ctx.products, backward=True)
+        programs, wide = _programs(count, at.M, S.device), at.M * triton.cdiv(n, at.N) * at.N
+        trail = torch.empty(programs, steps, wide + 2 * at.M**2, dtype=ctx.products, device=S.device)
+        kept = [trail]
+        if not at.whole:
+            kept.append(torch.empty(programs, wide, dtype=torch.float32, device=S.device))
+        kernel: Any = backward_whole if at.whole else backward_blocks
+        kernel[(programs,)](
+            *(S, gradient, result, norms, table, *kept, count, m, n),
+            *(*S.stride(), *gradient.stride(), *result.stride()),
+            M=at.M,
+            N=at.N,
+            PRODUCTS=PRODUCTS[ctx.products],
+            STEPS=steps,
+            # A power of two, so that few batch sizes compile anew.
+            TURNS=triton.next_power_of_2(triton.cdiv(count, programs)),
+            **at.blocks(n),
+            num_warps=at.warps,
+            num_stages=1,
+        )
+        return result, None, None, None
+
+
+def variants() -> list[Variant]:
+    """A float32 momentum with bfloat16 products, as it is trained, dense."""
+    return [
+        variant
+        for m, n in ((64, 64), (64, 256), (128, 512), (48, 80))
+        for variant in (_variant(m, n, backward=False), _variant(m, n, backward=True))
+    ]
+
+
+def _variant(m: int, n: int, backward: bool) -> Variant:
+    at = plan(m, n, torch.bfloat16, backward)
+    kernel: Any = ((backward_whole if at.whole else backward_blocks) if backward
+                   else (forward_whole if at.whole else forward_blocks))
+    signature = {}
+    constants: dict[str, object] = {"M": at.M, "N": at.N, "PRODUCTS": tl.bfloat16, "STEPS": 5, **at.blocks(n)}
+    if backward:
+        constants["TURNS"] = 16
+    for name in kernel.arg_names:
+        if name in ("matrices", "gradients", "result", "norms", "table", "work"):
+            signature[name] = "*fp32"
+        elif name == "trail":
+            signature[name] = "*bf16"
+        elif name == "count":
+            signature[name] = "i32"
+        elif name.endswith("stride_column"):
+            constants[name] = 1
+        elif name not in constants:
+            signature[name] = "i32:16"
+    return Variant(f"{kernel.__name__} {m}x{n} bf16", kernel, signature, constants, at.warps, 1)
