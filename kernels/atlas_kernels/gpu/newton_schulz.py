@@ -54,6 +54,12 @@ def plan(m: int, n: int, products: torch.dtype, backward: bool) -> Plan:
     return Plan(False, M, 32 if exact else 64, 8 if M == 64 and backward and not exact else 4)
 
 
+def _kernel(at: Plan, backward: bool) -> Any:
+    if backward:
+        return backward_whole if at.whole else backward_blocks
+    return forward_whole if at.whole else forward_blocks
+
+
 def newton_schulz(
     S: Tensor, steps: int, coefficients: str = "jordan", products: torch.dtype | None = None
 ) -> Tensor:
@@ -95,7 +101,7 @@ def _check(S: Tensor, products: torch.dtype) -> None:
             raise ValueError("products=torch.bfloat16 is wrong in Triton's interpreter; take float32 or float16 there")
         return
     if not S.is_cuda:
-        raise ValueError(f"S is on {S.device}; the kernels need a GPU, or TRITON_INTERPRET=1 set before they are imported")
+        raise ValueError(f"S is on {S.device}; the kernels need a GPU, or TRITON_INTERPRET=1 before they are imported")
     major, minor = torch.cuda.get_device_capability(S.device)
     if major < 8:
         raise ValueError(f"S is on a GPU of sm_{major}{minor}; the kernels need sm_80 or newer")
@@ -129,8 +135,7 @@ class _NewtonSchulz(torch.autograd.Function):
         norms = torch.empty(count, dtype=torch.float32, device=S.device)
         table = _coefficient_table(steps, coefficients, S.device)
         at = plan(m, n, products, backward=False)
-        kernel: Any = forward_whole if at.whole else forward_blocks
-        kernel[(count,)](
+        _kernel(at, backward=False)[(count,)](
             *(S, result, norms, table, m, n, *S.stride(), *result.stride()),
             M=at.M,
             N=at.N,
@@ -157,8 +162,7 @@ class _NewtonSchulz(torch.autograd.Function):
         kept = [trail]
         if not at.whole:
             kept.append(torch.empty(programs, wide, dtype=torch.float32, device=S.device))
-        kernel: Any = backward_whole if at.whole else backward_blocks
-        kernel[(programs,)](
+        _kernel(at, backward=True)[(programs,)](
             *(S, gradient, result, norms, table, *kept, count, m, n),
             *(*S.stride(), *gradient.stride(), *result.stride()),
             M=at.M,
@@ -185,8 +189,7 @@ def variants() -> list[Variant]:
 
 def _variant(m: int, n: int, backward: bool) -> Variant:
     at = plan(m, n, torch.bfloat16, backward)
-    kernel: Any = ((backward_whole if at.whole else backward_blocks) if backward
-                   else (forward_whole if at.whole else forward_blocks))
+    kernel = _kernel(at, backward)
     signature = {}
     constants: dict[str, object] = {"M": at.M, "N": at.N, "PRODUCTS": tl.bfloat16, "STEPS": 5, **at.blocks(n)}
     if backward:

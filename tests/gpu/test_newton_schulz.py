@@ -1,0 +1,173 @@
+"""The Triton Newton-Schulz against the torch one: forward and gradient, in the interpreter where there is no GPU."""
+
+import pytest
+import torch
+
+from atlas_kernels import newton_schulz as in_torch
+from atlas_kernels.gpu import newton_schulz as kernels
+from atlas_kernels.gpu.newton_schulz import newton_schulz
+from atlas_kernels.newton_schulz import COEFFICIENTS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# |ours - float64| / |float64|, (forward, gradient). The torch form itself is at 2e-6 in float32 here; in float16 a
+# factor's rounding, 5e-4, grows with the five steps.
+TOLERANCE = {torch.float32: (1e-5, 3e-5), torch.float16: (1e-2, 2e-2)}
+SHAPES = [(16, 16), (24, 40), (5, 64, 64), (1, 40, 100), (128, 64), (2, 1, 20, 17), (70, 90), (30, 200)]
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
+
+
+def value_and_gradient(function, S, weight):
+    leaf = S.detach().requires_grad_()
+    out = function(leaf)
+    return out.detach(), torch.autograd.grad(out, leaf, weight.to(out.dtype))[0]
+
+
+def assert_close(S, weight, steps=5, coefficients="jordan", **options):
+    ours = value_and_gradient(lambda s: newton_schulz(s, steps, coefficients, **options), S, weight)
+    true = value_and_gradient(lambda s: in_torch(s, steps, coefficients), S.double(), weight)
+    for found, expected, bound in zip(ours, true, TOLERANCE[options.get("products", S.dtype)], strict=True):
+        assert found.shape == S.shape and found.dtype == S.dtype
+        error = (found.double() - expected).norm() / expected.norm()
+        assert error < bound, f"{error:.1e} is over {bound:.0e}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(shape, dtype):
+    if DEVICE == "cuda" and dtype == torch.float32 and min(shape[-2:]) > kernels.SMALLER_OF_FLOAT32:
+        pytest.skip("float32 products of this size do not fit a GPU")
+    assert_close(normal(*shape, dtype=dtype), normal(*shape, seed=1, dtype=dtype))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 9])
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("shape", [(24, 40), (20, 150)])
+def test_steps_and_coefficients(shape, coefficients, steps):
+    S = normal(*shape)
+    assert_close(S, normal(*shape, seed=1), steps, coefficients)
+
+
+def test_products_of_another_dtype():
+    assert_close(normal(3, 40, 60), normal(3, 40, 60, seed=1), products=torch.float16)
+
+
+def test_more_matrices_than_programs():
+    """Those after the first take the same memory aside: each must come out as it does alone."""
+    for shape in ((5, 24, 40), (5, 64, 100)):
+        S, weight = normal(*shape), normal(*shape, seed=1)
+        _, together = value_and_gradient(lambda s: newton_schulz(s, 2), S, weight)
+        for i in range(len(S)):
+            _, alone = value_and_gradient(lambda s: newton_schulz(s, 2), S[i], weight[i])
+            assert torch.equal(together[i], alone)
+
+
+def test_equal_reruns():
+    S, weight = normal(3, 64, 100), normal(3, 64, 100, seed=1)
+    first, second = (value_and_gradient(lambda s: newton_schulz(s, 5), S, weight) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda t: t.mT, lambda t: t[..., ::2], lambda t: t[:, 3:-2], lambda t: t[:1].expand(3, -1, -1)],
+    ids=["transposed", "every second column", "cut", "expanded"],
+)
+def test_strides(view):
+    S = view(normal(3, 40, 60))
+    assert_close(S, view(normal(3, 40, 60, seed=1)))
+    assert_close(S, view(normal(3, 40, 60, seed=1)).contiguous())
+
+
+def test_a_tall_matrix_is_not_copied():
+    tall = normal(2, 60, 20)
+    out = newton_schulz(tall, 2)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out.mT, newton_schulz(tall.mT, 2), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 24), (2, 64, 100)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_zero(shape, dtype):
+    """Beside one that is not; the gradient is the limit's, a_1 ... a_k / 1e-7, at most float16's largest number."""
+    S = normal(*shape, dtype=dtype)
+    S[0] = 0
+    weight = normal(*shape, seed=1, dtype=dtype)
+    out, gradient = value_and_gradient(lambda s: newton_schulz(s, 5), S, weight)
+    assert torch.equal(out[0], torch.zeros_like(out[0])) and out[1].isfinite().all() and out[1].any()
+    assert gradient.isfinite().all()
+    if dtype == torch.float32:
+        _, expected = value_and_gradient(lambda s: in_torch(s, 5), S, weight)
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3 * expected[1].abs().max().item())
+
+
+def test_no_gradient_comes_in():
+    S = normal(1, 16, 16)
+    _, gradient = value_and_gradient(lambda s: newton_schulz(s, 5), S, torch.zeros_like(S))
+    assert torch.equal(gradient, torch.zeros_like(S))
+
+
+def test_small_gradients_survive_float16():
+    """Scaled by a power of two, the same to the last bit."""
+    S, weight = normal(1, 24, 40), normal(1, 24, 40, seed=1)
+    gradients = [
+        value_and_gradient(lambda s: newton_schulz(s, 5, products=torch.float16), S, weight * scale)[1]
+        for scale in (1.0, 2.0**-30)
+    ]
+    assert torch.equal(gradients[0], gradients[1] * 2.0**30)
+
+
+def test_offsets_past_two_to_the_31st():
+    """Matrices, and rows of one matrix, that lie further apart than int32 counts; untouched pages take no memory."""
+    far = 2**31 + 64
+    storage = torch.empty(far + 40 * 40, dtype=torch.float16, device=DEVICE)
+    matrices = storage.as_strided((2, 24, 40), (far, 40, 1))
+    rows = storage.as_strided((1, 2, 40), (0, far, 1))
+    for view in (matrices, rows):
+        view.copy_(normal(*view.shape, dtype=torch.float16))
+        assert_close(view, normal(*view.shape, seed=1, dtype=torch.float16))
+
+
+def test_trivial():
+    S = normal(2, 3, 4)
+    assert newton_schulz(S, 0) is S
+    assert newton_schulz(S[:0], 5).shape == (0, 3, 4)
+
+
+def test_what_is_not_covered():
+    S = normal(3, 4)
+    for bad, words in (
+        (normal(130, 140), "smaller side up to 128 and a larger up to 512"),
+        (normal(16, 600), "smaller side up to 128 and a larger up to 512"),
+        (S.double(), "S is torch.float64; the kernels take"),
+        (S[0], "give matrices"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            newton_schulz(bad, 5)
+    with pytest.raises(ValueError, match="products is torch.float64"):
+        newton_schulz(S, 5, products=torch.float64)
+    with pytest.raises(ValueError, match="coefficients='muon' is unknown"):
+        newton_schulz(S, 5, "muon")
+    with pytest.raises(ValueError, match="steps=-1"):
+        newton_schulz(S, -1)
+
+
+def test_what_no_device_can_run(monkeypatch):
+    if kernels.INTERPRETED:
+        with pytest.raises(ValueError, match="bfloat16 is wrong in Triton's interpreter"):
+            newton_schulz(normal(3, 4), 5, products=torch.bfloat16)
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="S is on cpu; the kernels need a GPU"):
+        newton_schulz(torch.ones(3, 4), 5)
+
+
+def test_every_size_has_a_plan():
+    for m in (1, 16, 17, 64, 65, 128):
+        for n in (1, 16, 100, 256, 512):
+            for products in kernels.PRODUCTS:
+                for backward in (False, True):
+                    plan = kernels.plan(min(m, n), max(m, n), products, backward)
+                    assert plan.M >= min(m, n) and (not plan.whole or plan.N >= max(m, n))
+                    assert plan.warps in (1, 2, 4, 8)
