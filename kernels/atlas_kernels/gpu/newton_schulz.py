@@ -60,9 +60,7 @@ def _kernel(at: Plan, backward: bool) -> Any:
     return forward_whole if at.whole else forward_blocks
 
 
-def newton_schulz(
-    S: Tensor, steps: int, coefficients: str = "jordan", products: torch.dtype | None = None
-) -> Tensor:
+def newton_schulz(S: Tensor, steps: int, coefficients: str = "jordan", products: torch.dtype | None = None) -> Tensor:
     """NS_k(S), differentiable once; NS_0 is the identity and NS_k(0) = 0.
 
     S [..., m, n] float32, bfloat16 or float16, of any strides (leading dimensions that cannot be merged are copied);

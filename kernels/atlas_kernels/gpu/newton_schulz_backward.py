@@ -10,10 +10,10 @@ X, A and P of every step are kept in `trail` as the products take them, so nothi
 recomputing costs the forward's FLOPs, a step back 6 m^2 n + 4 m^3. `trail` belongs to a program, not to a matrix, so
 that it is as large as the GPU has room for programs, not as the batch. J bytes of an element of PRODUCTS, I of S:
 
-| kernel          | FLOPs               | global memory | through L2                                     | on chip               |
-|-----------------|---------------------|---------------|------------------------------------------------|-----------------------|
-| backward_whole  | k (10 m^2 n + 6 m^3)| 4 I m n       | 2 k J (m n + 2 m^2)                            | X or G, A, P, E, D    |
-| backward_blocks | the same            | 4 I m n       | k (J (4 m n + 4 m^2) + 16 m n): G by columns   | A, P, E, D, a block   |
+| kernel          | FLOPs               | global memory | through L2                    | on chip                     |
+|-----------------|---------------------|---------------|-------------------------------|-----------------------------|
+| backward_whole  | k (10 m^2 n + 6 m^3)| 4 I m n       | 2 k J (m n + 2 m^2)           | X or G, A, P, E, D          |
+| backward_blocks | the same            | 6 I m n       | k (J (4 m n + 4 m^2) + 16 m n)| A, P, E, D, columns of G, X |
 
 The gradient of Newton-Schulz is linear in what comes in, which is scaled to |G|_F = 1 first: in float16 it would
 vanish otherwise.

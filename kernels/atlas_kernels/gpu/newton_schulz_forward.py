@@ -8,10 +8,10 @@ iteration as written (a X is added in float32 and never meets a rounded factor).
 
 What a matrix costs, in the least a GPU can do, k steps, I = bytes of an element of S:
 
-| kernel         | FLOPs              | global memory | through L2, kept in place of registers | on chip                |
-|----------------|--------------------|---------------|----------------------------------------|------------------------|
-| forward_whole  | k (4 m^2 n + 2 m^3)| 2 I m n       | -                                      | X, A, P                |
-| forward_blocks | the same           | 2 I m n       | I m n (3 + 2 (k - 1)): X by columns    | A, P, a block of X     |
+| kernel         | FLOPs              | global memory | through L2, in place of registers | on chip               |
+|----------------|--------------------|---------------|-----------------------------------|-----------------------|
+| forward_whole  | k (4 m^2 n + 2 m^3)| 2 I m n       | -                                 | X, A, P               |
+| forward_blocks | the same           | 2 I m n       | I m n (2 + 2 k)                   | A, P, columns of X    |
 
 forward_whole: 64 x 64, k = 5: 7.9 MFLOP on 32 KB of float32, far above any GPU's ratio: bound by tensor cores, so
 nothing but S and the result may leave the chip. forward_blocks: 128 x 512 does not fit the registers of a
