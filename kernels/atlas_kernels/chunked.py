@@ -12,6 +12,7 @@ sources of a chunk (its tokens and their halo), D lifted key, V value.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,9 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from .decays import pair_band, source_band
 from .delta_rule import delta_rule, delta_rule_packed
 from .memories import Matrices, MatrixReader, memory_of, oriented
+from .newton_schulz import newton_schulz
 from .packing import Packing, pack
 from .rule import Gates, MemoryRule, MemoryState
-from .writes import writes_of
+from .writes import Coefficients, NewtonSchulz, Writes, coefficients_of, writes_of
 
 # A call whose whole graph is smaller than this holds it and recomputes nothing.
 HELD_BYTES = 256 << 20
@@ -54,6 +56,38 @@ class Inputs:
         return [Inputs(**{name: stretches[i] for name, stretches in parts.items()}) for i in range(len(lengths))]
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a segment by chunk; r and the residual of the read are x and q where none is given.
+
+    q [N, G, C, D]; read_residual [N, G, C, V]; x [N, G, I, D]; v, r [N, G, I, V].
+    """
+
+    q: Tensor
+    read_residual: Tensor
+    x: Tensor
+    v: Tensor
+    r: Tensor
+
+
+# (rule, coefficients, tokens, weights, momentum, the first chunk's anchor) -> (y [N, G, C, V], weights, momentum that
+# leave), matrices [G, wide, narrow]; momentum is passed through where the rule has none.
+SegmentScan = Callable[
+    [MemoryRule, Coefficients, Tokens, Matrices, Matrices, Matrices], tuple[Tensor, Matrices, Matrices]
+]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What computes the heavy parts. segment: all chunks of a segment where ns_steps = 0; None: chunk by chunk here."""
+
+    segment: SegmentScan | None = None
+    newton_schulz: NewtonSchulz = newton_schulz
+
+
+TORCH = Kernels()
+
+
 def omega_memory_chunked(
     q: Tensor,
     k: Tensor,
@@ -62,13 +96,14 @@ def omega_memory_chunked(
     rule: MemoryRule,
     state: MemoryState,
     residual: tuple[Tensor, Tensor] | None,
+    kernels: Kernels = TORCH,
 ) -> tuple[Tensor, MemoryState]:
     """The map of `reference.py`. Arguments as in `omega_memory`, checked and in one dtype; the state is given."""
     if rule.delta:
         return delta_rule(q, k, v, gates, state)
     residual_q, residual_k = residual if residual is not None else (None, None)
     inputs = Inputs(q, k, v, residual_q, residual_k, gates.alpha, gates.eta, gates.theta, gates.gamma)
-    return _by_segment(rule, state, inputs)
+    return _by_segment(rule, state, inputs, kernels=kernels)
 
 
 def omega_memory_packed(
@@ -121,7 +156,11 @@ def omega_memory_packed(
 
 
 def _by_segment(
-    rule: MemoryRule, state: MemoryState, inputs: Inputs, packed: tuple[Packing, tuple[Tensor, ...]] | None = None
+    rule: MemoryRule,
+    state: MemoryState,
+    inputs: Inputs,
+    packed: tuple[Packing, tuple[Tensor, ...]] | None = None,
+    kernels: Kernels = TORCH,
 ) -> tuple[Tensor, MemoryState]:
     """Scan all tokens, recomputing segments where their graph is too large to hold. packed: and the start weights."""
     assert isinstance(state.position, int)
@@ -132,7 +171,7 @@ def _by_segment(
     outputs, first = [], 0
     for part, (chunks, tokens) in zip(inputs.split([n * c for n, c in pieces]), pieces, strict=True):
         borders = Borders(packed[0], oriented(memory_of(rule), packed[1]), first) if packed else None
-        arguments = (rule, state, part, chunks, tokens, by_chunk, borders)
+        arguments = (rule, state, part, chunks, tokens, by_chunk, borders, kernels)
         if recompute:
             y, state = checkpoint(scan, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -236,6 +275,7 @@ def scan(
     tokens: int,
     by_chunk: bool = False,
     borders: Borders | None = None,
+    kernels: Kernels = TORCH,
 ) -> tuple[Tensor, MemoryState]:
     """Write and read one segment: `chunks` chunks of `tokens` tokens. (y [B, N*C, H, V], the state after it).
 
@@ -259,27 +299,66 @@ def scan(
         band = source_band(sources, tokens)
 
     offset = state.position % rule.chunk
-    alpha, eta, theta = (layout.by_chunk(g) for g in (inputs.alpha, inputs.eta, inputs.theta))
-    writes = writes_of(rule, offset, (alpha, eta, theta), band)
-    memory, outputs = memory_of(rule), []
+    gates = (layout.by_chunk(inputs.alpha), layout.by_chunk(inputs.eta), layout.by_chunk(inputs.theta))
     # Row by row: passes over matrices of one layout are several times faster than over two.
     weights, momentum, anchor = (
-        tuple(m.contiguous() for m in oriented(memory, tuple(m.flatten(0, 1) for m in ms))) for ms in state.matrices()
+        tuple(m.contiguous() for m in oriented(memory_of(rule), tuple(m.flatten(0, 1) for m in ms)))
+        for ms in state.matrices()
     )
+    if offset == 0 and not borders:
+        anchor = weights
+    whole = Tokens(q, read_residual, x, v, r)
+    if kernels.segment is not None and rule.ns_steps == 0:
+        of = coefficients_of(rule, *gates, band)
+        outputs, weights, momentum = kernels.segment(rule, of, whole, weights, momentum, anchor)
+        y = outputs.transpose(0, 1)
+    else:
+        writes = writes_of(rule, offset, gates, band, kernels.newton_schulz)
+        y, weights, momentum, anchor = _chunk_by_chunk(
+            rule, writes, whole, (weights, momentum, anchor), by_chunk, borders
+        )
 
+    batch, _, heads, _ = inputs.q.shape
+    position = state.position + chunks * tokens
+    if position % rule.chunk == 0 and not borders:
+        anchor = weights
+    weights, momentum, anchor = (
+        tuple(m.unflatten(0, (batch, heads)) for m in oriented(memory_of(rule), ms))
+        for ms in (weights, momentum, anchor)
+    )
+    if not rule.momentum:
+        momentum = state.momentum
+    y = y.unflatten(0, (batch, heads)).flatten(2, 3).transpose(1, 2)
+    return y, MemoryState(weights, momentum, anchor, keys, values, residuals, gamma, position)
+
+
+def _chunk_by_chunk(
+    rule: MemoryRule,
+    writes: Writes,
+    whole: Tokens,
+    matrices: tuple[Matrices, Matrices, Matrices],
+    by_chunk: bool,
+    borders: Borders | None,
+) -> tuple[Tensor, Matrices, Matrices, Matrices]:
+    """One chunk after the other: (y [G, N, C, V]; weights, momentum and anchor after them).
+
+    matrices: weights, momentum and the first chunk's anchor. by_chunk, borders: as in `scan`.
+    """
+    memory, outputs = memory_of(rule), []
     # Taken apart at once: the backward of one index is a whole segment of zeros.
-    qs, read_qs, xs, vs, rs = (t.unbind() for t in (q, read_residual, x, v, r))
+    qs, read_qs, xs, vs, rs = (t.unbind() for t in vars(whole).values())
 
     def step(n: int, weights: Matrices, momentum: Matrices, anchor: Matrices) -> tuple[Tensor, Matrices, Matrices]:
         factors = memory.factors(MatrixReader(anchor), xs[n], vs[n], rs[n])
         reader, weights, momentum = writes.advance(n, weights, momentum, factors)
         return memory.read(reader, qs[n], read_qs[n]), weights, momentum
 
+    weights, momentum, anchor = matrices
     last_anchor = anchor
-    for n in range(chunks):
+    for n in range(len(qs)):
         if borders:
             weights, momentum, anchor, last_anchor = borders.enter(n, weights, momentum, anchor, last_anchor)
-        elif n > 0 or offset == 0:
+        elif n > 0:
             anchor = weights
         if by_chunk:
             y, weights, momentum = checkpoint(
@@ -288,17 +367,4 @@ def scan(
         else:
             y, weights, momentum = step(n, weights, momentum, anchor)
         outputs.append(y)
-
-    batch, _, heads, _ = inputs.q.shape
-    position = state.position + chunks * tokens
-    if borders:
-        anchor = last_anchor
-    elif position % rule.chunk == 0:
-        anchor = weights
-    weights, momentum, anchor = (
-        tuple(m.unflatten(0, (batch, heads)) for m in oriented(memory, ms)) for ms in (weights, momentum, anchor)
-    )
-    if not rule.momentum:
-        momentum = state.momentum
-    y = torch.stack(outputs, 1).unflatten(0, (batch, heads)).flatten(2, 3).transpose(1, 2)
-    return y, MemoryState(weights, momentum, anchor, keys, values, residuals, gamma, position)
+    return torch.stack(outputs, 1), weights, momentum, last_anchor if borders else anchor

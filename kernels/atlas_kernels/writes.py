@@ -13,6 +13,8 @@ factors go to the narrow side. Dims: G = B x H, C tokens of a chunk, I sources (
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -25,6 +27,8 @@ from .newton_schulz import newton_schulz
 from .products import step_pair
 from .rule import MemoryRule
 
+NewtonSchulz = Callable[[Tensor, int, str], Tensor]
+
 
 class Writes(Protocol):
     """How the tokens of each chunk change the weights."""
@@ -35,23 +39,48 @@ class Writes(Protocol):
         """(how tokens of chunk n read, weights after it, momentum after it)."""
 
 
+@dataclass(frozen=True)
+class Coefficients:
+    """ns_steps = 0: all that the gates say of the N chunks of a segment; differentiable in the gates.
+
+    How token t reads: alphas [N, G, C, 1] of the weights, kappas [N, G, C, 1] of the momentum, sources [N, G, C, I].
+    What leaves the chunk: last [N, G, 3, 1] = what the next weights take of the old ones and of the momentum, and
+    the next momentum of the old one; to_weights, to_momentum [N, G, I, 1] = of each source's outer product.
+    Without momentum kappas and to_momentum are None and last is [N, G, 1, 1].
+    """
+
+    alphas: Tensor
+    kappas: Tensor | None
+    sources: Tensor
+    last: Tensor
+    to_weights: Tensor
+    to_momentum: Tensor | None
+
+
+def coefficients_of(rule: MemoryRule, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor) -> Coefficients:
+    """alpha, eta, theta [N, G, C]; band [N, G, C, I], the Omega gates Gm."""
+    retention = decay_matrix(alpha)
+    alphas = retention[..., :1] * alpha[..., :1, None]
+    steps = retention * -eta.unsqueeze(-2)
+    if not rule.momentum:
+        sources = steps @ band
+        return Coefficients(alphas, None, sources, alphas[..., -1:, :], sources[..., -1, :, None], None)
+    decay = decay_matrix(theta)
+    thetas = decay[..., :1] * theta[..., :1, None]  # prod_{r <= t} theta_r
+    sums = decay @ band
+    kappas, sources = (steps * thetas.mT).sum(-1, keepdim=True), steps @ sums
+    last = torch.stack([alphas[..., -1, :], kappas[..., -1, :], thetas[..., -1, :]], -2)
+    return Coefficients(alphas, kappas, sources, last, sources[..., -1, :, None], sums[..., -1, :, None])
+
+
 class RawWrites:
     """ns_steps = 0: every token writes its momentum itself."""
 
-    def __init__(self, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor) -> None:
-        """alpha, eta, theta [N, G, C]; band [N, G, C, I], the Omega gates Gm."""
-        retention, decay = decay_matrix(alpha), decay_matrix(theta)
-        steps = retention * -eta.unsqueeze(-2)
-        thetas = decay[..., :1] * theta[..., :1, None]  # prod_{r <= t} theta_r
-        alphas = retention[..., :1] * alpha[..., :1, None]
-        sums = decay @ band
-        kappas, sources = (steps * thetas.mT).sum(-1, keepdim=True), steps @ sums
-        self.reads = list(zip(alphas.unbind(), kappas.unbind(), sources.unbind(), strict=True))
-        # Of the last token: what the next weights take of the old ones and of the momentum, the next momentum of
-        # the old one [N, G, 3, 1]; what both take of each source's outer product [N, G, I, 1].
-        last = torch.stack([alphas[..., -1, :], kappas[..., -1, :], thetas[..., -1, :]], -2)
-        outer = (t[..., -1, :, None].unbind() for t in (sources, sums))
-        self.leaving = list(zip(last.unbind(), *outer, strict=True))
+    def __init__(self, of: Coefficients) -> None:
+        assert of.kappas is not None and of.to_momentum is not None
+        self.reads = list(zip(of.alphas.unbind(), of.kappas.unbind(), of.sources.unbind(), strict=True))
+        outer = (of.to_weights.unbind(), of.to_momentum.unbind())
+        self.leaving = list(zip(of.last.unbind(), *outer, strict=True))
 
     def advance(
         self, n: int, weights: Matrices, momentum: Matrices, factors: Factors
@@ -67,29 +96,34 @@ class RawWrites:
         return SourceReader(sources, factors, terms), written, moved
 
 
-def writes_of(rule: MemoryRule, offset: int, gates: tuple[Tensor, Tensor, Tensor], band: Tensor) -> Writes:
+def writes_of(
+    rule: MemoryRule,
+    offset: int,
+    gates: tuple[Tensor, Tensor, Tensor],
+    band: Tensor,
+    newton_schulz: NewtonSchulz = newton_schulz,
+) -> Writes:
     """How the tokens write under `rule`.
 
     gates: alpha, eta, theta [N, G, C]; band [N, G, C, I], the Omega gates Gm; offset: the first token's place in its
-    chunk.
+    chunk; newton_schulz: what orthogonalises.
     """
     alpha, eta, theta = gates
     if rule.ns_steps:
         at = [t for t in range(alpha.shape[-1]) if rule.writes_at(offset + t)]
-        return OrthogonalWrites(alpha, eta, theta, band, at, rule.ns_steps, rule.ns_coefficients)
-    return RawWrites(alpha, eta, theta, band) if rule.momentum else SumWrites(alpha, eta, band)
+        return OrthogonalWrites(
+            alpha, eta, theta, band, at, lambda S: newton_schulz(S, rule.ns_steps, rule.ns_coefficients)
+        )
+    of = coefficients_of(rule, alpha, eta, theta, band)
+    return RawWrites(of) if rule.momentum else SumWrites(of)
 
 
 class SumWrites:
     """ns_steps = 0 without momentum: every token writes its window's gradients themselves."""
 
-    def __init__(self, alpha: Tensor, eta: Tensor, band: Tensor) -> None:
-        """As RawWrites."""
-        retention = decay_matrix(alpha)
-        alphas = retention[..., :1] * alpha[..., :1, None]
-        sources = (retention * -eta.unsqueeze(-2)) @ band
-        self.reads = list(zip(alphas.unbind(), sources.unbind(), strict=True))
-        self.leaving = list(zip(alphas[..., -1:, :].unbind(), sources[..., -1, :, None].unbind(), strict=True))
+    def __init__(self, of: Coefficients) -> None:
+        self.reads = list(zip(of.alphas.unbind(), of.sources.unbind(), strict=True))
+        self.leaving = list(zip(of.last.unbind(), of.to_weights.unbind(), strict=True))
 
     def advance(
         self, n: int, weights: Matrices, momentum: Matrices, factors: Factors
@@ -120,14 +154,20 @@ class OrthogonalWrites:
     """ns_steps > 0: the tokens `writes` write NS(S_t); the others only decay."""
 
     def __init__(
-        self, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor, writes: list[int], steps: int, table: str
+        self,
+        alpha: Tensor,
+        eta: Tensor,
+        theta: Tensor,
+        band: Tensor,
+        writes: list[int],
+        orthogonalise: Callable[[Tensor], Tensor],
     ) -> None:
-        """As RawWrites; `writes` are positions in the chunk; `steps`, `table` are Newton-Schulz's."""
+        """Gates as `writes_of`; `writes` are positions in the chunk; `orthogonalise` [..., m, n] -> [..., m, n]."""
         retention, decay = decay_matrix(alpha), decay_matrix(theta)
         last = alpha.shape[-1] - 1
         # The last token's momentum leaves the chunk, so it is formed even where it is not written.
         formed = writes if last in writes else [*writes, last]
-        self.writes, self.steps, self.table = writes, steps, table
+        self.writes, self.orthogonalise = writes, orthogonalise
         self.of_weights = (retention[..., :1] * alpha[..., :1, None]).unbind()
         self.of_writes = (retention * -eta.unsqueeze(-2))[..., writes].unbind()
         self.thetas = (decay[..., formed, :1] * theta[..., :1, None]).unsqueeze(-1).unbind()
@@ -141,7 +181,7 @@ class OrthogonalWrites:
         for W, S, (wide, narrow) in zip(weights, momentum, factors, strict=True):
             # [G, K', wide, narrow]: the momentum at each formed token.
             formed = self.thetas[n] * S.unsqueeze(1) + wide.mT.unsqueeze(1) @ (self.sums[n] * narrow.unsqueeze(1))
-            O = newton_schulz(formed[:, : len(self.writes)], self.steps, self.table)  # noqa: E741
+            O = self.orthogonalise(formed[:, : len(self.writes)])  # noqa: E741
             orthogonal.append(O)
             written.append(alphas[:, -1:] * W + torch.einsum("gk,gkmn->gmn", of_writes[:, -1], O))
             moved.append(formed[:, -1])
