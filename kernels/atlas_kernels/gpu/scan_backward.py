@@ -1,0 +1,172 @@
+"""The memory scan backward: one kernel for the reads of all chunks at once, one for the chain of the writes.
+
+`read_backward_kernel`, one program a chunk and memory, takes y's gradient down to what a read multiplies. What it owes
+to matrices and factors is left to the chain as the two sides of outer products, h and dz [C, F] a chunk, in PRODUCTS:
+their sums would be four matrices, two to four times the bytes. `write_backward_kernel`, one program a memory, goes
+through the chunks from the last to the first with the gradients of the matrices in place, slot 1 of [2, G, F, ...];
+slot 0 takes the gradient of the first chunk's anchor, every other anchor is the weights that enter its chunk.
+
+Names: `grad_a` is the loss's gradient of a. TABLE
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from atlas_kernels.gpu.scan_pieces import (
+    add_product,
+    column,
+    gelu_curve,
+    gelu_slope,
+    inner_error,
+    inner_error_gradient,
+    jacobian_times,
+    normalised,
+    product,
+    put,
+    tile,
+)
+
+
+@triton.jit
+def read_backward_kernel(
+    grad_y_pointer,  # [N, G, C, V]
+    q_pointer,  # [N, G, C, D]
+    x_pointer,  # [N, G, I, D]
+    v_pointer,  # [N, G, I, V]
+    r_pointer,  # [N, G, I, V]
+    alphas_pointer,  # [N, G, C]
+    kappas_pointer,  # [N, G, C]
+    sources_pointer,  # [N, G, C, I]
+    w1_pointer,  # [N + 2, G, F, V]
+    w2_pointer,  # [N + 2, G, F, D]
+    w3_pointer,
+    s1_pointer,
+    s2_pointer,
+    s3_pointer,
+    o_pointer,  # [N, G, I, V]
+    read_pointer,  # [N, G, C, V]
+    scores_pointer,  # [N, G, C, I]
+    grad_q_pointer,  # out: [N, G, C, D]
+    grad_alphas_pointer,  # out: [N, G, C]
+    grad_kappas_pointer,  # out: [N, G, C]
+    grad_sources_pointer,  # out: [N, G, C, I]
+    grad_x_pointer,  # out: [N, G, I, D], the reads' part
+    grad_e_pointer,  # out: [N, G, I, V], the reads' part
+    grad_read_pointer,  # out: [N, G, C, V]
+    h_pointer,  # out: [N, G, C, F] in PRODUCTS
+    grad_z_pointer,  # out: [N, G, C, F] in PRODUCTS
+    grad_up_pointer,  # out: [N, G, C, F] in PRODUCTS
+    G,
+    C,
+    I,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    LAYER: tl.constexpr,
+    L2: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    GATED: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64)
+    before = at + G
+    anchor = tl.where(at < G, at, before)
+    t, i, d, c = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    inside = c[None, :] < V
+
+    grad_read = tile(grad_y_pointer + at * C * V, t, c, C, V)
+    if LAYER:
+        n, inverse_sd = normalised(tile(read_pointer + at * C * V, t, c, C, V), inside, V)
+        grad_read = jacobian_times(n, inverse_sd, grad_read, inside, V)
+    put(grad_read_pointer + at * C * V, grad_read, t, c, C, V)
+
+    v, r = tile(v_pointer + at * I * V, i, c, I, V), tile(r_pointer + at * I * V, i, c, I, V)
+    e = inner_error(tile(o_pointer + at * I * V, i, c, I, V), r, v, inside, V, LAYER, L2)
+    sources_at = at * C * I + t[:, None] * I + i[None, :]
+    sources_inside = (t[:, None] < C) & (i[None, :] < I)
+    sources = tl.load(sources_pointer + sources_at, mask=sources_inside, other=0.0)
+    scores = tl.load(scores_pointer + sources_at, mask=sources_inside, other=0.0)
+    put(grad_e_pointer + at * I * V, product(tl.trans(sources * scores), grad_read, PRODUCTS), i, c, I, V)
+    grad_scores = product(grad_read, tl.trans(e), PRODUCTS)
+    grad_sources = grad_scores * scores
+    grad_scores *= sources
+
+    q, x = tile(q_pointer + at * C * D, t, d, C, D), tile(x_pointer + at * I * D, i, d, I, D)
+    met = product(q, tl.trans(x), PRODUCTS)
+    seen = sources * met
+    alphas = column(alphas_pointer + at * C, t, C)
+    grad_alphas = tl.zeros([BLOCK_C], tl.float32)
+    of_w = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    if MOMENTUM:
+        kappas = column(kappas_pointer + at * C, t, C)
+        grad_kappas = tl.zeros([BLOCK_C], tl.float32)
+        of_s = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    grad_met = tl.zeros([BLOCK_C, BLOCK_I], tl.float32)
+
+    for start in range(0, F, BLOCK_F):
+        f = start + tl.arange(0, BLOCK_F)
+        h, slope = gelu_slope(product(x, tl.trans(tile(w2_pointer + anchor * F * D, f, d, F, D)), PRODUCTS))
+        back = product(e, tl.trans(tile(w1_pointer + anchor * F * V, f, c, F, V)), PRODUCTS)
+        w2 = tile(w2_pointer + before * F * D, f, d, F, D)
+        z = alphas * product(q, tl.trans(w2), PRODUCTS)
+        if MOMENTUM:
+            s2 = tile(s2_pointer + before * F * D, f, d, F, D)
+            z += kappas * product(q, tl.trans(s2), PRODUCTS)
+        if GATED:
+            w3 = tile(w3_pointer + before * F * D, f, d, F, D)
+            up = alphas * product(q, tl.trans(w3), PRODUCTS)
+            if MOMENTUM:
+                s3 = tile(s3_pointer + before * F * D, f, d, F, D)
+                up += kappas * product(q, tl.trans(s3), PRODUCTS)
+            factor_up = back * h
+            up = add_product(up, seen, factor_up, PRODUCTS)
+            source_up = product(x, tl.trans(tile(w3_pointer + anchor * F * D, f, d, F, D)), PRODUCTS)
+            h, back = h * source_up, back * source_up
+        factor = back * slope
+        act, read_slope = gelu_slope(add_product(z, seen, factor, PRODUCTS))
+        if GATED:
+            read = act * up
+        else:
+            read = act
+
+        of_read = product(grad_read, tl.trans(tile(w1_pointer + before * F * V, f, c, F, V)), PRODUCTS)
+        grad_alphas += tl.sum(of_read * read, 1)
+        grad_h = alphas * of_read
+        if MOMENTUM:
+            of_read = product(grad_read, tl.trans(tile(s1_pointer + before * F * V, f, c, F, V)), PRODUCTS)
+            grad_kappas += tl.sum(of_read * read, 1)
+            grad_h += kappas * of_read
+        grad_h = add_product(grad_h, grad_scores, h, PRODUCTS)
+        put(h_pointer + at * C * F, read.to(PRODUCTS), t, f, C, F)
+        if GATED:
+            grad_up = grad_h * act
+            grad_h *= up
+            put(grad_up_pointer + at * C * F, grad_up.to(PRODUCTS), t, f, C, F)
+            grad_met = add_product(grad_met, grad_up, tl.trans(factor_up), PRODUCTS)
+            of_w = add_product(of_w, grad_up, w3, PRODUCTS)
+            if MOMENTUM:
+                of_s = add_product(of_s, grad_up, s3, PRODUCTS)
+        grad_z = grad_h * read_slope
+        put(grad_z_pointer + at * C * F, grad_z.to(PRODUCTS), t, f, C, F)
+        grad_met = add_product(grad_met, grad_z, tl.trans(factor), PRODUCTS)
+        of_w = add_product(of_w, grad_z, w2, PRODUCTS)
+        if MOMENTUM:
+            of_s = add_product(of_s, grad_z, s2, PRODUCTS)
+
+    tl.store(grad_alphas_pointer + at * C + t, grad_alphas + tl.sum(of_w * q, 1), mask=t < C)
+    grad_q = alphas * of_w
+    if MOMENTUM:
+        tl.store(grad_kappas_pointer + at * C + t, grad_kappas + tl.sum(of_s * q, 1), mask=t < C)
+        grad_q += kappas * of_s
+    grad_sources += grad_met * met
+    tl.store(grad_sources_pointer + sources_at, grad_sources, mask=sources_inside)
+    grad_met *= sources
+    put(grad_q_pointer + at * C * D, add_product(grad_q, grad_met, x, PRODUCTS), t, d, C, D)
+    put(grad_x_pointer + at * I * D, product(tl.trans(grad_met), q, PRODUCTS), i, d, I, D)

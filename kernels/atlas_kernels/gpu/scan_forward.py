@@ -1,0 +1,204 @@
+"""The memory scan forward: one kernel that writes, chunk after chunk, and one that reads all chunks at once.
+
+`write_kernel`, one program a memory g, keeps nothing of the matrices on chip: chunk n reads them at slot n + 1 of
+[N + 2, G, F, ...] and writes slot n + 2; slot 0 holds the first chunk's anchor, slot 1 what enters. `read_kernel`, one
+program a chunk and memory, forms what the tokens read from those slots. Kept apart because a read waits for no other
+chunk: N times more programs than memories, and a shorter chain; the price is Z and D once more, 4 of 28 products.
+
+TABLE
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from atlas_kernels.gpu.scan_pieces import (
+    add_product,
+    column,
+    gelu,
+    gelu_slope,
+    inner_error,
+    normalised,
+    product,
+    put,
+    tile,
+)
+
+
+@triton.jit
+def write_kernel(
+    x_pointer,  # [N, G, I, D]
+    v_pointer,  # [N, G, I, V]
+    r_pointer,  # [N, G, I, V]
+    last_pointer,  # [N, G, 3], or [N, G, 1] without momentum
+    to_w_pointer,  # [N, G, I]
+    to_s_pointer,  # [N, G, I]
+    w1_pointer,  # [N + 2, G, F, V], slots 0 and 1 filled
+    w2_pointer,  # [N + 2, G, F, D]
+    w3_pointer,
+    s1_pointer,  # as w1, slot 1 filled
+    s2_pointer,
+    s3_pointer,
+    o_pointer,  # out: [N, G, I, V], what the anchor gives to each source
+    N,
+    G,
+    I,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    LAYER: tl.constexpr,
+    L2: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    GATED: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+):
+    g = tl.program_id(0)
+    i, d, c = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    inside = c[None, :] < V
+    n = 0
+    while n < N:  # no range: the interpreter takes an argument as its bound only with an older numpy
+        at = (n * G + g).to(tl.int64)
+        before, after = at + G, at + 2 * G
+        anchor = tl.where(n == 0, at, before)
+        x = tile(x_pointer + at * I * D, i, d, I, D)
+        o = tl.zeros([BLOCK_I, BLOCK_V], tl.float32)
+        for start in range(0, F, BLOCK_F):
+            f = start + tl.arange(0, BLOCK_F)
+            h = gelu(product(x, tl.trans(tile(w2_pointer + anchor * F * D, f, d, F, D)), PRODUCTS))
+            if GATED:
+                h *= product(x, tl.trans(tile(w3_pointer + anchor * F * D, f, d, F, D)), PRODUCTS)
+            o = add_product(o, h, tile(w1_pointer + anchor * F * V, f, c, F, V), PRODUCTS)
+        put(o_pointer + at * I * V, o, i, c, I, V)
+
+        v, r = tile(v_pointer + at * I * V, i, c, I, V), tile(r_pointer + at * I * V, i, c, I, V)
+        e = inner_error(o, r, v, inside, V, LAYER, L2)
+        to_w = column(to_w_pointer + at * I, i, I)
+        e_to_w, x_to_w = to_w * e, to_w * x
+        if MOMENTUM:
+            to_s = column(to_s_pointer + at * I, i, I)
+            e_to_s, x_to_s = to_s * e, to_s * x
+            keep = tl.load(last_pointer + at * 3)
+            push, drag = tl.load(last_pointer + at * 3 + 1), tl.load(last_pointer + at * 3 + 2)
+        else:
+            keep = tl.load(last_pointer + at)
+
+        for start in range(0, F, BLOCK_F):
+            f = start + tl.arange(0, BLOCK_F)
+            h, slope = gelu_slope(product(x, tl.trans(tile(w2_pointer + anchor * F * D, f, d, F, D)), PRODUCTS))
+            back = product(e, tl.trans(tile(w1_pointer + anchor * F * V, f, c, F, V)), PRODUCTS)
+            if GATED:
+                up = product(x, tl.trans(tile(w3_pointer + anchor * F * D, f, d, F, D)), PRODUCTS)
+                back_up = tl.trans(back * h)
+                h, back = h * up, back * up
+            h, back = tl.trans(h), tl.trans(back * slope)
+            w1 = keep * tile(w1_pointer + before * F * V, f, c, F, V)
+            w2 = keep * tile(w2_pointer + before * F * D, f, d, F, D)
+            if MOMENTUM:
+                s1 = tile(s1_pointer + before * F * V, f, c, F, V)
+                s2 = tile(s2_pointer + before * F * D, f, d, F, D)
+                w1, w2 = w1 + push * s1, w2 + push * s2
+                put(s1_pointer + after * F * V, add_product(drag * s1, h, e_to_s, PRODUCTS), f, c, F, V)
+                put(s2_pointer + after * F * D, add_product(drag * s2, back, x_to_s, PRODUCTS), f, d, F, D)
+            put(w1_pointer + after * F * V, add_product(w1, h, e_to_w, PRODUCTS), f, c, F, V)
+            put(w2_pointer + after * F * D, add_product(w2, back, x_to_w, PRODUCTS), f, d, F, D)
+            if GATED:
+                w3 = keep * tile(w3_pointer + before * F * D, f, d, F, D)
+                if MOMENTUM:
+                    s3 = tile(s3_pointer + before * F * D, f, d, F, D)
+                    w3 += push * s3
+                    put(s3_pointer + after * F * D, add_product(drag * s3, back_up, x_to_s, PRODUCTS), f, d, F, D)
+                put(w3_pointer + after * F * D, add_product(w3, back_up, x_to_w, PRODUCTS), f, d, F, D)
+        # What this chunk wrote, other threads of the program read in the next.
+        tl.debug_barrier()
+        n += 1
+
+
+@triton.jit
+def read_kernel(
+    q_pointer,  # [N, G, C, D]
+    read_residual_pointer,  # [N, G, C, V]
+    x_pointer,  # [N, G, I, D]
+    v_pointer,  # [N, G, I, V]
+    r_pointer,  # [N, G, I, V]
+    alphas_pointer,  # [N, G, C]
+    kappas_pointer,  # [N, G, C]
+    sources_pointer,  # [N, G, C, I]
+    w1_pointer,  # [N + 2, G, F, V]
+    w2_pointer,  # [N + 2, G, F, D]
+    w3_pointer,
+    s1_pointer,
+    s2_pointer,
+    s3_pointer,
+    o_pointer,  # [N, G, I, V]
+    y_pointer,  # out: [N, G, C, V]
+    read_pointer,  # out where KEEP: [N, G, C, V], y before its norm
+    scores_pointer,  # out where KEEP: [N, G, C, I], h of the reads times h of the sources
+    G,
+    C,
+    I,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    LAYER: tl.constexpr,
+    L2: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    GATED: tl.constexpr,
+    KEEP: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64)
+    before = at + G
+    anchor = tl.where(at < G, at, before)
+    t, i, d, c = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    inside = c[None, :] < V
+    q, x = tile(q_pointer + at * C * D, t, d, C, D), tile(x_pointer + at * I * D, i, d, I, D)
+    sources_at = sources_pointer + at * C * I + t[:, None] * I + i[None, :]
+    sources_inside = (t[:, None] < C) & (i[None, :] < I)
+    seen = tl.load(sources_at, mask=sources_inside, other=0.0) * product(q, tl.trans(x), PRODUCTS)
+    v, r = tile(v_pointer + at * I * V, i, c, I, V), tile(r_pointer + at * I * V, i, c, I, V)
+    e = inner_error(tile(o_pointer + at * I * V, i, c, I, V), r, v, inside, V, LAYER, L2)
+    alphas = column(alphas_pointer + at * C, t, C)
+    if MOMENTUM:
+        kappas = column(kappas_pointer + at * C, t, C)
+
+    o = tl.zeros([BLOCK_C, BLOCK_V], tl.float32)
+    scores = tl.zeros([BLOCK_C, BLOCK_I], tl.float32)
+    for start in range(0, F, BLOCK_F):
+        f = start + tl.arange(0, BLOCK_F)
+        h, slope = gelu_slope(product(x, tl.trans(tile(w2_pointer + anchor * F * D, f, d, F, D)), PRODUCTS))
+        back = product(e, tl.trans(tile(w1_pointer + anchor * F * V, f, c, F, V)), PRODUCTS)
+        z = alphas * product(q, tl.trans(tile(w2_pointer + before * F * D, f, d, F, D)), PRODUCTS)
+        if MOMENTUM:
+            z += kappas * product(q, tl.trans(tile(s2_pointer + before * F * D, f, d, F, D)), PRODUCTS)
+        if GATED:
+            up = alphas * product(q, tl.trans(tile(w3_pointer + before * F * D, f, d, F, D)), PRODUCTS)
+            if MOMENTUM:
+                up += kappas * product(q, tl.trans(tile(s3_pointer + before * F * D, f, d, F, D)), PRODUCTS)
+            up = add_product(up, seen, back * h, PRODUCTS)
+            source_up = product(x, tl.trans(tile(w3_pointer + anchor * F * D, f, d, F, D)), PRODUCTS)
+            h, back = h * source_up, back * source_up
+            read = gelu(add_product(z, seen, back * slope, PRODUCTS)) * up
+        else:
+            read = gelu(add_product(z, seen, back * slope, PRODUCTS))
+        o = add_product(o, alphas * read, tile(w1_pointer + before * F * V, f, c, F, V), PRODUCTS)
+        if MOMENTUM:
+            o = add_product(o, kappas * read, tile(s1_pointer + before * F * V, f, c, F, V), PRODUCTS)
+        scores = add_product(scores, read, tl.trans(h), PRODUCTS)
+
+    o = add_product(o, tl.load(sources_at, mask=sources_inside, other=0.0) * scores, e, PRODUCTS)
+    if KEEP:
+        put(read_pointer + at * C * V, o, t, c, C, V)
+        tl.store(scores_pointer + at * C * I + t[:, None] * I + i[None, :], scores, mask=sources_inside)
+    if LAYER:
+        o, _ = normalised(o, inside, V)
+    put(y_pointer + at * C * V, tile(read_residual_pointer + at * C * V, t, c, C, V) + o, t, c, C, V)
