@@ -17,14 +17,14 @@ import triton.language as tl
 from atlas_kernels.gpu.scan_pieces import (
     add_product,
     column,
-    gelu_curve,
+    flipped,
     gelu_slope,
     inner_error,
-    inner_error_gradient,
     jacobian_times,
     normalised,
     product,
     put,
+    put_flipped,
     tile,
 )
 
@@ -89,18 +89,15 @@ def read_backward_kernel(
 
     v, r = tile(v_pointer + at * I * V, i, c, I, V), tile(r_pointer + at * I * V, i, c, I, V)
     e = inner_error(tile(o_pointer + at * I * V, i, c, I, V), r, v, inside, V, LAYER, L2)
-    sources_at = at * C * I + t[:, None] * I + i[None, :]
-    sources_inside = (t[:, None] < C) & (i[None, :] < I)
-    sources = tl.load(sources_pointer + sources_at, mask=sources_inside, other=0.0)
-    scores = tl.load(scores_pointer + sources_at, mask=sources_inside, other=0.0)
-    put(grad_e_pointer + at * I * V, product(tl.trans(sources * scores), grad_read, PRODUCTS), i, c, I, V)
-    grad_scores = product(grad_read, tl.trans(e), PRODUCTS)
+    sources = flipped(sources_pointer + at * C * I, t, i, C, I)
+    scores = flipped(scores_pointer + at * C * I, t, i, C, I)
+    put(grad_e_pointer + at * I * V, product(sources * scores, grad_read, PRODUCTS), i, c, I, V)
+    grad_scores = product(e, tl.trans(grad_read), PRODUCTS)
     grad_sources = grad_scores * scores
-    grad_scores *= sources
+    grad_scores = tl.trans((grad_scores * sources).to(PRODUCTS))
 
     q, x = tile(q_pointer + at * C * D, t, d, C, D), tile(x_pointer + at * I * D, i, d, I, D)
-    met = product(q, tl.trans(x), PRODUCTS)
-    seen = sources * met
+    seen = tl.trans((sources * product(x, tl.trans(q), PRODUCTS)).to(PRODUCTS))
     alphas = column(alphas_pointer + at * C, t, C)
     grad_alphas = tl.zeros([BLOCK_C], tl.float32)
     of_w = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
@@ -108,9 +105,9 @@ def read_backward_kernel(
         kappas = column(kappas_pointer + at * C, t, C)
         grad_kappas = tl.zeros([BLOCK_C], tl.float32)
         of_s = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
-    grad_met = tl.zeros([BLOCK_C, BLOCK_I], tl.float32)
+    grad_met = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
 
-    for start in range(0, F, BLOCK_F):
+    for start in tl.range(0, F, BLOCK_F, disable_licm=True):
         f = start + tl.arange(0, BLOCK_F)
         h, slope = gelu_slope(product(x, tl.trans(tile(w2_pointer + anchor * F * D, f, d, F, D)), PRODUCTS))
         back = product(e, tl.trans(tile(w1_pointer + anchor * F * V, f, c, F, V)), PRODUCTS)
@@ -149,13 +146,13 @@ def read_backward_kernel(
             grad_up = grad_h * act
             grad_h *= up
             put(grad_up_pointer + at * C * F, grad_up.to(PRODUCTS), t, f, C, F)
-            grad_met = add_product(grad_met, grad_up, tl.trans(factor_up), PRODUCTS)
+            grad_met = add_product(grad_met, factor_up, tl.trans(grad_up), PRODUCTS)
             of_w = add_product(of_w, grad_up, w3, PRODUCTS)
             if MOMENTUM:
                 of_s = add_product(of_s, grad_up, s3, PRODUCTS)
         grad_z = grad_h * read_slope
         put(grad_z_pointer + at * C * F, grad_z.to(PRODUCTS), t, f, C, F)
-        grad_met = add_product(grad_met, grad_z, tl.trans(factor), PRODUCTS)
+        grad_met = add_product(grad_met, factor, tl.trans(grad_z), PRODUCTS)
         of_w = add_product(of_w, grad_z, w2, PRODUCTS)
         if MOMENTUM:
             of_s = add_product(of_s, grad_z, s2, PRODUCTS)
@@ -165,8 +162,8 @@ def read_backward_kernel(
     if MOMENTUM:
         tl.store(grad_kappas_pointer + at * C + t, grad_kappas + tl.sum(of_s * q, 1), mask=t < C)
         grad_q += kappas * of_s
-    grad_sources += grad_met * met
-    tl.store(grad_sources_pointer + sources_at, grad_sources, mask=sources_inside)
-    grad_met *= sources
-    put(grad_q_pointer + at * C * D, add_product(grad_q, grad_met, x, PRODUCTS), t, d, C, D)
-    put(grad_x_pointer + at * I * D, product(tl.trans(grad_met), q, PRODUCTS), i, d, I, D)
+    grad_sources += grad_met * product(x, tl.trans(q), PRODUCTS)
+    put_flipped(grad_sources_pointer + at * C * I, grad_sources, t, i, C, I)
+    grad_met *= flipped(sources_pointer + at * C * I, t, i, C, I)
+    put(grad_q_pointer + at * C * D, add_product(grad_q, tl.trans(grad_met), x, PRODUCTS), t, d, C, D)
+    put(grad_x_pointer + at * I * D, product(grad_met, q, PRODUCTS), i, d, I, D)

@@ -15,13 +15,16 @@ import triton.language as tl
 
 from atlas_kernels.gpu.scan_pieces import (
     add_product,
+    add_flipped,
     column,
+    flipped,
     gelu,
     gelu_slope,
     inner_error,
     normalised,
     product,
     put,
+    put_flipped,
     tile,
 )
 
@@ -67,7 +70,7 @@ def write_kernel(
         anchor = tl.where(n == 0, at, before)
         x = tile(x_pointer + at * I * D, i, d, I, D)
         o = tl.zeros([BLOCK_I, BLOCK_V], tl.float32)
-        for start in range(0, F, BLOCK_F):
+        for start in tl.range(0, F, BLOCK_F, disable_licm=True):
             f = start + tl.arange(0, BLOCK_F)
             h = gelu(product(x, tl.trans(tile(w2_pointer + anchor * F * D, f, d, F, D)), PRODUCTS))
             if GATED:
@@ -78,41 +81,41 @@ def write_kernel(
         v, r = tile(v_pointer + at * I * V, i, c, I, V), tile(r_pointer + at * I * V, i, c, I, V)
         e = inner_error(o, r, v, inside, V, LAYER, L2)
         to_w = column(to_w_pointer + at * I, i, I)
-        e_to_w, x_to_w = to_w * e, to_w * x
+        e_to_w, x_to_w = tl.trans((to_w * e).to(PRODUCTS)), tl.trans((to_w * x).to(PRODUCTS))
         if MOMENTUM:
             to_s = column(to_s_pointer + at * I, i, I)
-            e_to_s, x_to_s = to_s * e, to_s * x
+            e_to_s, x_to_s = tl.trans((to_s * e).to(PRODUCTS)), tl.trans((to_s * x).to(PRODUCTS))
             keep = tl.load(last_pointer + at * 3)
             push, drag = tl.load(last_pointer + at * 3 + 1), tl.load(last_pointer + at * 3 + 2)
         else:
             keep = tl.load(last_pointer + at)
 
-        for start in range(0, F, BLOCK_F):
+        for start in tl.range(0, F, BLOCK_F, disable_licm=True):
             f = start + tl.arange(0, BLOCK_F)
             h, slope = gelu_slope(product(x, tl.trans(tile(w2_pointer + anchor * F * D, f, d, F, D)), PRODUCTS))
             back = product(e, tl.trans(tile(w1_pointer + anchor * F * V, f, c, F, V)), PRODUCTS)
             if GATED:
                 up = product(x, tl.trans(tile(w3_pointer + anchor * F * D, f, d, F, D)), PRODUCTS)
-                back_up = tl.trans(back * h)
+                back_up = back * h
                 h, back = h * up, back * up
-            h, back = tl.trans(h), tl.trans(back * slope)
+            back *= slope
             w1 = keep * tile(w1_pointer + before * F * V, f, c, F, V)
             w2 = keep * tile(w2_pointer + before * F * D, f, d, F, D)
             if MOMENTUM:
                 s1 = tile(s1_pointer + before * F * V, f, c, F, V)
                 s2 = tile(s2_pointer + before * F * D, f, d, F, D)
                 w1, w2 = w1 + push * s1, w2 + push * s2
-                put(s1_pointer + after * F * V, add_product(drag * s1, h, e_to_s, PRODUCTS), f, c, F, V)
-                put(s2_pointer + after * F * D, add_product(drag * s2, back, x_to_s, PRODUCTS), f, d, F, D)
-            put(w1_pointer + after * F * V, add_product(w1, h, e_to_w, PRODUCTS), f, c, F, V)
-            put(w2_pointer + after * F * D, add_product(w2, back, x_to_w, PRODUCTS), f, d, F, D)
+                put(s1_pointer + after * F * V, add_flipped(drag * s1, e_to_s, h, PRODUCTS), f, c, F, V)
+                put(s2_pointer + after * F * D, add_flipped(drag * s2, x_to_s, back, PRODUCTS), f, d, F, D)
+            put(w1_pointer + after * F * V, add_flipped(w1, e_to_w, h, PRODUCTS), f, c, F, V)
+            put(w2_pointer + after * F * D, add_flipped(w2, x_to_w, back, PRODUCTS), f, d, F, D)
             if GATED:
                 w3 = keep * tile(w3_pointer + before * F * D, f, d, F, D)
                 if MOMENTUM:
                     s3 = tile(s3_pointer + before * F * D, f, d, F, D)
                     w3 += push * s3
-                    put(s3_pointer + after * F * D, add_product(drag * s3, back_up, x_to_s, PRODUCTS), f, d, F, D)
-                put(w3_pointer + after * F * D, add_product(w3, back_up, x_to_w, PRODUCTS), f, d, F, D)
+                    put(s3_pointer + after * F * D, add_flipped(drag * s3, x_to_s, back_up, PRODUCTS), f, d, F, D)
+                put(w3_pointer + after * F * D, add_flipped(w3, x_to_w, back_up, PRODUCTS), f, d, F, D)
         # What this chunk wrote, other threads of the program read in the next.
         tl.debug_barrier()
         n += 1
@@ -162,9 +165,8 @@ def read_kernel(
     t, i, d, c = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     inside = c[None, :] < V
     q, x = tile(q_pointer + at * C * D, t, d, C, D), tile(x_pointer + at * I * D, i, d, I, D)
-    sources_at = sources_pointer + at * C * I + t[:, None] * I + i[None, :]
-    sources_inside = (t[:, None] < C) & (i[None, :] < I)
-    seen = tl.load(sources_at, mask=sources_inside, other=0.0) * product(q, tl.trans(x), PRODUCTS)
+    seen = flipped(sources_pointer + at * C * I, t, i, C, I) * product(x, tl.trans(q), PRODUCTS)
+    seen = tl.trans(seen.to(PRODUCTS))
     v, r = tile(v_pointer + at * I * V, i, c, I, V), tile(r_pointer + at * I * V, i, c, I, V)
     e = inner_error(tile(o_pointer + at * I * V, i, c, I, V), r, v, inside, V, LAYER, L2)
     alphas = column(alphas_pointer + at * C, t, C)
@@ -172,8 +174,8 @@ def read_kernel(
         kappas = column(kappas_pointer + at * C, t, C)
 
     o = tl.zeros([BLOCK_C, BLOCK_V], tl.float32)
-    scores = tl.zeros([BLOCK_C, BLOCK_I], tl.float32)
-    for start in range(0, F, BLOCK_F):
+    scores = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
+    for start in tl.range(0, F, BLOCK_F, disable_licm=True):
         f = start + tl.arange(0, BLOCK_F)
         h, slope = gelu_slope(product(x, tl.trans(tile(w2_pointer + anchor * F * D, f, d, F, D)), PRODUCTS))
         back = product(e, tl.trans(tile(w1_pointer + anchor * F * V, f, c, F, V)), PRODUCTS)
@@ -193,12 +195,13 @@ def read_kernel(
         o = add_product(o, alphas * read, tile(w1_pointer + before * F * V, f, c, F, V), PRODUCTS)
         if MOMENTUM:
             o = add_product(o, kappas * read, tile(s1_pointer + before * F * V, f, c, F, V), PRODUCTS)
-        scores = add_product(scores, read, tl.trans(h), PRODUCTS)
+        scores = add_product(scores, h, tl.trans(read), PRODUCTS)
 
-    o = add_product(o, tl.load(sources_at, mask=sources_inside, other=0.0) * scores, e, PRODUCTS)
+    sources = flipped(sources_pointer + at * C * I, t, i, C, I)
+    o = add_product(o, tl.trans(sources * scores), e, PRODUCTS)
     if KEEP:
         put(read_pointer + at * C * V, o, t, c, C, V)
-        tl.store(scores_pointer + at * C * I + t[:, None] * I + i[None, :], scores, mask=sources_inside)
+        put_flipped(scores_pointer + at * C * I, scores, t, i, C, I)
     if LAYER:
         o, _ = normalised(o, inside, V)
     put(y_pointer + at * C * V, tile(read_residual_pointer + at * C * V, t, c, C, V) + o, t, c, C, V)

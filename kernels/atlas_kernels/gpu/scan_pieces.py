@@ -48,6 +48,26 @@ def add_product(sums, a, b, PRODUCTS: tl.constexpr):
 
 
 @triton.jit
+def add_flipped(sums, a, b, PRODUCTS: tl.constexpr):
+    """sums + (a b)^T: a block of a matrix's rows has fewer of them than columns, its transpose suits tensor cores."""
+    return sums + tl.trans(product(a, b, PRODUCTS))
+
+
+@triton.jit
+def flipped(pointer, rows, columns, ROWS, COLUMNS):
+    """The transpose [columns, rows] of a row-major matrix [ROWS, COLUMNS], zero outside it."""
+    inside = (columns[:, None] < COLUMNS) & (rows[None, :] < ROWS)
+    return tl.load(pointer + rows[None, :] * COLUMNS + columns[:, None], mask=inside, other=0.0)
+
+
+@triton.jit
+def put_flipped(pointer, values, rows, columns, ROWS, COLUMNS):
+    """The inverse of `flipped`."""
+    inside = (columns[:, None] < COLUMNS) & (rows[None, :] < ROWS)
+    tl.store(pointer + rows[None, :] * COLUMNS + columns[:, None], values, mask=inside)
+
+
+@triton.jit
 def gelu(z):
     """act(z)."""
     return z * tl.sigmoid(_C * z * (1.0 + _A * z * z))

@@ -6,8 +6,10 @@ import triton
 import triton.language as tl
 
 from atlas_kernels.gpu.scan_pieces import (
+    add_flipped,
     add_product,
     column,
+    flipped,
     gelu_curve,
     gelu_slope,
     inner_error,
@@ -122,17 +124,17 @@ def write_backward_kernel(
         v, r = tile(v_pointer + at * I * V, i, c, I, V), tile(r_pointer + at * I * V, i, c, I, V)
         e = inner_error(tile(o_pointer + at * I * V, i, c, I, V), r, v, inside, V, LAYER, L2)
         grad_read = tile(grad_read_pointer + at * C * V, t, c, C, V)
-        sources = tile(sources_pointer + at * C * I, t, i, C, I)
-        scores_met = tl.trans(sources * product(grad_read, tl.trans(e), PRODUCTS))
-        seen = tl.trans(sources * product(q, tl.trans(x), PRODUCTS))
+        sources = flipped(sources_pointer + at * C * I, t, i, C, I)
+        scores_met = (sources * product(e, tl.trans(grad_read), PRODUCTS)).to(PRODUCTS)
+        seen = (sources * product(x, tl.trans(q), PRODUCTS)).to(PRODUCTS)
         alphas = column(alphas_pointer + at * C, t, C)
-        read_w, q_w = alphas * grad_read, alphas * q
+        read_w, q_w = tl.trans((alphas * grad_read).to(PRODUCTS)), tl.trans((alphas * q).to(PRODUCTS))
         to_w = column(to_w_pointer + at * I, i, I)
         to_s = to_w
         push, drag = 0.0, 0.0
         if MOMENTUM:
             kappas = column(kappas_pointer + at * C, t, C)
-            read_s, q_s = kappas * grad_read, kappas * q
+            read_s, q_s = tl.trans((kappas * grad_read).to(PRODUCTS)), tl.trans((kappas * q).to(PRODUCTS))
             to_s = column(to_s_pointer + at * I, i, I)
             keep = tl.load(last_pointer + at * 3)
             push, drag = tl.load(last_pointer + at * 3 + 1), tl.load(last_pointer + at * 3 + 2)
@@ -143,7 +145,7 @@ def write_backward_kernel(
         grad_to_w, grad_to_s = tl.zeros([BLOCK_I], tl.float32), tl.zeros([BLOCK_I], tl.float32)
         zero = tl.zeros([BLOCK_F], tl.float32)
         sums = (zero, zero, zero)
-        for start in range(0, F, BLOCK_F):
+        for start in tl.range(0, F, BLOCK_F, disable_licm=True):
             f = start + tl.arange(0, BLOCK_F)
             a1, a2 = tile(w1_pointer + anchor * F * V, f, c, F, V), tile(w2_pointer + anchor * F * D, f, d, F, D)
             h, slope, curve = gelu_curve(product(x, tl.trans(a2), PRODUCTS))
@@ -192,7 +194,7 @@ def write_backward_kernel(
                 part_z = grad_h * slope + grad_factor * back * curve
             put(part_z_pointer + g * I * F, part_z, i, f, I, F)
             grad_e = add_product(grad_e, grad_back, a1, PRODUCTS)
-            grad_a1 = product(tl.trans(grad_back), e, PRODUCTS)
+            grad_a1 = tl.trans(product(tl.trans(e), grad_back, PRODUCTS))
 
             at1, at2 = before * F * V, before * F * D
             grad_w1, grad_s1, sums = of_matrices(
@@ -201,14 +203,13 @@ def write_backward_kernel(
             grad_w2, grad_s2, sums = of_matrices(
                 w2_pointer, s2_pointer, at2, f, d, F, D, grad_w2, grad_s2, keep, push, drag, sums, MOMENTUM
             )
-            read_h, read_z = tl.trans(read_h), tl.trans(read_z)
-            grad_w1 = add_product(grad_w1, read_h, read_w, PRODUCTS)
-            grad_w2 = add_product(grad_w2, read_z, q_w, PRODUCTS)
+            grad_w1 = add_flipped(grad_w1, read_w, read_h, PRODUCTS)
+            grad_w2 = add_flipped(grad_w2, q_w, read_z, PRODUCTS)
             # Every thread has read the block that is overwritten now.
             tl.debug_barrier()
             if MOMENTUM:
-                put(grad_s1_pointer + g * F * V, add_product(grad_s1, read_h, read_s, PRODUCTS), f, c, F, V)
-                put(grad_s2_pointer + g * F * D, add_product(grad_s2, read_z, q_s, PRODUCTS), f, d, F, D)
+                put(grad_s1_pointer + g * F * V, add_flipped(grad_s1, read_s, read_h, PRODUCTS), f, c, F, V)
+                put(grad_s2_pointer + g * F * D, add_flipped(grad_s2, q_s, read_z, PRODUCTS), f, d, F, D)
             if n == 0:
                 put(grad_w1_pointer + g * F * V, grad_a1, f, c, F, V)
             else:
@@ -219,10 +220,9 @@ def write_backward_kernel(
                 grad_w3, grad_s3, sums = of_matrices(
                     w3_pointer, s3_pointer, at2, f, d, F, D, grad_w3, grad_s3, keep, push, drag, sums, MOMENTUM
                 )
-                read_up = tl.trans(read_up)
                 if MOMENTUM:
-                    put(grad_s3_pointer + g * F * D, add_product(grad_s3, read_up, q_s, PRODUCTS), f, d, F, D)
-                put(grad_w3_pointer + (G + g) * F * D, add_product(grad_w3, read_up, q_w, PRODUCTS), f, d, F, D)
+                    put(grad_s3_pointer + g * F * D, add_flipped(grad_s3, q_s, read_up, PRODUCTS), f, d, F, D)
+                put(grad_w3_pointer + (G + g) * F * D, add_flipped(grad_w3, q_w, read_up, PRODUCTS), f, d, F, D)
         tl.debug_barrier()
 
         grad_keep, grad_push, grad_drag = sums
@@ -241,7 +241,7 @@ def write_backward_kernel(
 
         # The anchor's gradient: in slot 0 of the first chunk, else with that of the weights that enter.
         slot = tl.where(n == 0, g, G + g)
-        for start in range(0, F, BLOCK_F):
+        for start in tl.range(0, F, BLOCK_F, disable_licm=True):
             f = start + tl.arange(0, BLOCK_F)
             a1, a2 = tile(w1_pointer + anchor * F * V, f, c, F, V), tile(w2_pointer + anchor * F * D, f, d, F, D)
             h, slope = gelu_slope(product(x, tl.trans(a2), PRODUCTS))
@@ -259,11 +259,11 @@ def write_backward_kernel(
                 grad_h *= up
                 h *= up
                 grad_x = add_product(grad_x, grad_up, a3, PRODUCTS)
-                grad_a3 = add_product(grad_a3, tl.trans(grad_up), x, PRODUCTS)
+                grad_a3 = add_flipped(grad_a3, tl.trans(x), grad_up, PRODUCTS)
             grad_z += grad_h * slope
             grad_x = add_product(grad_x, grad_z, a2, PRODUCTS)
-            grad_a1 = add_product(grad_a1, tl.trans(h), grad_o, PRODUCTS)
-            grad_a2 = add_product(grad_a2, tl.trans(grad_z), x, PRODUCTS)
+            grad_a1 = add_flipped(grad_a1, tl.trans(grad_o), h, PRODUCTS)
+            grad_a2 = add_flipped(grad_a2, tl.trans(x), grad_z, PRODUCTS)
             tl.debug_barrier()
             put(grad_w1_pointer + slot * F * V, grad_a1, f, c, F, V)
             put(grad_w2_pointer + slot * F * D, grad_a2, f, d, F, D)
