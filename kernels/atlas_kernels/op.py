@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
-from .chunked import omega_memory_chunked, omega_memory_packed
+from .chunked import Kernels, omega_memory_chunked, omega_memory_packed
 from .dual import DualState, initial_dual_state, omega_memory_dual
 from .memories import MatrixReader, memory_of, oriented
 from .packing import documents, of_rows, row_of
@@ -18,7 +18,7 @@ logger = logging.getLogger("atlas_kernels")
 
 State = MemoryState | DualState
 
-IMPLEMENTATIONS = {"reference": omega_memory_reference, "chunked": omega_memory_chunked}
+IMPLEMENTATIONS = ("reference", "chunked", "triton")
 
 _announced: set[str] = set()
 
@@ -42,7 +42,8 @@ def omega_memory(
     (gated_mlp), shared by all sequences; not read when `state` is given.
     state: where an earlier call stopped; op(prefix) then op(suffix, state) equals op(whole) at any cut.
     residual: the r of a deep memory for queries and keys, [B, T, H, V] each; None is the lifted input itself (D = V).
-    impl: "reference" (token by token), "chunked" (matrix products), "auto".
+    impl: "reference" (token by token), "chunked" (matrix products), "triton" (the same in GPU kernels, whose products
+    take operands in q's dtype if that is bfloat16 or float16), "auto" (triton where it covers the call, else chunked).
     positions: [B, T] int64 where documents are packed: each token's position in its own document, 0 where one begins
     and the memory is at its start weights again (`weights` is then read even with a state); None: all is one document.
 
@@ -76,6 +77,7 @@ def omega_memory(
         state = state.map(cast)
     if positions is None and isinstance(state.position, Tensor):
         positions = state.position[:, None] + torch.arange(q.shape[1], device=q.device)
+    impl = _choose(impl, rule, q, v, weights, positions is not None)
     gates = Gates(cast(gates.alpha), cast(gates.eta), cast(gates.theta), cast(gates.gamma))
     residual = None if residual is None else (cast(residual[0]), cast(residual[1]))
     arguments = (cast(q), cast(k), cast(v), gates, rule)
@@ -85,8 +87,12 @@ def omega_memory(
     elif positions is not None:
         packed = _by_document if impl == "reference" else omega_memory_packed
         y, after = packed(*arguments, state, residual, tuple(map(cast, weights)), positions)
+    elif impl == "reference":
+        y, after = omega_memory_reference(*arguments, state, residual)
+    elif impl == "triton":
+        y, after = omega_memory_chunked(*arguments, state, residual, _gpu_kernels(rule, q.dtype))
     else:
-        y, after = IMPLEMENTATIONS[_choose(impl)](*arguments, state, residual)
+        y, after = omega_memory_chunked(*arguments, state, residual)
     return y.to(q.dtype), after
 
 
@@ -151,13 +157,36 @@ def read_memory(
     return y.unflatten(0, (batch, heads)).transpose(1, 2).to(q.dtype)
 
 
-def _choose(impl: str) -> str:
-    if impl != "auto":
+def _choose(impl: str, rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Tensor, ...], packed: bool) -> str:
+    """The implementation to take; "auto" takes the GPU's kernels on a GPU where they cover the call."""
+    if impl not in ("auto", "triton"):
         return impl
-    if "chunked" not in _announced:
-        _announced.add("chunked")
-        logger.info("omega_memory: impl='auto' chose 'chunked'")
-    return "chunked"
+    refused: str | None = "is for tensors on a GPU"
+    if impl == "triton" or q.is_cuda:
+        # Imported here and below: without them everything else runs, and no Triton is needed.
+        from atlas_kernels.gpu.scan_coverage import refusal
+
+        refused = refusal(rule, q, v, weights, packed)
+    if impl == "triton":
+        if refused:
+            raise ValueError(f"impl='triton' {refused}; take impl='chunked'")
+        return impl
+    chosen, why = ("chunked", f": 'triton' {refused}") if refused else ("triton", ": it covers this call")
+    if (message := f"omega_memory: impl='auto' chose '{chosen}'{why}") not in _announced:
+        _announced.add(message)
+        logger.info(message)
+    return chosen
+
+
+def _gpu_kernels(rule: MemoryRule, dtype: torch.dtype) -> Kernels:
+    """What replaces torch in the chunk form; dtype: of the inputs as they came."""
+    if rule.ns_steps:
+        from atlas_kernels.gpu.newton_schulz import newton_schulz
+
+        return Kernels(newton_schulz=newton_schulz)
+    from atlas_kernels.gpu.scan import segment_scan
+
+    return Kernels(segment=segment_scan(dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32))
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], legend: str) -> None:

@@ -6,10 +6,10 @@ the torch code's. Dims as there: N chunks, G = B x H memories, C tokens, I sourc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -17,7 +17,6 @@ from atlas_kernels.chunked import SegmentScan, Tokens
 from atlas_kernels.gpu.scan_backward import read_backward_kernel
 from atlas_kernels.gpu.scan_forward import read_kernel, write_kernel
 from atlas_kernels.gpu.scan_write_backward import write_backward_kernel
-from atlas_kernels.gpu.variants import Variant
 from atlas_kernels.memories import Matrices
 from atlas_kernels.rule import MemoryRule
 from atlas_kernels.writes import Coefficients
@@ -61,13 +60,16 @@ class Shape:
     BLOCK_I: int
     BLOCK_D: int
     BLOCK_V: int
-    BLOCK_F: int
+    BLOCK_F: int  # each kernel's own, of CONFIGURATIONS
 
     @staticmethod
-    def of(rule: MemoryRule, products: torch.dtype, C: int, I: int, D: int, V: int, F: int) -> Shape:  # noqa: E741
-        flags = (rule.norm == "layer", rule.loss == "l2", rule.momentum, rule.memory == "gated_mlp")
-        blocks = (max(16, triton.next_power_of_2(n)) for n in (C, I, D, V))
-        return Shape(D, V, F, *flags, TRITON_DTYPES[products], *blocks, BLOCK_F=0)
+    def of(rule: MemoryRule, products: torch.dtype, C: int, I: int, D: int, V: int, hidden: int) -> Shape:  # noqa: E741
+        pad = lambda n: max(16, triton.next_power_of_2(n))  # noqa: E731
+        return Shape(
+            *(D, V, hidden, rule.norm == "layer", rule.loss == "l2", rule.momentum, rule.memory == "gated_mlp"),
+            TRITON_DTYPES[products],
+            *(pad(C), pad(I), pad(D), pad(V), 0),
+        )
 
     def launch(self, kernel: str) -> dict[str, object]:
         """Constants, warps and stages of one kernel."""
@@ -101,6 +103,7 @@ class _SegmentScan(torch.autograd.Function):
         count = len(matrices) // (3 if rule.momentum else 2)
         shape = Shape.of(rule, products, C, I, D, V, matrices[0].shape[-2])
         inputs = tuple(t.contiguous() if t is not None else None for t in (q, x, v, r, alphas, kappas, sources))
+        inputs = (*inputs[:-1], _padded(inputs[-1], shape))
         q, x, v, r, alphas, kappas, sources = inputs
         leaving = tuple(t.contiguous() if t is not None else None for t in (last, to_weights, to_momentum))
 
@@ -111,7 +114,7 @@ class _SegmentScan(torch.autograd.Function):
             slots[1].copy_(enters)
         for slots, enters in zip(momentum, matrices[2 * count :], strict=True):
             slots[1].copy_(enters)
-        states = _padded(weights, momentum)
+        states = _six(weights, momentum)
         o = torch.empty_like(v)
         write_kernel[(G,)](x, v, r, *leaving, *states, o, N, G, I, **shape.launch("write"))
 
@@ -138,7 +141,7 @@ class _SegmentScan(torch.autograd.Function):
         N, G, C, _ = q.shape
         I = v.shape[-2]  # noqa: E741
         grad_y = grad_y.contiguous()
-        states = _padded(slots[:count], slots[count:])
+        states = _six(slots[:count], slots[count:])
         factors = (q, x, v, r, alphas, kappas, sources)
         like = lambda t: None if t is None else torch.empty_like(t)  # noqa: E731
         grad_q, grad_x, _, grad_e, grad_alphas, grad_kappas, grad_sources = map(like, factors)
@@ -158,16 +161,22 @@ class _SegmentScan(torch.autograd.Function):
         parts = [q.new_empty(G, I, shape.F) if i == 0 or shape.GATED else None for i in range(2)]
         write_backward_kernel[(G,)](
             *factors, last, to_weights, to_momentum, *states, o, grad_read, *sides, grad_e, grad_x, grad_value,
-            grad_last, grad_to_w, grad_to_s, *_padded(grad_weights, grad_momentum), *parts, N, G, C, I,
+            grad_last, grad_to_w, grad_to_s, *_six(grad_weights, grad_momentum), *parts, N, G, C, I,
             **shape.launch("write_backward"),
         )  # fmt: skip
         grad_tokens = (grad_q, grad_y, grad_x, grad_value.neg(), grad_value if shape.L2 else None)
-        grad_coefficients = (grad_alphas, grad_kappas, grad_sources, grad_last, grad_to_w, grad_to_s)
+        grad_coefficients = (grad_alphas, grad_kappas, grad_sources[..., :C, :I], grad_last, grad_to_w, grad_to_s)
         of_weights, of_anchor = [m[1] for m in grad_weights], [m[0] for m in grad_weights]
         return None, None, *grad_tokens, *grad_coefficients, *of_weights, *of_anchor, *grad_momentum
 
 
-def _padded(weights: list[Tensor], momentum: list[Tensor]) -> tuple[Tensor | None, ...]:
+def _padded(sources: Tensor, shape: Shape) -> Tensor:
+    """[N, G, C, I] -> [N, G, BLOCK_C, BLOCK_I]: with strides that the kernels know, addresses take no registers."""
+    C, I = sources.shape[-2:]  # noqa: E741
+    return F.pad(sources, (0, shape.BLOCK_I - I, 0, shape.BLOCK_C - C)).contiguous()
+
+
+def _six(weights: list[Tensor], momentum: list[Tensor]) -> tuple[Tensor | None, ...]:
     """Three weights and three momenta, as the kernels take them, None where the memory has fewer."""
     none: list[Tensor | None] = [None]
     return (*weights, *none * (3 - len(weights)), *momentum, *none * (3 - len(momentum)))

@@ -38,7 +38,7 @@ def read_backward_kernel(
     r_pointer,  # [N, G, I, V]
     alphas_pointer,  # [N, G, C]
     kappas_pointer,  # [N, G, C]
-    sources_pointer,  # [N, G, C, I]
+    sources_pointer,  # [N, G, BLOCK_C, BLOCK_I]
     w1_pointer,  # [N + 2, G, F, V]
     w2_pointer,  # [N + 2, G, F, D]
     w3_pointer,
@@ -47,11 +47,11 @@ def read_backward_kernel(
     s3_pointer,
     o_pointer,  # [N, G, I, V]
     read_pointer,  # [N, G, C, V]
-    scores_pointer,  # [N, G, C, I]
+    scores_pointer,  # [N, G, BLOCK_C, BLOCK_I]
     grad_q_pointer,  # out: [N, G, C, D]
     grad_alphas_pointer,  # out: [N, G, C]
     grad_kappas_pointer,  # out: [N, G, C]
-    grad_sources_pointer,  # out: [N, G, C, I]
+    grad_sources_pointer,  # out: [N, G, BLOCK_C, BLOCK_I]
     grad_x_pointer,  # out: [N, G, I, D], the reads' part
     grad_e_pointer,  # out: [N, G, I, V], the reads' part
     grad_read_pointer,  # out: [N, G, C, V]
@@ -60,7 +60,7 @@ def read_backward_kernel(
     grad_up_pointer,  # out: [N, G, C, F] in PRODUCTS
     G,
     C,
-    I,
+    I,  # noqa: E741
     D: tl.constexpr,
     V: tl.constexpr,
     F: tl.constexpr,
@@ -86,17 +86,19 @@ def read_backward_kernel(
         n, inverse_sd = normalised(tile(read_pointer + at * C * V, t, c, C, V), inside, V)
         grad_read = jacobian_times(n, inverse_sd, grad_read, inside, V)
     put(grad_read_pointer + at * C * V, grad_read, t, c, C, V)
+    grad_read = grad_read.to(PRODUCTS)
 
     v, r = tile(v_pointer + at * I * V, i, c, I, V), tile(r_pointer + at * I * V, i, c, I, V)
-    e = inner_error(tile(o_pointer + at * I * V, i, c, I, V), r, v, inside, V, LAYER, L2)
-    sources = flipped(sources_pointer + at * C * I, t, i, C, I)
-    scores = flipped(scores_pointer + at * C * I, t, i, C, I)
+    e = inner_error(tile(o_pointer + at * I * V, i, c, I, V), r, v, inside, V, LAYER, L2).to(PRODUCTS)
+    sources = flipped(sources_pointer + at * BLOCK_C * BLOCK_I, BLOCK_C, BLOCK_I)
+    scores = flipped(scores_pointer + at * BLOCK_C * BLOCK_I, BLOCK_C, BLOCK_I)
     put(grad_e_pointer + at * I * V, product(sources * scores, grad_read, PRODUCTS), i, c, I, V)
     grad_scores = product(e, tl.trans(grad_read), PRODUCTS)
-    grad_sources = grad_scores * scores
+    put_flipped(grad_sources_pointer + at * BLOCK_C * BLOCK_I, grad_scores * scores, BLOCK_C, BLOCK_I)
     grad_scores = tl.trans((grad_scores * sources).to(PRODUCTS))
 
-    q, x = tile(q_pointer + at * C * D, t, d, C, D), tile(x_pointer + at * I * D, i, d, I, D)
+    q = tile(q_pointer + at * C * D, t, d, C, D).to(PRODUCTS)
+    x = tile(x_pointer + at * I * D, i, d, I, D).to(PRODUCTS)
     seen = tl.trans((sources * product(x, tl.trans(q), PRODUCTS)).to(PRODUCTS))
     alphas = column(alphas_pointer + at * C, t, C)
     grad_alphas = tl.zeros([BLOCK_C], tl.float32)
@@ -157,13 +159,18 @@ def read_backward_kernel(
         if MOMENTUM:
             of_s = add_product(of_s, grad_z, s2, PRODUCTS)
 
-    tl.store(grad_alphas_pointer + at * C + t, grad_alphas + tl.sum(of_w * q, 1), mask=t < C)
+    exact = tile(q_pointer + at * C * D, t, d, C, D)
+    tl.store(grad_alphas_pointer + at * C + t, grad_alphas + tl.sum(of_w * exact, 1), mask=t < C)
     grad_q = alphas * of_w
     if MOMENTUM:
-        tl.store(grad_kappas_pointer + at * C + t, grad_kappas + tl.sum(of_s * q, 1), mask=t < C)
+        tl.store(grad_kappas_pointer + at * C + t, grad_kappas + tl.sum(of_s * exact, 1), mask=t < C)
         grad_q += kappas * of_s
+    # What this program has put there, other threads of it add to.
+    tl.debug_barrier()
+    grad_sources = flipped(grad_sources_pointer + at * BLOCK_C * BLOCK_I, BLOCK_C, BLOCK_I)
     grad_sources += grad_met * product(x, tl.trans(q), PRODUCTS)
-    put_flipped(grad_sources_pointer + at * C * I, grad_sources, t, i, C, I)
-    grad_met *= flipped(sources_pointer + at * C * I, t, i, C, I)
+    tl.debug_barrier()
+    put_flipped(grad_sources_pointer + at * BLOCK_C * BLOCK_I, grad_sources, BLOCK_C, BLOCK_I)
+    grad_met *= flipped(sources_pointer + at * BLOCK_C * BLOCK_I, BLOCK_C, BLOCK_I)
     put(grad_q_pointer + at * C * D, add_product(grad_q, tl.trans(grad_met), x, PRODUCTS), t, d, C, D)
     put(grad_x_pointer + at * I * D, product(grad_met, q, PRODUCTS), i, d, I, D)

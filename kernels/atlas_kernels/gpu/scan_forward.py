@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from atlas_kernels.gpu.scan_pieces import (
-    add_product,
     add_flipped,
+    add_product,
     column,
     flipped,
     gelu,
@@ -46,7 +46,7 @@ def write_kernel(
     o_pointer,  # out: [N, G, I, V], what the anchor gives to each source
     N,
     G,
-    I,
+    I,  # noqa: E741
     D: tl.constexpr,
     V: tl.constexpr,
     F: tl.constexpr,
@@ -130,7 +130,7 @@ def read_kernel(
     r_pointer,  # [N, G, I, V]
     alphas_pointer,  # [N, G, C]
     kappas_pointer,  # [N, G, C]
-    sources_pointer,  # [N, G, C, I]
+    sources_pointer,  # [N, G, BLOCK_C, BLOCK_I]
     w1_pointer,  # [N + 2, G, F, V]
     w2_pointer,  # [N + 2, G, F, D]
     w3_pointer,
@@ -140,10 +140,10 @@ def read_kernel(
     o_pointer,  # [N, G, I, V]
     y_pointer,  # out: [N, G, C, V]
     read_pointer,  # out where KEEP: [N, G, C, V], y before its norm
-    scores_pointer,  # out where KEEP: [N, G, C, I], h of the reads times h of the sources
+    scores_pointer,  # out where KEEP: [N, G, BLOCK_C, BLOCK_I], h of the reads times h of the sources
     G,
     C,
-    I,
+    I,  # noqa: E741
     D: tl.constexpr,
     V: tl.constexpr,
     F: tl.constexpr,
@@ -165,7 +165,7 @@ def read_kernel(
     t, i, d, c = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     inside = c[None, :] < V
     q, x = tile(q_pointer + at * C * D, t, d, C, D), tile(x_pointer + at * I * D, i, d, I, D)
-    seen = flipped(sources_pointer + at * C * I, t, i, C, I) * product(x, tl.trans(q), PRODUCTS)
+    seen = flipped(sources_pointer + at * BLOCK_C * BLOCK_I, BLOCK_C, BLOCK_I) * product(x, tl.trans(q), PRODUCTS)
     seen = tl.trans(seen.to(PRODUCTS))
     v, r = tile(v_pointer + at * I * V, i, c, I, V), tile(r_pointer + at * I * V, i, c, I, V)
     e = inner_error(tile(o_pointer + at * I * V, i, c, I, V), r, v, inside, V, LAYER, L2)
@@ -197,11 +197,11 @@ def read_kernel(
             o = add_product(o, kappas * read, tile(s1_pointer + before * F * V, f, c, F, V), PRODUCTS)
         scores = add_product(scores, h, tl.trans(read), PRODUCTS)
 
-    sources = flipped(sources_pointer + at * C * I, t, i, C, I)
+    sources = flipped(sources_pointer + at * BLOCK_C * BLOCK_I, BLOCK_C, BLOCK_I)
     o = add_product(o, tl.trans(sources * scores), e, PRODUCTS)
     if KEEP:
         put(read_pointer + at * C * V, o, t, c, C, V)
-        put_flipped(scores_pointer + at * C * I, scores, t, i, C, I)
+        put_flipped(scores_pointer + at * BLOCK_C * BLOCK_I, scores, BLOCK_C, BLOCK_I)
     if LAYER:
         o, _ = normalised(o, inside, V)
     put(y_pointer + at * C * V, tile(read_residual_pointer + at * C * V, t, c, C, V) + o, t, c, C, V)

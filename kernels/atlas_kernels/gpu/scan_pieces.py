@@ -54,17 +54,15 @@ def add_flipped(sums, a, b, PRODUCTS: tl.constexpr):
 
 
 @triton.jit
-def flipped(pointer, rows, columns, ROWS, COLUMNS):
-    """The transpose [columns, rows] of a row-major matrix [ROWS, COLUMNS], zero outside it."""
-    inside = (columns[:, None] < COLUMNS) & (rows[None, :] < ROWS)
-    return tl.load(pointer + rows[None, :] * COLUMNS + columns[:, None], mask=inside, other=0.0)
+def flipped(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The transpose of a whole row-major matrix [ROWS, COLUMNS]."""
+    return tl.load(pointer + tl.arange(0, ROWS)[None, :] * COLUMNS + tl.arange(0, COLUMNS)[:, None])
 
 
 @triton.jit
-def put_flipped(pointer, values, rows, columns, ROWS, COLUMNS):
+def put_flipped(pointer, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The inverse of `flipped`."""
-    inside = (columns[:, None] < COLUMNS) & (rows[None, :] < ROWS)
-    tl.store(pointer + rows[None, :] * COLUMNS + columns[:, None], values, mask=inside)
+    tl.store(pointer + tl.arange(0, ROWS)[None, :] * COLUMNS + tl.arange(0, COLUMNS)[:, None], values)
 
 
 @triton.jit

@@ -65,7 +65,7 @@ def write_backward_kernel(
     r_pointer,  # [N, G, I, V]
     alphas_pointer,  # [N, G, C]
     kappas_pointer,  # [N, G, C]
-    sources_pointer,  # [N, G, C, I]
+    sources_pointer,  # [N, G, BLOCK_C, BLOCK_I]
     last_pointer,  # [N, G, 3], or [N, G, 1] without momentum
     to_w_pointer,  # [N, G, I]
     to_s_pointer,  # [N, G, I]
@@ -86,7 +86,8 @@ def write_backward_kernel(
     grad_last_pointer,  # out: as last
     grad_to_w_pointer,  # out: [N, G, I]
     grad_to_s_pointer,  # out: [N, G, I]
-    grad_w1_pointer,  # in and out: [2, G, F, V]; slot 0 the anchor's, out; slot 1 in: of what leaves, out: of what enters
+    # In and out: [2, G, F, V]; slot 0 the anchor's, out; slot 1 in: of what leaves, out: of what enters.
+    grad_w1_pointer,
     grad_w2_pointer,  # [2, G, F, D]
     grad_w3_pointer,
     grad_s1_pointer,  # in and out: [G, F, V]
@@ -97,7 +98,7 @@ def write_backward_kernel(
     N,
     G,
     C,
-    I,
+    I,  # noqa: E741
     D: tl.constexpr,
     V: tl.constexpr,
     F: tl.constexpr,
@@ -120,11 +121,11 @@ def write_backward_kernel(
         at = n * G + g
         before = at + G
         anchor = tl.where(n == 0, g, before)
-        q, x = tile(q_pointer + at * C * D, t, d, C, D), tile(x_pointer + at * I * D, i, d, I, D)
+        q, x = tile(q_pointer + at * C * D, t, d, C, D), tile(x_pointer + at * I * D, i, d, I, D).to(PRODUCTS)
         v, r = tile(v_pointer + at * I * V, i, c, I, V), tile(r_pointer + at * I * V, i, c, I, V)
-        e = inner_error(tile(o_pointer + at * I * V, i, c, I, V), r, v, inside, V, LAYER, L2)
+        e = inner_error(tile(o_pointer + at * I * V, i, c, I, V), r, v, inside, V, LAYER, L2).to(PRODUCTS)
         grad_read = tile(grad_read_pointer + at * C * V, t, c, C, V)
-        sources = flipped(sources_pointer + at * C * I, t, i, C, I)
+        sources = flipped(sources_pointer + at * BLOCK_C * BLOCK_I, BLOCK_C, BLOCK_I)
         scores_met = (sources * product(e, tl.trans(grad_read), PRODUCTS)).to(PRODUCTS)
         seen = (sources * product(x, tl.trans(q), PRODUCTS)).to(PRODUCTS)
         alphas = column(alphas_pointer + at * C, t, C)

@@ -1,0 +1,49 @@
+"""What `impl="triton"` covers, told without importing Triton."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from atlas_kernels.rule import MemoryRule
+
+WIDTHS = range(16, 129, 16)  # of D and V; padded to powers of two
+SOURCES = 128  # a chunk's tokens and their halo, held on chip at once
+CHUNK = 64
+
+
+def refusal(
+    rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Tensor, ...], packed: bool
+) -> str | None:
+    """Why the kernels do not run this call, in words that follow "impl='triton'"; None if they do.
+
+    q [B, T, H, D], v [B, T, H, V], weights as in `omega_memory`; packed: whether documents are.
+    """
+    if rule.dual or rule.memory == "linear":
+        return f"covers memory='mlp' and 'gated_mlp' of kernel='lifted', not {rule.memory!r} of {rule.kernel!r}"
+    if packed:
+        return "covers no packed documents, and positions were given"
+    if weights[0].dtype == torch.float64:
+        return "computes in float32, and the weights are float64"
+    if not q.is_cuda:
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return f"needs a CUDA GPU, and q lies on {q.device.type}"
+    elif torch.cuda.get_device_capability(q.device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(q.device)
+        return f"needs a GPU of compute capability 8.0 or more, and this one has {major}.{minor}"
+    return None if rule.ns_steps else _size_refusal(rule, q.shape[-1], v.shape[-1], weights[0].shape[-1])
+
+
+def _size_refusal(rule: MemoryRule, key: int, value: int, hidden: int) -> str | None:
+    if key not in WIDTHS or value not in WIDTHS:
+        return f"covers D and V that are multiples of 16 up to {WIDTHS[-1]}, not D={key}, V={value}"
+    if hidden % 16:
+        return f"covers F that is a multiple of 16, not F={hidden}"
+    if rule.chunk > CHUNK or rule.chunk + rule.window - 1 > SOURCES:
+        return (
+            f"covers chunk up to {CHUNK} and chunk + window - 1 up to {SOURCES}, not chunk={rule.chunk}, "
+            f"window={rule.window}"
+        )
+    return None

@@ -1,0 +1,205 @@
+"""The Triton scan against the chunk form in torch: forward, state, every gradient. Interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+
+from atlas_kernels import Gates, MemoryRule, chunked, omega_memory, op
+from atlas_kernels.newton_schulz import newton_schulz
+from problems import Problem, assert_close, gradients, problem, relative_rms, state_tensors
+
+CHUNK, WIDTH, HIDDEN = 16, 16, 32
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Relative RMS allowed, by what the products take: float16 has 11 bits, and a gradient passes several products.
+HALF_TOLERANCE = 1e-2
+BASE = MemoryRule(window=5, chunk=CHUNK, ns_steps=0, norm="layer")
+
+# The interpreter's sigmoid of a very negative number: 1 / (1 + inf), which is right.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+
+
+def small(rule: MemoryRule, tokens: int, **changes) -> Problem:
+    sizes = {"batch": 1, "heads": 1, "key": WIDTH, "value": WIDTH, "hidden": HIDDEN, "dtype": torch.float32} | changes
+    p = problem(rule, tokens, **sizes)
+    move = lambda t: t.detach().to(DEVICE).requires_grad_()  # noqa: E731
+    residual = None if p.residual is None else (move(p.residual[0]), move(p.residual[1]))
+    gates = Gates(*(move(g) for g in vars(p.gates).values()))
+    return replace(
+        p, q=move(p.q), k=move(p.k), v=move(p.v), gates=gates, weights=tuple(map(move, p.weights)), residual=residual
+    )
+
+
+def compare(p: Problem) -> None:
+    results = {}
+    for impl in ("chunked", "triton"):
+        y, state = p.run(impl)
+        outputs = {"y": y, **state_tensors(state)}
+        results[impl] = outputs | gradients(list(outputs.values()), p.leaves())
+    assert_close(results["triton"], results["chunked"])
+
+
+@pytest.mark.parametrize("momentum", [True, False], ids=["momentum", "sum"])
+@pytest.mark.parametrize("loss", ["l2", "dot"])
+@pytest.mark.parametrize("norm", ["layer", "none"])
+@pytest.mark.parametrize("memory", ["mlp", "gated_mlp"])
+def test_every_rule(memory, norm, loss, momentum):
+    compare(small(replace(BASE, memory=memory, norm=norm, loss=loss, momentum=momentum), 2 * CHUNK + 5))
+
+
+@pytest.mark.parametrize("tokens", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
+@pytest.mark.parametrize("window", [1, 5, CHUNK + 3])
+def test_lengths_and_windows(tokens, window):
+    compare(small(replace(BASE, window=window), tokens, pair=window != 5, seed=tokens))
+
+
+@pytest.mark.parametrize("memory", ["mlp", "gated_mlp"])
+def test_several_heads_residual_and_widths_between_powers_of_two(memory):
+    rule = replace(BASE, memory=memory, window=4)
+    compare(small(rule, CHUNK + 3, batch=2, heads=3, residual=True, key=48, value=32, hidden=48))
+    compare(small(rule, CHUNK + 3, residual=True, pair=False, key=32, value=48, hidden=16))
+
+
+def test_segments_that_are_recomputed(monkeypatch):
+    monkeypatch.setattr(chunked, "HELD_BYTES", 0)
+    monkeypatch.setattr(chunked, "SEGMENT_BYTES", 0)
+    compare(small(BASE, 5 * CHUNK + 2))
+
+
+def test_gates_of_exactly_zero():
+    p = small(replace(BASE, window=3), 2 * CHUNK + 1)
+    with torch.no_grad():
+        p.gates.alpha[:, 3::5] = 0.0
+        p.gates.theta[:, 2::4] = 0.0
+        p.gates.gamma[:, 7] = 0.0
+    compare(p)
+
+
+@pytest.mark.parametrize("momentum,pair,residual", [(True, True, False), (False, False, True)])
+def test_any_cut_gives_the_whole(momentum, pair, residual):
+    p = small(replace(BASE, momentum=momentum), 2 * CHUNK + 5, pair=pair, residual=residual)
+    y, state = p.run("chunked")
+    whole = {"y": y, **state_tensors(state)}
+    whole |= gradients(list(whole.values()), p.leaves())
+    for at in (1, CHUNK - 1, CHUNK, CHUNK + 3, 2 * CHUNK):
+        first, middle = p.run("triton", 0, at)
+        second, state = p.run("triton", at, None, middle)
+        parts = {"y": torch.cat([first, second], 1), **state_tensors(state)}
+        assert_close(parts | gradients(list(parts.values()), p.leaves()), whole)
+
+
+def test_the_states_own_gradients():
+    """With respect to an incoming state, cut inside a chunk, whose anchor is not its weights."""
+    p = small(BASE, 3 * CHUNK, pair=False)
+    _, start = p.run("chunked", 0, CHUNK + 3)
+    start = start.map(lambda t: t.detach().clone().requires_grad_())
+    results = {}
+    for impl in ("chunked", "triton"):
+        y, state = p.run(impl, CHUNK + 3, None, start)
+        results[impl] = gradients([y, *state.tensors()], state_tensors(start))
+    assert_close(results["triton"], results["chunked"])
+    assert all(g.abs().max() > 0 for g in results["triton"].values())
+
+
+def test_without_gradients_the_same_bits():
+    p = small(BASE, 2 * CHUNK + 5)
+    y, state = p.run("triton")
+    with torch.no_grad():
+        again, after = p.run("triton")
+    assert torch.equal(y, again)
+    assert all(torch.equal(a, b) for a, b in zip(state.tensors(), after.tensors(), strict=True))
+
+
+def test_causal_to_the_bit():
+    before, _ = small(BASE, 3 * CHUNK).run("triton")
+    for t in (0, 5, CHUNK, CHUNK + 3):
+        changed = small(BASE, 3 * CHUNK)
+        with torch.no_grad():
+            for leaf in (changed.q, changed.k, changed.v, *vars(changed.gates).values()):
+                leaf[:, t] *= 0.5
+        after, _ = changed.run("triton")
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert not torch.equal(after[:, t:], before[:, t:])
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+@pytest.mark.parametrize("memory", ["mlp", "gated_mlp"])
+def test_half_precision_products(memory, momentum):
+    """float16 inputs make float16 products; what they are held to is float64, from the same rounded inputs."""
+    rule = replace(BASE, memory=memory, momentum=momentum)
+    low = small(rule, 2 * CHUNK + 5)
+    q, k, v = (t.detach().half().requires_grad_() for t in (low.q, low.k, low.v))
+    low = replace(low, q=q, k=k, v=v)
+    exact = lambda t: t.detach().double().requires_grad_()  # noqa: E731
+    high = replace(
+        low,
+        q=exact(q),
+        k=exact(k),
+        v=exact(v),
+        gates=Gates(*map(exact, vars(low.gates).values())),
+        weights=tuple(map(exact, low.weights)),
+    )
+    results = []
+    for p, impl in ((low, "triton"), (high, "chunked")):
+        y, state = p.run(impl)
+        outputs = {"y": y, **state_tensors(state)}
+        results.append(outputs | gradients([t.double() for t in outputs.values()], p.leaves()))
+    assert results[0]["y"].dtype == torch.float16 and results[0]["state[0]"].dtype == torch.float32
+    for name, expected in results[1].items():
+        assert relative_rms(results[0][name].double(), expected) <= HALF_TOLERANCE, name
+
+
+@pytest.mark.parametrize(
+    "rule,sizes,message",
+    [
+        (MemoryRule("linear", ns_steps=0), {}, "covers memory='mlp' and 'gated_mlp' of kernel='lifted', not 'linear'"),
+        (replace(BASE, momentum=False, kernel="softmax"), {}, "not 'mlp' of 'softmax'; take impl='chunked'"),
+        (BASE, {"dtype": torch.float64}, "computes in float32, and the weights are float64"),
+        (BASE, {"key": 24, "value": 24}, "multiples of 16 up to 128, not D=24, V=24"),
+        (BASE, {"hidden": 40}, "F that is a multiple of 16, not F=40"),
+        (replace(BASE, chunk=128), {}, "chunk up to 64 and chunk . window - 1 up to 128, not chunk=128, window=5"),
+        (replace(BASE, chunk=64, window=66), {}, "not chunk=64, window=66"),
+    ],
+)
+def test_what_no_kernel_covers(rule, sizes, message):
+    with pytest.raises(ValueError, match=f"^impl='triton' .*{message}"):
+        small(rule, 3, **sizes).run("triton")
+
+
+def test_packed_documents_are_refused():
+    p = small(BASE, 3)
+    positions = torch.arange(3, device=DEVICE)[None]
+    with pytest.raises(ValueError, match="impl='triton' covers no packed documents.*take impl='chunked'"):
+        omega_memory(p.q, p.k, p.v, p.gates, p.weights, p.rule, impl="triton", positions=positions)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_without_a_gpu(monkeypatch, caplog):
+    p = small(BASE, 3)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="impl='triton' needs a CUDA GPU, and q lies on cpu; take impl='chunked'"):
+        p.run("triton")
+    monkeypatch.setattr(op, "_announced", set())
+    with caplog.at_level("INFO", "atlas_kernels"):
+        p.run("auto")
+        p.run("auto")
+    assert caplog.messages == ["omega_memory: impl='auto' chose 'chunked': 'triton' is for tensors on a GPU"]
+
+
+def test_orthogonalised_writes_take_the_gpus_newton_schulz(monkeypatch):
+    calls = []
+
+    def counted(S, steps, coefficients):
+        calls.append(steps)
+        return newton_schulz(S, steps, coefficients)
+
+    module = types.ModuleType("atlas_kernels.gpu.newton_schulz")
+    module.newton_schulz = counted
+    monkeypatch.setitem(sys.modules, "atlas_kernels.gpu.newton_schulz", module)
+    p = small(replace(BASE, ns_steps=3, ns_period=8), CHUNK)
+    y, _ = p.run("triton")
+    assert calls == [3, 3] and torch.equal(y, p.run("chunked")[0])
