@@ -108,7 +108,7 @@ class MemoryConfig:
     # feedback, the steps of one token sum to it.
     eta_start: float = 0.0
     eta_sum: float = 0.1
-    impl: str = "auto"  # reference | chunked | auto
+    impl: str = "auto"  # reference | chunked | triton (a GPU) | auto
 
     def rule(self) -> MemoryRule:
         """The part of this section that `atlas_kernels` learns by; raises ValueError where it does not fit together."""

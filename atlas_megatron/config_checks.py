@@ -83,7 +83,7 @@ def _check_ranges(config: Config) -> None:
     for name, given, known in (
         ("memory.feature_map", memory.feature_map, FEATURE_MAPS),
         ("memory.omega_gates", memory.omega_gates, ("pair", "source", "none")),
-        ("memory.impl", memory.impl, ("auto", "reference", "chunked")),
+        ("memory.impl", memory.impl, ("auto", "reference", "chunked", "triton")),
         ("delta.impl", config.delta.impl, ("auto", "fla", "chunked")),
         ("parallel.context_mode", config.parallel.context_mode, CONTEXT_MODES),
         ("train.precision", train.precision, ("auto", "float32", "bfloat16")),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -163,10 +166,10 @@ def _choose(impl: str, rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Te
         return impl
     refused: str | None = "is for tensors on a GPU"
     if impl == "triton" or q.is_cuda:
-        # Imported here and below: without them everything else runs, and no Triton is needed.
-        from atlas_kernels.gpu.scan_coverage import refusal
-
-        refused = refusal(rule, q, v, weights, packed)
+        try:
+            refused = _gpu("scan_coverage").refusal(rule, q, v, weights, packed)
+        except ModuleNotFoundError:
+            refused = "needs the atlas_kernels package, which is not installed"
     if impl == "triton":
         if refused:
             raise ValueError(f"impl='triton' {refused}; take impl='chunked'")
@@ -179,14 +182,17 @@ def _choose(impl: str, rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Te
 
 
 def _gpu_kernels(rule: MemoryRule, dtype: torch.dtype) -> Kernels:
-    """What replaces torch in the chunk form; dtype: of the inputs as they came."""
+    """What replaces torch in the chunk form; dtype: of the inputs as they came, and of the products."""
+    products = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
     if rule.ns_steps:
-        from atlas_kernels.gpu.newton_schulz import newton_schulz
+        return Kernels(newton_schulz=partial(_gpu("newton_schulz").newton_schulz, products=products))
+    return Kernels(segment=_gpu("scan").segment_scan(products))
 
-        return Kernels(newton_schulz=newton_schulz)
-    from atlas_kernels.gpu.scan import segment_scan
 
-    return Kernels(segment=segment_scan(dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32))
+def _gpu(module: str) -> ModuleType:
+    """A module of the Triton kernels. By its name alone: this file also travels with an exported model, and transformers
+    refuses to load one whose files import what is not installed."""
+    return importlib.import_module(f"atlas_kernels.gpu.{module}")
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], legend: str) -> None:

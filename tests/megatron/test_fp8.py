@@ -69,11 +69,11 @@ def test_the_inner_loop_is_float32_below_bfloat16(monkeypatch: pytest.MonkeyPatc
 
     seen = []
 
-    def spy(q, k, v, gates, rule, state, residual):
+    def spy(q, k, v, gates, rule, state, residual, *kernels):
         seen.extend([q, k, v, *vars(gates).values(), *state.tensors()])
         return v, state
 
-    monkeypatch.setitem(op.IMPLEMENTATIONS, "chunked", spy)
+    monkeypatch.setattr(op, "omega_memory_chunked", spy)
     x, one = torch.randn(1, 4, 2, 8).bfloat16(), torch.ones(1, 4, 2).bfloat16()
     weights = (torch.randn(2, 8, 16).bfloat16(), torch.randn(2, 16, 8).bfloat16())
     gates = Gates(one, one, one, one)
