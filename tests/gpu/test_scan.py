@@ -1,4 +1,4 @@
-"""The Triton scan against the chunk form in torch: forward, state, every gradient. Interpreted where there is no GPU."""
+"""The Triton scan against the chunk form in torch: forward, state, every gradient (interpreted without a GPU)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from problems import Problem, assert_close, gradients, problem, relative_rms, st
 
 CHUNK, WIDTH, HIDDEN = 16, 16, 32
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Relative RMS allowed, by what the products take: float16 has 11 bits, and a gradient passes several products.
-HALF_TOLERANCE = 1e-2
+# Relative RMS allowed to float16 products, which have 11 bits. A gated memory squares what its two products lose: in
+# float32, too, its gradients stand 5 times further from the chunk form than a plain one's.
+HALF_TOLERANCE = {"mlp": 1e-2, "gated_mlp": 5e-2}
 BASE = MemoryRule(window=5, chunk=CHUNK, ns_steps=0, norm="layer")
 
 # The interpreter's sigmoid of a very negative number: 1 / (1 + inf), which is right.
@@ -150,7 +151,7 @@ def test_half_precision_products(memory, momentum):
         results.append(outputs | gradients([t.double() for t in outputs.values()], p.leaves()))
     assert results[0]["y"].dtype == torch.float16 and results[0]["state[0]"].dtype == torch.float32
     for name, expected in results[1].items():
-        assert relative_rms(results[0][name].double(), expected) <= HALF_TOLERANCE, name
+        assert relative_rms(results[0][name].double(), expected) <= HALF_TOLERANCE[memory], name
 
 
 @pytest.mark.parametrize(
@@ -163,6 +164,8 @@ def test_half_precision_products(memory, momentum):
         (BASE, {"hidden": 40}, "F that is a multiple of 16, not F=40"),
         (replace(BASE, chunk=128), {}, "chunk up to 64 and chunk . window - 1 up to 128, not chunk=128, window=5"),
         (replace(BASE, chunk=64, window=66), {}, "not chunk=64, window=66"),
+        (replace(BASE, chunk=64), {}, "in float32 covers chunk . window - 1 up to 64, D and V up to 64, not chunk=64"),
+        (BASE, {"key": 128, "value": 128}, "in float32 covers .*, not chunk=16, window=5, D=128"),
     ],
 )
 def test_what_no_kernel_covers(rule, sizes, message):

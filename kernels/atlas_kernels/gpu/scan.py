@@ -6,6 +6,7 @@ the torch code's. Dims as there: N chunks, G = B x H memories, C tokens, I sourc
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -17,6 +18,7 @@ from atlas_kernels.chunked import SegmentScan, Tokens
 from atlas_kernels.gpu.scan_backward import read_backward_kernel
 from atlas_kernels.gpu.scan_forward import read_kernel, write_kernel
 from atlas_kernels.gpu.scan_write_backward import write_backward_kernel
+from atlas_kernels.gpu.variants import Variant
 from atlas_kernels.memories import Matrices
 from atlas_kernels.rule import MemoryRule
 from atlas_kernels.writes import Coefficients
@@ -73,22 +75,29 @@ class Shape:
 
     def launch(self, kernel: str) -> dict[str, object]:
         """Constants, warps and stages of one kernel."""
-        block, warps, stages = CONFIGURATIONS[kernel]
+        block, warps = CONFIGURATIONS[kernel]
+        if max(self.D, self.V) > 64 or self.GATED or self.PRODUCTS == triton.language.float32:
+            block = 16
         while self.F % block:
             block //= 2
         constants = asdict(replace(self, BLOCK_F=block))
         if kernel == "write":
             del constants["BLOCK_C"]
-        return constants | {"num_warps": warps, "num_stages": stages}
+        if kernel == "read":
+            constants["KEEP"] = True
+        # One stage: a block's loads are few, and more would cost shared memory that the chunk's factors take.
+        return constants | {"num_warps": warps, "num_stages": 1}
 
 
-# (rows of the hidden width at a time, warps, stages), pinned so that equal inputs give equal bits.
-CONFIGURATIONS = {
-    "write": (32, 8, 1),
-    "read": (32, 8, 1),
-    "read_backward": (32, 8, 1),
-    "write_backward": (32, 8, 1),
+KERNELS = {
+    "write": write_kernel,
+    "read": read_kernel,
+    "read_backward": read_backward_kernel,
+    "write_backward": write_backward_kernel,
 }
+# (rows of the hidden width at a time, warps), pinned so that equal inputs give equal bits: the largest that the
+# forward holds without spilling on compute capability 9.0, and the smallest in the backward, which spills least.
+CONFIGURATIONS = {"write": (32, 8), "read": (32, 8), "read_backward": (16, 8), "write_backward": (16, 8)}
 
 
 class _SegmentScan(torch.autograd.Function):
@@ -96,7 +105,7 @@ class _SegmentScan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, rule, products, q, read_residual, x, v, r, alphas, kappas, sources, last, to_weights, to_momentum, *matrices
+        ctx, rule, products, q, read_residual, x, v, r, alphas, kappas, sources, last, to_w, to_s, *matrices
     ):
         N, G, C, D = q.shape
         I, V = v.shape[-2:]  # noqa: E741
@@ -105,7 +114,7 @@ class _SegmentScan(torch.autograd.Function):
         inputs = tuple(t.contiguous() if t is not None else None for t in (q, x, v, r, alphas, kappas, sources))
         inputs = (*inputs[:-1], _padded(inputs[-1], shape))
         q, x, v, r, alphas, kappas, sources = inputs
-        leaving = tuple(t.contiguous() if t is not None else None for t in (last, to_weights, to_momentum))
+        leaving = tuple(t.contiguous() if t is not None else None for t in (last, to_w, to_s))
 
         weights = [m.new_empty(N + 2, *m.shape) for m in matrices[:count]]
         momentum = [m.new_empty(N + 2, *m.shape) for m in matrices[2 * count :]]
@@ -125,7 +134,7 @@ class _SegmentScan(torch.autograd.Function):
         outputs = (o, y, read, scores)
         read_kernel[(N * G,)](
             q, read_residual.contiguous(), x, v, r, alphas, kappas, sources, *states, *outputs, G, C, I,
-            KEEP=keep, **shape.launch("read"),
+            **shape.launch("read") | {"KEEP": keep},
         )  # fmt: skip
         if keep:
             ctx.save_for_backward(*inputs, *leaving, o, read, scores, *weights, *momentum)
@@ -136,7 +145,7 @@ class _SegmentScan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, *grad_matrices):
-        q, x, v, r, alphas, kappas, sources, last, to_weights, to_momentum, o, read, scores, *slots = ctx.saved_tensors
+        q, x, v, r, alphas, kappas, sources, last, to_w, to_s, o, read, scores, *slots = ctx.saved_tensors
         shape, count = ctx.shape, ctx.count
         N, G, C, _ = q.shape
         I = v.shape[-2]  # noqa: E741
@@ -155,12 +164,12 @@ class _SegmentScan(torch.autograd.Function):
         )  # fmt: skip
 
         grad_value, grad_last = torch.empty_like(v), torch.empty_like(last)
-        grad_to_w, grad_to_s = torch.empty_like(to_weights), like(to_momentum)
+        grad_to_w, grad_to_s = torch.empty_like(to_w), like(to_s)
         grad_weights = [torch.stack([torch.zeros_like(m), m]) for m in grad_matrices[:count]]
         grad_momentum = [m.clone(memory_format=torch.contiguous_format) for m in grad_matrices[count:]]
         parts = [q.new_empty(G, I, shape.F) if i == 0 or shape.GATED else None for i in range(2)]
         write_backward_kernel[(G,)](
-            *factors, last, to_weights, to_momentum, *states, o, grad_read, *sides, grad_e, grad_x, grad_value,
+            *factors, last, to_w, to_s, *states, o, grad_read, *sides, grad_e, grad_x, grad_value,
             grad_last, grad_to_w, grad_to_s, *_six(grad_weights, grad_momentum), *parts, N, G, C, I,
             **shape.launch("write_backward"),
         )  # fmt: skip
@@ -180,3 +189,32 @@ def _six(weights: list[Tensor], momentum: list[Tensor]) -> tuple[Tensor | None, 
     """Three weights and three momenta, as the kernels take them, None where the memory has fewer."""
     none: list[Tensor | None] = [None]
     return (*weights, *none * (3 - len(weights)), *momentum, *none * (3 - len(momentum)))
+
+
+def variants() -> list[Variant]:
+    """The kernels of the presets' shape with momentum and a window; the chain's, the slowest, with neither too."""
+    rule = MemoryRule(norm="layer", ns_steps=0)
+    least = replace(rule, momentum=False, window=1)
+    chain = [_variant(kernel, " sum window 1", least) for kernel in ("write", "write_backward")]
+    return [_variant(kernel, "", rule) for kernel in KERNELS] + chain
+
+
+def _variant(kernel: str, title: str, rule: MemoryRule) -> Variant:
+    width, hidden = 64, 256
+    shape = Shape.of(rule, torch.bfloat16, rule.chunk, rule.chunk + rule.window - 1, width, width, hidden)
+    constants = shape.launch(kernel)
+    warps, stages = (int(str(constants.pop(name))) for name in ("num_warps", "num_stages"))
+    signature = {}
+    # An argument that the rule has no use for is None, which is a constant.
+    absent = r"_?(w3|s3|up)_pointer" if rule.momentum else r"_?(w3|s\d|up|kappas|to_s)_pointer"
+    for name in KERNELS[kernel].arg_names:
+        if name in ("h_pointer", "grad_z_pointer"):
+            signature[name] = "*bf16"
+        elif name.endswith("_pointer"):
+            signature[name] = "*fp32"
+            if re.search(f"(^|grad|part){absent}$", name):
+                del signature[name]
+                constants[name] = None
+        elif name not in constants:
+            signature[name] = "i32"
+    return Variant(f"scan {kernel}{title} bf16", KERNELS[kernel], signature, constants, warps, stages)

@@ -6,7 +6,21 @@ their sums would be four matrices, two to four times the bytes. `write_backward_
 through the chunks from the last to the first with the gradients of the matrices in place, slot 1 of [2, G, F, ...];
 slot 0 takes the gradient of the first chunk's anchor, every other anchor is the weights that enter its chunk.
 
-Names: `grad_a` is the loss's gradient of a. TABLE
+Names: `grad_a` is the loss's gradient of a.
+
+A chunk of a memory, sizes as in scan_forward.py; by count, not measured:
+
+    kernel          MFLOP  device memory                        L2                          held on chip
+    read_backward   40     256 KB matrices, 200 KB tokens,      anchor: 128 KB              of_w, of_s [C, 64], grad_met
+                           tables and o in; 220 KB out                                      [I, C] in registers
+    write_backward  90     256 KB matrices, 64 KB h and dz,     gradients of the matrices,  grad_e, grad_x [I, 64] in
+                           220 KB tokens, tables and o in;      in place: 256 KB in, 256    registers; 80 KB shared
+                           60 KB out                            out, half of it twice;
+                                                                part_z 80 KB out and in
+
+Z, H and D are computed again from the matrices at the chunk's start: kept, they are 80 KB each a chunk and memory,
+to save 4 MFLOP each. The gradient at z without what passes through the output norm (part_z) is kept from one pass
+over the hidden width to the next: to form it again takes four times the products of what it saves.
 """
 
 from __future__ import annotations

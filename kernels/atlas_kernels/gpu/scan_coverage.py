@@ -10,13 +10,14 @@ from torch import Tensor
 from atlas_kernels.rule import MemoryRule
 
 WIDTHS = range(16, 129, 16)  # of D and V; padded to powers of two
-SOURCES = 128  # a chunk's tokens and their halo, held on chip at once
 CHUNK = 64
+# A chunk's tokens and their halo, held on chip at once; and how many with float32 products, of D and V up to 64.
+SOURCES, SOURCES_FLOAT32 = 128, 64
+# Shared memory that a block takes at most, with D and V up to 64 and up to 128.
+SHARED, SHARED_WIDE = 108 << 10, 180 << 10
 
 
-def refusal(
-    rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Tensor, ...], packed: bool
-) -> str | None:
+def refusal(rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Tensor, ...], packed: bool) -> str | None:
     """Why the kernels do not run this call, in words that follow "impl='triton'"; None if they do.
 
     q [B, T, H, D], v [B, T, H, V], weights as in `omega_memory`; packed: whether documents are.
@@ -33,17 +34,36 @@ def refusal(
     elif torch.cuda.get_device_capability(q.device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(q.device)
         return f"needs a GPU of compute capability 8.0 or more, and this one has {major}.{minor}"
-    return None if rule.ns_steps else _size_refusal(rule, q.shape[-1], v.shape[-1], weights[0].shape[-1])
+    if rule.ns_steps:
+        return None
+    key, value = q.shape[-1], v.shape[-1]
+    needed, given = SHARED if max(key, value) <= 64 else SHARED_WIDE, _shared_memory(q)
+    return _size_refusal(rule, key, value, weights[0].shape[-1], q.dtype) or (
+        f"needs {needed >> 10} KiB of shared memory a block, and this GPU has {given >> 10}" if given < needed else None
+    )
 
 
-def _size_refusal(rule: MemoryRule, key: int, value: int, hidden: int) -> str | None:
+def _shared_memory(q: Tensor) -> int:
+    if not q.is_cuda:
+        return SHARED_WIDE
+    properties = torch.cuda.get_device_properties(q.device)
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stubs lack it
+
+
+def _size_refusal(rule: MemoryRule, key: int, value: int, hidden: int, dtype: torch.dtype) -> str | None:
     if key not in WIDTHS or value not in WIDTHS:
         return f"covers D and V that are multiples of 16 up to {WIDTHS[-1]}, not D={key}, V={value}"
     if hidden % 16:
         return f"covers F that is a multiple of 16, not F={hidden}"
-    if rule.chunk > CHUNK or rule.chunk + rule.window - 1 > SOURCES:
+    sources = rule.chunk + rule.window - 1
+    if rule.chunk > CHUNK or sources > SOURCES:
         return (
             f"covers chunk up to {CHUNK} and chunk + window - 1 up to {SOURCES}, not chunk={rule.chunk}, "
             f"window={rule.window}"
+        )
+    if dtype not in (torch.bfloat16, torch.float16) and (sources > SOURCES_FLOAT32 or max(key, value) > 64):
+        return (
+            f"in float32 covers chunk + window - 1 up to {SOURCES_FLOAT32}, D and V up to 64, not "
+            f"chunk={rule.chunk}, window={rule.window}, D={key}, V={value} (bfloat16 inputs go further)"
         )
     return None

@@ -3,9 +3,17 @@
 `write_kernel`, one program a memory g, keeps nothing of the matrices on chip: chunk n reads them at slot n + 1 of
 [N + 2, G, F, ...] and writes slot n + 2; slot 0 holds the first chunk's anchor, slot 1 what enters. `read_kernel`, one
 program a chunk and memory, forms what the tokens read from those slots. Kept apart because a read waits for no other
-chunk: N times more programs than memories, and a shorter chain; the price is Z and D once more, 4 of 28 products.
+chunk: N times more programs than memories, and a shorter chain; the price is the sources' two products once more.
 
-TABLE
+A chunk of a memory at C = 64, D = V = 64, F = 256, W = 16 (79 sources, padded to 128: a third of the work at the
+sources is on padding), layer norm, momentum, bfloat16 products; by count, not measured:
+
+    kernel   MFLOP  of device memory              of L2                          held on chip
+    write    34     256 KB matrices out,          anchor twice, weights and      x, e, and both scaled by each source's
+                    80 KB tokens in, 20 KB o out  momentum once: 512 KB in       coefficients [I, 64]: 96 KB shared
+    read     27     256 KB matrices in,           anchor: 128 KB                 o [C, 64], scores [I, C], sums in
+                    160 KB tokens, tables and o                                  registers; x, q, e, seen: 56 KB shared
+                    in, 64 KB y, o, scores out
 """
 
 from __future__ import annotations

@@ -43,14 +43,14 @@ def of_step(
 
 @triton.jit
 def of_matrices(
-    w_pointer, s_pointer, at, f, n, F, NARROW: tl.constexpr, grad_w, grad_s, keep, push, drag, sums, MOMENTUM: tl.constexpr
+    w_pointer, s_pointer, at, f, n, F, N: tl.constexpr, grad_w, grad_s, keep, push, drag, sums, MOMENTUM: tl.constexpr
 ):
     """Gradients of W and S in W' = keep W + push S + .., S' = drag S + .., and of keep, push, drag by row."""
     grad_keep, grad_push, grad_drag = sums
-    w = tile(w_pointer + at, f, n, F, NARROW)
+    w = tile(w_pointer + at, f, n, F, N)
     grad_keep += tl.sum(grad_w * w, 1)
     if MOMENTUM:
-        s = tile(s_pointer + at, f, n, F, NARROW)
+        s = tile(s_pointer + at, f, n, F, N)
         grad_push += tl.sum(grad_w * s, 1)
         grad_drag += tl.sum(grad_s * s, 1)
         grad_s = drag * grad_s + push * grad_w
