@@ -196,8 +196,8 @@ def test_without_a_gpu(monkeypatch, caplog):
 def test_orthogonalised_writes_take_the_gpus_newton_schulz(monkeypatch):
     calls = []
 
-    def counted(S, steps, coefficients):
-        calls.append(steps)
+    def counted(S, steps, coefficients, products):
+        calls.append((steps, products))
         return newton_schulz(S, steps, coefficients)
 
     module = types.ModuleType("atlas_kernels.gpu.newton_schulz")
@@ -205,4 +205,4 @@ def test_orthogonalised_writes_take_the_gpus_newton_schulz(monkeypatch):
     monkeypatch.setitem(sys.modules, "atlas_kernels.gpu.newton_schulz", module)
     p = small(replace(BASE, ns_steps=3, ns_period=8), CHUNK)
     y, _ = p.run("triton")
-    assert calls == [3, 3] and torch.equal(y, p.run("chunked")[0])
+    assert calls == [(3, torch.float32)] * 2 and torch.equal(y, p.run("chunked")[0])
