@@ -49,9 +49,9 @@ def plan(m: int, n: int, products: torch.dtype, backward: bool) -> Plan:
     room = (2048 if exact else 4096) if backward else (4096 if exact else 16384)
     if M <= 64 and M * N <= room:
         return Plan(True, M, N, min(8, max(1, M * N // (512 if backward else 1024))))
-    if M == 128:
-        return Plan(False, M, 32, 8)
-    return Plan(False, M, 32 if exact else 64, 8 if M == 64 and backward and not exact else 4)
+    if M == 128 or exact or backward and M == 64:
+        return Plan(False, M, 32, 4 if exact and M <= 64 else 8)
+    return Plan(False, M, 64, 4)
 
 
 def _kernel(at: Plan, backward: bool) -> Any:
@@ -156,8 +156,8 @@ class _NewtonSchulz(torch.autograd.Function):
         result = torch.empty_like(S)
         at = plan(m, n, ctx.products, backward=True)
         programs, wide = _programs(count, at.M, S.device), at.M * triton.cdiv(n, at.N) * at.N
-        trail = torch.empty(programs, steps, wide + 2 * at.M**2, dtype=ctx.products, device=S.device)
-        kept = [trail]
+        kept_of_steps = steps * (wide + 2 * at.M**2) + (0 if at.whole else 2 * at.M**2)
+        kept = [torch.empty(programs, kept_of_steps, dtype=ctx.products, device=S.device)]
         if not at.whole:
             kept.append(torch.empty(programs, wide, dtype=torch.float32, device=S.device))
         _kernel(at, backward=True)[(programs,)](

@@ -13,7 +13,8 @@ that it is as large as the GPU has room for programs, not as the batch. J bytes 
 | kernel          | FLOPs               | global memory | through L2                    | on chip                     |
 |-----------------|---------------------|---------------|-------------------------------|-----------------------------|
 | backward_whole  | k (10 m^2 n + 6 m^3)| 4 I m n       | 2 k J (m n + 2 m^2)           | X or G, A, P, E, D          |
-| backward_blocks | the same            | 6 I m n       | k (J (4 m n + 4 m^2) + 16 m n)| A, P, E, D, columns of G, X |
+| backward_blocks | the same            | 6 I m n       | k (J (4 m n + m^2 (10 + n / N)| A, P or E, P, columns of    |
+|                 |                     |               | + 16 m n)                     | G, X                        |
 
 The gradient of Newton-Schulz is linear in what comes in, which is scaled to |G|_F = 1 first: in float16 it would
 vanish otherwise.
@@ -40,6 +41,17 @@ def through_step(dP, A, b, c, PRODUCTS: tl.constexpr):
     factor = E.to(PRODUCTS)
     D = tl.dot(factor, A, (b / c) * E, input_precision=PRECISION)
     return (c * tl.dot(A, factor, D, input_precision=PRECISION)).to(PRODUCTS)
+
+
+@triton.jit
+def sum_of_products(left, right, total, M: tl.constexpr, SLICE: tl.constexpr):
+    """total + left right [M, M], read from memory by slices of the inner side: whole, they would spill at M = 128."""
+    rows, slice = tl.arange(0, M), tl.arange(0, SLICE)
+    for k in tl.range(0, M // SLICE, disable_licm=True):
+        across = tl.load(left + grid_of(rows, k * SLICE + slice, M))
+        down = tl.load(right + grid_of(k * SLICE + slice, rows, M))
+        total = tl.dot(across, down, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
@@ -91,7 +103,7 @@ def backward_whole(
             norm = tl.load(norms + matrix)
             source = matrices + matrix * stride_matrix + places(rows, columns, stride_row, stride_column)
             X = tl.load(source, mask=inside, other=0.0).to(tl.float32) / (norm + EPSILON)
-            for step in range(STEPS):
+            for step in tl.range(0, STEPS, disable_licm=True):
                 a, b, c = coefficients_of(table, step)
                 here = trail + step * STEP
                 x = X.to(PRODUCTS)
@@ -109,7 +121,7 @@ def backward_whole(
             G = G / size
             # What one thread stored, another may load.
             tl.debug_barrier()
-            for back in range(STEPS):
+            for back in tl.range(0, STEPS, disable_licm=True):
                 step = STEPS - 1 - back
                 a, b, c = coefficients_of(table, step)
                 here = trail + step * STEP
@@ -158,13 +170,16 @@ def backward_blocks(
     TURNS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """By BLOCKS of N columns. trail [programs, STEPS, BLOCKS M N + 2 M M] of PRODUCTS, a block's rows together;
-    work float32 [programs, BLOCKS M N], X and then G in full precision; otherwise as backward_whole."""
+    """By BLOCKS of N columns. trail [programs, STEPS (BLOCKS M N + 2 M M) + 2 M M] of PRODUCTS, a block's rows
+    together, E and D at its end; work float32 [programs, BLOCKS M N], X and then G in full precision; otherwise as
+    backward_whole."""
     rows, inner = tl.arange(0, M), tl.arange(0, M)
     block, small = grid_of(rows, tl.arange(0, N), N), grid_of(rows, inner, M)
     AFTER: tl.constexpr = BLOCKS * M * N
     STEP: tl.constexpr = AFTER + 2 * M * M
-    trail += tl.program_id(0).to(tl.int64) * STEPS * STEP
+    SLICE: tl.constexpr = 32 if M > 32 else 16
+    trail += tl.program_id(0).to(tl.int64) * (STEPS * STEP + 2 * M * M)
+    spare = trail + STEPS * STEP
     work += tl.program_id(0).to(tl.int64) * AFTER
     # Not a while: what is hoisted out of one costs the registers that the products need.
     for turn in tl.range(0, TURNS, disable_licm=True):
@@ -174,7 +189,7 @@ def backward_blocks(
             norm = tl.load(norms + matrix)
             source = matrices + matrix * stride_matrix
             A = tl.zeros((M, M), tl.float32)
-            for j in range(BLOCKS):
+            for j in tl.range(0, BLOCKS, disable_licm=True):
                 columns = j * N + tl.arange(0, N)
                 inside = (rows < m)[:, None] & (columns < n)[None, :]
                 X = tl.load(source + places(rows, columns, stride_row, stride_column), mask=inside, other=0.0)
@@ -183,17 +198,18 @@ def backward_blocks(
                 tl.store(work + j * M * N + block, X)
                 tl.store(trail + j * M * N + block, x)
                 A = tl.dot(x, tl.trans(x), A, input_precision=PRECISION)
-            for step in range(STEPS):
+            for step in tl.range(0, STEPS, disable_licm=True):
                 a, b, c = coefficients_of(table, step)
                 here = trail + step * STEP
-                P = polynomial(A, b, c, PRODUCTS)
                 tl.store(here + AFTER + small, A.to(PRODUCTS))
-                tl.store(here + AFTER + M * M + small, P)
-                A = tl.zeros((M, M), tl.float32)
                 # What one thread stored, another may load.
                 tl.debug_barrier()
+                P = (c * sum_of_products(here + AFTER, here + AFTER, (b / c) * A, M, SLICE)).to(PRODUCTS)
+                tl.store(here + AFTER + M * M + small, P)
+                A = tl.zeros((M, M), tl.float32)
+                tl.debug_barrier()
                 if step + 1 < STEPS:
-                    for j in range(BLOCKS):
+                    for j in tl.range(0, BLOCKS, disable_licm=True):
                         x = tl.load(here + j * M * N + block)
                         X = tl.load(work + j * M * N + block)
                         X = tl.dot(P, x, a * X, input_precision=PRECISION)
@@ -204,7 +220,7 @@ def backward_blocks(
 
             incoming = gradients + matrix * gradient_stride_matrix
             squares = tl.zeros((M,), tl.float32)
-            for j in range(BLOCKS):
+            for j in tl.range(0, BLOCKS, disable_licm=True):
                 columns = j * N + tl.arange(0, N)
                 inside = (rows < m)[:, None] & (columns < n)[None, :]
                 at = places(rows, columns, gradient_stride_row, gradient_stride_column)
@@ -213,7 +229,7 @@ def backward_blocks(
             size = tl.sqrt(tl.sum(squares, 0))
             size = tl.where(size > 0, size, 1.0)
             dP = tl.zeros((M, M), tl.float32)
-            for j in range(BLOCKS):
+            for j in tl.range(0, BLOCKS, disable_licm=True):
                 columns = j * N + tl.arange(0, N)
                 inside = (rows < m)[:, None] & (columns < n)[None, :]
                 at = places(rows, columns, gradient_stride_row, gradient_stride_column)
@@ -221,19 +237,26 @@ def backward_blocks(
                 tl.store(work + j * M * N + block, G)
                 x = tl.load(trail + (STEPS - 1) * STEP + j * M * N + block)
                 dP = tl.dot(G.to(PRODUCTS), tl.trans(x), dP, input_precision=PRECISION)
-            for back in range(STEPS):
+            for back in tl.range(0, STEPS, disable_licm=True):
                 step = STEPS - 1 - back
                 a, b, c = coefficients_of(table, step)
                 here = trail + step * STEP
                 before = trail + tl.maximum(step - 1, 0) * STEP
-                D = through_step(dP, tl.load(here + AFTER + small), b, c, PRODUCTS)
+                E = dP + tl.trans(dP)
+                tl.store(spare + small, E.to(PRODUCTS))
+                tl.debug_barrier()
+                D = sum_of_products(spare, here + AFTER, (b / c) * E, M, SLICE)
+                D = sum_of_products(here + AFTER, spare, D, M, SLICE)
+                # Beside P it would spill, so it is read again with every block.
+                d = spare + M * M + small
+                tl.store(d, (c * D).to(PRODUCTS))
                 P = tl.load(here + AFTER + M * M + small)
                 dP = tl.zeros((M, M), tl.float32)
                 tl.debug_barrier()
-                for j in range(BLOCKS):
+                for j in tl.range(0, BLOCKS, disable_licm=True):
                     G = tl.load(work + j * M * N + block)
                     G = tl.dot(P, G.to(PRODUCTS), a * G, input_precision=PRECISION)
-                    G = tl.dot(D, tl.load(here + j * M * N + block), G, input_precision=PRECISION)
+                    G = tl.dot(tl.load(d), tl.load(here + j * M * N + block), G, input_precision=PRECISION)
                     tl.store(work + j * M * N + block, G)
                     x = tl.load(before + j * M * N + block)
                     dP = tl.dot(G.to(PRODUCTS), tl.trans(x), dP, input_precision=PRECISION)
@@ -242,7 +265,7 @@ def backward_blocks(
             radial *= tl.where(norm > 0, (norm + EPSILON) / tl.where(norm > 0, norm, 1.0), 0.0)
             tl.debug_barrier()
             target = result + matrix * result_stride_matrix
-            for j in range(BLOCKS):
+            for j in tl.range(0, BLOCKS, disable_licm=True):
                 columns = j * N + tl.arange(0, N)
                 inside = (rows < m)[:, None] & (columns < n)[None, :]
                 X = tl.load(source + places(rows, columns, stride_row, stride_column), mask=inside, other=0.0)

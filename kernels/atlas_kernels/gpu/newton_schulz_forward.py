@@ -3,7 +3,7 @@
     X = S / (|S|_F + 1e-7);  k times:  A = X X^T,  P = b A + c A A,  X <- a X + P X          X [m, n], m <= n
 
 Products take `PRODUCTS`, sums and X itself are float32. There is no Gram form here: with products in bfloat16 it
-leaves 8 to 35 % of the result wrong where singular values fall off as a momentum's do, against 0.4 to 2 % for the
+leaves 4 to 35 % of the result wrong, most where singular values fall off as a momentum's do, against 0.4 to 2 % for the
 iteration as written (a X is added in float32 and never meets a rounded factor).
 
 What a matrix costs, in the least a GPU can do, k steps, I = bytes of an element of S:
