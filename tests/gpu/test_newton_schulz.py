@@ -6,7 +6,7 @@ import torch
 from atlas_kernels import newton_schulz as in_torch
 from atlas_kernels.gpu import newton_schulz as kernels
 from atlas_kernels.gpu.newton_schulz import newton_schulz
-from atlas_kernels.newton_schulz import COEFFICIENTS
+from atlas_kernels.newton_schulz import COEFFICIENTS, schedule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # |ours - float64| / |float64|, (forward, gradient). The torch form itself is at 2e-6 in float32 here; in float16 a
@@ -52,6 +52,42 @@ def test_steps_and_coefficients(shape, coefficients, steps):
 
 def test_products_of_another_dtype():
     assert_close(normal(3, 40, 60), normal(3, 40, 60, seed=1), products=torch.float16)
+
+
+def falling(m=40, n=160):
+    """Singular values that fall off, as those of a momentum do."""
+    return normal(2, m, m) * 0.9 ** torch.arange(m, device=DEVICE) @ normal(2, m, n, seed=1)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_falling_singular_values(dtype):
+    S = falling()
+    assert_close((S / S.abs().amax()).to(dtype), normal(*S.shape, seed=2, dtype=dtype))
+
+
+def test_why_there_is_no_gram_form():
+    """Factors rounded to bfloat16, sums not, in torch: two and three steps on one Gram matrix against five direct."""
+
+    def rounded(a, b):
+        return a.bfloat16().float() @ b.bfloat16().float()
+
+    S = falling(64, 256)
+    start = S / S.norm(dim=(-2, -1), keepdim=True)
+    true = in_torch(S.double(), 5)
+    eye = torch.eye(64, device=DEVICE)
+    direct = gram = start
+    table = schedule(5, "jordan")
+    for a, b, c in table:
+        A = rounded(direct, direct.mT)
+        direct = a * direct + rounded(b * A + c * rounded(A, A), direct)
+    for part in (table[:2], table[2:]):
+        A, Q = rounded(gram, gram.mT), eye.expand(2, 64, 64)
+        for a, b, c in part:
+            P = a * eye + b * A + c * rounded(A, A)
+            Q, A = rounded(P, Q), rounded(rounded(P, A), P)
+        gram = rounded(Q, gram)
+    direct_error, gram_error = ((found - true).norm() / true.norm() for found in (direct, gram))
+    assert direct_error < 0.02 and gram_error > 5 * direct_error
 
 
 def test_more_matrices_than_programs():
