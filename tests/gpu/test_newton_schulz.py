@@ -106,6 +106,29 @@ def test_equal_reruns():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty gives NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 40), (3, 40, 200), (1, 70, 90)])
+def test_nothing_is_read_before_it_is_written(poisoned_memory, shape):
+    assert torch.empty(3).isnan().all()
+    dtype = torch.float16  # of every size on a GPU too
+    assert_close(normal(*shape, dtype=dtype), normal(*shape, seed=1, dtype=dtype))
+
+
+def test_training_after_inference():
+    kernels._coefficient_table.cache_clear()
+    S = normal(1, 16, 20)
+    with torch.inference_mode():
+        newton_schulz(S, 3)
+    assert_close(S, normal(1, 16, 20, seed=1), steps=3)
+
+
 @pytest.mark.parametrize(
     "view",
     [lambda t: t.mT, lambda t: t[..., ::2], lambda t: t[:, 3:-2], lambda t: t[:1].expand(3, -1, -1)],

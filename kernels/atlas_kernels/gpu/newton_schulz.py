@@ -112,7 +112,9 @@ def _check(S: Tensor, products: torch.dtype) -> None:
 
 @lru_cache(maxsize=64)
 def _coefficient_table(steps: int, coefficients: str, device: torch.device) -> Tensor:
-    return torch.tensor(schedule(steps, coefficients), dtype=torch.float32, device=device)
+    # Kept for later calls, which may differentiate where this one does not.
+    with torch.inference_mode(False):
+        return torch.tensor(schedule(steps, coefficients), dtype=torch.float32, device=device)
 
 
 def _programs(count: int, M: int, device: torch.device) -> int:
