@@ -1,9 +1,9 @@
-"""The same run in several parallel layouts: its loss curves, laid over each other.
+"""One run that goes on in several parallel layouts: its loss curves, laid over each other.
 
-configs/quickstart.toml for a few steps, on one process and on two and eight, each started by torchrun as a user would,
-on the quickstart's corpus (run `make quickstart` first). In float32 five Newton-Schulz steps blow rounding up (see
-tests/parallel/test_layouts.py), so the curves of ATLAS part in their last digits; those of omeganet, which has none,
-are held to 1e-4 by that test. Both are shown.
+configs/quickstart.toml on one process; from the checkpoint of its first steps the same run goes on in each layout, on
+two processes and on eight, started by torchrun as a user would (run `make quickstart` first, for its corpus). In
+float32 the layouts sum in other orders, and training amplifies what that changes, Newton-Schulz above all (see
+tests/parallel/test_layouts.py); the curves below show how fast.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from atlas_megatron.metrics import read
 BASE = record.ROOT / "configs" / "quickstart.toml"
 RUNS = record.ROOT / "runs" / "experiments" / "layout_curves"
 PRESETS = ("atlas", "omeganet")
+ONE = "one process"
 # Processes, and what is changed.
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "one process": (1, ()),
+    ONE: (1, ()),
     "data 2": (2, ()),
     "tensor 2, sequence parallel": (2, ("parallel.tensor=2", "parallel.sequence=true")),
     "pipeline 2, interleaved": (2, ("parallel.pipeline=2", "parallel.virtual=2", "model.pattern=M-|*-|M|-")),
@@ -38,17 +39,23 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
         ("parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2", "model.pattern=M-*|-M-"),
     ),
 }
-STEPS, QUICK_STEPS = 40, 2
-QUICK = ("one process", "context 2, handoff")
+# Steps on one process alone, and those that are compared.
+START, STEPS = 20, 40
+QUICK_START, QUICK_STEPS = 1, 2
+QUICK = (ONE, "context 2, handoff")
 
 
-def trained(layout: str, preset: str, steps: int) -> record.Cell:
-    """The loss and the gradient norm of every step."""
+def trained(layout: str, preset: str, start: int, steps: int) -> record.Cell:
+    """The loss and the gradient norm of every step after `start`, where a run on one process is taken up."""
     processes, changes = LAYOUTS[layout]
     directory = RUNS / f"{layout} {preset}".replace(",", "").replace(" ", "_")
     shutil.rmtree(directory, ignore_errors=True)
-    words = [f"run.directory={directory}", f"memory.preset={preset}", f"train.steps={steps}", "train.warmup_steps=1"]
-    words += ["train.validate_every=0", f"checkpoint.every={steps}", "log.tensorboard=false", "train.micro_batch=1"]
+    if layout != ONE:
+        taken_up = _checkpoint(preset, start, steps)
+        shutil.copytree(taken_up, directory / "checkpoints" / taken_up.name)
+    words = [f"run.directory={directory}", f"memory.preset={preset}", f"train.steps={start + steps}"]
+    words += ["train.lr=1e-3", f"train.warmup_steps={start // 2}", "train.validate_every=0", "train.micro_batch=1"]
+    words += [f"checkpoint.every={start}", "checkpoint.keep=1000", "log.tensorboard=false"]
     words += ["train.stats_every=1000000", *changes]
     if preset == "atlas":
         words += [f"memory.ns_period={load(BASE).memory.ns_period}"]  # which the preset would set
@@ -59,8 +66,9 @@ def trained(layout: str, preset: str, steps: int) -> record.Cell:
     )  # fmt: skip
     if done.returncode:
         raise ValueError(f"{layout}, {preset} did not train to its end: {done.stderr.strip().splitlines()[-1]}")
-    steps_done = read(directory)
-    shutil.rmtree(directory / "checkpoints")
+    steps_done = [step for step in read(directory) if step["step"] > start]
+    if layout != ONE:
+        shutil.rmtree(directory / "checkpoints")
     return {
         "changes": list(changes),
         "processes": processes,
@@ -69,9 +77,17 @@ def trained(layout: str, preset: str, steps: int) -> record.Cell:
     }
 
 
+def _checkpoint(preset: str, start: int, steps: int) -> Path:
+    """That of the run on one process after `start` steps; the run is made again if it is gone."""
+    folders = RUNS / f"{ONE} {preset}".replace(" ", "_") / "checkpoints"
+    if not folders.is_dir():
+        trained(ONE, preset, start, steps)
+    return min(folders.glob("step_*"))
+
+
 def apart(results: record.Record, layout: str, preset: str) -> list[float]:
     """Of each step, how far the loss is from one process's, relative."""
-    ours, theirs = (results.cells[f"{name}, {preset}"]["loss"] for name in (layout, "one process"))
+    ours, theirs = (results.cells[f"{name}, {preset}"]["loss"] for name in (layout, ONE))
     return [abs(a - b) / b for a, b in zip(ours, theirs, strict=True)]
 
 
@@ -83,11 +99,11 @@ def draw(results: record.Record, layouts: Sequence[str]) -> None:
                 losses = results.cells[f"{layout}, {preset}"]["loss"]
                 # Thick below thin, so that curves in one place all show.
                 above.plot(losses, label=layout, color=f"C{place}", linewidth=1 + 1.5 * (len(layouts) - place) / 2)
-                if layout != "one process":
+                if layout != ONE:
                     differences = [max(value, 1e-9) for value in apart(results, layout, preset)]
                     below.plot(differences, color=f"C{place}", linewidth=1)
             below.set_yscale("log")
-            below.set_xlabel("step")
+            below.set_xlabel("step after the checkpoint")
             above.set_title(preset)
         panels[0][0].set_ylabel("training loss")
         panels[1][0].set_ylabel("relative distance\nfrom one process")
@@ -98,27 +114,28 @@ def draw(results: record.Record, layouts: Sequence[str]) -> None:
 def describe(results: record.Record, layouts: Sequence[str], steps: int) -> None:
     said = []
     for preset in PRESETS:
-        worst = [f"{layout} {max(apart(results, layout, preset)):.1e}" for layout in layouts if layout != "one process"]
+        worst = [f"{layout} {max(apart(results, layout, preset)):.1e}" for layout in layouts if layout != ONE]
         said.append(f"Farthest from the one process's loss in {steps} steps, {preset}: {'; '.join(worst)}.")
     said.append(
-        "float32; the layouts sum in other orders. Newton-Schulz multiplies what is small in a momentum, rounding "
-        "included, by up to 485, so that ATLAS in float32 parts from itself under any change of layout."
+        "float32. The first loss after the checkpoint differs by rounding alone; then every step feeds back what the one "
+        "before it rounded, and Newton-Schulz multiplies what is small in a momentum, rounding included, by up to 485."
     )
     results.write_text("One run in several layouts", said)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     asked = record.options("layout_curves", __doc__, words)
-    layouts, steps = (QUICK, QUICK_STEPS) if asked.quick else (tuple(LAYOUTS), STEPS)
+    layouts = QUICK if asked.quick else tuple(LAYOUTS)
+    start, steps = (QUICK_START, QUICK_STEPS) if asked.quick else (START, STEPS)
 
     def experiment() -> None:
         chosen = {name: LAYOUTS[name] for name in layouts}
-        results = record.Record("layout_curves", asked, {"steps": steps, "layouts": chosen})
+        results = record.Record("layout_curves", asked, {"start": start, "steps": steps, "layouts": chosen})
         if not Path(f"{load(BASE).data.train[0]}.bin").is_file():
             raise ValueError(f"{load(BASE).data.train[0]} holds no corpus; run make quickstart first")
         for preset in PRESETS:
             for layout in layouts:
-                results.cell(f"{layout}, {preset}", partial(trained, layout, preset, steps))
+                results.cell(f"{layout}, {preset}", partial(trained, layout, preset, start, steps))
         draw(results, layouts)
         describe(results, layouts, steps)
 

@@ -190,7 +190,7 @@ def _gpu_kernels(rule: MemoryRule, dtype: torch.dtype) -> Kernels:
 
 
 def _gpu(module: str) -> ModuleType:
-    """A module of the Triton kernels. By its name alone: this file also travels with an exported model, and transformers
+    """A module of the Triton kernels. By its name: this file also travels with an exported model, and transformers
     refuses to load one whose files import what is not installed."""
     return importlib.import_module(f"atlas_kernels.gpu.{module}")
 
