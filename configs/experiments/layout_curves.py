@@ -117,8 +117,9 @@ def describe(results: record.Record, layouts: Sequence[str], steps: int) -> None
         worst = [f"{layout} {max(apart(results, layout, preset)):.1e}" for layout in layouts if layout != ONE]
         said.append(f"Farthest from the one process's loss in {steps} steps, {preset}: {'; '.join(worst)}.")
     said.append(
-        "float32. The first loss after the checkpoint differs by rounding alone; then every step feeds back what the one "
-        "before it rounded, and Newton-Schulz multiplies what is small in a momentum, rounding included, by up to 485."
+        "float32. The first loss after the checkpoint differs by rounding alone; then every step feeds back what the "
+        "one before it rounded, and Newton-Schulz multiplies what is small in a momentum, rounding included, by up to "
+        "485."
     )
     results.write_text("One run in several layouts", said)
 
