@@ -17,6 +17,7 @@ from atlas_kernels import (
     Gates,
     MemoryState,
     State,
+    check_implementation,
     initial_coefficients,
     initial_state,
     lift,
@@ -76,6 +77,7 @@ class AtlasMixer(Mixer):
         )
         self.linear_out = linears.row(width, hidden, self.config, self.tp_group)
         self._build_parameters(hidden)
+        check_implementation(memory.impl, self.rule, self._start(ALL), settings.data.packed)
         for parameter in (*self.parameters(recurse=False), *self.linear_gates.parameters()):
             parameter.no_weight_decay = True
 

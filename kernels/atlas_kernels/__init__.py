@@ -3,7 +3,7 @@
 from .dual import DualState
 from .features import FEATURE_MAPS, initial_coefficients, lift, lifted_width
 from .newton_schulz import newton_schulz
-from .op import State, omega_memory, read_memory
+from .op import State, check_implementation, omega_memory, read_memory
 from .rule import Gates, MemoryRule, MemoryState, initial_state
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "MemoryRule",
     "MemoryState",
     "State",
+    "check_implementation",
     "initial_coefficients",
     "initial_state",
     "lift",

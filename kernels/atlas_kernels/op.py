@@ -160,6 +160,17 @@ def read_memory(
     return y.unflatten(0, (batch, heads)).transpose(1, 2).to(q.dtype)
 
 
+def check_implementation(impl: str, rule: MemoryRule, weights: tuple[Tensor, ...], packed: bool = False) -> None:
+    """Raise ValueError if `impl` cannot run `rule` with these start weights [H, rows, cols] where they lie.
+
+    packed: whether calls will give `positions`. What `omega_memory` would say at its first call, before there is one.
+    """
+    # Weights begin with a layer onto V and end with one from D.
+    q, v = (weights[0].new_empty(1, 1, 1, width) for width in (weights[-1].shape[-1], weights[0].shape[-2]))
+    if impl != "auto":
+        _choose(impl, rule, q, v, weights, packed)
+
+
 def _choose(impl: str, rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Tensor, ...], packed: bool) -> str:
     """The implementation to take; "auto" takes the GPU's kernels on a GPU where they cover the call."""
     if impl not in ("auto", "triton"):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from atlas_kernels import Gates, MemoryRule, omega_memory
+from atlas_kernels import Gates, MemoryRule, check_implementation, omega_memory
 from problems import problem
 
 RULE = MemoryRule(window=3, chunk=8)
@@ -85,3 +85,16 @@ def test_linear_has_no_residual_and_deep_needs_equal_widths():
 def test_gates_count_as_pair_by_their_width():
     p = problem(RULE, 5)
     assert p.gates.pair and not Gates(*(p.gates.alpha,) * 4).pair
+
+
+def test_an_implementation_is_checked_before_its_first_call(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    weights = (torch.randn(2, 16, 64), torch.randn(2, 64, 16))
+    rule = MemoryRule(ns_steps=0)
+    for impl in ("auto", "reference", "chunked"):
+        check_implementation(impl, rule, weights)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="impl='triton' needs a CUDA GPU, and q lies on cpu; take impl='chunked'"):
+            check_implementation("triton", rule, weights)
+    with pytest.raises(ValueError, match="covers no packed documents"):
+        check_implementation("triton", rule, weights, packed=True)
