@@ -1,0 +1,157 @@
+"""The cache of `generate`, which is the memory: what every layer carries over a cut, and how it is kept in a file.
+
+Its size does not depend on the length read, but for full attention and the exponential kernels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .attention_atlas import AttentionState
+from .baselines_atlas import DeltaState, RecurrentState
+from .configuration_atlas import AtlasConfig, differences
+from .hybrid_atlas import ContextState, GateState
+from .kernels_atlas import DualState, MemoryState
+from .memory_atlas import AtlasState
+from .place_atlas import Position
+
+# What a file may name.
+STATES = {
+    kind.__name__: kind
+    for kind in (
+        AtlasState,
+        AttentionState,
+        ContextState,
+        DeltaState,
+        DualState,
+        GateState,
+        MemoryState,
+        RecurrentState,
+    )
+}
+FORMAT = "atlas-memory"
+
+
+class AtlasCache:
+    """Of every layer its state, batch first; and how many tokens it has read.
+
+    position: tokens of the text, 64 bits: of all rows, or [B] where padding on the left made them differ.
+    """
+
+    # What `generate` asks of a cache.
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, config: AtlasConfig) -> None:
+        self.config = config
+        self.states: list[Any] = [None] * len(config.pattern)
+        self.position: Position = 0
+        self._columns = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of the batch that were read since the cache was made, or loaded: what `generate` need not read again."""
+        return self._columns
+
+    def advance(self, states: list[Any], position: Position, columns: int) -> None:
+        """Take over what the layers leave after so many more columns."""
+        self.states, self.position = states, position
+        self._columns += columns
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, in this order."""
+        self._map(lambda t: t.index_select(0, rows.to(t.device)))
+
+    # The names by which `generate` asks for it.
+    reorder_cache = batch_select_indices = select
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row so many times, next to each other."""
+        self._map(lambda t: t.repeat_interleave(repeats, 0))
+
+    def crop(self, *_: Any) -> None:
+        raise ValueError("a memory cannot be cropped: what it has learned from later tokens is in its weights")
+
+    def to(self, device: torch.device | str) -> AtlasCache:
+        """Move it, in place."""
+        self._map(lambda t: t.to(device))
+        return self
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self.states = [_mapped(state, fn) for state in self.states]
+        self.position = _mapped(self.position, fn)
+
+    def save_memory(self, path: str | Path) -> None:
+        """Write it all to one safetensors file, with a description of the model that it belongs to."""
+        tensors: dict[str, Tensor] = {}
+        layers = [_described(state, f"layers.{number}", tensors) for number, state in enumerate(self.states)]
+        memory = {"layers": layers, "position": _described(self.position, "position", tensors)}
+        described = {"format": FORMAT, "memory": json.dumps(memory), "model": json.dumps(self.config.sections())}
+        save_file(tensors, str(path), described)
+
+    @classmethod
+    def load_memory(cls, path: str | Path, config: AtlasConfig, device: torch.device | str = "cpu") -> AtlasCache:
+        """What `save_memory` wrote. Raises ValueError where the file is none, or of another model.
+
+        `generate` then takes its input_ids as the continuation of what the memory has read.
+        """
+        cache = cls(config)
+        try:
+            with safe_open(str(path), "pt", device=str(device)) as file:
+                said = file.metadata() or {}
+                if said.get("format") != FORMAT:
+                    raise ValueError(f"{path} holds no memory; give a file that save_memory wrote")
+                found = differences(config.sections(), json.loads(said["model"]))
+                if found:
+                    raise ValueError(
+                        f"{path} is the memory of another model: {'; '.join(found)}; load it into the model that wrote it"
+                    )
+                memory = json.loads(said["memory"])
+                cache.states = [_restored(state, file.get_tensor) for state in memory["layers"]]
+                cache.position = _restored(memory["position"], file.get_tensor)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read as a memory: {error}; give a file that save_memory wrote") from error
+        return cache
+
+
+def _mapped(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """A state with `fn` applied to every tensor in it."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, tuple):
+        return tuple(_mapped(part, fn) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{f.name: _mapped(getattr(value, f.name), fn) for f in fields(value)})
+    return value
+
+
+def _described(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """A state in JSON, its tensors by name; these go to `tensors`."""
+    if isinstance(value, Tensor):
+        # A copy: a file cannot hold two names for one storage.
+        tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name}
+    if isinstance(value, tuple):
+        return [_described(part, f"{name}.{place}", tensors) for place, part in enumerate(value)]
+    if is_dataclass(value):
+        parts = {f.name: _described(getattr(value, f.name), f"{name}.{f.name}", tensors) for f in fields(value)}
+        return {"state": type(value).__name__, "fields": parts}
+    return value
+
+
+def _restored(described: Any, tensor: Callable[[str], Tensor]) -> Any:
+    if isinstance(described, list):
+        return tuple(_restored(part, tensor) for part in described)
+    if not isinstance(described, dict):
+        return described
+    if "tensor" in described:
+        return tensor(described["tensor"])
+    return STATES[described["state"]](**{n: _restored(part, tensor) for n, part in described["fields"].items()})

@@ -1,0 +1,167 @@
+"""What an ATLAS model is: Megatron's [model], [memory], [attention], [recurrent] and [delta] sections, by their names."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+from transformers import PretrainedConfig
+
+# The keys of each section and where they start. What they mean: `atlas-train --help`.
+SECTIONS: dict[str, dict[str, Any]] = {
+    "memory": {
+        "preset": "",
+        "memory": "mlp",
+        "loss": "l2",
+        "norm": "layer",
+        "activation": "gelu",
+        "heads": 4,
+        "head_dim": 64,
+        "expansion": 4,
+        "kernel": "lifted",
+        "feature_map": "hadamard",
+        "degree": 2,
+        "sketch_width": 0,
+        "window": 16,
+        "chunk": 64,
+        "omega_gates": "pair",
+        "momentum": True,
+        "step_in_momentum": False,
+        "retention": True,
+        "ns_steps": 5,
+        "ns_period": 1,
+        "ns_coefficients": "jordan",
+        "conv_size": 4,
+        "gate_rank": 32,
+        "alpha_start": 0.99,
+        "theta_start": 0.9,
+        "gamma_start": 0.5,
+        "eta_start": 0.0,
+        "eta_sum": 0.1,
+        "impl": "auto",
+    },
+    "attention": {
+        "heads": 4,
+        "head_dim": 64,
+        "window": 128,
+        "rotary_base": 10000.0,
+        "persistent": 0,
+        "segment": 128,
+    },
+    "recurrent": {"heads": 4, "head_dim": 64},
+    "delta": {"heads": 4, "head_dim": 64, "conv_size": 4, "impl": "auto"},
+}
+# The [model] section's keys lie flat in the configuration.
+MODEL = (
+    "pattern",
+    "hidden_size",
+    "ffn_hidden_size",
+    "vocab_size",
+    "seq_length",
+    "tied_embeddings",
+    "norm_epsilon",
+    "init_std",
+    "transformer_engine",
+)
+# How a model is run, not what it is.
+RUN = ("impl", "preset", "transformer_engine")
+
+
+class AtlasConfig(PretrainedConfig):
+    """An ATLAS model. pattern: one symbol a layer, M * F A C R L D G - as in `model.pattern`, without pipeline cuts.
+
+    memory, attention, recurrent, delta: the sections of those names; keys that are not given start as SECTIONS has
+    them. Raises ValueError for a key that a section does not have.
+    """
+
+    model_type = "atlas"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "tie_word_embeddings": "tied_embeddings",
+        "max_position_embeddings": "seq_length",
+        "intermediate_size": "ffn_hidden_size",
+        "initializer_range": "init_std",
+        "rms_norm_eps": "norm_epsilon",
+    }
+
+    def __init__(
+        self,
+        pattern: str = "M-M-*-M-",
+        hidden_size: int = 256,
+        ffn_hidden_size: int = 704,
+        vocab_size: int = 4096,
+        seq_length: int = 512,
+        tied_embeddings: bool = True,
+        norm_epsilon: float = 1e-5,
+        init_std: float = 0.02,
+        transformer_engine: bool = False,
+        memory: dict[str, Any] | None = None,
+        attention: dict[str, Any] | None = None,
+        recurrent: dict[str, Any] | None = None,
+        delta: dict[str, Any] | None = None,
+        use_cache: bool = True,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        **rest: Any,
+    ) -> None:
+        self.pattern = pattern.replace("|", "")
+        self.hidden_size = hidden_size
+        self.ffn_hidden_size = ffn_hidden_size
+        self.vocab_size = vocab_size
+        self.seq_length = seq_length
+        self.tied_embeddings = tied_embeddings
+        self.norm_epsilon = norm_epsilon
+        self.init_std = init_std
+        self.transformer_engine = transformer_engine
+        self.memory = _complete("memory", memory)
+        self.attention = _complete("attention", attention)
+        self.recurrent = _complete("recurrent", recurrent)
+        self.delta = _complete("delta", delta)
+        self.use_cache = use_cache
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = pad_token_id
+        super().__init__(**rest)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.pattern)
+
+    def section(self, name: str) -> SimpleNamespace:
+        """A section with its keys as attributes."""
+        return SimpleNamespace(**getattr(self, name))
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """The description of the model as Megatron's configuration has it, [model] included."""
+        return {"model": {key: getattr(self, key) for key in MODEL}} | {
+            name: dict(getattr(self, name)) for name in SECTIONS
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds: the whole description, whatever the keys' starts will be one day."""
+        described = {key: getattr(self, key) for key in (*MODEL, *SECTIONS)}
+        return super().to_diff_dict() | copy.deepcopy(described)
+
+
+def differences(ours: dict[str, dict[str, Any]], theirs: dict[str, dict[str, Any]]) -> list[str]:
+    """The keys, as ``section.key: ours, theirs``, in which two of `AtlasConfig.sections` are different models."""
+    found = []
+    for section in ours:
+        keys = dict.fromkeys((*ours[section], *theirs.get(section, {})))
+        for key in (key for key in keys if key not in RUN):
+            mine, other = ours[section].get(key), theirs.get(section, {}).get(key)
+            if mine != other:
+                found.append(f"{section}.{key}: {mine!r}, not {other!r}")
+    return found
+
+
+def _complete(section: str, given: dict[str, Any] | None) -> dict[str, Any]:
+    given = given or {}
+    unknown = sorted(set(given) - set(SECTIONS[section]))
+    if unknown:
+        raise ValueError(
+            f"{section} holds unknown keys {', '.join(unknown)}; keys of {section}: {', '.join(SECTIONS[section])}"
+        )
+    return SECTIONS[section] | given

@@ -1,0 +1,209 @@
+"""The ATLAS layer (`M`): projections, short convolutions, gates, and the memory that learns at test time.
+
+Dims: B batch, T tokens, H heads, K = V head size, F memory hidden, D lifted key, W window, G gates of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_atlas import AtlasConfig
+from .convolution_atlas import ShortConvolution, wide
+from .kernels_atlas import (
+    Gates,
+    MemoryRule,
+    State,
+    initial_coefficients,
+    lift,
+    lifted_width,
+    omega_memory,
+    read_memory,
+)
+from .place_atlas import Place
+
+# As in pretraining: a learned step size stays below so many times its start.
+ETA_HEADROOM = 10.0
+W1_GAIN = 0.02
+# The start of an orthogonalised write's step, for each token that it stands for.
+STEP, GATED_STEP = 0.01, 0.0015
+
+
+@dataclass(frozen=True)
+class AtlasState:
+    """What a layer carries over a cut: the memory, and the inputs that its convolutions still need [B, 3HK, taps-1]."""
+
+    memory: State
+    tail: Tensor
+
+
+class AtlasMemory(nn.Module):
+    """Sequence mixer of an `M` layer. A row of `linear_qkvg` belongs to one head: its q, k, v and output gate."""
+
+    def __init__(self, config: AtlasConfig) -> None:
+        super().__init__()
+        self.memory = memory = config.section("memory")
+        self.rule = rule_of(memory)
+        self.epsilon, self.init_std = config.norm_epsilon, config.init_std
+        hidden, heads, width = config.hidden_size, memory.heads, memory.heads * memory.head_dim
+        self.gate_starts = gate_starts(memory)
+        gates = sum(map(len, self.gate_starts.values()))
+        self.linear_qkvg = nn.Linear(hidden, 4 * width, bias=False)
+        self.linear_out = nn.Linear(width, hidden, bias=False)
+        self.gate_down = nn.Parameter(torch.empty(memory.gate_rank, hidden))
+        self.linear_gates = nn.Linear(memory.gate_rank, heads * gates, bias=False)
+        self.gate_bias = nn.Parameter(torch.empty(heads, gates))
+        self.convolution = ShortConvolution(heads, memory.head_dim, memory.conv_size)
+        learned = start_coefficients(memory)
+        self.coefficients = None if learned is None else nn.Parameter(torch.empty(heads, len(learned)))
+        self.norm_gain = nn.Parameter(torch.empty(heads, memory.head_dim))
+        matrices = [nn.Parameter(torch.empty(heads, *shape)) for shape in weight_shapes(memory)]
+        self.start_first, self.start_second, self.start_gate = (matrices + [None, None])[:3]  # type: ignore[list-item]
+
+    def start(self) -> dict[str, Tensor]:
+        """What this module's own parameters begin with, where no checkpoint gives them."""
+        memory = self.memory
+        logits = [logit for values in self.gate_starts.values() for logit in values]
+        own = {
+            "gate_down": torch.empty(self.gate_down.shape).normal_(std=self.init_std),
+            "gate_bias": torch.tensor(logits).repeat(memory.heads, 1),
+            "norm_gain": torch.ones(self.norm_gain.shape),
+        }
+        learned = start_coefficients(memory)
+        if learned is not None:
+            own["coefficients"] = learned.repeat(memory.heads, 1)
+        first, *over_input = weight_shapes(memory)
+        own["start_first"] = torch.empty(memory.heads, *first).normal_(std=first_gain(memory) * first[1] ** -0.5)
+        # Entries of a gate of about 1: it then leaves the hidden width its size, as if it were not there.
+        for name, shape, gain in zip(("start_second", "start_gate"), over_input, (1.0, first[1] ** 0.5), strict=False):
+            drawn = [nn.init.orthogonal_(torch.empty(*shape)) for _ in range(memory.heads)]
+            own[name] = torch.stack(drawn) * gain
+        return own
+
+    def forward(self, x: Tensor, state: AtlasState | None, place: Place) -> tuple[Tensor, AtlasState]:
+        """[B, T, hidden] -> [B, T, hidden] and the state after."""
+        projected = self.linear_qkvg(x).unflatten(-1, (-1, 4, self.memory.head_dim))
+        qkv, branch = projected.split((3, 1), dim=-2)
+        held, tail = (state.memory, state.tail) if state else (None, None)
+        q, k, v, tail = self.convolution(qkv, tail, place.documents)
+        y, after = omega_memory(
+            self.lifted(q),
+            self.lifted(k, key=True),
+            v,
+            self.gates(x),
+            self.start_weights(),
+            self.rule,
+            state=held,
+            residual=(q, k) if self.own_residual else None,
+            impl=self.memory.impl,
+            positions=place.documents,
+        )
+        y = F.rms_norm(y, y.shape[-1:], eps=self.epsilon) * self.norm_gain.to(y.dtype)
+        y = y.to(branch.dtype) * F.silu(branch.squeeze(-2))
+        return self.linear_out(y.flatten(2)), AtlasState(after, tail)
+
+    def read(self, q: Tensor, state: AtlasState | None) -> Tensor:
+        """What the memory as it stands answers to q [B, T, H, K], without a write: [B, T, H, K]."""
+        q = F.normalize(wide(q), dim=-1)
+        held, residual = state.memory if state else None, q if self.own_residual else None
+        return read_memory(self.lifted(q), self.start_weights(), self.rule, held, residual)
+
+    def gates(self, x: Tensor) -> Gates:
+        """The gates of every token [B, T, H], at least float32: sigmoids, eta scaled to its bound."""
+        memory = self.memory
+        logits = wide(self.linear_gates(F.linear(x, self.gate_down))).unflatten(-1, self.gate_bias.shape)
+        sizes = [len(values) for values in self.gate_starts.values()]
+        split = (logits + self.gate_bias).sigmoid().split(sizes, -1)
+        gates = dict(zip(self.gate_starts, split, strict=True))
+        eta = gates["eta"].squeeze(-1) * (ETA_HEADROOM * eta_start(memory))
+        one = torch.ones_like(eta)
+        # Titans: the step scales the gradient that enters the momentum, not the write.
+        step, gamma = (one, eta) if memory.step_in_momentum else (eta, one)
+        if memory.omega_gates == "pair":
+            gamma = gates["gamma"]
+        elif memory.omega_gates == "source":
+            gamma = gates["gamma"].squeeze(-1)
+        return Gates(
+            alpha=gates["alpha"].squeeze(-1) if memory.retention else one,
+            eta=step,
+            theta=gates["theta"].squeeze(-1) if memory.momentum else torch.zeros_like(one),
+            gamma=gamma,
+        )
+
+    def lifted(self, x: Tensor, *, key: bool = False) -> Tensor:
+        """phi(x); an exponential kernel's scale goes to the query."""
+        if self.memory.kernel == "lifted":
+            return lift(x, self.memory.feature_map, self.coefficients, self.memory.sketch_width)
+        return x if key else x * self.coefficients
+
+    @property
+    def own_residual(self) -> bool:
+        """Whether the memory's residual is the unlifted input: where the lifted one has another meaning or width."""
+        memory = self.memory
+        return memory.memory != "linear" and (memory.kernel != "lifted" or lifted(memory) != memory.head_dim)
+
+    def start_weights(self) -> tuple[Tensor, ...]:
+        """The memory before the first token, [H, rows, cols] each."""
+        return tuple(wide(w) for w in (self.start_first, self.start_second, self.start_gate) if w is not None)
+
+
+def rule_of(memory: SimpleNamespace) -> MemoryRule:
+    """What the kernels learn by; raises ValueError where the section does not fit together."""
+    return MemoryRule(**{f.name: getattr(memory, f.name) for f in fields(MemoryRule)})
+
+
+def lifted(memory: SimpleNamespace) -> int:
+    """D: features of a lifted key."""
+    return lifted_width(memory.feature_map, memory.head_dim, memory.degree, memory.sketch_width)
+
+
+def weight_shapes(memory: SimpleNamespace) -> list[tuple[int, int]]:
+    """(rows, cols) of each matrix of one head's memory, in the order of `omega_memory`."""
+    width, features = memory.head_dim, lifted(memory)
+    if memory.memory == "linear":
+        return [(width, features)]
+    hidden = memory.expansion * width
+    return [(width, hidden), *[(hidden, features)] * (2 if memory.memory == "gated_mlp" else 1)]
+
+
+def start_coefficients(memory: SimpleNamespace) -> Tensor | None:
+    """Of the feature map; of an exponential kernel its scale."""
+    if memory.kernel != "lifted":
+        return torch.ones(1)
+    return initial_coefficients(memory.feature_map, memory.degree)
+
+
+def gate_starts(memory: SimpleNamespace) -> dict[str, list[float]]:
+    """Start logits of one head's gates, in the order in which a checkpoint has them."""
+    starts = {"alpha": [memory.alpha_start]} if memory.retention else {}
+    starts["eta"] = [1.0 / ETA_HEADROOM]
+    if memory.momentum:
+        starts["theta"] = [memory.theta_start]
+    if memory.omega_gates != "none":
+        starts["gamma"] = [memory.gamma_start] * (memory.window if memory.omega_gates == "pair" else 1)
+    return {name: [math.log(p / (1.0 - p)) for p in values] for name, values in starts.items()}
+
+
+def eta_start(memory: SimpleNamespace) -> float:
+    """The step size at initialisation, given or derived: without Newton-Schulz, the steps of a chunk sum to eta_sum."""
+    if memory.eta_start > 0:
+        return memory.eta_start
+    if memory.ns_steps > 0:
+        return (GATED_STEP if memory.memory == "gated_mlp" else STEP) * memory.ns_period
+    gradients = memory.window * (1.0 if memory.omega_gates == "none" else memory.gamma_start)
+    if memory.momentum:
+        gradients /= 1.0 - memory.theta_start
+    feedback = memory.memory != "linear" or memory.loss != "dot"
+    return memory.eta_sum / (gradients * (memory.chunk if feedback else 1))
+
+
+def first_gain(memory: SimpleNamespace) -> float:
+    """Of the start of the output matrix: near zero, but as large as a chunk's steps where the output norm divides."""
+    if memory.norm == "layer" and memory.ns_steps == 0:
+        return (2.0 * memory.expansion * memory.head_dim) ** 0.25
+    return W1_GAIN

@@ -1,0 +1,104 @@
+"""Every parameter's name in a Megatron checkpoint and in an exported model.
+
+Both hold the same numbers in the same layout: what tensor parallelism splits, a checkpoint describes whole, by head
+first; a fused linear stays fused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from atlas_megatron.hf.configuration_atlas import AtlasConfig
+
+
+@dataclass(frozen=True)
+class Name:
+    """One parameter: its two names and what its dimensions are."""
+
+    megatron: str
+    hf: str
+    layout: str
+
+    def within(self, megatron: str, hf: str) -> Name:
+        return Name(f"{megatron}{self.megatron}", f"{hf}{self.hf}", self.layout)
+
+
+EMBEDDING = Name("embedding.word_embeddings.weight", "model.embed_tokens.weight", "[vocabulary, hidden]")
+FINAL_NORM = Name("decoder.final_norm.weight", "model.norm.weight", "[hidden]")
+OUTPUT = Name("output_layer.weight", "lm_head.weight", "[vocabulary, hidden]")
+
+# Of one layer, behind `decoder.layers.N.` and `model.layers.N.`.
+MIXER_NORM = Name("norm.weight", "norm.weight", "[hidden]")
+MEMORY = (
+    Name("linear_qkvg.weight", "linear_qkvg.weight", "[heads x (q, k, v, gate) x K, hidden]"),
+    Name("linear_gates.weight", "linear_gates.weight", "[heads x gates, rank]"),
+    Name("linear_out.weight", "linear_out.weight", "[hidden, heads x K]"),
+    Name("gate_down", "gate_down", "[rank, hidden]"),
+    Name("gate_bias", "gate_bias", "[heads, gates]"),
+    Name("convolution", "convolution.weight", "[heads, (q, k, v) x K, taps]"),
+    Name("coefficients", "coefficients", "[heads, degree + 1]"),
+    Name("norm_gain", "norm_gain", "[heads, K]"),
+    Name("start_first", "start_first", "[heads, V, F]"),
+    Name("start_second", "start_second", "[heads, F, D]"),
+    Name("start_gate", "start_gate", "[heads, F, D]"),
+)
+ATTENTION = (
+    Name("linear_qkv.weight", "linear_qkv.weight", "[heads x (q, k, v) x K, hidden]"),
+    Name("linear_out.weight", "linear_out.weight", "[hidden, heads x K]"),
+    Name("persistent", "persistent", "[heads, (key, value), tokens, K]"),
+)
+JOINED = (
+    *(name.within("memory.", "memory.") for name in MEMORY),
+    *(name.within("attention.", "attention.") for name in ATTENTION),
+    Name("memory_gain", "memory_gain", "[hidden]"),
+    Name("attention_gain", "attention_gain", "[hidden]"),
+)
+CONTEXT = (
+    Name("linear_query.weight", "linear_query.weight", "[heads x K, hidden]"),
+    Name("linear_read.weight", "linear_read.weight", "[hidden, heads x K]"),
+    Name("read_gain", "read_gain", "[heads, K]"),
+)
+RECURRENT = (
+    Name("linear_in.weight", "linear_in.weight", "[heads x (gates, output gate) x K, hidden]"),
+    Name("linear_out.weight", "linear_out.weight", "[hidden, heads x K]"),
+    Name("recurrence", "recurrence", "[heads, gates, K, K]"),
+    Name("bias", "bias", "[heads, biases, K]"),
+)
+DELTA = (
+    Name("linear_qkvg.weight", "linear_qkvg.weight", "[heads x (q, k, v, gate) x K, hidden]"),
+    Name("linear_gates.weight", "linear_gates.weight", "[heads x gates, hidden]"),
+    Name("linear_out.weight", "linear_out.weight", "[hidden, heads x K]"),
+    Name("convolution", "convolution.weight", "[heads, (q, k, v) x K, taps]"),
+    Name("norm_gain", "norm_gain", "[heads, K]"),
+)
+DECAY = (
+    Name("decay_rate_log", "decay_rate_log", "[heads]"),
+    Name("decay_bias", "decay_bias", "[heads]"),
+)
+MLP = (
+    Name("pre_mlp_layernorm.weight", "norm.weight", "[hidden]"),
+    Name("mlp.linear_fc1.weight", "mixer.linear_gate_up.weight", "[(gate, up) x ffn, hidden]"),
+    Name("mlp.linear_fc2.weight", "mixer.linear_down.weight", "[hidden, ffn]"),
+)
+MIXERS: dict[str, tuple[Name, ...]] = {
+    "M": MEMORY,
+    "*": ATTENTION,
+    "F": ATTENTION,
+    "A": JOINED,
+    "C": (*JOINED, *CONTEXT),
+    "R": RECURRENT,
+    "L": RECURRENT,
+    "D": DELTA,
+    "G": (*DELTA, *DECAY),
+}
+LAYERS: dict[str, tuple[Name, ...]] = {
+    symbol: (MIXER_NORM, *(name.within("mixer.", "mixer.") for name in names)) for symbol, names in MIXERS.items()
+} | {"-": MLP}
+
+
+def names_of(config: AtlasConfig) -> list[Name]:
+    """Every parameter that a model of this pattern may have, in its order; some only under some settings."""
+    names = [EMBEDDING]
+    for number, symbol in enumerate(config.pattern):
+        names += [name.within(f"decoder.layers.{number}.", f"model.layers.{number}.") for name in LAYERS[symbol]]
+    return [*names, FINAL_NORM] + ([] if config.tied_embeddings else [OUTPUT])
