@@ -1,0 +1,93 @@
+"""The Hugging Face model computes what Megatron's does."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+
+import pytest
+import torch
+
+import atlas_megatron.config as megatron
+from atlas_megatron.config import Config
+from atlas_megatron.hf.configuration_atlas import MODEL, SECTIONS, AtlasConfig
+from atlas_megatron.presets import PRESETS
+from twins import CALM, settings, tokens, twins
+
+# Each as a relative root mean square error.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+PATTERNS = {
+    "M-": settings("M-"),
+    "*-F-": settings("*-F-"),
+    "A-": settings("A-"),
+    "C-": settings("C-"),
+    "R-L-D-G-": settings("R-L-D-G-"),
+    "all, untied": settings("M-*-F-A-C-R-L-D-G-", tied=False, **CALM),
+    "taylor": settings("M-", feature_map="taylor"),
+    "sketch": settings("M-", feature_map="sketch", sketch_width=24, degree=3),
+    "source gates": settings("M-A-", omega_gates="source", **CALM),
+    "softmax": settings("M-C-", preset="dot", window=5, kernel="softmax"),
+}
+PATTERNS |= {preset: settings("M-", preset=preset) for preset in PRESETS}
+PATTERNS |= {f"{preset} in A and C": settings("A-C-", preset=preset) for preset in ("titans", "delta", "swdt")}
+
+
+def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("config", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.usefixtures("single_process_megatron")
+def test_logits_are_megatrons(config: Config) -> None:
+    theirs, ours = twins(config)
+    read = tokens()
+    with torch.no_grad():
+        expected, found = theirs(read, None, None), ours(read).logits
+    assert found.dtype == expected.dtype == torch.float64
+    assert error(found, expected) < TOLERANCE[torch.float64]
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("config", [PATTERNS["all, untied"], PATTERNS["M-"]], ids=["all, untied", "M-"])
+@pytest.mark.usefixtures("single_process_megatron")
+def test_so_in_float32(config: Config) -> None:
+    theirs, ours = twins(config, torch.float32)
+    read = tokens()
+    with torch.no_grad():
+        expected, found = theirs(read, None, None), ours(read).logits
+    assert found.dtype == torch.float32
+    assert error(found, expected) < TOLERANCE[torch.float32]
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_gradients_are_megatrons() -> None:
+    theirs, ours = twins(settings("M-*-A-G-"))
+    read = tokens(length=20)
+    losses = torch.nn.functional.cross_entropy(theirs(read, None, None)[:, :-1].flatten(0, 1), read[:, 1:].flatten())
+    losses.backward()
+    found = ours(read, labels=read, use_cache=False)
+    # transformers takes the loss in float32.
+    torch.testing.assert_close(found.loss.double(), losses, rtol=1e-6, atol=0)
+    expected = {n: p.grad for n, p in theirs.named_parameters()}
+    found.loss.backward()
+    qkvg = ours.model.layers[0].mixer.linear_qkvg.weight.grad
+    assert error(qkvg, expected["decoder.layers.0.mixer.linear_qkvg.weight"]) < TOLERANCE[torch.float32]
+
+
+def test_the_configuration_is_megatrons() -> None:
+    """Every key of the model's sections, with the start that Megatron's configuration gives it."""
+    assert MODEL == tuple(f.name for f in fields(megatron.ModelConfig))
+    whole = Config()
+    sections = AtlasConfig().sections()
+    assert sections == {name: asdict(getattr(whole, name)) for name in ("model", *SECTIONS)}
+
+
+def test_a_configuration_comes_back_from_json() -> None:
+    config = PATTERNS["sketch"]
+    from twins import described
+
+    ours = described(config)
+    again = AtlasConfig.from_dict(__import__("json").loads(ours.to_json_string()))
+    assert again.sections() == ours.sections()
+    with pytest.raises(ValueError, match="memory holds unknown keys windw"):
+        AtlasConfig(memory={"windw": 3})
