@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from transformers.initialization import no_init_weights
+
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
+from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM
 
 
 @dataclass(frozen=True)
@@ -102,3 +106,10 @@ def names_of(config: AtlasConfig) -> list[Name]:
     for number, symbol in enumerate(config.pattern):
         names += [name.within(f"decoder.layers.{number}.", f"model.layers.{number}.") for name in LAYERS[symbol]]
     return [*names, FINAL_NORM] + ([] if config.tied_embeddings else [OUTPUT])
+
+
+def parameters_of(config: AtlasConfig) -> list[tuple[Name, tuple[int, ...]]]:
+    """Every parameter that a model of this configuration has, with its shape, in the order of its layers."""
+    with no_init_weights(), torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in AtlasForCausalLM(config).named_parameters()}
+    return [(name, shapes[name.hf]) for name in names_of(config) if name.hf in shapes]

@@ -1,0 +1,174 @@
+"""From a Megatron checkpoint of any layout to a folder that transformers loads: weights, configuration, code, tokenizer."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from transformers import GenerationConfig
+from transformers.dynamic_module_utils import get_relative_imports
+
+import atlas_kernels
+from atlas_megatron import checkpoint
+from atlas_megatron import config as megatron
+from atlas_megatron.hf import modeling_atlas
+from atlas_megatron.hf.configuration_atlas import SECTIONS, AtlasConfig
+from atlas_megatron.hf.folders import check_shapes, copy_tokenizer, listing, new_folder
+from atlas_megatron.hf.names import EMBEDDING, OUTPUT, Name, parameters_of
+
+SHARD_SIZE = 2 << 30  # bytes: what an export holds in memory at once
+# Where `trust_remote_code` finds the classes.
+AUTO_MAP = {
+    "AutoConfig": "configuration_atlas.AtlasConfig",
+    "AutoModel": "modeling_atlas.AtlasModel",
+    "AutoModelForCausalLM": "modeling_atlas.AtlasForCausalLM",
+}
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What a checkpoint holds besides parameters.
+NOT_PARAMETERS = ("optimizer.", "random/", "common_state/")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, read without its model: sizes and types of its parameters, and any of them by name."""
+
+    folder: Path
+    config: AtlasConfig
+    dtype: torch.dtype
+    parameters: list[tuple[Name, tuple[int, ...]]]
+    rows: dict[str, tuple[int, ...]]  # shapes on the disk, where a vocabulary may be padded
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """These parameters, by their Megatron names, whole."""
+        tensors = {name: torch.empty(self.rows[name], dtype=self.dtype) for name in names}
+        load(tensors, storage_reader=FileSystemReader(str(self.folder)), no_dist=True)
+        return tensors
+
+
+def export(source: Path, target: Path, shard_size: int = SHARD_SIZE) -> Path:
+    """Write the newest checkpoint of a run, or a checkpoint, as a Hugging Face folder; holds one shard at a time.
+
+    Raises ValueError where the source is no whole checkpoint, its tensors are not those of its configuration, its
+    tokenizer is larger than its vocabulary, or the target exists.
+    """
+    read = read_source(source)
+    with new_folder(target) as folder:
+        end = copy_tokenizer(read.folder, folder, read.config.vocab_size)
+        _write_weights(read, folder, shard_size)
+        _write_configuration(read, folder, end)
+        for file in code_files():
+            shutil.copyfile(file, folder / file.name)
+    return target
+
+
+def dry_run(source: Path) -> str:
+    """What an export would write, a line a parameter. Raises as `export` does."""
+    return listing(read_source(source).parameters)
+
+
+def code_files() -> list[Path]:
+    """The files that travel: the model's own, and those of atlas_kernels that it falls back on."""
+    model = Path(inspect.getfile(modeling_atlas))
+    homes = (model.parent, Path(inspect.getfile(atlas_kernels)).parent)
+    found: dict[str, Path] = {}
+    wanted = [model.stem]
+    while wanted:
+        name = wanted.pop()
+        if name not in found:
+            found[name] = next(file for file in (home / f"{name}.py" for home in homes) if file.is_file())
+            wanted += get_relative_imports(found[name])
+    return [found[name] for name in sorted(found)]
+
+
+def read_source(source: Path) -> Source:
+    """What is at `source`: a run or a checkpoint. Raises ValueError where it is neither, or not what its configuration
+    says."""
+    folder = _checkpoint_at(source)
+    config = described(megatron.load(folder / checkpoint.CONFIG))
+    stored = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    tensors = {
+        name: entry
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata) and not name.startswith(NOT_PARAMETERS)
+    }
+    parameters = parameters_of(config)
+    rows = {name: tuple(entry.size) for name, entry in tensors.items()}
+    shapes = {name: _unpadded(name, shape, config) for name, shape in rows.items()}
+    check_shapes(folder, [(name.megatron, shape) for name, shape in parameters], shapes)
+    dtypes = {entry.properties.dtype for entry in tensors.values()}
+    if len(dtypes) > 1:
+        raise ValueError(f"{folder} holds parameters of several types, {', '.join(map(str, dtypes))}; they share one")
+    return Source(folder, config, dtypes.pop(), parameters, rows)
+
+
+def described(config: megatron.Config) -> AtlasConfig:
+    """The description of the model in a run's configuration."""
+    sections = {name: asdict(getattr(config, name)) for name in SECTIONS}
+    return AtlasConfig(**asdict(config.model), **sections)
+
+
+def _checkpoint_at(source: Path) -> Path:
+    if (source / checkpoint.MARKER).is_file():
+        if not checkpoint.is_whole(source):
+            raise ValueError(f"checkpoint {source} is half-written; take an older one")
+        return source
+    folder, _ = checkpoint.latest(source)
+    if folder is None:
+        raise ValueError(f"{source} is no checkpoint and no run with a whole one; give runs/NAME, or one of its checkpoints")
+    return folder
+
+
+def _unpadded(name: str, shape: tuple[int, ...], config: AtlasConfig) -> tuple[int, ...]:
+    """Rows of a vocabulary beyond the model's own are padding."""
+    padded = name in (EMBEDDING.megatron, OUTPUT.megatron) and shape[0] > config.vocab_size
+    return (config.vocab_size, *shape[1:]) if padded else shape
+
+
+def _write_weights(source: Source, folder: Path, shard_size: int) -> None:
+    shards, shapes = list(_shards(source, shard_size)), dict(source.parameters)
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        read = source.read([name.megatron for name in names])
+        # A copy only of what was padded.
+        tensors = {name.hf: read[name.megatron][: shapes[name][0]].contiguous() for name in names}
+        save_file(tensors, str(folder / file), metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        size = sum(prod(shape) for _, shape in source.parameters) * source.dtype.itemsize
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(source: Source, shard_size: int) -> Iterator[list[Name]]:
+    """Parameters, in their order, as many a file as fit into its size, one at least."""
+    names: list[Name] = []
+    held = 0
+    for name, shape in source.parameters:
+        size = prod(shape) * source.dtype.itemsize
+        if names and held + size > shard_size:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += size
+    yield names
+
+
+def _write_configuration(source: Source, folder: Path, end: int | None) -> None:
+    config = source.config
+    config.dtype = source.dtype
+    config.architectures = ["AtlasForCausalLM"]
+    config.auto_map = AUTO_MAP
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = end
+    config.save_pretrained(folder)
+    GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end).save_pretrained(folder)

@@ -1,0 +1,83 @@
+"""What both directions of a conversion share: a target that is whole or absent, tokenizers, lists of disagreements."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from atlas_megatron.hf.names import Name
+from atlas_megatron.tokenizer import load_tokenizer
+
+# As transformers and ours name the files of a tokenizer; the first two are what `prepare_data` writes.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to fill, which gets its name when all has gone well and is removed otherwise.
+
+    Raises ValueError where the target exists.
+    """
+    if target.exists():
+        raise ValueError(f"{target} exists; choose another target, or remove it first")
+    temporary = target.with_name(f"{target.name}.tmp")
+    # Of a conversion that was killed.
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> int | None:
+    """Copy the tokenizer's files, if there are any; its end-of-document token.
+
+    Raises ValueError where it has more tokens than the model.
+    """
+    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not (source / TOKENIZER_FILES[0]).is_file():
+        return None
+    tokenizer = load_tokenizer(source)
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer in {source} has {tokenizer.vocab_size} tokens, more than the model's vocab_size="
+            f"{vocab_size}; give the tokenizer that the model was trained with"
+        )
+    target.mkdir(exist_ok=True)
+    for file in files:
+        shutil.copyfile(file, target / file.name)
+    return tokenizer.eod
+
+
+def check_shapes(
+    source: Path, wanted: Sequence[tuple[str, tuple[int, ...]]], found: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise ValueError naming every tensor that is missing, too much, or of another shape than the configuration's."""
+    names = {name for name, _ in wanted}
+    wrong = [f"{name} is missing" for name, _ in wanted if name not in found]
+    wrong += [f"{name} is of no layer" for name in found if name not in names]
+    wrong += [
+        f"{name} is {list(found[name])}, not {list(shape)}"
+        for name, shape in wanted
+        if name in found and tuple(found[name]) != shape
+    ]
+    if wrong:
+        raise ValueError(f"{source} does not hold what its configuration says: {'; '.join(wrong)}")
+
+
+def listing(parameters: Sequence[tuple[Name, tuple[int, ...]]]) -> str:
+    """The mapping, a line a parameter: both names, shape, layout."""
+    rows = [(name.megatron, name.hf, str(list(shape)), name.layout) for name, shape in parameters]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
