@@ -20,6 +20,7 @@ import numpy
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import MegatronModule
@@ -35,6 +36,8 @@ from atlas_megatron.shards import ShardWriting, write_shards
 
 MARKER = "complete.json"
 CONFIG = "config.toml"
+# What marks a checkpoint of weights from elsewhere: a run starts from it at step 0, with fresh optimizer and schedule.
+WEIGHTS_ONLY = {"weights_only": True}
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class Saver:
             if pending.writing:
                 pending.writing.finish()
             if world.rank() == 0:
-                _complete(pending.temporary, self._config, pending.step)
+                complete(pending.temporary, self._config, pending.step)
                 if pending.folder.exists():
                     shutil.rmtree(pending.folder)
                 os.rename(pending.temporary, pending.folder)
@@ -167,6 +170,10 @@ def restore(folder: Path, config: Config, trained: Trained) -> Position:
     """
     check_same_model(folder, config)
     common = dist_checkpointing.load_common_state_dict(str(folder))
+    if common.keys() >= WEIGHTS_ONLY.keys():
+        _load_parameters(folder, _named(trained.chunks))
+        trained.optimizer.reload_model_params()
+        return Position()
     same_layout = common["layout"] == _layout(config.parallel)
     allocate_moments(trained.optimizer)
     state = _state(trained, config.parallel, loading=True)
@@ -208,9 +215,20 @@ def load_model(run_directory: str | Path, parallel: ParallelConfig | None = None
     if not torch.distributed.is_initialized():
         world.join(config)
     model = build_model(config)
-    loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=_sharding())}, str(folder))
-    model.load_state_dict(loaded["model"])
+    _load_parameters(folder, {"model": model})
     return model.eval(), config
+
+
+def _load_parameters(folder: Path, chunks: dict[str, MegatronModule]) -> None:
+    """The parameters of these stages. Raises ValueError where the checkpoint has not all of them."""
+    state = {name: chunk.sharded_state_dict(metadata=_sharding()) for name, chunk in chunks.items()}
+    loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.IGNORE_ALL)
+    for name, chunk in chunks.items():
+        # Beside its weight a linear keeps a state of its own (FP8's scales), which weights from elsewhere come without.
+        found = chunk.load_state_dict(loaded[name], strict=False)
+        lost = [key for key in found.missing_keys if not key.endswith("_extra_state")]
+        if lost or found.unexpected_keys:
+            raise ValueError(f"checkpoint {folder} lacks {', '.join(lost + found.unexpected_keys)}; restore its files")
 
 
 def _sharding() -> dict[str, Any]:
@@ -259,7 +277,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
 
 
-def _complete(folder: Path, config: Config, step: int) -> None:
+def complete(folder: Path, config: Config, step: int) -> None:
     """Add what makes the checkpoint stand alone, and the marker, and bring it all to the disk."""
     (folder / CONFIG).write_text(to_toml(config), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):

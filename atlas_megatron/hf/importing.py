@@ -1,0 +1,131 @@
+"""From a Hugging Face folder to a run that atlas-train goes on with: its weights as a checkpoint before the first step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from safetensors import SafetensorError, safe_open
+
+from atlas_megatron import checkpoint
+from atlas_megatron.config import Config, ParallelConfig, load, model_differences, to_toml
+from atlas_megatron.config_checks import validate
+from atlas_megatron.hf.configuration_atlas import AtlasConfig
+from atlas_megatron.hf.export import INDEX, WEIGHTS
+from atlas_megatron.hf.folders import check_shapes, copy_tokenizer, listing, new_folder
+from atlas_megatron.hf.names import OUTPUT, Name, parameters_of
+from atlas_megatron.parallel import world
+from atlas_megatron.shards import write_shards
+
+TOKENIZER = "tokenizer"  # the folder of a run that holds it
+
+
+class Weights:
+    """The tensors of a Hugging Face folder, read where they lie: nothing is held in memory that is not asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ValueError where the folder has no readable weights."""
+        index, single = folder / INDEX, folder / WEIGHTS
+        if not index.is_file() and not single.is_file():
+            raise ValueError(f"{folder} holds neither {INDEX} nor {WEIGHTS}; give a folder that save_pretrained wrote")
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {WEIGHTS}
+            self.files = [safe_open(str(folder / name), "pt") for name in sorted(names)]
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise ValueError(f"the weights in {folder} cannot be read: {error}; restore its files") from error
+        self._file_of = {name: file for file in self.files for name in file.keys()}  # noqa: SIM118  no mapping
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._file_of.items()}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._file_of[name].get_tensor(name)
+
+
+def import_folder(source: Path, run: Path, overrides: Sequence[str] = ()) -> Path:
+    """Write `run`: a configuration, and a checkpoint of step 0 that holds the weights and nothing else of a run.
+
+    overrides: ``section.key=value`` of everything that does not describe the model; its layout need not be that of
+    this process. Raises ValueError where the folder is no ATLAS model, its tensors are not those of its configuration,
+    its tokenizer is larger than its vocabulary, an override changes the model, or the run exists.
+    """
+    description, weights, parameters = _read(source)
+    with new_folder(run) as folder:
+        end = copy_tokenizer(source, folder / TOKENIZER, description.vocab_size)
+        words = [f'run.directory={json.dumps(str(run))}']
+        words += [] if end is None else [f"data.tokenizer={json.dumps(str(run / TOKENIZER))}"]
+        config = _configured(description, folder, [*words, *overrides])
+        (folder / checkpoint.CONFIG).write_text(to_toml(config), encoding="utf-8")
+        step = checkpoint.folder_of(folder) / f"step_{0:08d}"
+        step.mkdir(parents=True)
+        if end is not None:
+            shutil.copytree(folder / TOKENIZER, step, dirs_exist_ok=True)
+        _write_checkpoint(weights, parameters, step, config)
+    return run
+
+
+def dry_run(source: Path) -> str:
+    """What an import would write, a line a parameter. Raises as `import_folder` does."""
+    return listing(_read(source)[2])
+
+
+def _read(source: Path) -> tuple[AtlasConfig, Weights, list[tuple[Name, tuple[int, ...]]]]:
+    file = source / "config.json"
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} is no Hugging Face folder ({error}); give one that holds config.json") from error
+    if said.get("model_type") != AtlasConfig.model_type:
+        raise ValueError(f"{file} is of a model of type {said.get('model_type')!r}; only 'atlas' can be imported")
+    description, weights = AtlasConfig.from_dict(said), Weights(source)
+    parameters, shapes = parameters_of(description), weights.shapes()
+    if description.tied_embeddings:
+        # Some writers name a tied tensor twice.
+        shapes.pop(OUTPUT.hf, None)
+    check_shapes(source, [(name.hf, shape) for name, shape in parameters], shapes)
+    return description, weights, parameters
+
+
+def _configured(description: AtlasConfig, folder: Path, words: Sequence[str]) -> Config:
+    """The run's configuration: the model's description under the overrides."""
+    whole = Config()
+    sections: dict[str, Any] = {
+        name: replace(getattr(whole, name), **values) for name, values in description.sections().items()
+    }
+    plain = replace(whole, **sections)
+    file = folder / checkpoint.CONFIG
+    file.write_text(to_toml(plain), encoding="utf-8")
+    config = load(file, words)
+    changed = model_differences(config, plain)
+    if changed:
+        raise ValueError(
+            f"overrides change the model: {'; '.join(changed).replace('the checkpoint', 'the folder')}; leave them out"
+        )
+    parallel = config.parallel
+    validate(config, parallel.tensor * parallel.pipeline * parallel.context)
+    return config
+
+
+def _write_checkpoint(
+    weights: Weights, parameters: list[tuple[Name, tuple[int, ...]]], folder: Path, config: Config
+) -> None:
+    alone = replace(config, parallel=ParallelConfig())
+    joined = torch.distributed.is_initialized()
+    if not joined:
+        world.join(alone)
+    try:
+        # Mapped from the files: what is written is not held.
+        model = {
+            name.megatron: ShardedTensor.from_rank_offsets(name.megatron, weights[name.hf]) for name, _ in parameters
+        }
+        write_shards({"model": model} | checkpoint.WEIGHTS_ONLY, folder)
+    finally:
+        if not joined:
+            world.leave()
+    checkpoint.complete(folder, config, 0)
