@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_imports
+from transformers.utils import CONFIG_NAME
 
 import atlas_kernels
 from atlas_megatron import checkpoint
@@ -64,8 +65,8 @@ def export(source: Path, target: Path, shard_size: int = SHARD_SIZE) -> Path:
     read = read_source(source)
     with new_folder(target) as folder:
         end = copy_tokenizer(read.folder, folder, read.config.vocab_size)
-        _write_weights(read, folder, shard_size)
         _write_configuration(read, folder, end)
+        _write_weights(read, folder, shard_size)
         for file in code_files():
             shutil.copyfile(file, folder / file.name)
     return target
@@ -143,6 +144,8 @@ def _write_weights(source: Source, folder: Path, shard_size: int) -> None:
         # A copy only of what was padded.
         tensors = {name.hf: read[name.megatron][: shapes[name][0]].contiguous() for name in names}
         save_file(tensors, str(folder / file), metadata={"format": "pt"})
+        # safetensors' own files are for their owner alone.
+        shutil.copymode(folder / CONFIG_NAME, folder / file)
         places |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         size = sum(prod(shape) for _, shape in source.parameters) * source.dtype.itemsize

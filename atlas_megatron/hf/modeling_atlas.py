@@ -203,16 +203,25 @@ class AtlasForCausalLM(AtlasPreTrainedModel, GenerationMixin):
         # The model makes its own.
         return False
 
+    # transformers reads the names here: `kwargs` stands for what `forward` takes.
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *given: Any, is_first_iteration: bool | None = False, **rest: Any
+        self,
+        input_ids: Tensor,
+        past_key_values: AtlasCache | None = None,
+        attention_mask: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, *given, is_first_iteration=is_first_iteration, **rest
-        )
-        if rest.get("past_key_values") is not None and not is_first_iteration:
+        if past_key_values is not None and not is_first_iteration:
             # New tokens are never padding, and looking at the mask would make the host wait for the device.
-            inputs["attention_mask"] = None
-        return inputs
+            attention_mask = None
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
 
     @can_return_tuple
     def forward(

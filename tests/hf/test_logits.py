@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, fields
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import atlas_megatron.config as megatron
 from atlas_megatron.config import Config
 from atlas_megatron.hf.configuration_atlas import MODEL, SECTIONS, AtlasConfig
+from atlas_megatron.hf.export import described
 from atlas_megatron.presets import PRESETS
 from twins import CALM, settings, tokens, twins
 
@@ -83,11 +85,8 @@ def test_the_configuration_is_megatrons() -> None:
 
 
 def test_a_configuration_comes_back_from_json() -> None:
-    config = PATTERNS["sketch"]
-    from twins import described
-
-    ours = described(config)
-    again = AtlasConfig.from_dict(__import__("json").loads(ours.to_json_string()))
+    ours = described(PATTERNS["sketch"])
+    again = AtlasConfig.from_dict(json.loads(ours.to_json_string()))
     assert again.sections() == ours.sections()
     with pytest.raises(ValueError, match="memory holds unknown keys windw"):
         AtlasConfig(memory={"windw": 3})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from atlas_megatron.config import AttentionConfig, Config, DeltaConfig, MemoryConfig, RecurrentConfig
-from atlas_megatron.hf.configuration_atlas import AtlasConfig
+from atlas_megatron.hf.export import described
 from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM
 from atlas_megatron.hf.names import names_of
 from small_model import SMALL
@@ -33,9 +33,14 @@ def settings(pattern: str, *, tied: bool = True, **memory: Any) -> Config:
     return replace(BASE, model=replace(BASE.model, pattern=pattern, tied_embeddings=tied), memory=section)
 
 
-def described(config: Config) -> AtlasConfig:
-    sections = {name: asdict(getattr(config, name)) for name in ("memory", "attention", "recurrent", "delta")}
-    return AtlasConfig(**asdict(config.model), **sections)
+def moved(config: Config, dtype: torch.dtype = torch.float64, seed: int = 7) -> AtlasForCausalLM:
+    """The Hugging Face model alone, every parameter moved away from where it starts."""
+    torch.manual_seed(seed)
+    model = AtlasForCausalLM(described(config)).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model.eval()
 
 
 def twins(config: Config, dtype: torch.dtype = torch.float64) -> tuple[Any, AtlasForCausalLM]:
