@@ -17,6 +17,9 @@ except ImportError:
     from .dual import DualState
     from .features import initial_coefficients, lift, lifted_width
     from .op import State, omega_memory, read_memory
+
+    # transformers copies those siblings that a file names in this form; writes.py names this one in another.
+    from .reads import widen  # noqa: F401
     from .rule import Gates, MemoryRule, MemoryState
 
 __all__ = [
