@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "atlas_megatron", "configs", "tools", "tests")
 SOURCES = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))
 KERNELS = [file for file in SOURCES if file.is_relative_to(ROOT / "kernels")]
+HF = ROOT / "atlas_megatron/hf"
 MEGATRON = [file for file in SOURCES if file.is_relative_to(ROOT / "atlas_megatron")]
 
 # Within a package, a module imports only what stands left of it; the rest is free.
@@ -23,18 +24,25 @@ LINES = 450
 def imports(file: Path) -> set[str]:
     """The absolute names of all modules that a file imports, at whatever depth.
 
-    Relative imports belong to the files of atlas_kernels alone: these travel with an exported model.
+    Relative imports belong to the files that travel with an exported model alone.
     """
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            travels = file.parent == ROOT / "kernels/atlas_kernels"
-            assert node.level == 0 or (travels and node.level == 1), f"{file}: relative import; write the absolute name"
-            module = ".".join(part for part in ("atlas_kernels" if node.level else "", node.module or "") if part)
+            package = travelling_package(file)
+            assert node.level == 0 or (package and node.level == 1), f"{file}: relative import; write the absolute name"
+            module = ".".join(part for part in (package if node.level else "", node.module or "") if part)
             names |= {f"{module}.{alias.name}" for alias in node.names} | {module}
     return names
+
+
+def travelling_package(file: Path) -> str:
+    """The package of a file that an exported model takes along, flat among the others; empty for one that stays."""
+    if file.parent == ROOT / "kernels/atlas_kernels":
+        return "atlas_kernels"
+    return "atlas_megatron.hf" if file.parent == HF and file.name.endswith("_atlas.py") else ""
 
 
 def reaches(names: set[str], module: str) -> bool:
@@ -72,6 +80,17 @@ def test_nothing_leaks_a_module_past_its_door() -> None:
     for file in MEGATRON:
         for implementation in ("reference", "chunked", "gpu"):
             assert not reaches(imports(file), f"atlas_kernels.{implementation}"), f"{file}: use omega_memory"
+
+
+@pytest.mark.parametrize("file", sorted(HF.glob("*_atlas.py")), ids=lambda file: file.name)
+def test_what_travels_needs_nothing_of_this_project(file: Path) -> None:
+    """The door to the kernels alone names a package, whose absence it survives."""
+    allowed = {f"atlas_megatron.hf.{name}" for name in [other.stem for other in HF.glob("*_atlas.py")]}
+    for name in imports(file):
+        for package in ("megatron", *(("atlas_kernels",) if file.name != "kernels_atlas.py" else ())):
+            assert not reaches({name}, package), f"{file} imports {name}"
+        ours = name.startswith("atlas_megatron.") and file.name != "kernels_atlas.py"
+        assert not ours or any(reaches({name}, module) for module in allowed), f"{file} imports {name}"
 
 
 def test_kernels_is_no_package() -> None:
