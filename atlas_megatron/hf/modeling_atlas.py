@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -39,8 +38,8 @@ MIXERS: dict[str, type[nn.Module]] = {
     "D": DeltaNet,
     "G": GatedDeltaNet,
 }
-# Linears that write into the residual stream.
-INTO_RESIDUAL = ("linear_out", "linear_down")
+# Linears back to the hidden width: they start the smaller the deeper the model is, as Megatron's do.
+BACK_TO_HIDDEN = ("linear_out", "linear_read", "linear_down")
 
 
 class SwiGLU(nn.Module):
@@ -85,7 +84,7 @@ class AtlasPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
         elif hasattr(module, "start"):
-            for name, value in module.start().items():
+            for name, value in module.start().items():  # type: ignore[operator]
                 init.copy_(getattr(module, name), value)
 
     def load_memory(self, path: str | Path) -> AtlasCache:
@@ -109,14 +108,14 @@ class AtlasModel(AtlasPreTrainedModel):
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_epsilon)
         self.gradient_checkpointing = False
         for name, module in self.layers.named_modules():
-            if name.rpartition(".")[2] in INTO_RESIDUAL:
+            if name.rpartition(".")[2] in BACK_TO_HIDDEN:
                 module.depth = 2 * len(config.pattern)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
 
     @can_return_tuple
@@ -155,11 +154,12 @@ class AtlasModel(AtlasPreTrainedModel):
         self._check_apart(place)
 
         before = past_key_values.states if past_key_values is not None else [None] * len(self.layers)
-        states, seen = [], (x,)
+        states, seen = [], [x]
         for layer, state in zip(self.layers, before, strict=True):
             x, after = layer(x, state, place)
             states.append(after)
-            seen = (*seen, x) if output_hidden_states else seen
+            if output_hidden_states:
+                seen.append(x)
         x = self.norm(x)
         if keeps and not cut_short:
             past_key_values = AtlasCache(self.config) if past_key_values is None else past_key_values
@@ -182,8 +182,8 @@ class AtlasModel(AtlasPreTrainedModel):
             lacking = f"memory.kernel={kernel!r}, whose sources are those of every row"
         if lacking:
             raise ValueError(
-                f"attention_mask has padding on the left, which this model cannot keep apart: {lacking}; give prompts of "
-                "one length, or one at a time"
+                f"attention_mask has padding on the left, which this model cannot keep apart: {lacking}; give prompts "
+                "of one length, or one at a time"
             )
 
 
