@@ -41,13 +41,14 @@ def size_of(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="convert_hf", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    plain = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(prog="convert_hf", description=__doc__, formatter_class=plain)
     parser.add_argument("direction", choices=["export", "import"])
     parser.add_argument("source", type=Path, help="a run, one of its checkpoints, or a Hugging Face folder")
     parser.add_argument("target", type=Path, help="what is written; must not exist")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the imported run's configuration")
     parser.add_argument("--dry-run", action="store_true", help="list every parameter with its names, write nothing")
-    parser.add_argument("--shard-size", default="2GB", help="largest file of weights, and what is held in memory at once")
+    parser.add_argument("--shard-size", default="2GB", help="largest file of weights; as much is in memory")
     return parser
 
 

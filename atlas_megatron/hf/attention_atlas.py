@@ -105,7 +105,7 @@ class WindowAttention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         keys, values = self.persistent.to(q.dtype).unbind(1)
         width, learned = q.shape[-1], (*k.shape[:-2], -1, -1)
-        # One attention over both kinds of keys: the rotated queries meet zeros in the persistent ones, and the other way.
+        # One attention over both kinds of keys: rotated queries meet zeros in the persistent ones, and the other way.
         k = torch.cat([F.pad(keys, (0, width)).expand(learned), F.pad(k, (width, 0))], -2)
         v = torch.cat([values.expand(learned), v], -2)
         seen = F.pad(seen, (values.shape[-2], 0), value=True)

@@ -187,7 +187,8 @@ class GatedDeltaNet(DeltaNet):
         low, high = (math.log(step) for step in STEPS)
         step = torch.empty(self.heads).uniform_(low, high).exp()
         rate = torch.empty(self.heads).uniform_(*RATES)
-        return super().start() | {"decay_rate_log": rate.log(), "decay_bias": step.expm1().log()}  # softplus(bias) = step
+        # softplus(bias) = step
+        return super().start() | {"decay_rate_log": rate.log(), "decay_bias": step.expm1().log()}
 
     def log_decay(self, logits: Tensor) -> Tensor | None:
         step = F.softplus(logits[..., 1] + wide(self.decay_bias))

@@ -58,7 +58,7 @@ class AtlasCache:
         self._columns = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of the batch that were read since the cache was made, or loaded: what `generate` need not read again."""
+        """Columns of the batch read since the cache was made, or loaded: what `generate` need not read again."""
         return self._columns
 
     def advance(self, states: list[Any], position: Position, columns: int) -> None:
@@ -111,14 +111,12 @@ class AtlasCache:
                     raise ValueError(f"{path} holds no memory; give a file that save_memory wrote")
                 found = differences(config.sections(), json.loads(said["model"]))
                 if found:
-                    raise ValueError(
-                        f"{path} is the memory of another model: {'; '.join(found)}; load it into the model that wrote it"
-                    )
+                    raise ValueError(f"{path} is the memory of another model: {'; '.join(found)}; load it into its own")
                 memory = json.loads(said["memory"])
                 cache.states = [_restored(state, file.get_tensor) for state in memory["layers"]]
                 cache.position = _restored(memory["position"], file.get_tensor)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read as a memory: {error}; give a file that save_memory wrote") from error
+            raise ValueError(f"{path} cannot be read: {error}; give a file that save_memory wrote") from error
         return cache
 
 

@@ -1,4 +1,4 @@
-"""What an ATLAS model is: Megatron's [model], [memory], [attention], [recurrent] and [delta] sections, by their names."""
+"""What an ATLAS model is: the sections [model], [memory], [attention], [recurrent] and [delta] of its configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a Megatron checkpoint of any layout to a folder that transformers loads: weights, configuration, code, tokenizer."""
+"""From a Megatron checkpoint of any layout to a folder that transformers loads: weights, configuration, code."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -114,8 +115,9 @@ def read_source(source: Path) -> Source:
 
 def described(config: megatron.Config) -> AtlasConfig:
     """The description of the model in a run's configuration."""
-    sections = {name: asdict(getattr(config, name)) for name in SECTIONS}
-    return AtlasConfig(**asdict(config.model), **sections)
+    keys: dict[str, Any] = asdict(config.model)
+    keys |= {name: asdict(getattr(config, name)) for name in SECTIONS}
+    return AtlasConfig(**keys)
 
 
 def _checkpoint_at(source: Path) -> Path:
@@ -125,7 +127,7 @@ def _checkpoint_at(source: Path) -> Path:
         return source
     folder, _ = checkpoint.latest(source)
     if folder is None:
-        raise ValueError(f"{source} is no checkpoint and no run with a whole one; give runs/NAME, or one of its checkpoints")
+        raise ValueError(f"{source} is no checkpoint and no run with a whole one; give runs/NAME, or its checkpoint")
     return folder
 
 

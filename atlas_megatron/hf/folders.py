@@ -80,4 +80,5 @@ def listing(parameters: Sequence[tuple[Name, tuple[int, ...]]]) -> str:
     """The mapping, a line a parameter: both names, shape, layout."""
     rows = [(name.megatron, name.hf, str(list(shape)), name.layout) for name, shape in parameters]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

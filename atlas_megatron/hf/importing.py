@@ -1,4 +1,4 @@
-"""From a Hugging Face folder to a run that atlas-train goes on with: its weights as a checkpoint before the first step."""
+"""From a Hugging Face folder to a run that atlas-train goes on with: its weights as a checkpoint of step 0."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def import_folder(source: Path, run: Path, overrides: Sequence[str] = ()) -> Pat
     description, weights, parameters = _read(source)
     with new_folder(run) as folder:
         end = copy_tokenizer(source, folder / TOKENIZER, description.vocab_size)
-        words = [f'run.directory={json.dumps(str(run))}']
+        words = [f"run.directory={json.dumps(str(run))}"]
         words += [] if end is None else [f"data.tokenizer={json.dumps(str(run / TOKENIZER))}"]
         config = _configured(description, folder, [*words, *overrides])
         (folder / checkpoint.CONFIG).write_text(to_toml(config), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The memory's mathematics: the installed atlas_kernels, or, where there are none, the copies that travel with a model."""
+"""The memory's mathematics: the installed atlas_kernels, or, without them, the copies that travel with a model."""
 
 try:
     from atlas_kernels import (
@@ -14,13 +14,13 @@ try:
         read_memory,
     )
 except ImportError:
-    from .dual import DualState
-    from .features import initial_coefficients, lift, lifted_width
-    from .op import State, omega_memory, read_memory
+    from .dual import DualState  # type: ignore[no-redef]
+    from .features import initial_coefficients, lift, lifted_width  # type: ignore[no-redef]
+    from .op import State, omega_memory, read_memory  # type: ignore[no-redef]
 
     # transformers copies those siblings that a file names in this form; writes.py names this one in another.
     from .reads import widen  # noqa: F401
-    from .rule import Gates, MemoryRule, MemoryState
+    from .rule import Gates, MemoryRule, MemoryState  # type: ignore[no-redef]
 
 __all__ = [
     "DualState",

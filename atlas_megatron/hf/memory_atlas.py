@@ -139,6 +139,7 @@ class AtlasMemory(nn.Module):
         """phi(x); an exponential kernel's scale goes to the query."""
         if self.memory.kernel == "lifted":
             return lift(x, self.memory.feature_map, self.coefficients, self.memory.sketch_width)
+        assert self.coefficients is not None
         return x if key else x * self.coefficients
 
     @property

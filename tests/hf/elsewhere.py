@@ -31,7 +31,8 @@ def main(folder: str, out: str) -> None:
         found.past_key_values.save_memory(f"{out}/memory")
         continued = model.generate(prompt, max_new_tokens=4, do_sample=False)
     model.save_pretrained(f"{out}/again")
-    said = {"logits": found.logits, "continued": continued, "dtype": model.dtype, "config": type(model.config).__module__}
+    said = {"logits": found.logits, "continued": continued, "dtype": model.dtype}
+    said["config"] = type(model.config).__module__
     said["code"] = sorted(file.name for file in Path(f"{out}/again").glob("*.py"))
     said["text"] = AutoTokenizer.from_pretrained(folder).decode(prompt[0])
     assert not any(name.split(".")[0] in BLOCKED for name in sys.modules)

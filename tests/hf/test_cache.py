@@ -17,6 +17,7 @@ from twins import CALM, moved, settings, tokens
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
 CUTS = {"halves": [25, 20], "in and between chunks": [1, 7, 8, 13, 16], "token by token": [1] * 45}
 EVERY = settings("M-*-F-A-C-R-L-D-G-", **CALM)
+EXPONENTIAL = settings("M-C-", preset="dot", window=5)
 APART = {
     "*-F-": settings("*-F-"),
     "R-L-D-G-": settings("R-L-D-G-"),
@@ -154,13 +155,14 @@ def test_rows_are_chosen_and_repeated() -> None:
         cache.crop(-1)
 
 
-@pytest.mark.parametrize("config", [EVERY, settings("M-C-", preset="dot", window=5)], ids=["every layer", "exponential"])
+@pytest.mark.parametrize("config", [EVERY, EXPONENTIAL], ids=["every layer", "exponential"])
 @torch.no_grad()
 def test_a_memory_goes_on_from_a_file(config: Config, tmp_path: Path) -> None:
     model, whole = moved(config), tokens(2, 30)
     model(whole[:, :19]).past_key_values.save_memory(tmp_path / "memory")
     cache = model.load_memory(tmp_path / "memory")
-    torch.testing.assert_close(model(whole[:, 19:], past_key_values=cache).logits, model(whole).logits[:, 19:], **TOLERANCE)
+    found = model(whole[:, 19:], past_key_values=cache).logits
+    torch.testing.assert_close(found, model(whole).logits[:, 19:], **TOLERANCE)
     # `generate` takes a prompt after a file as its continuation.
     cache = model.load_memory(tmp_path / "memory")
     found = model.generate(whole[:, 19:], past_key_values=cache, max_new_tokens=5, do_sample=False)
@@ -190,7 +192,7 @@ def test_another_models_memory_is_refused(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "weights")
     with pytest.raises(ValueError, match="holds no memory"):
         model.load_memory(tmp_path / "weights")
-    with pytest.raises(ValueError, match="cannot be read as a memory"):
+    with pytest.raises(ValueError, match="nothing cannot be read"):
         model.load_memory(tmp_path / "nothing")
 
 
