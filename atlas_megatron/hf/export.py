@@ -115,8 +115,11 @@ def read_source(source: Path) -> Source:
 
 def described(config: megatron.Config) -> AtlasConfig:
     """The description of the model in a run's configuration."""
-    keys: dict[str, Any] = asdict(config.model)
-    keys |= {name: asdict(getattr(config, name)) for name in SECTIONS}
+    sections = {name: asdict(getattr(config, name)) for name in SECTIONS}
+    for section in sections.values():
+        if "impl" in section:
+            section["impl"] = "auto"  # the choice was for the machine that trained
+    keys: dict[str, Any] = asdict(config.model) | sections
     return AtlasConfig(**keys)
 
 

@@ -146,32 +146,47 @@ def test_it_loads_where_nothing_of_this_is_installed(saved: Path, tmp_path: Path
     assert model.load_memory(tmp_path / "memory").position == 21
 
 
-def test_training_goes_on_from_a_folder(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run made from the export of a short one, whose steps change nothing."""
     from atlas_megatron.train import main
 
-    assert main([str(tiny_run.write(tmp_path)), "train.steps=3"]) == 0
-    words = ["export", str(tmp_path / "run"), str(tmp_path / "model")]
-    assert convert_hf.main(words) == 0
+    root = tmp_path_factory.mktemp("imported")
+    config = str(tiny_run.write(root, "M-*-M-"))
+    assert main([config, "train.steps=1", "train.warmup_steps=0", "train.validate_every=0", "data.validation=[]"]) == 0
+    assert convert_hf.main(["export", str(root / "run"), str(root / "model")]) == 0
     still = ["train.lr=1e-30", "train.min_lr=1e-30", "train.weight_decay=0.0", "train.steps=2", "train.warmup_steps=1"]
-    data = [f'data.train=["{tmp_path}/train"]', "train.validate_every=0", "train.global_batch=4", "train.micro_batch=2"]
-    run = tmp_path / "imported"
-    assert convert_hf.main(["import", str(tmp_path / "model"), str(run), *still, *data]) == 0
-    config = load(run / "config.toml")
-    assert config.run.directory == str(run) and config.data.tokenizer == str(run / "tokenizer")
+    data = [f'data.train=["{root}/train"]', "train.validate_every=0", "train.global_batch=4", "train.micro_batch=2"]
+    assert convert_hf.main(["import", str(root / "model"), str(root / "imported"), *still, *data]) == 0
+    return root / "imported"
+
+
+def test_training_goes_on_from_a_folder(imported: Path, tmp_path: Path) -> None:
+    from atlas_megatron.train import main
+
+    config = load(imported / "config.toml")
+    assert config.run.directory == str(imported) and config.data.tokenizer == str(imported / "tokenizer")
+    started = parameters(checkpoint.folder_of(imported) / "step_00000000")
     # In bfloat16, too, whose master weights the optimizer holds.
     for precision in ("float32", "bfloat16"):
-        other = f"run.directory={tmp_path}/{precision}"
-        shutil.copytree(run, tmp_path / precision)
-        assert main([str(run / "config.toml"), other, f"train.precision={precision}"]) == 0
-        dtype = getattr(torch, precision)
-        trained = parameters(checkpoint.folder_of(tmp_path / precision) / "step_00000002")
-        started = parameters(checkpoint.folder_of(run) / "step_00000000")
-        assert_same(trained, {name: value.to(dtype) for name, value in started.items()})
+        run = shutil.copytree(imported, tmp_path / precision)
+        assert main([str(run / "config.toml"), f"run.directory={run}", f"train.precision={precision}"]) == 0
+        trained = parameters(checkpoint.folder_of(run) / "step_00000002")
+        assert_same(trained, {name: value.to(getattr(torch, precision)) for name, value in started.items()})
     try:
-        model, _ = checkpoint.load_model(run)
+        model, _ = checkpoint.load_model(imported)
         assert_same(dict(model.named_parameters()), started)
     finally:
         world.leave()
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])
+def test_so_it_does_in_other_layouts(imported: Path, tmp_path: Path, layout: str) -> None:
+    run = shutil.copytree(imported, tmp_path / "run")
+    tiny_run.train_in(2, run / "config.toml", [[f"run.directory={run}", layout]])
+    trained = parameters(checkpoint.folder_of(run) / "step_00000002")
+    assert_same(trained, parameters(checkpoint.folder_of(run) / "step_00000000"))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])

@@ -85,7 +85,8 @@ def test_the_configuration_is_megatrons() -> None:
 
 
 def test_a_configuration_comes_back_from_json() -> None:
-    ours = described(PATTERNS["sketch"])
+    ours = described(settings("M-", feature_map="sketch", sketch_width=24, impl="reference"))
+    assert ours.memory["sketch_width"] == 24 and ours.memory["impl"] == "auto"
     again = AtlasConfig.from_dict(json.loads(ours.to_json_string()))
     assert again.sections() == ours.sections()
     with pytest.raises(ValueError, match="memory holds unknown keys windw"):
