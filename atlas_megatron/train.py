@@ -13,6 +13,7 @@ from rich.console import Console
 from atlas_megatron.config import Config, describe, load, to_toml
 from atlas_megatron.config_checks import validate
 from atlas_megatron.machine import Machine, in_nodes, is_machine_word
+from atlas_megatron.stopping import StopSignals
 
 EXAMPLES = """\
 examples:
@@ -23,7 +24,7 @@ examples:
   torchrun --nproc-per-node 8 -m atlas_megatron.train configs/atlas-340m.toml parallel.tensor=2
 
 The same command again resumes from the newest whole checkpoint, or says that the run is done.
-SIGTERM ends a run after the step in hand, with a checkpoint.
+SIGTERM or SIGUSR1 ends a run after the step in hand, with a checkpoint.
 
 every key, its default and its meaning:
 
@@ -33,7 +34,7 @@ every key, its default and its meaning:
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; its exit status.
 
-    0: done, or stopped by SIGTERM with a checkpoint. 1: NaN or inf. 2: a user's error. 3: another process ended.
+    0: done, or stopped by a signal with a checkpoint. 1: NaN or inf. 2: a user's error. 3: another process ended.
     """
     arguments = _parser().parse_intermixed_args(words)
     words = [word for word in arguments.overrides if arguments.dry_run and is_machine_word(word)]
@@ -41,7 +42,11 @@ def main(words: Sequence[str] | None = None) -> int:
         machine = Machine.of(words)
         config = load(arguments.config, [word for word in arguments.overrides if word not in words])
         quieten()
-        return _dry_run(config, machine) if arguments.dry_run else _train(config)
+        if arguments.dry_run:
+            return _dry_run(config, machine)
+        # From here on, not from the first step: Megatron, the model and a checkpoint take minutes to load.
+        with StopSignals() as signals:
+            return _train(config, signals)
     except ConnectionError as error:
         print(f"atlas-train: {error}", file=sys.stderr)
         return 3
@@ -89,7 +94,7 @@ def _dry_run(config: Config, machine: Machine) -> int:
     return 0
 
 
-def _train(config: Config) -> int:
+def _train(config: Config, signals: StopSignals) -> int:
     from atlas_megatron import checkpoint
     from atlas_megatron.metrics import read, summary_table
     from atlas_megatron.model import num_params
@@ -103,7 +108,7 @@ def _train(config: Config) -> int:
         if first:
             print(to_toml(config))
         with world.naming_the_lost(config):
-            trainer = Trainer(config)
+            trainer = Trainer(config, signals)
         done = trainer.position.step >= config.train.steps
         finished = trainer.train()
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from atlas_megatron.parallel import world
 from atlas_megatron.parallel.context import settle
 from atlas_megatron.parallel.cpu import device
 from atlas_megatron.positions import SlidingWindows
+from atlas_megatron.stopping import StopSignals
 
 Batch = dict[str, Tensor]
 POSITION_LOSS = "position_loss.json"
@@ -46,10 +46,11 @@ POSITION_LOSS = "position_loss.json"
 class Trainer:
     """One process's share of a run. `join` the world first; every process builds one and calls `train`."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, signals: StopSignals | None = None) -> None:
         """Build data, model and optimizer, and load the newest whole checkpoint of the run, if there is one.
 
-        Raises ValueError for data that cannot be trained on or a checkpoint of another model.
+        signals: those that the caller already notes, so that none is lost while all this is built; None: from `train`
+        on. Raises ValueError for data that cannot be trained on or a checkpoint of another model.
         """
         self.config = config
         directory = Path(config.run.directory)
@@ -67,7 +68,7 @@ class Trainer:
         self._speed = Speed(config, flops_per_token(config).training, torch.distributed.get_world_size())
         self._has_memory = has(config.model.pattern, WITH_MEMORY)
         self._warned: set[str] = set()
-        self._stop = False
+        self._signals = signals or StopSignals()
         self.log: RunLog | None = None
         if world.rank() == 0:
             directory.mkdir(parents=True, exist_ok=True)
@@ -79,17 +80,15 @@ class Trainer:
             self._say(f"resumed from {resumed}")
 
     def train(self) -> bool:
-        """Train to the last step; False where SIGTERM ended it before, with a checkpoint.
+        """Train to the last step; False where SIGTERM or SIGUSR1 ended it before, with a checkpoint.
 
         Raises NonFiniteError, with step and layer, where NaN or inf appears: nothing is saved from then on; and
         LostProcessError where another process ended.
         """
-        before = signal.signal(signal.SIGTERM, self._ask_to_stop)
         try:
-            with world.naming_the_lost(self.config):
+            with self._signals, world.naming_the_lost(self.config):
                 return self._train()
         finally:
-            signal.signal(signal.SIGTERM, before)
             if self.log:
                 self.log.close()
 
@@ -107,7 +106,8 @@ class Trainer:
                 saved = self._saver.save(self.trained, self.position)
                 if stop and step < last:
                     self._saver.finish()
-                    self._say(f"SIGTERM: stopped after step {step}, saved {saved}; the same command resumes there")
+                    asked = self._signals.asked or "another process was asked"
+                    self._say(f"{asked}: stopped after step {step}, saved {saved}; the same command resumes there")
                     return False
         self._saver.finish()
         return True
@@ -115,10 +115,6 @@ class Trainer:
     def _say(self, line: str) -> None:
         if self.log:
             self.log.say(line)
-
-    def _ask_to_stop(self, *_: Any) -> None:
-        # Only noted: a scheduler and torchrun may both send it, and the step in hand shall end with a checkpoint.
-        self._stop = True
 
     def _step(self, step: int) -> tuple[Record, bool]:
         """One optimizer step; its record, and whether any process was asked to stop."""
@@ -177,7 +173,7 @@ class Trainer:
     def _agree(self, losses: list[Tensor]) -> tuple[float, bool]:
         """The loss averaged over replicas, on every stage, and whether any process was asked to stop."""
         mean = torch.stack(losses).double().mean() if losses else torch.zeros((), dtype=torch.float64, device=device())
-        both = torch.stack((mean, torch.tensor(float(self._stop), dtype=torch.float64, device=device())))
+        both = torch.stack((mean, torch.tensor(float(bool(self._signals.asked)), dtype=torch.float64, device=device())))
         torch.distributed.all_reduce(both)
         total, asked = both.tolist()
         # One stage has losses, the same on each tensor-parallel rank; those of context-parallel ranks are parts of one.

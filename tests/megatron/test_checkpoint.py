@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import tiny_run
-from atlas_megatron import checkpoint, metrics, shards
+from atlas_megatron import checkpoint, metrics, shards, trainer
+from atlas_megatron.config import Config
 from atlas_megatron.parallel import world
 from atlas_megatron.train import main
 
@@ -92,24 +93,46 @@ def test_saving_while_training_goes_on_saves_the_same(
     assert_same_end(tmp_path / "run", unbroken / "run")
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(
-    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_saves_and_the_same_command_goes_on(
+    number: signal.Signals,
+    unbroken: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write = metrics.RunLog.write
+    before = signal.getsignal(number)
 
     def interrupting(self: metrics.RunLog, record: metrics.Record) -> None:
         write(self, record)
         if record["step"] == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     words = [str(unbroken / "tiny.toml"), f"run.directory={tmp_path}/run", "checkpoint.every=100"]
     with monkeypatch.context() as patch:
         patch.setattr(metrics.RunLog, "write", interrupting)
         assert main(words) == 0
-    assert "SIGTERM: stopped after step 3" in capsys.readouterr().out
+    assert f"{number.name}: stopped after step 3" in capsys.readouterr().out
+    assert signal.getsignal(number) is before
     assert main(words) == 0
     assert "resumed from" in capsys.readouterr().out
     assert_same_end(tmp_path / "run", unbroken / "run")
+
+
+def test_a_signal_that_comes_while_the_model_is_built_is_not_lost(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build = trainer._build
+
+    def interrupting(config: Config) -> checkpoint.Trained:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return build(config)
+
+    monkeypatch.setattr(trainer, "_build", interrupting)
+    words = [str(unbroken / "tiny.toml"), f"run.directory={tmp_path}/run", "checkpoint.every=100"]
+    assert main(words) == 0
+    assert "SIGUSR1: stopped after step 1" in capsys.readouterr().out
 
 
 def test_a_finished_run_says_so(copied: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
