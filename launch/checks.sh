@@ -1,0 +1,48 @@
+# What local.sh and slurm.sh share: where the commands are, how to refuse, the words of a command line. Sourced.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+# One line: what is wrong, what was given, what to do.
+refuse() {
+  echo "${0##*/}: $*" >&2
+  exit 2
+}
+
+# The path of torchrun or atlas-train: in ATLAS_BIN where that is set, else in the .venv of `make setup`, else on PATH.
+command_of() {
+  local found="${ATLAS_BIN:-$ROOT/.venv/bin}/$1"
+  if [[ ! -x "$found" && -z "${ATLAS_BIN:-}" ]]; then
+    found="$(command -v "$1" || true)"
+  fi
+  [[ -x "$found" ]] ||
+    refuse "$1 is not in ${ATLAS_BIN:-$ROOT/.venv/bin, nor on PATH}; run make setup, or set ATLAS_BIN to its folder"
+  echo "$found"
+}
+
+# The option $1 came with a value.
+has_value() {
+  (($2 >= 2)) || refuse "$1 came without a value; see ${0##*/} --help"
+}
+
+# The value $2 of the option $1 is a whole number of at least $3.
+is_number() {
+  [[ "$2" =~ ^[0-9]{1,9}$ ]] && ((10#$2 >= $3)) || refuse "$1 $2 is no whole number of at least $3; for example $1 $4"
+}
+
+# $1 is a config that can be read.
+is_config() {
+  [[ -n "$1" ]] || refuse "no config was given; for example ${0##*/} configs/quickstart.toml"
+  [[ -f "$1" && -r "$1" ]] || refuse "config '$1' cannot be read; give a TOML file, for example configs/quickstart.toml"
+}
+
+# A command as it can be typed.
+typed() {
+  local words
+  words="$(printf '%q ' "$@")"
+  echo "${words% }"
+}
+
+# The directory of a sweep's element: that of the run $1, with the key $2 and the value $3 behind it.
+element_directory() {
+  echo "$1-$2=${3//\//_}"
+}

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Train on this machine: on all of its GPUs, or in one process on its CPU.
+set -euo pipefail
+# shellcheck source=launch/checks.sh
+source "$(dirname "${BASH_SOURCE[0]}")/checks.sh"
+
+usage() {
+  cat <<'HELP'
+usage: launch/local.sh CONFIG.toml [--processes N] [--dry-run] [section.key=value ...]
+
+Prints the torchrun command, then becomes it. One process a GPU; without a GPU, one on the CPU.
+
+  --processes N  that many processes; on a machine without a GPU they share its cores
+  --dry-run      print the command only
+
+examples:
+  launch/local.sh configs/quickstart.toml
+  launch/local.sh configs/quickstart.toml --processes 2 train.steps=50 run.directory=runs/two
+  launch/local.sh configs/atlas-340m.toml parallel.tensor=2 parallel.sequence=true
+  launch/local.sh configs/atlas-340m.toml --dry-run
+HELP
+}
+
+# GPUs that a process started here would see.
+count_gpus() {
+  if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ -]' || true
+  elif command -v nvidia-smi >/dev/null; then
+    { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true
+  else
+    echo 0
+  fi
+}
+
+main() {
+  local config="" processes="" dry="" gpus torchrun
+  local -a overrides=()
+  while (($#)); do
+    case "$1" in
+      -h | --help) usage && exit 0 ;;
+      --processes) has_value "$1" $# && processes="$2" && shift ;;
+      --dry-run) dry=1 ;;
+      -*) refuse "option '$1' is unknown; see local.sh --help" ;;
+      *.*=*) overrides+=("$1") ;;
+      *)
+        [[ -z "$config" ]] || refuse "'$1' came after the config '$config'; write section.key=value"
+        config="$1"
+        ;;
+    esac
+    shift
+  done
+  is_config "$config"
+  gpus="$(count_gpus)"
+  processes="${processes:-$((gpus > 0 ? gpus : 1))}"
+  is_number --processes "$processes" 1 2
+  ((gpus == 0 || processes <= gpus)) || refuse "--processes $processes, but $gpus GPUs are visible; give at most $gpus"
+  torchrun="$(command_of torchrun)"
+  local -a command=("$torchrun" --standalone --nproc-per-node "$processes" -m atlas_megatron.train
+    "$config" ${overrides[@]+"${overrides[@]}"})
+  typed "${command[@]}"
+  [[ -z "$dry" ]] || exit 0
+  # shellcheck source=launch/environment.sh
+  source "$ROOT/launch/environment.sh" "$processes" "$gpus"
+  exec "${command[@]}"
+}
+
+main "$@"
