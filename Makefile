@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/installed-$(PINS)
 BENCH := $(VENV)/bench-$(PINS)
 IS_3_12 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null
 
-.PHONY: help setup quickstart test test-parallel lint bench-memory bench-presets gpu-check
+.PHONY: help setup quickstart test test-parallel test-slurm lint bench-memory bench-presets gpu-check
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -28,6 +28,9 @@ test: setup ## run the test suite, but for the longer tests of several processes
 
 test-parallel: setup ## run those: every layout against one process, checkpoints that move between them
 	@$(RUN) -m pytest -m parallel $(ARGS)
+
+test-slurm: setup ## run jobs on a SLURM of two nodes that it starts here (Debian: apt-get install slurm-wlm munge)
+	@$(RUN) -m pytest -m slurm $(ARGS)
 
 lint: setup ## ruff and mypy
 	@$(RUN) -m ruff check .

@@ -9,14 +9,13 @@ import getpass
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-
-from processes import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 SECONDS = 30  # until all of it answers
@@ -57,7 +56,7 @@ def missing() -> list[str]:
 @contextmanager
 def cluster(folder: Path) -> Iterator[dict[str, str]]:
     """Within: it runs; the environment in which SLURM's commands reach it. Raises RuntimeError where it does not."""
-    ports = {name: free_port() for name in ("controller", "n1", "n2")}
+    ports = {name: _free_port() for name in ("controller", "n1", "n2")}
     for name in ("state", "log", "spool-n1", "spool-n2"):
         (folder / name).mkdir(parents=True)
     folder.chmod(0o755)
@@ -81,10 +80,13 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
         for node in ("n1", "n2"):
             start(node, "slurmd", "-D", "-N", node)
         _until(lambda: _idle(environment) == 2, folder)
-        yield environment
-        # Its jobs are its own: none outlives it.
-        subprocess.run(["scancel", "--full", "--signal=KILL", f"--user={getpass.getuser()}"], env=environment, check=False)
-        subprocess.run(["scancel", f"--user={getpass.getuser()}"], env=environment, check=False)
+        try:
+            yield environment
+        finally:
+            # Its jobs are its own: none outlives it.
+            for words in (["--full", "--signal=KILL"], []):
+                user = f"--user={getpass.getuser()}"
+                subprocess.run(["scancel", *words, user], env=environment, capture_output=True, check=False)
 
 
 def _idle(environment: dict[str, str]) -> int:
@@ -92,9 +94,9 @@ def _idle(environment: dict[str, str]) -> int:
     return said.stdout.split().count("idle")
 
 
-def _until(ready: object, folder: Path) -> None:
+def _until(ready: Callable[[], object], folder: Path) -> None:
     end = time.monotonic() + SECONDS
-    while not ready():  # type: ignore[operator]
+    while not ready():
         if time.monotonic() > end:
             last = "; ".join(f"{log.name}: {log.read_text()[-300:]}" for log in sorted((folder / "log").iterdir()))
             raise RuntimeError(f"SLURM did not start in {SECONDS} s: {last}")
@@ -115,10 +117,19 @@ def _path() -> str:
     return os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
 
 
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def main() -> None:
+    ends = {signal.SIGINT, signal.SIGTERM}
     with cluster(Path(sys.argv[1]).resolve()) as environment:
+        # Only now: what is started before would inherit it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, ends)
         print(f"export SLURM_CONF={environment['SLURM_CONF']}", flush=True)
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        signal.sigwait(ends)
 
 
 if __name__ == "__main__":
