@@ -90,7 +90,9 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def _idle(environment: dict[str, str]) -> int:
-    said = subprocess.run(["sinfo", "-h", "-N", "-o", "%T"], env=environment, capture_output=True, text=True, check=False)
+    said = subprocess.run(
+        ["sinfo", "-h", "-N", "-o", "%T"], env=environment, capture_output=True, text=True, check=False
+    )
     return said.stdout.split().count("idle")
 
 

@@ -49,7 +49,13 @@ class Stubs:
 
     def run(self, script: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         path = f"{self.folder}:{os.environ['PATH']}"
-        given = {"PATH": path, "STUB_LOG": str(self.log), "ATLAS_BIN": str(self.folder), "ON_SRUN": ":", "STATE": "RUNNING"}
+        given = {
+            "PATH": path,
+            "STUB_LOG": str(self.log),
+            "ATLAS_BIN": str(self.folder),
+            "ON_SRUN": ":",
+            "STATE": "RUNNING",
+        }
         environment = {"HOME": "/", "CUDA_VISIBLE_DEVICES": "", "SLURM_CPUS_ON_NODE": "8", **given, **environment}
         return subprocess.run(
             ["bash", str(script), *words], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
@@ -84,7 +90,18 @@ def test_local_says_its_command_and_becomes_it(stubs: Stubs, gpus: str, words: l
 
 def test_slurm_submits_exactly_this(stubs: Stubs, tmp_path: Path) -> None:
     logs = tmp_path / "logs"
-    words = [CONFIG, "--nodes", "16", "--gpus-per-node=8", "--time", "24:00:00", "--partition", "gpu", "--account", "me"]
+    words = [
+        CONFIG,
+        "--nodes",
+        "16",
+        "--gpus-per-node=8",
+        "--time",
+        "24:00:00",
+        "--partition",
+        "gpu",
+        "--account",
+        "me",
+    ]
     words += ["--logs", str(logs), "--requeue-limit", "5", "--sbatch=--qos=high", "parallel.tensor=2"]
     said = stubs.run(SLURM, *words)
     assert said.returncode == 0, said.stderr
@@ -105,7 +122,11 @@ def test_a_dry_run_needs_no_slurm_and_submits_nothing(stubs: Stubs) -> None:
     (stubs.folder / "sinfo").unlink()
     said = stubs.run(SLURM, *TWO, "--partition", "nope", "--processes-per-node", "4", "--dry-run", PATH=_bare(stubs))
     assert said.returncode == 0, said.stderr
-    assert "sbatch --parsable" in said.stdout and "processes=4 gpus=0" in said.stdout and "gpus-per-node" not in said.stdout
+    assert (
+        "sbatch --parsable" in said.stdout
+        and "processes=4 gpus=0" in said.stdout
+        and "gpus-per-node" not in said.stdout
+    )
     refused = stubs.run(SLURM, *TWO, PATH=_bare(stubs))
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and "sbatch is not on PATH" in refused.stderr
 
@@ -178,7 +199,8 @@ def job(stubs: Stubs, *words: str, restarts: int = 0, **environment: str) -> sub
 def saved(root: Path, step: int, steps: int = 10) -> str:
     """A command that leaves a whole checkpoint of this step, as a start of a run of so many steps would."""
     folder = f"{root}/run/checkpoints/step_{step:08d}"
-    return f"mkdir -p {folder}; touch {folder}/complete.json; printf '[train]\\nsteps = {steps}\\n' >{root}/run/config.toml"
+    whole = f"mkdir -p {folder}; touch {folder}/complete.json"
+    return f"{whole}; printf '[train]\\nsteps = {steps}\\n' >{root}/run/config.toml"
 
 
 def test_a_finished_run_ends_its_job(stubs: Stubs, tmp_path: Path) -> None:
@@ -204,7 +226,9 @@ def test_a_run_that_stopped_early_is_requeued_while_it_gets_on(stubs: Stubs, tmp
 
 def test_a_half_written_checkpoint_is_no_progress(stubs: Stubs, tmp_path: Path) -> None:
     half = f"mkdir -p {tmp_path}/run/checkpoints/step_00000009.tmp {tmp_path}/run/checkpoints/step_00000008"
-    said = job(stubs, ON_SRUN=f"{saved(tmp_path, 3)}; {half}; touch {tmp_path}/run/checkpoints/step_00000009.tmp/complete.json")
+    said = job(
+        stubs, ON_SRUN=f"{saved(tmp_path, 3)}; {half}; touch {tmp_path}/run/checkpoints/step_00000009.tmp/complete.json"
+    )
     assert "requeued; it will go on from step 3" in said.stdout
 
 
@@ -238,7 +262,9 @@ def test_lost_processes_say_what_the_job_looks_for() -> None:
 
 def test_a_signal_goes_on_to_the_step(stubs: Stubs, tmp_path: Path) -> None:
     # The stub is what srun is to its tasks; the batch script is its parent.
-    act = f'trap "{saved(tmp_path, 5)}; exit 0" USR1; kill -USR1 $PPID; for i in $(seq 100); do sleep 0.05; done; exit 9'
+    act = (
+        f'trap "{saved(tmp_path, 5)}; exit 0" USR1; kill -USR1 $PPID; for i in $(seq 100); do sleep 0.05; done; exit 9'
+    )
     said = job(stubs, ON_SRUN=act)
     assert "the time limit is near: saving" in said.stdout
     assert "the time limit is near: requeued; it will go on from step 5" in said.stdout
