@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import multiprocessing
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -143,7 +144,8 @@ def chosen_memory() -> str:
         logger.removeHandler(handler)
         logger.setLevel(level)
     # It says so once in a process.
-    return next((line.split("chose ")[1].strip("'") for line in said if "chose " in line), "auto")
+    chosen = re.findall(r"chose '(\w+)'", "\n".join(said))
+    return chosen[0] if chosen else "auto"
 
 
 def memory_agrees() -> str:
