@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("target", type=Path, help="what is written; must not exist")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the imported run's configuration")
     parser.add_argument("--dry-run", action="store_true", help="list every parameter with its names, write nothing")
-    parser.add_argument("--shard-size", default="2GB", help="largest file of weights; as much is in memory")
+    parser.add_argument("--shard-size", default="2GB", help="largest file of weights; about twice as much is in memory")
     return parser
 
 

@@ -28,7 +28,7 @@ from atlas_megatron.hf.configuration_atlas import SECTIONS, AtlasConfig
 from atlas_megatron.hf.folders import check_shapes, copy_tokenizer, listing, new_folder
 from atlas_megatron.hf.names import EMBEDDING, OUTPUT, Name, parameters_of
 
-SHARD_SIZE = 2 << 30  # bytes: what an export holds in memory at once
+SHARD_SIZE = 2 << 30  # bytes; an export holds about two shards in memory, one read and one written
 # Where `trust_remote_code` finds the classes.
 AUTO_MAP = {
     "AutoConfig": "configuration_atlas.AtlasConfig",
@@ -58,7 +58,7 @@ class Source:
 
 
 def export(source: Path, target: Path, shard_size: int = SHARD_SIZE) -> Path:
-    """Write the newest checkpoint of a run, or a checkpoint, as a Hugging Face folder; holds one shard at a time.
+    """Write the newest checkpoint of a run, or a checkpoint, as a Hugging Face folder, shard by shard.
 
     Raises ValueError where the source is no whole checkpoint, its tensors are not those of its configuration, its
     tokenizer is larger than its vocabulary, or the target exists.
