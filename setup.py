@@ -25,11 +25,11 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]==2.20.2"],
-        "hf": ["safetensors", "transformers"],
+        "hf": ["accelerate", "safetensors", "transformers"],
         "eval": ["lm-eval"],
         "deepspeed": ["deepspeed==0.19.8"],
         "bench": ["titans-pytorch==0.5.5"],
-        "dev": ["mypy", "pytest", "ruff", "safetensors", "transformers"],
+        "dev": ["accelerate", "mypy", "pytest", "ruff", "safetensors", "transformers"],
     },
     entry_points={
         "console_scripts": [
