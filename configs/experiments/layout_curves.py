@@ -114,9 +114,9 @@ def draw(results: record.Record, layouts: Sequence[str]) -> None:
 # Of the full run.
 OBSERVED = (
     "In float32 the first losses after the checkpoint are those of one process to 1e-7 in every layout. Then each step "
-    "feeds back what the one before it rounded, at about the same rate in all of them, data parallelism included, which "
-    "changes no product but an order of sums; after some ten steps it levels off. It is no matter of Newton-Schulz "
-    "alone: OmegaNet, which has none, parts further than ATLAS.",
+    "feeds back what the one before it rounded, at about the same rate in all of them, data parallelism included, "
+    "which changes no product but an order of sums; after some ten steps it levels off. It is no matter of "
+    "Newton-Schulz alone: OmegaNet, which has none, parts further than ATLAS.",
 )
 
 
