@@ -44,6 +44,14 @@ def through_step(dP, A, b, c, PRODUCTS: tl.constexpr):
 
 
 @triton.jit
+def columns_of(pointer, j, m, n, row_stride, column_stride, M: tl.constexpr, N: tl.constexpr):
+    """Block j of N columns, float32 [M, N], zeros outside [m, n]."""
+    rows, columns = tl.arange(0, M), j * N + tl.arange(0, N)
+    inside = (rows < m)[:, None] & (columns < n)[None, :]
+    return tl.load(pointer + places(rows, columns, row_stride, column_stride), mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def sum_of_products(left, right, total, M: tl.constexpr, SLICE: tl.constexpr):
     """total + left right [M, M], read from memory by slices of the inner side: whole, they would spill at M = 128."""
     rows, slice = tl.arange(0, M), tl.arange(0, SLICE)
@@ -190,10 +198,7 @@ def backward_blocks(
             source = matrices + matrix * stride_matrix
             A = tl.zeros((M, M), tl.float32)
             for j in tl.range(0, BLOCKS, disable_licm=True):
-                columns = j * N + tl.arange(0, N)
-                inside = (rows < m)[:, None] & (columns < n)[None, :]
-                X = tl.load(source + places(rows, columns, stride_row, stride_column), mask=inside, other=0.0)
-                X = X.to(tl.float32) / (norm + EPSILON)
+                X = columns_of(source, j, m, n, stride_row, stride_column, M, N) / (norm + EPSILON)
                 x = X.to(PRODUCTS)
                 tl.store(work + j * M * N + block, X)
                 tl.store(trail + j * M * N + block, x)
@@ -221,19 +226,13 @@ def backward_blocks(
             incoming = gradients + matrix * gradient_stride_matrix
             squares = tl.zeros((M,), tl.float32)
             for j in tl.range(0, BLOCKS, disable_licm=True):
-                columns = j * N + tl.arange(0, N)
-                inside = (rows < m)[:, None] & (columns < n)[None, :]
-                at = places(rows, columns, gradient_stride_row, gradient_stride_column)
-                G = tl.load(incoming + at, mask=inside, other=0.0).to(tl.float32)
+                G = columns_of(incoming, j, m, n, gradient_stride_row, gradient_stride_column, M, N)
                 squares += tl.sum(G * G, 1)
             size = tl.sqrt(tl.sum(squares, 0))
             size = tl.where(size > 0, size, 1.0)
             dP = tl.zeros((M, M), tl.float32)
             for j in tl.range(0, BLOCKS, disable_licm=True):
-                columns = j * N + tl.arange(0, N)
-                inside = (rows < m)[:, None] & (columns < n)[None, :]
-                at = places(rows, columns, gradient_stride_row, gradient_stride_column)
-                G = tl.load(incoming + at, mask=inside, other=0.0).to(tl.float32) / size
+                G = columns_of(incoming, j, m, n, gradient_stride_row, gradient_stride_column, M, N) / size
                 tl.store(work + j * M * N + block, G)
                 x = tl.load(trail + (STEPS - 1) * STEP + j * M * N + block)
                 dP = tl.dot(G.to(PRODUCTS), tl.trans(x), dP, input_precision=PRECISION)
@@ -266,10 +265,10 @@ def backward_blocks(
             tl.debug_barrier()
             target = result + matrix * result_stride_matrix
             for j in tl.range(0, BLOCKS, disable_licm=True):
+                X = columns_of(source, j, m, n, stride_row, stride_column, M, N) / (norm + EPSILON)
+                G = tl.load(work + j * M * N + block) - X * radial
                 columns = j * N + tl.arange(0, N)
                 inside = (rows < m)[:, None] & (columns < n)[None, :]
-                X = tl.load(source + places(rows, columns, stride_row, stride_column), mask=inside, other=0.0)
-                G = tl.load(work + j * M * N + block) - X.to(tl.float32) / (norm + EPSILON) * radial
                 at = places(rows, columns, result_stride_row, result_stride_column)
                 tl.store(target + at, bounded(G * (size / (norm + EPSILON)), result), mask=inside)
             # The next matrix takes the same trail.
