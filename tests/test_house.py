@@ -124,3 +124,9 @@ def test_constraints_pin_what_setup_asks_for() -> None:
 def test_ci_can_be_run() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports them by their base names."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert not {name for name in names if names.count(name) > 1}

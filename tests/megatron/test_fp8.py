@@ -101,8 +101,11 @@ def test_what_is_refused(config: Config, said: str) -> None:
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_what_is_taken() -> None:
-    validate(BIG, 1)
+def test_every_recipe_is_taken() -> None:
+    for recipe in layer_specs.FP8_RECIPES:
+        config = replace(BIG, train=replace(BIG.train, fp8_recipe=recipe))
+        validate(config, 1)
+        assert transformer_config(config).fp8_recipe == recipe
 
 
 def test_an_older_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

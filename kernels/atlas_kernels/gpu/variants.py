@@ -12,7 +12,8 @@ class Variant:
     """One compilation of one kernel.
 
     name: "kernel shape dtype", unique. kernel: the function under `@triton.jit`. signature: triton's type of every
-    argument that is no constant, "*bf16", "*fp32", "i32", in order. constants: the values of the constexprs.
+    argument that is no constant, "*bf16", "*fp32", "i32", "i32:16" (a multiple of 16), in order. constants: the values
+    of the constexprs.
     """
 
     name: str
