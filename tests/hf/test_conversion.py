@@ -131,7 +131,7 @@ def test_it_loads_where_nothing_of_this_is_installed(saved: Path, tmp_path: Path
     nothing = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     words = [sys.executable, str(ROOT / "tests/hf/elsewhere.py"), str(folder), str(tmp_path)]
-    modules = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    modules = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(words, env=nothing | offline | modules, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said: dict[str, Any] = torch.load(tmp_path / "said.pt")
