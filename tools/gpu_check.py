@@ -127,15 +127,21 @@ def bench_newton_schulz() -> dict[str, Any]:
     return found
 
 
-def bench_op() -> dict[str, Any]:
-    """The memory op at B=8, T=4096, 16 heads of 64, forward and backward, beside the chunk form in torch and peers."""
-    batch, tokens, heads, size = OP
-    base = MemoryConfig(heads=heads, head_dim=size)
-    members = {
+def op_members() -> dict[str, MemoryConfig]:
+    """The memories whose op is timed."""
+    base = MemoryConfig(heads=OP[2], head_dim=OP[3])
+    once = {"ns_period": base.chunk}
+    return {
         "omeganet": replace(base, **PRESETS["omeganet"]),
         "titans": replace(base, **PRESETS["titans"]),
-        "atlas, a write a chunk": replace(base, **PRESETS["atlas"], ns_period=base.chunk),
+        "atlas, a write a chunk": replace(base, **(PRESETS["atlas"] | once)),
     }
+
+
+def bench_op() -> dict[str, Any]:
+    """The memory op at B=8, T=4096, 16 heads of 64, forward and backward, beside the chunk form in torch and peers."""
+    batch, tokens, _, _ = OP
+    members = op_members()
     contenders: dict[str, Callable[[], object]] = {"matmul": matmul()}
     for name, memory in members.items():
         for impl in ("triton", "chunked"):

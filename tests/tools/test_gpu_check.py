@@ -26,6 +26,13 @@ def test_the_timed_runs_are_valid_configs() -> None:
     assert num_params(small) == pytest.approx(20e6, rel=0.1)
 
 
+def test_the_timed_memories_run_as_the_benchmark_makes_them() -> None:
+    members = gpu_check.op_members()
+    assert members["atlas, a write a chunk"].rule().ns_period == members["omeganet"].chunk
+    for memory in members.values():
+        gpu_check.contender(memory, batch=1, tokens=memory.chunk)()
+
+
 def test_a_failing_section_leaves_the_others_and_is_named() -> None:
     report = gpu_check.Report()
 
