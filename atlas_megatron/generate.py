@@ -88,7 +88,7 @@ class Speaker:
 
         batch = torch.tensor([tokens], device=self.reader.device)
         # Rows of the embedding beyond the tokenizer's vocabulary are never text.
-        self._logits = self.reader.read(batch)[:, -1, : self.reader.tokenizer.vocab_size].float()
+        self._logits = self.reader.read(batch, keep=1)[:, -1, : self.reader.tokenizer.vocab_size].float()
 
 
 def main(words: Sequence[str] | None = None) -> int:

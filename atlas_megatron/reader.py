@@ -6,16 +6,20 @@ Dims: B batch, T tokens.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import torch
 from torch import Tensor
 
 from atlas_megatron.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
 
 BLOCK = 1 << 16  # characters of a file at a time
 # Where a byte-level tokenizer always cuts: before a space between two words.
@@ -29,36 +33,46 @@ class Reader(Protocol):
     tokenizer: Tokenizer
     device: torch.device
 
-    def read(self, tokens: Tensor) -> Tensor:
-        """Logits [B, T, vocabulary] of the next T tokens [B, T] int64 of each text."""
+    def read(self, tokens: Tensor, keep: int | None = None) -> Tensor:
+        """Logits [B, T, vocabulary] of the next T tokens [B, T] int64 of each text; keep: of the last so many alone."""
 
     def forget(self) -> None:
         """Begin new texts."""
 
+    def mark(self) -> Any:
+        """What has been read so far, to come `back` to; reading on does not change it."""
+
+    def back(self, mark: Any, rows: Sequence[int] | None = None) -> None:
+        """Go on from a mark; rows: with these of its texts alone, in this order, each as often as it is named."""
+
 
 class MegatronReader:
-    """The newest whole checkpoint of a run, in one process."""
+    """A model in one process."""
 
-    def __init__(self, run_directory: Path) -> None:
-        """Raises ValueError where the run has no whole checkpoint."""
-        from atlas_megatron.checkpoint import load_model
+    def __init__(self, model: HybridModel, tokenizer: Tokenizer) -> None:
         from atlas_megatron.parallel.cpu import device
 
-        self._model, config = load_model(run_directory)
-        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        self._model, self.tokenizer = model, tokenizer
         self.device = device()
         self.forget()
 
     def forget(self) -> None:
-        from atlas_megatron.streaming import StreamContext
+        self.back({})
+
+    def mark(self) -> Any:
+        return dict(self._context.states)
+
+    def back(self, mark: Any, rows: Sequence[int] | None = None) -> None:
+        from atlas_megatron.streaming import StreamContext, mapped
 
         self._context = StreamContext()
+        self._context.states = dict(mark if rows is None else mapped(mark, _selecting(rows, self.device)))
 
     @torch.no_grad()
-    def read(self, tokens: Tensor) -> Tensor:
+    def read(self, tokens: Tensor, keep: int | None = None) -> Tensor:
         from atlas_megatron import streaming
 
-        return streaming.read(self._model, tokens, self._context)
+        return streaming.read(self._model, tokens, self._context, keep)
 
 
 class HuggingFaceReader:
@@ -85,17 +99,34 @@ class HuggingFaceReader:
     def forget(self) -> None:
         self._memory: Any = None
 
+    def mark(self) -> Any:
+        # The cache is a shell around states that nobody changes.
+        return copy.copy(self._memory)
+
+    def back(self, mark: Any, rows: Sequence[int] | None = None) -> None:
+        self._memory = copy.copy(mark)
+        if rows is not None and self._memory is not None:
+            self._memory.select(torch.tensor(rows))
+
     @torch.no_grad()
-    def read(self, tokens: Tensor) -> Tensor:
-        out = self._model(input_ids=tokens, past_key_values=self._memory, use_cache=True)
+    def read(self, tokens: Tensor, keep: int | None = None) -> Tensor:
+        out = self._model(
+            input_ids=tokens, past_key_values=self._memory, use_cache=True, logits_to_keep=keep if keep else 0
+        )
         self._memory = out.past_key_values
         return out.logits
+
+
+def _selecting(rows: Sequence[int], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Takes these rows of a tensor that lies batch first."""
+    index = torch.tensor(rows, device=device)
+    return lambda tensor: tensor.index_select(0, index)
 
 
 def open_reader(path: str | Path) -> Reader:
     """The model in `path`: a run's directory or a folder that was exported for Hugging Face.
 
-    Raises ValueError where it is neither.
+    Of a run the newest whole checkpoint. Raises ValueError where it is neither, or the run has none.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -105,7 +136,10 @@ def open_reader(path: str | Path) -> Reader:
         if kind != "atlas":
             raise ValueError(f"{path} holds a model of type {kind!r}; give an exported atlas model or a run")
         return HuggingFaceReader(folder)
-    return MegatronReader(folder)
+    from atlas_megatron.checkpoint import load_model
+
+    model, config = load_model(folder)
+    return MegatronReader(model, load_tokenizer(config.data.tokenizer))
 
 
 def pieces(file: TextIO) -> Iterator[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -31,9 +34,23 @@ class StreamContext:
         return False
 
 
-def read(model: HybridModel, tokens: Tensor, context: StreamContext) -> Tensor:
+def mapped(state: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """The states of a stream (nested dicts, tuples and dataclasses) with `fn` applied to every tensor in them."""
+    if isinstance(state, Tensor):
+        return fn(state)
+    if isinstance(state, dict):
+        return {name: mapped(part, fn) for name, part in state.items()}
+    if isinstance(state, tuple):
+        return tuple(mapped(part, fn) for part in state)
+    if is_dataclass(state) and not isinstance(state, type):
+        return type(state)(**{f.name: mapped(getattr(state, f.name), fn) for f in fields(state)})
+    return state
+
+
+def read(model: HybridModel, tokens: Tensor, context: StreamContext, keep: int | None = None) -> Tensor:
     """Logits [B, T, vocabulary] of the next T tokens [B, T] of the sequences in `context`, whole on every rank.
 
+    keep: of the last so many tokens alone, [B, keep, vocabulary]; the output layer is not asked for the others.
     Raises ValueError for a model whose tokens or layers are spread over ranks.
     """
     config = model.config
@@ -43,8 +60,24 @@ def read(model: HybridModel, tokens: Tensor, context: StreamContext) -> Tensor:
             f"pipeline={config.pipeline_model_parallel_size}, context={config.context_parallel_size}; load its "
             "checkpoint with parallel.sequence=false, pipeline=1 and context=1"
         )
-    # Layers count positions themselves; core's embedding takes none.
-    return model(tokens, None, None, inference_context=context, runtime_gather_output=True)
+    with _kept(model.output_layer, keep):
+        # Layers count positions themselves; core's embedding takes none.
+        return model(tokens, None, None, inference_context=context, runtime_gather_output=True)
+
+
+@contextmanager
+def _kept(output_layer: nn.Module, keep: int | None) -> Iterator[None]:
+    """Within: the output layer sees the last `keep` tokens of [T, B, hidden] only."""
+
+    def last(module: nn.Module, words: tuple[Tensor, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        hidden, *rest = words
+        return (hidden[-keep:] if keep else hidden, *rest), named
+
+    hook = output_layer.register_forward_pre_hook(last, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()
@@ -67,7 +100,7 @@ def generate(
     generator = torch.Generator(tokens.device).manual_seed(seed)
     context, step = StreamContext(), tokens
     for _ in range(max_new_tokens):
-        logits = read(model, step, context)[:, -1].float()
+        logits = read(model, step, context, keep=1)[:, -1].float()
         step = sample(logits, temperature, top_p, generator)
         tokens = torch.cat([tokens, step], 1)
     return tokens

@@ -90,7 +90,7 @@ class MemoryAsGate(_Joined):
 class ContextState:
     """What MAC carries over a cut.
 
-    start: the memory before the segment that `position` lies in; memory: as it stands. keys, values [2, B, H, s, K]: of
+    start: the memory before the segment that `position` lies in; memory: as it stands. keys, values [B, 2, H, s, K]: of
     the segment's tokens so far, as they are and as the memory answers them.
     """
 
@@ -180,14 +180,14 @@ class MemoryAsContext(_Joined):
         q, *own = attention.heads_of(hidden_states)
         persistent = attention.persistent_for(q)
         _, *answered = attention.heads_of(context)
-        keys, values = (torch.stack(pair) for pair in zip(own, answered, strict=True))
+        keys, values = (torch.stack(pair, 1) for pair in zip(own, answered, strict=True))
         rotation = rotary(state.position, q.shape[2], attention.head_dim, attention.rotary_base, q.device)
         q, keys = rotate(q, rotation), rotate(keys, rotation)
         if state.keys is not None and state.values is not None:
             keys, values = torch.cat([state.keys, keys], 3), torch.cat([state.values, values], 3)
         before = torch.ones(q.shape[2], keys.shape[3], dtype=torch.bool, device=q.device)
         before = before.tril(keys.shape[3] - q.shape[2])
-        k, v = torch.cat([*keys], 2), torch.cat([*values], 2)
+        k, v = torch.cat(keys.unbind(1), 2), torch.cat(values.unbind(1), 2)
         y = attention.projected(attend(q, k, v, torch.cat([before, before], 1), persistent))
 
         written, memory = self.memory.mix(y, state.memory)

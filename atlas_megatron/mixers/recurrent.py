@@ -74,7 +74,9 @@ class Recurrent(Mixer):
         inputs = (wide(inputs) + outer).transpose(1, 2).flatten(3)  # [T, H, B, G K]
         matrix, inner = wide(self.recurrence).flatten(1, 2).mT.contiguous(), inner.flatten(1).unsqueeze(1)
         start = inputs.new_zeros(*inputs.shape[1:3], self.head_dim)
-        carried, outputs = state or (start,) * self.carries, []
+        # Heads lead inside, as in the products; a state lies batch first, as every layer's does.
+        carried = tuple(t.transpose(0, 1) for t in state) if state else (start,) * self.carries
+        outputs = []
         chain = self.shards.tokens
         if chain.rank > 0:
             carried = chain.receive(carried, inputs)
@@ -88,7 +90,7 @@ class Recurrent(Mixer):
         y = torch.stack(outputs).transpose(1, 2)  # [T, B, H, K]
         y = chain.pass_on(y, carried)
         y = y.to(branch.dtype) * F.silu(branch.squeeze(-2))
-        return self.linear_out(y.flatten(2))[0], carried
+        return self.linear_out(y.flatten(2))[0], tuple(t.transpose(0, 1) for t in carried)
 
 
 class GRU(Recurrent):

@@ -73,7 +73,7 @@ class Counting:
     def forget(self) -> None:
         self.seen = 0
 
-    def read(self, tokens: torch.Tensor) -> torch.Tensor:
+    def read(self, tokens: torch.Tensor, keep: int | None = None) -> torch.Tensor:
         self.longest = max(self.longest, tokens.shape[1])
         counts = self.seen + torch.arange(1, tokens.shape[1] + 1)
         self.seen += tokens.shape[1]

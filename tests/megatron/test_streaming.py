@@ -10,6 +10,7 @@ import torch
 
 from atlas_megatron.config import MemoryConfig
 from atlas_megatron.presets import PRESETS
+from atlas_megatron.reader import MegatronReader
 from atlas_megatron.streaming import StreamContext, generate, read
 from small_model import SMALL
 
@@ -65,6 +66,30 @@ def test_every_preset_reads_in_pieces(preset: str) -> None:
         whole = model(tokens, None, None)
         pieces = torch.cat([read(model, piece, context) for piece in tokens.split([1, 10, 16, 1, 1], 1)], 1)
     torch.testing.assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
+
+
+def states_of_every_kind() -> list[Any]:
+    patterns = [pytest.param(f"{symbol}-", "", id=symbol) for symbol in "M*FACRLDG"]
+    return patterns + [pytest.param("M-", preset, id=preset) for preset in PRESETS]
+
+
+@pytest.mark.parametrize(("pattern", "preset"), states_of_every_kind())
+@pytest.mark.usefixtures("single_process_megatron")
+def test_a_mark_is_come_back_to_with_some_of_its_rows(pattern: str, preset: str) -> None:
+    model = build(pattern, torch.float64, replace(SMALL.memory, **PRESETS.get(preset, {})))
+    reader = MegatronReader(model, tokenizer=None)
+    tokens = torch.randint(64, (3, 29), generator=torch.Generator().manual_seed(2))
+    head, tail = tokens.split([13, 16], 1)
+    reader.read(head)
+    mark = reader.mark()
+    reader.read(tail)
+    reader.back(mark)
+    again = reader.read(tail)
+    reader.back(mark, [2, 0, 0])
+    some = reader.read(tail[[2, 0, 0]], keep=5)
+    whole = model(tokens, None, None)
+    torch.testing.assert_close(again, whole[:, 13:], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(some, whole[[2, 0, 0], -5:], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.usefixtures("single_process_megatron")
