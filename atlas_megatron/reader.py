@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import torch
 from torch import Tensor
 
+from atlas_megatron.config import WITH_MEMORY, Config
 from atlas_megatron.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class Reader(Protocol):
 
     tokenizer: Tokenizer
     device: torch.device
+    growth: float  # bytes that each further token of a text adds to its state, without end; 0: it is of constant size
 
     def read(self, tokens: Tensor, keep: int | None = None) -> Tensor:
         """Logits [B, T, vocabulary] of the next T tokens [B, T] int64 of each text; keep: of the last so many alone."""
@@ -47,12 +50,18 @@ class Reader(Protocol):
 
 
 class MegatronReader:
-    """A model in one process."""
+    """A model in one process. Raises ValueError where its tokenizer has more tokens than it."""
 
-    def __init__(self, model: HybridModel, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: HybridModel, config: Config, tokenizer: Tokenizer) -> None:
         from atlas_megatron.parallel.cpu import device
 
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                f"the tokenizer in {tokenizer.folder} has {tokenizer.vocab_size} tokens, more than the model's "
+                f"model.vocab_size={config.model.vocab_size}; give the tokenizer that the model was trained with"
+            )
         self._model, self.tokenizer = model, tokenizer
+        self.growth = _growth(config.model.pattern, asdict(config.attention), asdict(config.memory))
         self.device = device()
         self.forget()
 
@@ -94,6 +103,7 @@ class HuggingFaceReader:
             raise ValueError(f"{folder} is not a whole Hugging Face model ({str(error).splitlines()[0]})") from error
         self._model = model.to(self.device).eval()
         self.tokenizer = load_tokenizer(folder)
+        self.growth = _growth(model.config.pattern, model.config.attention, model.config.memory)
         self.forget()
 
     def forget(self) -> None:
@@ -139,7 +149,19 @@ def open_reader(path: str | Path) -> Reader:
     from atlas_megatron.checkpoint import load_model
 
     model, config = load_model(folder)
-    return MegatronReader(model, load_tokenizer(config.data.tokenizer))
+    return MegatronReader(model, config, load_tokenizer(config.data.tokenizer))
+
+
+def _growth(pattern: str, attention: Mapping[str, Any], memory: Mapping[str, Any]) -> float:
+    """Bytes a token, in float32: keys and values of full attention, sources of the exponential kernels."""
+    numbers: float = pattern.count("F") * 2 * attention["heads"] * attention["head_dim"]
+    if memory["kernel"] != "lifted":
+        # A key, its weight, and a value for each matrix over phi*; of each chunk, and once more of its halo.
+        inner = {"linear": 1, "mlp": memory["expansion"], "gated_mlp": 2 * memory["expansion"]}[memory["memory"]]
+        source = memory["heads"] * (memory["head_dim"] * (1 + inner) + 1)
+        sources = (memory["chunk"] + memory["window"] - 1) / memory["chunk"]
+        numbers += sum(pattern.count(symbol) for symbol in WITH_MEMORY) * source * sources
+    return 4 * numbers
 
 
 def pieces(file: TextIO) -> Iterator[str]:

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from atlas_kernels import Gates, MemoryRule, initial_coefficients, lift, omega_memory
+from atlas_megatron.results import commit
 
 DIM, HEADS, HEAD_DIM, HIDDEN, CHUNK, WINDOW = 384, 6, 64, 256, 64, 16
 SHAPES = {"T=1024 B=1": (1, 1024), "T=4096 B=4": (4, 4096)}
@@ -193,12 +194,6 @@ def print_tables(report: dict) -> None:
         short, long = (by_length[str(t)] for t in MEMORY_LENGTHS)
         table.add_row(name, f"{short / 1e6:.0f}", f"{long / 1e6:.0f}", f"{long / short:.2f}")
     console.print(table)
-
-
-def commit() -> str:
-    """The commit that is measured, marked where files differ from it."""
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return described.stdout.strip() or "unknown"
 
 
 def main() -> int:

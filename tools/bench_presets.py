@@ -25,7 +25,8 @@ from atlas_kernels import Gates, initial_coefficients, lift, omega_memory
 from atlas_megatron.config import MemoryConfig
 from atlas_megatron.mixers.memory_layout import eta_start, lifted, weight_shapes
 from atlas_megatron.presets import PRESETS
-from bench_memory import commit, medians
+from atlas_megatron.results import commit
+from bench_memory import medians
 
 HEADS, HEAD_DIM, TOKENS, BATCH = 6, 64, 1024, 1
 DOCUMENTS = {"few": (300, 45, 679), "many": (40, 300, 5, 128, 200, 63, 64, 224)}

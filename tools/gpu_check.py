@@ -30,7 +30,7 @@ from atlas_kernels import newton_schulz
 from atlas_megatron.config import MemoryConfig, load
 from atlas_megatron.mixers.memory_layout import memory_flops
 from atlas_megatron.presets import PRESETS
-from bench_memory import commit
+from atlas_megatron.results import commit
 from bench_presets import contender
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,7 +23,7 @@ from matplotlib import pyplot
 
 import record
 import training
-from synthetic import Task, mad_tasks
+from atlas_megatron.evaluate.synthetic import Task, mad_tasks
 from training import Schedule
 
 

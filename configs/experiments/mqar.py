@@ -27,7 +27,7 @@ from matplotlib import pyplot
 
 import record
 import training
-from synthetic import Batch, Task, mqar
+from atlas_megatron.evaluate.synthetic import Batch, Task, mqar
 from training import Schedule
 
 

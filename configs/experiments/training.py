@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from atlas_kernels import lifted_width
 from atlas_megatron.config import AttentionConfig, Config, DeltaConfig, MemoryConfig, ModelConfig, TrainConfig
 from atlas_megatron.config_checks import validate
+from atlas_megatron.evaluate.synthetic import NO_ANSWER, Batch, Task
 from atlas_megatron.model import build_model, num_params
 from atlas_megatron.parallel import cpu, world
 from atlas_megatron.presets import PRESETS
-from synthetic import NO_ANSWER, Batch, Task
 
 HIDDEN = 64
 FEED_FORWARD = 128

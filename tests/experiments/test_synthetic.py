@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-import synthetic
-from synthetic import NO_ANSWER, RECALL_VOCABULARY, Batch, Task
+from atlas_megatron.evaluate import synthetic
+from atlas_megatron.evaluate.synthetic import NO_ANSWER, RECALL_VOCABULARY, Batch, Task
 
 HALF = RECALL_VOCABULARY // 2
 TASKS = synthetic.mad_tasks(tokens=48, short=24, copied=6) | {

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import training
+from atlas_megatron.evaluate.synthetic import NO_ANSWER, Task, compression, mqar
 from atlas_megatron.parallel import cpu
 from atlas_megatron.streaming import StreamContext
-from synthetic import NO_ANSWER, Task, compression, mqar
 from training import Asked
 
 TOKENS, VOCABULARY = 32, 64

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
 from atlas_megatron.config import MemoryConfig
+from atlas_megatron.model import build_model
 from atlas_megatron.presets import PRESETS
 from atlas_megatron.reader import MegatronReader
-from atlas_megatron.streaming import StreamContext, generate, read
+from atlas_megatron.streaming import StreamContext, generate, mapped, read
+from atlas_megatron.tokenizer import Tokenizer
 from small_model import SMALL
 
 CUTS = {"halves": [25, 20], "in and between chunks": [1, 7, 8, 13, 16], "token by token": [1] * 45}
 
 
 def build(pattern: str, dtype: torch.dtype, memory: MemoryConfig = SMALL.memory) -> Any:
-    from atlas_megatron.model import build_model
-
     model = build_model(replace(SMALL, model=replace(SMALL.model, pattern=pattern), memory=memory))
     model.config.params_dtype = dtype
     with torch.no_grad():
@@ -76,8 +77,10 @@ def states_of_every_kind() -> list[Any]:
 @pytest.mark.parametrize(("pattern", "preset"), states_of_every_kind())
 @pytest.mark.usefixtures("single_process_megatron")
 def test_a_mark_is_come_back_to_with_some_of_its_rows(pattern: str, preset: str) -> None:
-    model = build(pattern, torch.float64, replace(SMALL.memory, **PRESETS.get(preset, {})))
-    reader = MegatronReader(model, tokenizer=None)
+    memory = replace(SMALL.memory, **PRESETS.get(preset, {}))
+    model = build(pattern, torch.float64, memory)
+    config = replace(SMALL, model=replace(SMALL.model, pattern=pattern), memory=memory)
+    reader = MegatronReader(model, config, Tokenizer("", list, str, vocab_size=64, eod=0))
     tokens = torch.randint(64, (3, 29), generator=torch.Generator().manual_seed(2))
     head, tail = tokens.split([13, 16], 1)
     reader.read(head)
@@ -90,6 +93,33 @@ def test_a_mark_is_come_back_to_with_some_of_its_rows(pattern: str, preset: str)
     whole = model(tokens, None, None)
     torch.testing.assert_close(again, whole[:, 13:], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(some, whole[[2, 0, 0], -5:], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("pattern", "preset"), states_of_every_kind())
+@pytest.mark.usefixtures("single_process_megatron")
+def test_a_state_grows_as_it_says(pattern: str, preset: str) -> None:
+    memory = replace(SMALL.memory, **PRESETS.get(preset, {}))
+    attention = replace(SMALL.attention, segment=8)
+    config = replace(SMALL, model=replace(SMALL.model, pattern=pattern), memory=memory, attention=attention)
+    model = build_model(config).eval()
+    reader = MegatronReader(model, config, Tokenizer("", list, str, vocab_size=64, eod=0))
+    sizes = []
+    for _ in range(3):  # whole chunks and segments; windows are full after the first
+        reader.read(torch.zeros(3, 16, dtype=torch.int64))
+        sizes.append(held(reader.mark()))
+    assert [after - before for before, after in pairwise(sizes)] == pytest.approx([3 * 16 * reader.growth] * 2)
+
+
+def held(state: Any) -> int:
+    """Bytes of its tensors."""
+    sizes = []
+
+    def noted(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    mapped(state, noted)
+    return sum(sizes)
 
 
 @pytest.mark.usefixtures("single_process_megatron")

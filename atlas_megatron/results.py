@@ -1,0 +1,89 @@
+"""Results that grow cell by cell in one JSON file: what is finished is on the disk and never computed again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "megatron-core", "numpy", "matplotlib")
+
+Cell = dict[str, Any]
+
+
+class Results:
+    """One JSON file: a header that says what made it, its settings, and named cells."""
+
+    def __init__(self, path: Path, header: dict[str, Any], settings: dict[str, Any]) -> None:
+        """Take up what is there. Raises ValueError where it was made with other settings, or is no JSON."""
+        self.path = path
+        # Through JSON and back, so that tuples compare equal to the lists they are stored as.
+        settings = json.loads(json.dumps(settings))
+        made = {
+            "commit": commit(), "versions": versions(),
+            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        }  # fmt: skip
+        self.content: dict[str, Any] = {**header, **made, "settings": settings, "cells": {}}
+        if self.path.is_file():
+            self._take_up(settings)
+
+    def _take_up(self, settings: dict[str, Any]) -> None:
+        try:
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            there = stored["settings"]
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{self.path} holds no results; move it away, or choose another --out") from error
+        other = sorted(key for key in settings | there if settings.get(key) != there.get(key))
+        if other:
+            raise ValueError(
+                f"{self.path} was made with other constants ({', '.join(other)}); move it away, or choose another --out"
+            )
+        self.content = stored
+
+    @property
+    def cells(self) -> dict[str, Cell]:
+        """The finished cells by name."""
+        return self.content["cells"]
+
+    def cell(self, name: str, compute: Callable[[], Cell]) -> None:
+        """Compute and store the cell, unless it is there; says how long it took."""
+        if name in self.cells:
+            return
+        started = time.perf_counter()
+        found = compute()
+        seconds = round(time.perf_counter() - started, 2)
+        self.cells[name] = {**found, "seconds": seconds, "commit": commit()}
+        self._save()
+        print(f"{self.path.stem}: {name} ({seconds:.1f} s)", flush=True)
+
+    def _save(self) -> None:
+        # Renamed whole: an interrupted run leaves the cells it had.
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".json.tmp")
+        temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+def commit() -> str:
+    """What `git describe` calls this project's tree."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return described.stdout.strip() or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Python's and those of the packages that the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

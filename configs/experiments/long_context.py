@@ -1,0 +1,204 @@
+"""Recall against the length of the context: up to millions of tokens, read through each mixer's state.
+
+Two blocks of a mixer and an MLP, 64 wide, are trained on a language of facts and filler (recall_language.py), asked at
+once and after a while: sequences of 128, then 256, then 1,024 tokens, answers alone counted. Then each reads contexts of
+rising length in which sixteen facts lie anywhere, and is asked for all of them at the end. What it keeps of a context
+has a constant size but for full attention, which is measured as far as two minutes of reading reach.
+
+Every trained model is left in runs/long_context/NAME as a run's checkpoint: atlas-eval, atlas-generate and
+tools/convert_hf.py take it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+
+import torch
+import torch.nn.functional as F
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from torch import nn
+
+import recall_language as language
+import record
+import training
+from atlas_megatron import checkpoint
+from atlas_megatron.config import Config
+from atlas_megatron.evaluate import recall
+from atlas_megatron.evaluate.recall import Point, Recall
+from atlas_megatron.evaluate.synthetic import Task
+from atlas_megatron.model import num_params
+from atlas_megatron.reader import open_reader
+from recall_language import Mix
+
+RUNS = record.ROOT / "runs" / "long_context"
+METRIC = "accuracy"
+PATTERN_TOKENS = 1024  # model.seq_length: of the longest training sequences
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A share of the training steps, on sequences of one kind; every step has the same tokens."""
+
+    share: float
+    mix: Mix
+
+
+STAGES = (
+    Stage(0.5, Mix(128, filler=(0.0, 0.5), names=4)),
+    Stage(0.25, Mix(256, filler=(0.3, 0.8), names=8)),
+    Stage(0.25, Mix(1024, filler=(0.7, 0.97), names=12)),
+)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """size: as training.config_of has it; memory: keys of [memory] that differ from its; longer: times the steps."""
+
+    mixer: str
+    size: int
+    memory: dict[str, float]
+    lr: float = 1e-2
+    longer: int = 1
+    grows: bool = False  # what it keeps
+
+
+# Chunks of 64 read ten million tokens in a quarter of an hour. Steps may then be larger than the default for such
+# chunks allows: most tokens here are filler, which the gates can leave out. Memories begin to forget later.
+KEPT = {"chunk": 64, "alpha_start": 0.999}
+CONTENDERS = {
+    "atlas": Contender("atlas", 16, {**KEPT, "window": 8, "ns_period": 16, "eta_start": 0.03}),
+    "omeganet": Contender("omeganet", 16, {**KEPT, "window": 8, "eta_sum": 8.0}),
+    "titans": Contender("titans", 16, {**KEPT, "eta_sum": 8.0}),
+    "gated delta": Contender("gated delta", 16, {}),
+    "sliding window": Contender("sliding window", 64, {}, longer=3),
+    "attention": Contender("attention", 0, {}, longer=3, grows=True),
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """steps of `tokens` each; then `samples[length]` contexts of each length, all at once; attention to `held` tokens."""
+
+    contenders: tuple[str, ...]
+    steps: int
+    tokens: int
+    samples: dict[int, int]
+    held: int
+
+
+FULL = Grid(
+    contenders=tuple(CONTENDERS),
+    steps=2000,
+    tokens=2048,
+    samples={1024: 8, 4096: 8, 16384: 8, 65536: 4, 262144: 2, 1048576: 2, 10485760: 1},
+    held=65536,
+)
+QUICK = Grid(("atlas", "gated delta", "attention"), steps=8, tokens=1024, samples={512: 2, 2048: 2}, held=512)
+
+
+def config_of(contender: Contender) -> Config:
+    config = training.config_of(contender.mixer, contender.size, PATTERN_TOKENS, language.VOCABULARY, mlp=True)
+    return replace(config, memory=replace(config.memory, **contender.memory))
+
+
+def train(name: str, grid: Grid, runs: Path) -> record.Cell:
+    """Train a contender and leave its checkpoint; its last training accuracy of each stage."""
+    contender, folder = CONTENDERS[name], runs / name.replace(" ", "_")
+    language.write_tokenizer(folder / "tokenizer")
+    config = config_of(contender)
+    config = replace(
+        config,
+        run=replace(config.run, directory=str(folder)),
+        data=replace(config.data, tokenizer=str(folder / "tokenizer")),
+    )
+    steps = grid.steps * contender.longer
+    with training.one_process(config):
+        asked = training.Asked(config, Task(language.batch, language.VOCABULARY, PATTERN_TOKENS))
+        accuracy = _train(asked, contender, grid.tokens, steps)
+        checkpoint.save_weights(asked.model, config)
+    return {"accuracy": accuracy, "parameters": num_params(config), "state_floats": training.state_floats(config)}
+
+
+def _train(asked: training.Asked, contender: Contender, tokens: int, steps: int) -> list[float]:
+    optimizer = torch.optim.AdamW(asked.parameters(), lr=contender.lr, betas=training.BETAS, weight_decay=0.0)
+    schedule = training.Schedule(steps, batch=0, lr=contender.lr, warmup=min(50, steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(training.share, schedule))
+    ends, accuracy = _ends(steps), []
+    recent: list[float] = []
+    for step in range(steps):
+        mix = STAGES[sum(step >= end for end in ends[:-1])].mix
+        logits, labels = asked(training.on_device(language.batch(step, max(1, tokens // mix.tokens), mix)))
+        loss = F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if not nn.utils.clip_grad_norm_(asked.parameters(), training.CLIP).isfinite():
+            raise ArithmeticError(f"a gradient was not finite at step {step}")
+        optimizer.step()
+        scheduler.step()
+        recent = [*recent[-49:], (logits.argmax(-1) == labels).float().mean().item()]
+        if step + 1 in ends:
+            accuracy.append(round(fmean(recent), 4))
+            print(f"  {contender.mixer}: step {step + 1} of {steps}, accuracy {accuracy[-1]:.2f}", flush=True)
+    return accuracy
+
+
+def _ends(steps: int) -> list[int]:
+    """The step at which each stage ends."""
+    shares = [sum(stage.share for stage in STAGES[: n + 1]) for n in range(len(STAGES))]
+    return [round(share * steps) for share in shares]
+
+
+def score(prediction: str, question: recall.Question) -> dict[str, float]:
+    return {METRIC: float(prediction.strip() == question.answers[0])}
+
+
+def measure(results: record.Record, name: str, grid: Grid, runs: Path) -> None:
+    """Every length of one contender, shortest first."""
+    folder = runs / name.replace(" ", "_")
+    lengths = [n for n in grid.samples if not CONTENDERS[name].grows or n <= grid.held]
+    cells = {length: f"{name}, {length} tokens" for length in lengths}
+    if all(cell in results.cells for cell in cells.values()):
+        return
+    reader = open_reader(folder)
+    task = Recall("recall", language.example, score, METRIC)
+    for length, cell in cells.items():
+        results.cell(cell, lambda length=length: recall.measured(task, reader, length, range(grid.samples[length])))
+
+
+def points(results: record.Record, name: str) -> list[Point]:
+    return recall.points([c for cell, c in results.cells.items() if cell.startswith(f"{name}, ")], METRIC)
+
+
+def draw(results: record.Record, grid: Grid) -> None:
+    with pyplot.style.context(record.STYLE):
+        figure, panels = pyplot.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+        for place, name in enumerate(grid.contenders):
+            found = points(results, name)
+            lengths, colour = [p.length for p in found], f"C{place}"
+            errors = [p.error or 0.0 for p in found]
+            panels[0].errorbar(
+                lengths, [p.mean for p in found], errors, marker="o", markersize=4, color=colour, label=name, capsize=2
+            )
+            panels[1].plot(lengths, [p.peak_bytes / 2**20 for p in found], marker="o", markersize=4, color=colour)
+            panels[2].plot(lengths, [p.tokens_per_second for p in found], marker="o", markersize=4, color=colour)
+        panels[0].axhline(1 / 24, color="grey", linestyle=":", linewidth=1)
+        panels[0].set_ylim(-0.03, 1.03)
+        titles = ("facts recalled (dotted: by chance)", "peak memory of the process (MiB)", "tokens/s read")
+        for axes, title in zip(panels, titles, strict=True):
+            _finish(axes, title)
+        panels[1].set_ylim(bottom=0)
+        panels[2].set_ylim(bottom=0)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+        results.save_figure(figure)
+
+
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("tokens of the context")
+    axes.set_title(title, fontsize="medium")
