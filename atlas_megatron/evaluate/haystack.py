@@ -31,9 +31,10 @@ class Example:
     """One context with what is asked about it.
 
     context() starts anew at every call and yields the same int32 pieces of at most PIECE tokens, `length` in all;
-    with the longest question they are as many tokens as were asked for. depths: where each needle lies, as a share of
-    the context (0 its start, 1 its end); the place is the next border between sentences. Each of several questions is
-    asked of the same context, not after another's answer.
+    with the longest question they are as many tokens as were asked for. depths: where the needles lie on which the
+    answers rest, as shares of the context (0 its start, 1 its end), each before it moves to the next border between
+    sentences; none where the answers rest on all of the context. Each of several questions is asked of the same
+    context, not after another's answer.
     """
 
     name: str
@@ -117,7 +118,7 @@ class Haystack:
 
     @property
     def depths(self) -> tuple[float, ...]:
-        """Of each needle's first token in the whole context, before it moves to the next border."""
+        """Of all needles, as `Example.depths` has them."""
         found, before = [], len(self.opening)
         for needle in self.needles:
             found.append((before + int(needle.depth * self.filler_length)) / self.length)

@@ -16,7 +16,11 @@ from functools import partial
 from atlas_megatron.evaluate import metrics
 from atlas_megatron.evaluate.filler import TextFolder
 from atlas_megatron.evaluate.haystack import Example, Question
-from atlas_megatron.evaluate.ruler import niah, parameters
+from atlas_megatron.evaluate.ruler import parameters
+from atlas_megatron.evaluate.ruler.common_words import common_words
+from atlas_megatron.evaluate.ruler.frequent_words import frequent_words
+from atlas_megatron.evaluate.ruler.niah import niah
+from atlas_megatron.evaluate.ruler.tracking import tracking
 from atlas_megatron.tokenizer import Tokenizer
 
 # (name, tokenizer, length, seed, folder) -> Example
@@ -44,9 +48,15 @@ RULER_METRICS: dict[str, Metric] = {
 }
 
 
+def _ruler(make: Maker, needs_text: bool = False) -> Task:
+    return Task(make, RULER_METRICS, "string_match_all", needs_text)
+
+
 TASKS: dict[str, Task] = {
-    name: Task(partial(niah.niah, task), RULER_METRICS, "string_match_all", task.haystack == "essay")
-    for name, task in parameters.NIAH.items()
+    **{name: _ruler(partial(niah, task), task.haystack == "essay") for name, task in parameters.NIAH.items()},
+    **{name: _ruler(partial(tracking, task)) for name, task in parameters.TRACKING.items()},
+    **{name: _ruler(partial(common_words, task)) for name, task in parameters.COMMON_WORDS.items()},
+    **{name: _ruler(partial(frequent_words, task)) for name, task in parameters.FREQUENT_WORDS.items()},
 }
 
 

@@ -26,7 +26,7 @@ def whole(haystack: Haystack) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int32), *haystack.pieces()])
 
 
-NEEDLES = tuple(Needle(np.full(3, -number, np.int32), depth) for number, depth in zip((1, 2, 3, 4), (0, 0.5, 0.5, 1)))
+NEEDLES = tuple(Needle(np.full(3, -number, np.int32), depth) for number, depth in enumerate((0, 0.5, 0.5, 1), start=1))
 
 
 @pytest.mark.parametrize("length", [14, 15, 17, 18, 19, 20, 63, 1000, PIECE, PIECE + 1])

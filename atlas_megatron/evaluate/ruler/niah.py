@@ -84,8 +84,12 @@ def niah(
     question = Question((ONE_QUESTION if one else QUESTION).format(kind=kind, query=query), answers)
 
     before, after = (" ", "") if task.haystack == "essay" else ("", "\n")
-    texts = [NEEDLE.format(kind=task.value, key=key, value=value) for key in keys for value in by_key[key]]
-    needles = [encode(tokenizer, f"{before}{texts[place]}{after}") for place in generator.permutation(len(texts))]
+    hidden = [(key, value) for key in keys for value in by_key[key]]
+    hidden = [hidden[place] for place in generator.permutation(len(hidden))]
+    needles = [
+        encode(tokenizer, before + NEEDLE.format(kind=task.value, key=key, value=value) + after)
+        for key, value in hidden
+    ]
     opening = encode(tokenizer, (ONE_OPENING if one else OPENING).format(kind=kind))
     needed = len(opening) + sum(len(needle) for needle in needles)
     haystack = Haystack(
@@ -94,7 +98,8 @@ def niah(
         _filler(task, name, tokenizer, seed, folder, {*keys, *values}),
         room_for_context(name, tokenizer, length, [question], needed),
     )
-    return Example(name, haystack.length, haystack.pieces, (question,), task.max_new_tokens, haystack.depths)
+    depths = tuple(depth for depth, (key, _) in zip(haystack.depths, hidden, strict=True) if key in asked)
+    return Example(name, haystack.length, haystack.pieces, (question,), task.max_new_tokens, depths)
 
 
 def _distinct(draw: Callable[[np.random.Generator], str], generator: np.random.Generator, count: int) -> list[str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from atlas_megatron.evaluate.ruler.common_words import CommonWords, Repeats, Size
+from atlas_megatron.evaluate.ruler.frequent_words import FrequentWords
 from atlas_megatron.evaluate.ruler.niah import Niah
+from atlas_megatron.evaluate.ruler.tracking import Tracking
 
 NIAH_TOKENS = 128  # to generate
 
@@ -16,3 +19,14 @@ NIAH = {
     "niah_multivalue": Niah("essay", "words", "numbers", 1, 4, 1, NIAH_TOKENS),
     "niah_multiquery": Niah("essay", "words", "numbers", 4, 1, 4, NIAH_TOKENS),
 }
+TRACKING = {"vt": Tracking(chains=1, hops=4, max_new_tokens=30)}
+COMMON_WORDS = {
+    "cwe": CommonWords(
+        common=10,
+        long=Size(Repeats(30, 3), example_words=40, example_repeats=Repeats(10, 3)),
+        long_from=4096,
+        short=Size(Repeats(6, 1), example_words=20, example_repeats=Repeats(3, 1)),
+        max_new_tokens=120,
+    )
+}
+FREQUENT_WORDS = {"fwe": FrequentWords(alpha=2.0, letters=6, tokens_a_word=50, max_new_tokens=50)}
