@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from functools import partial
 
 from atlas_megatron.evaluate import metrics
+from atlas_megatron.evaluate.babilong import LABELS, Babilong, babilong, exact, substring
 from atlas_megatron.evaluate.filler import TextFolder
 from atlas_megatron.evaluate.haystack import Example, Question
 from atlas_megatron.evaluate.ruler import parameters
@@ -52,11 +53,18 @@ def _ruler(make: Maker, needs_text: bool = False) -> Task:
     return Task(make, RULER_METRICS, "string_match_all", needs_text)
 
 
+def _babilong(task: Babilong) -> Task:
+    judges: dict[str, Metric] = {"exact": partial(exact, task.task), "substring": substring}
+    return Task(partial(babilong, task), judges, "exact", needs_text=True)
+
+
 TASKS: dict[str, Task] = {
     **{name: _ruler(partial(niah, task), task.haystack == "essay") for name, task in parameters.NIAH.items()},
     **{name: _ruler(partial(tracking, task)) for name, task in parameters.TRACKING.items()},
     **{name: _ruler(partial(common_words, task)) for name, task in parameters.COMMON_WORDS.items()},
     **{name: _ruler(partial(frequent_words, task)) for name, task in parameters.FREQUENT_WORDS.items()},
+    **{f"babilong_{task}": _babilong(Babilong(task)) for task in LABELS},
+    **{f"babilong_{task}_prompted": _babilong(Babilong(task, prompted=True)) for task in LABELS},
 }
 
 
@@ -74,8 +82,9 @@ def make(
 ) -> Example:
     """The index-th example of a task in `length` tokens, context and longest question together.
 
-    Equal arguments make equal examples. folder: text of the same tokenizer to hide needles in. Raises ValueError for
-    an unknown task, a length without room for the facts, and a missing folder where the task needs one.
+    Equal arguments make equal examples. A BABILong example of length 0 is the story alone (its "0k"). folder: text to
+    hide needles in, encoded by the same tokenizer. Raises ValueError for an unknown task, a length without room for
+    the facts, and a missing folder where the task needs one.
     """
     if index < 0 or seed < 0:
         raise ValueError(f"index {index} and seed {seed} of an example must not be negative")
