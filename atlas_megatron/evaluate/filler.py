@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import textwrap
 from collections import OrderedDict
@@ -29,7 +30,8 @@ WHITE = re.compile(rb"\s")
 class TextFolder:
     """The sentences of all text files (SUFFIXES) under a folder, in the order of their paths, over and over.
 
-    Sentences are those of English punctuation; white space is one space. Each is encoded with a space before it.
+    Hidden files and folders are left out. Sentences are those of English punctuation; white space is one space. Each is
+    encoded with a space before it.
     """
 
     def __init__(self, folder: str | Path, tokenizer: Tokenizer) -> None:
@@ -37,13 +39,24 @@ class TextFolder:
         self.folder, self.tokenizer = Path(folder), tokenizer
         if not self.folder.is_dir():
             raise ValueError(f"filler folder {str(folder)!r} does not exist; give a folder of text files")
-        files = sorted(file for file in self.folder.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-        self._places = [(file, start) for file in files for start in range(0, file.stat().st_size, BLOCK)]
+        files = sorted(file for file in self.folder.rglob("*") if self._counts(file))
+        sizes = [file.stat().st_size for file in files]
+        self._places = [
+            (file, start) for file, size in zip(files, sizes, strict=True) for start in range(0, size, BLOCK)
+        ]
+        # Of the files' names and sizes: equal means that the same seed gives the same filler.
+        self.fingerprint = hashlib.sha256(
+            "".join(f"{file.relative_to(folder)}\t{size}\n" for file, size in zip(files, sizes, strict=True)).encode()
+        ).hexdigest()
         self._blocks: OrderedDict[int, Stretch | None] = OrderedDict()
         self._kept = 0
         if not any(self._block(number) for number in range(len(self._places))):
             names = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
             raise ValueError(f"filler folder {str(folder)!r} holds no text in files named {names}; put some there")
+
+    def _counts(self, file: Path) -> bool:
+        hidden = any(part.startswith(".") for part in file.relative_to(self.folder).parts)
+        return file.suffix in SUFFIXES and not hidden and file.is_file()
 
     def filler(self, seed: Sequence[int]) -> Filler:
         """Filler that starts at a place drawn by the seed."""

@@ -34,7 +34,7 @@ class Example:
     with the longest question they are as many tokens as were asked for. depths: where the needles lie on which the
     answers rest, as shares of the context (0 its start, 1 its end), each before it moves to the next border between
     sentences; none where the answers rest on all of the context. Each of several questions is asked of the same
-    context, not after another's answer.
+    context, not after another's answer; then the depths are theirs in turn.
     """
 
     name: str

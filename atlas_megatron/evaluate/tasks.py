@@ -60,6 +60,7 @@ def _babilong(task: Babilong) -> Task:
 
 TASKS: dict[str, Task] = {
     **{name: _ruler(partial(niah, task), task.haystack == "essay") for name, task in parameters.NIAH.items()},
+    **{name: _ruler(partial(niah, task), task.haystack == "essay") for name, task in parameters.NIAH_EACH.items()},
     **{name: _ruler(partial(tracking, task)) for name, task in parameters.TRACKING.items()},
     **{name: _ruler(partial(common_words, task)) for name, task in parameters.COMMON_WORDS.items()},
     **{name: _ruler(partial(frequent_words, task)) for name, task in parameters.FREQUENT_WORDS.items()},

@@ -121,6 +121,20 @@ def test_bad_folders_are_refused(tmp_path, tokenizer: Tokenizer) -> None:
         TextFolder(tmp_path, tokenizer)
 
 
+def test_hidden_files_are_left_out_and_the_fingerprint_tells_files_apart(tmp_path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "in" / ".hidden").mkdir(parents=True)
+    (tmp_path / "in" / "seen.txt").write_text("This is seen.")
+    before = TextFolder(tmp_path, tokenizer)
+    (tmp_path / "in" / ".hidden" / "not.txt").write_text("This is not.")
+    (tmp_path / ".not.md").write_text("This is not.")
+    again = TextFolder(tmp_path, tokenizer)
+    assert again.fingerprint == before.fingerprint
+    tokens = whole(Haystack(np.empty(0, np.int32), (), again.filler((0,)), 100))
+    assert (" This is seen." * 100).startswith(tokenizer.decode(tokens))
+    (tmp_path / "in" / "seen.txt").write_text("This is seen too.")
+    assert TextFolder(tmp_path, tokenizer).fingerprint != before.fingerprint
+
+
 def test_sentences() -> None:
     text = 'One is here.  Two\nis "there!" (Three?) costs 3.5 now. ' + "word " * 200
     found = list(sentences(text))

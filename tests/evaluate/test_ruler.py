@@ -9,7 +9,7 @@ import pytest
 from atlas_megatron.evaluate.filler import TextFolder
 from atlas_megatron.evaluate.haystack import Example
 from atlas_megatron.evaluate.ruler.frequent_words import zeta
-from atlas_megatron.evaluate.ruler.parameters import NIAH, TRACKING
+from atlas_megatron.evaluate.ruler.parameters import NIAH, NIAH_EACH, TRACKING
 from atlas_megatron.evaluate.ruler.shuffle import Shuffle
 from atlas_megatron.evaluate.ruler.tracking import Tracking, tracking
 from atlas_megatron.evaluate.tasks import make
@@ -49,6 +49,21 @@ def test_needles_are_found_again(name: str, length: int, tokenizer: Tokenizer, f
     assert np.allclose(np.array(places) / example.length, example.depths, atol=SENTENCE / example.length)
     assert example.length == sum(len(piece) for piece in example.context())
     assert example.length + len(tokenizer.encode(question.text)) == length
+
+
+@pytest.mark.parametrize("name", NIAH_EACH)
+def test_needles_are_asked_for_apart(name: str, tokenizer: Tokenizer, folder: TextFolder) -> None:
+    example = make(name, tokenizer, 6000, index=1, seed=5, folder=folder)
+    found = text(example, tokenizer)
+    assert len(example.questions) == len(example.depths) == 16
+    hidden = {key: value for _, key, value in NEEDLE.findall(found)}
+    for question, depth in zip(example.questions, example.depths, strict=True):
+        key = re.search(r"What is the special magic number for (\S+) mentioned", question.text).group(1)
+        assert question.answers == (hidden.pop(key),)
+        place = len(tokenizer.encode(found[: found.index(f"for {key} is")]))
+        assert place / example.length == pytest.approx(depth, abs=SENTENCE / example.length)
+    assert not hidden
+    assert np.allclose(np.diff(example.depths), 1 / 16, atol=0.01)
 
 
 @pytest.mark.parametrize("length", [1500, 4096, 20_000])

@@ -43,7 +43,8 @@ class Niah:
     """haystack: repeat (NOISE), essay (text of a folder) or needle (other keys' needles).
 
     key, value: words, numbers or uuids. keys, values, queries: how many keys there are, values a key has, and keys
-    that are asked for together.
+    that are asked for together. apart (ours): every key is asked for in a question of its own, the needles are spread
+    evenly, and `Example.depths` are those of the questions in turn.
     """
 
     haystack: str
@@ -53,6 +54,7 @@ class Niah:
     values: int
     queries: int
     max_new_tokens: int
+    apart: bool = False
 
 
 def number(generator: np.random.Generator) -> str:
@@ -75,31 +77,38 @@ def niah(
     keys = _distinct(KINDS[task.key], generator, task.keys)
     values = _distinct(KINDS[task.value], generator, task.keys * task.values)
     by_key = {key: values[place * task.values : (place + 1) * task.values] for place, key in enumerate(keys)}
-    asked = [keys[place] for place in generator.permutation(len(keys))[: task.queries]]
-    answers = tuple(value for key in asked for value in by_key[key])
-
-    one = len(answers) == 1
-    kind = task.value.removesuffix("s") if one else task.value
-    query = " and ".join((", ".join(asked[:-1]) + ",", asked[-1])) if len(asked) > 1 else asked[0]
-    question = Question((ONE_QUESTION if one else QUESTION).format(kind=kind, query=query), answers)
-
-    before, after = (" ", "") if task.haystack == "essay" else ("", "\n")
     hidden = [(key, value) for key in keys for value in by_key[key]]
     hidden = [hidden[place] for place in generator.permutation(len(hidden))]
+    asked = [keys[place] for place in generator.permutation(len(keys))[: task.queries]]
+    if task.apart:
+        questions = tuple(_question(task, [key], (value,)) for key, value in hidden)
+    else:
+        questions = (_question(task, asked, tuple(value for key in asked for value in by_key[key])),)
+
+    one = len(asked) * task.values == 1
+    kind = task.value.removesuffix("s") if one else task.value
+    opening = encode(tokenizer, (ONE_OPENING if one else OPENING).format(kind=kind))
+    before, after = (" ", "") if task.haystack == "essay" else ("", "\n")
     needles = [
         encode(tokenizer, before + NEEDLE.format(kind=task.value, key=key, value=value) + after)
         for key, value in hidden
     ]
-    opening = encode(tokenizer, (ONE_OPENING if one else OPENING).format(kind=kind))
     needed = len(opening) + sum(len(needle) for needle in needles)
     haystack = Haystack(
         opening,
-        tuple(map(Needle, needles, _depths(task.haystack, generator, len(needles)))),
+        tuple(map(Needle, needles, _depths(task, generator, len(needles)))),
         _filler(task, name, tokenizer, seed, folder, {*keys, *values}),
-        room_for_context(name, tokenizer, length, [question], needed),
+        room_for_context(name, tokenizer, length, questions, needed),
     )
     depths = tuple(depth for depth, (key, _) in zip(haystack.depths, hidden, strict=True) if key in asked)
-    return Example(name, haystack.length, haystack.pieces, (question,), task.max_new_tokens, depths)
+    return Example(name, haystack.length, haystack.pieces, questions, task.max_new_tokens, depths)
+
+
+def _question(task: Niah, keys: list[str], answers: tuple[str, ...]) -> Question:
+    one = len(answers) == 1
+    kind = task.value.removesuffix("s") if one else task.value
+    query = f"{', '.join(keys[:-1])}, and {keys[-1]}" if len(keys) > 1 else keys[0]
+    return Question((ONE_QUESTION if one else QUESTION).format(kind=kind, query=query), answers)
 
 
 def _distinct(draw: Callable[[np.random.Generator], str], generator: np.random.Generator, count: int) -> list[str]:
@@ -109,8 +118,10 @@ def _distinct(draw: Callable[[np.random.Generator], str], generator: np.random.G
     return list(found)
 
 
-def _depths(haystack: str, generator: np.random.Generator, count: int) -> list[float]:
-    depths = generator.choice(DEPTHS, count, replace=False) if haystack == "essay" else generator.random(count)
+def _depths(task: Niah, generator: np.random.Generator, count: int) -> list[float]:
+    if task.apart:
+        return [(number + 0.5) / count for number in range(count)]
+    depths = generator.choice(DEPTHS, count, replace=False) if task.haystack == "essay" else generator.random(count)
     return sorted(float(depth) for depth in depths)
 
 

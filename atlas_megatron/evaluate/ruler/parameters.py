@@ -1,4 +1,7 @@
-"""RULER's tasks with their official parameters: NVIDIA/RULER, scripts/synthetic.yaml and constants.py."""
+"""RULER's tasks with their official parameters: NVIDIA/RULER, scripts/synthetic.yaml and constants.py.
+
+A length here is that of the prompt; RULER's max_seq_length holds the tokens to generate too.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,11 @@ NIAH = {
     "niah_multikey_3": Niah("needle", "uuids", "uuids", 1, 1, 1, NIAH_TOKENS),
     "niah_multivalue": Niah("essay", "words", "numbers", 1, 4, 1, NIAH_TOKENS),
     "niah_multiquery": Niah("essay", "words", "numbers", 4, 1, 4, NIAH_TOKENS),
+}
+# Ours, not RULER's: sixteen needles at even depths of one context, each asked for on its own.
+NIAH_EACH = {
+    "niah_each_1": Niah("repeat", "words", "numbers", 16, 1, 16, max_new_tokens=32, apart=True),
+    "niah_each_2": Niah("essay", "words", "numbers", 16, 1, 16, max_new_tokens=32, apart=True),
 }
 TRACKING = {"vt": Tracking(chains=1, hops=4, max_new_tokens=30)}
 COMMON_WORDS = {
