@@ -1,0 +1,157 @@
+"""What needles are buried in: sentences of a folder of text, one sentence repeated, or sentences made on the fly."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import textwrap
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from atlas_megatron.evaluate.haystack import PIECE, Filler, Stretch, encode
+from atlas_megatron.tokenizer import Tokenizer
+
+SUFFIXES = (".txt", ".md", ".rst", ".py")
+BLOCK = 65_536  # bytes of a file that are cut into sentences and encoded at once
+OVERHANG = 1024  # bytes after a block in which the white space that ends it is looked for
+KEPT = 16_777_216  # tokens of encoded blocks kept for their next turn (64 MiB)
+LONGEST = 400  # characters of a sentence; text without full stops is cut at a space
+MADE_AT_ONCE = 256  # sentences
+
+# Up to a full stop with the quotes and brackets that close after it, or to the end of the text.
+SENTENCE = re.compile(r"""\S.*?(?:[.!?]+["'”’)\]]*(?=\s|$)|$)""")
+WHITE = re.compile(rb"\s")
+
+
+class TextFolder:
+    """The sentences of all text files (SUFFIXES) under a folder, in the order of their paths, over and over.
+
+    Hidden files and folders are left out. Sentences are those of English punctuation; white space is one space. Each is
+    encoded with a space before it.
+    """
+
+    def __init__(self, folder: str | Path, tokenizer: Tokenizer) -> None:
+        """Raises ValueError for a folder without text."""
+        self.folder, self.tokenizer = Path(folder), tokenizer
+        if not self.folder.is_dir():
+            raise ValueError(f"filler folder {str(folder)!r} does not exist; give a folder of text files")
+        files = sorted(file for file in self.folder.rglob("*") if self._counts(file))
+        sizes = [file.stat().st_size for file in files]
+        self._places = [
+            (file, start) for file, size in zip(files, sizes, strict=True) for start in range(0, size, BLOCK)
+        ]
+        # Of the files' names and sizes: equal means that the same seed gives the same filler.
+        self.fingerprint = hashlib.sha256(
+            "".join(f"{file.relative_to(folder)}\t{size}\n" for file, size in zip(files, sizes, strict=True)).encode()
+        ).hexdigest()
+        self._blocks: OrderedDict[int, Stretch | None] = OrderedDict()
+        self._kept = 0
+        if not any(self._block(number) for number in range(len(self._places))):
+            names = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
+            raise ValueError(f"filler folder {str(folder)!r} holds no text in files named {names}; put some there")
+
+    def _counts(self, file: Path) -> bool:
+        hidden = any(part.startswith(".") for part in file.relative_to(self.folder).parts)
+        return file.suffix in SUFFIXES and not hidden and file.is_file()
+
+    def filler(self, seed: Sequence[int]) -> Filler:
+        """Filler that starts at a place drawn by the seed."""
+        return partial(self._stretches, tuple(seed))
+
+    def _stretches(self, seed: tuple[int, ...]) -> Iterator[Stretch]:
+        generator = np.random.default_rng(seed)
+        number = int(generator.integers(len(self._places)))
+        first = self._block(number)
+        if first:
+            skipped = int(generator.integers(len(first.ends)))
+            start = int(first.ends[skipped - 1]) if skipped else 0
+            yield Stretch(first.tokens[start:], first.ends[skipped:] - start)
+        while True:
+            number = (number + 1) % len(self._places)
+            block = self._block(number)
+            if block:
+                yield block
+
+    def _block(self, number: int) -> Stretch | None:
+        """The sentences of one block; None for one of white space."""
+        if number in self._blocks:
+            self._blocks.move_to_end(number)
+            return self._blocks[number]
+        block = stretch(self.tokenizer, (f" {sentence}" for sentence in sentences(_text(*self._places[number]))))
+        self._blocks[number] = block
+        self._kept += len(block.tokens) if block else 0
+        while self._kept > KEPT:
+            _, dropped = self._blocks.popitem(last=False)
+            self._kept -= len(dropped.tokens) if dropped else 0
+        return block
+
+
+def _text(file: Path, start: int) -> str:
+    """A block of a file: it begins and ends at the first white space from its place on."""
+    with file.open("rb") as source:
+        source.seek(start)
+        raw = source.read(BLOCK + OVERHANG)
+    begin, end = (_border(raw, 0) if start else 0), _border(raw, BLOCK)
+    try:
+        return raw[begin:end].decode()
+    except UnicodeDecodeError as error:
+        place = start + begin + error.start
+        raise ValueError(f"{file} is not UTF-8 text (byte {place:,}); convert it or take it out") from error
+
+
+def _border(raw: bytes, place: int) -> int:
+    """The first white space at `place` or soon after; where there is none, the start of a character."""
+    white = WHITE.search(raw, place, place + OVERHANG)
+    if white:
+        return white.start()
+    while place < len(raw) and raw[place] & 0xC0 == 0x80:  # continues a UTF-8 character
+        place += 1
+    return place
+
+
+def sentences(text: str) -> Iterator[str]:
+    """The text's sentences, white space made single spaces, overlong ones cut at a space."""
+    for sentence in SENTENCE.findall(" ".join(text.split())):
+        if len(sentence) <= LONGEST:
+            yield sentence
+        else:
+            yield from textwrap.wrap(sentence, LONGEST, break_on_hyphens=False)
+
+
+def stretch(tokenizer: Tokenizer, texts: Iterable[str]) -> Stretch | None:
+    """Texts encoded one by one, each a sentence; None if they hold no token."""
+    encoded = [encode(tokenizer, text) for text in texts]
+    ends = np.cumsum([len(tokens) for tokens in encoded], dtype=np.int64)
+    if len(ends) == 0 or ends[-1] == 0:
+        return None
+    return Stretch(np.concatenate(encoded), ends)
+
+
+def repeated(tokenizer: Tokenizer, sentence: str) -> Filler:
+    """One sentence over and over."""
+    tokens = encode(tokenizer, sentence)
+    count = max(1, PIECE // len(tokens))
+    block = Stretch(np.tile(tokens, count), np.arange(1, count + 1, dtype=np.int64) * len(tokens))
+
+    def stretches() -> Iterator[Stretch]:
+        while True:
+            yield block
+
+    return stretches
+
+
+def made(tokenizer: Tokenizer, sentence: Callable[[np.random.Generator], str], seed: Sequence[int]) -> Filler:
+    """Sentences that a function makes from random numbers, one after another."""
+
+    def stretches() -> Iterator[Stretch]:
+        generator = np.random.default_rng(tuple(seed))
+        while True:
+            block = stretch(tokenizer, [sentence(generator) for _ in range(MADE_AT_ONCE)])
+            assert block is not None, "a made sentence is not empty"
+            yield block
+
+    return stretches

@@ -1,0 +1,144 @@
+"""RULER's needles in a haystack: special magic numbers (words, uuids) for keys, hidden and asked for.
+
+After NVIDIA/RULER, scripts/data/synthetic/niah.py; the prompt's words are those of its constants.py. Ours: the words
+are made up (words.py), no two keys or values of an example are equal, and the length is exact and holds the prompt.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from atlas_megatron.evaluate.filler import TextFolder, made, repeated
+from atlas_megatron.evaluate.haystack import Example, Filler, Haystack, Needle, Question, encode, room_for_context
+from atlas_megatron.evaluate.words import pair
+from atlas_megatron.tokenizer import Tokenizer
+
+NEEDLE = "One of the special magic {kind} for {key} is: {value}."
+OPENING = (
+    "Some special magic {kind} are hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the {kind} afterwards.\n"
+)
+QUESTION = (
+    "\nWhat are all the special magic {kind} for {query} mentioned in the provided text?"
+    " The special magic {kind} for {query} mentioned in the provided text are"
+)
+ONE_OPENING = (
+    "A special magic {kind} is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the {kind} afterwards.\n"
+)
+ONE_QUESTION = (
+    "\nWhat is the special magic {kind} for {query} mentioned in the provided text?"
+    " The special magic {kind} for {query} mentioned in the provided text is"
+)
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+DEPTHS = np.round(np.linspace(0, 100, 40)) / 100  # where needles in essays may lie
+
+
+@dataclass(frozen=True)
+class Niah:
+    """haystack: repeat (NOISE), essay (text of a folder) or needle (other keys' needles).
+
+    key, value: words, numbers or uuids. keys, values, queries: how many keys there are, values a key has, and keys
+    that are asked for together. apart (ours): every key is asked for in a question of its own, the needles are spread
+    evenly, and `Example.depths` are those of the questions in turn.
+    """
+
+    haystack: str
+    key: str
+    value: str
+    keys: int
+    values: int
+    queries: int
+    max_new_tokens: int
+    apart: bool = False
+
+
+def number(generator: np.random.Generator) -> str:
+    """Seven digits."""
+    return str(generator.integers(10**6, 10**7))
+
+
+def random_uuid(generator: np.random.Generator) -> str:
+    return str(uuid.UUID(bytes=generator.bytes(16), version=4))
+
+
+KINDS: dict[str, Callable[[np.random.Generator], str]] = {"words": pair, "numbers": number, "uuids": random_uuid}
+
+
+def niah(
+    task: Niah, name: str, tokenizer: Tokenizer, length: int, seed: tuple[int, ...], folder: TextFolder | None
+) -> Example:
+    """One example. Raises ValueError for a length without room and for a missing folder of essays."""
+    generator = np.random.default_rng(seed)
+    keys = _distinct(KINDS[task.key], generator, task.keys)
+    values = _distinct(KINDS[task.value], generator, task.keys * task.values)
+    by_key = {key: values[place * task.values : (place + 1) * task.values] for place, key in enumerate(keys)}
+    hidden = [(key, value) for key in keys for value in by_key[key]]
+    hidden = [hidden[place] for place in generator.permutation(len(hidden))]
+    asked = [keys[place] for place in generator.permutation(len(keys))[: task.queries]]
+    if task.apart:
+        questions = tuple(_question(task, [key], (value,)) for key, value in hidden)
+    else:
+        questions = (_question(task, asked, tuple(value for key in asked for value in by_key[key])),)
+
+    one = len(asked) * task.values == 1
+    kind = task.value.removesuffix("s") if one else task.value
+    opening = encode(tokenizer, (ONE_OPENING if one else OPENING).format(kind=kind))
+    before, after = (" ", "") if task.haystack == "essay" else ("", "\n")
+    needles = [
+        encode(tokenizer, before + NEEDLE.format(kind=task.value, key=key, value=value) + after)
+        for key, value in hidden
+    ]
+    needed = len(opening) + sum(len(needle) for needle in needles)
+    haystack = Haystack(
+        opening,
+        tuple(map(Needle, needles, _depths(task, generator, len(needles)))),
+        _filler(task, name, tokenizer, seed, folder, {*keys, *values}),
+        room_for_context(name, tokenizer, length, questions, needed),
+    )
+    depths = tuple(depth for depth, (key, _) in zip(haystack.depths, hidden, strict=True) if key in asked)
+    return Example(name, haystack.length, haystack.pieces, questions, task.max_new_tokens, depths)
+
+
+def _question(task: Niah, keys: list[str], answers: tuple[str, ...]) -> Question:
+    one = len(answers) == 1
+    kind = task.value.removesuffix("s") if one else task.value
+    query = f"{', '.join(keys[:-1])}, and {keys[-1]}" if len(keys) > 1 else keys[0]
+    return Question((ONE_QUESTION if one else QUESTION).format(kind=kind, query=query), answers)
+
+
+def _distinct(draw: Callable[[np.random.Generator], str], generator: np.random.Generator, count: int) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[draw(generator)] = None
+    return list(found)
+
+
+def _depths(task: Niah, generator: np.random.Generator, count: int) -> list[float]:
+    if task.apart:
+        return [(number + 0.5) / count for number in range(count)]
+    depths = generator.choice(DEPTHS, count, replace=False) if task.haystack == "essay" else generator.random(count)
+    return sorted(float(depth) for depth in depths)
+
+
+def _filler(
+    task: Niah, name: str, tokenizer: Tokenizer, seed: tuple[int, ...], folder: TextFolder | None, taken: set[str]
+) -> Filler:
+    if task.haystack == "repeat":
+        return repeated(tokenizer, f"{NOISE}\n")
+    if task.haystack == "essay":
+        if folder is None:
+            raise ValueError(f"{name} hides its needles in text, and no folder was given; give a folder of text files")
+        return folder.filler(seed)
+
+    def distractor(generator: np.random.Generator) -> str:
+        while True:
+            key, value = KINDS[task.key](generator), KINDS[task.value](generator)
+            if key not in taken and value not in taken:
+                return NEEDLE.format(kind=task.value, key=key, value=value) + "\n"
+
+    return made(tokenizer, distractor, seed)

@@ -1,0 +1,97 @@
+"""The long-context tasks by name: one example of any length, and its score.
+
+    folder = TextFolder("books", tokenizer)
+    example = make("niah_single_2", tokenizer, 1_000_000, index=0, seed=0, folder=folder)
+    score("niah_single_2", prediction, example.questions[0])
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+
+from atlas_megatron.evaluate import metrics
+from atlas_megatron.evaluate.babilong import LABELS, Babilong, babilong, exact, substring
+from atlas_megatron.evaluate.filler import TextFolder
+from atlas_megatron.evaluate.haystack import Example, Question
+from atlas_megatron.evaluate.ruler import parameters
+from atlas_megatron.evaluate.ruler.common_words import common_words
+from atlas_megatron.evaluate.ruler.frequent_words import frequent_words
+from atlas_megatron.evaluate.ruler.niah import niah
+from atlas_megatron.evaluate.ruler.tracking import tracking
+from atlas_megatron.tokenizer import Tokenizer
+
+# (name, tokenizer, length, seed, folder) -> Example
+Maker = Callable[[str, Tokenizer, int, tuple[int, ...], TextFolder | None], Example]
+Metric = Callable[[str, Question], float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """How one task is made and judged. official: the name of the metric that its benchmark reports."""
+
+    make: Maker
+    metrics: dict[str, Metric]
+    official: str
+    needs_text: bool  # whether its needles lie in the text of a folder
+
+
+def _on_answers(metric: Callable[[str, Sequence[str]], float]) -> Metric:
+    return lambda prediction, question: metric(prediction, question.answers)
+
+
+RULER_METRICS: dict[str, Metric] = {
+    "string_match_all": _on_answers(metrics.string_match_all),
+    "string_match_part": _on_answers(metrics.string_match_part),
+}
+
+
+def _ruler(make: Maker, needs_text: bool = False) -> Task:
+    return Task(make, RULER_METRICS, "string_match_all", needs_text)
+
+
+def _babilong(task: Babilong) -> Task:
+    judges: dict[str, Metric] = {"exact": partial(exact, task.task), "substring": substring}
+    return Task(partial(babilong, task), judges, "exact", needs_text=True)
+
+
+TASKS: dict[str, Task] = {
+    **{name: _ruler(partial(niah, task), task.haystack == "essay") for name, task in parameters.NIAH.items()},
+    **{name: _ruler(partial(niah, task), task.haystack == "essay") for name, task in parameters.NIAH_EACH.items()},
+    **{name: _ruler(partial(tracking, task)) for name, task in parameters.TRACKING.items()},
+    **{name: _ruler(partial(common_words, task)) for name, task in parameters.COMMON_WORDS.items()},
+    **{name: _ruler(partial(frequent_words, task)) for name, task in parameters.FREQUENT_WORDS.items()},
+    **{f"babilong_{task}": _babilong(Babilong(task)) for task in LABELS},
+    **{f"babilong_{task}_prompted": _babilong(Babilong(task, prompted=True)) for task in LABELS},
+}
+
+
+def find(name: str) -> Task:
+    """The task of that name. Raises ValueError for an unknown one."""
+    if name not in TASKS:
+        close = get_close_matches(name, TASKS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the tasks are {', '.join(TASKS)}"
+        raise ValueError(f"there is no task {name!r}; {hint}")
+    return TASKS[name]
+
+
+def make(
+    name: str, tokenizer: Tokenizer, length: int, index: int = 0, seed: int = 0, folder: TextFolder | None = None
+) -> Example:
+    """The index-th example of a task in `length` tokens, context and longest question together.
+
+    Equal arguments make equal examples. A BABILong example of length 0 is the story alone (its "0k"). folder: text to
+    hide needles in, encoded by the same tokenizer. Raises ValueError for an unknown task, a length without room for
+    the facts, and a missing folder where the task needs one.
+    """
+    if index < 0 or seed < 0:
+        raise ValueError(f"index {index} and seed {seed} of an example must not be negative")
+    return find(name).make(f"{name}/{index}", tokenizer, length, (seed, index, zlib.crc32(name.encode())), folder)
+
+
+def score(name: str, prediction: str, question: Question) -> dict[str, float]:
+    """Every metric of the task, by name, from 0 to 1."""
+    return {metric: judge(prediction, question) for metric, judge in find(name).metrics.items()}
