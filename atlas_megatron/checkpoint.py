@@ -219,6 +219,21 @@ def load_model(run_directory: str | Path, parallel: ParallelConfig | None = None
     return model.eval(), config
 
 
+def save_weights(model: MegatronModule, config: Config) -> Path:
+    """Make a model's weights the checkpoint of step 0 of config.run.directory, replacing one that is there; in a
+    single process. A run starts from it with fresh optimizer and schedule."""
+    folder = folder_of(config.run.directory) / f"step_{0:08d}"
+    temporary = folder.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    # Under one name, as an import has it: parameters are found by their own.
+    write_shards({"model": model.sharded_state_dict(metadata=_sharding())} | WEIGHTS_ONLY, temporary)
+    complete(temporary, config, 0)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(temporary, folder)
+    return folder
+
+
 def _load_parameters(folder: Path, chunks: dict[str, MegatronModule]) -> None:
     """The parameters of these stages. Raises ValueError where the checkpoint has not all of them."""
     state = {name: chunk.sharded_state_dict(metadata=_sharding()) for name, chunk in chunks.items()}

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
 
 from atlas_megatron.evaluate.haystack import Example, Question, encode
-from atlas_megatron.evaluate.reading import SEGMENT, answers, read_contexts
+from atlas_megatron.evaluate.reading import SEGMENT, Cost, answers, read_contexts
 from atlas_megatron.reader import Reader
-from atlas_megatron.results import Cell, Results
+from atlas_megatron.results import Cell
 
 ASKED_AT_ONCE = 64  # questions of one context
 
@@ -28,62 +28,31 @@ class Recall:
     official: str
 
 
-@dataclass(frozen=True)
-class Grid:
-    """What is read: examples of each length, in tokens of context and question; `batch` of them side by side."""
-
-    lengths: tuple[int, ...]
-    samples: int
-    batch: int = 1
-    segment: int = SEGMENT
-
-    def __post_init__(self) -> None:
-        for name, least in (("samples", self.samples), ("batch", self.batch), ("segment", self.segment)):
-            if least < 1:
-                raise ValueError(f"{name}={least} must be at least 1")
-        if not self.lengths:
-            raise ValueError("no length was given; name at least one, for example 1K")
-
-
-def run(task: Recall, reader: Reader, grid: Grid, results: Results) -> None:
-    """Measure what the results do not hold yet, a cell a batch: `LENGTH, examples FIRST to LAST`."""
-    for length in sorted(grid.lengths):
-        for first in range(0, grid.samples, grid.batch):
-            indices = range(first, min(first + grid.batch, grid.samples))
-            name = cell_name(length, indices)
-            results.cell(name, lambda length=length, indices=indices: _measured(task, reader, grid, length, indices))
-
-
-def cell_name(length: int, indices: range) -> str:
-    return f"{length} tokens, examples {indices[0]} to {indices[-1]}"
-
-
-def _measured(task: Recall, reader: Reader, grid: Grid, length: int, indices: range) -> Cell:
+def measured(task: Recall, reader: Reader, length: int, indices: range, segment: int = SEGMENT) -> Cell:
+    """The examples of a length, tokens of context and question, read side by side and asked."""
     examples = [task.make(length, index) for index in indices]
-    # Questions differ in length, so contexts may: the longest is read with all, the tails one by one.
+    # Questions differ in length, and what they leave to the contexts with them.
     contexts = sorted({example.length for example in examples})
-    if len(contexts) > 1:
-        parts = [_measured_alike(task, reader, grid, [e for e in examples if e.length == n]) for n in contexts]
-    else:
-        parts = [_measured_alike(task, reader, grid, examples)]
-    cost = [part["cost"] for part in parts]
-    seconds, tokens = sum(c["seconds"] for c in cost), sum(c["tokens"] for c in cost)
+    parts = [_measured_alike(task, reader, segment, [e for e in examples if e.length == n]) for n in contexts]
+    costs = [cost for cost, _ in parts]
+    tokens, seconds = sum(cost.tokens for cost in costs), sum(cost.seconds for cost in costs)
     return {
         "length": length,
-        "examples": [example for part in parts for example in part["examples"]],
+        "examples": [cell for _, cells in parts for cell in cells],
         "tokens": tokens,
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-        "peak_bytes": max(c["peak"] for c in cost),
+        "peak_bytes": max(cost.peak for cost in costs),
     }
 
 
-def _measured_alike(task: Recall, reader: Reader, grid: Grid, examples: Sequence[Example]) -> Cell:
+def _measured_alike(
+    task: Recall, reader: Reader, segment: int, examples: Sequence[Example]
+) -> tuple[Cost, list[Cell]]:
     """Examples whose contexts have one length."""
-    name = f"{examples[0].name}{'' if len(examples) == 1 else f' and {len(examples) - 1} more'}"
-    contexts = [example.context() for example in examples]
-    cost = read_contexts(reader, contexts, examples[0].length, name, grid.segment)
+    name = examples[0].name + (f" and {len(examples) - 1} more" if len(examples) > 1 else "")
+    cost = read_contexts(reader, [e.context() for e in examples], examples[0].length, name, segment)
     mark = reader.mark()
-    return {"cost": asdict(cost), "examples": [_asked(task, reader, mark, row, e) for row, e in enumerate(examples)]}
+    return cost, [_asked(task, reader, mark, row, example) for row, example in enumerate(examples)]
 
 
 def _asked(task: Recall, reader: Reader, mark: Any, row: int, example: Example) -> Cell:
@@ -122,16 +91,18 @@ class Point:
     peak_bytes: int
 
 
-def points(results: Results, metric: str) -> list[Point]:
-    """One for each length that is measured, shortest first."""
-    found = []
-    for length in sorted({cell["length"] for cell in results.cells.values()}):
-        cells = [cell for cell in results.cells.values() if cell["length"] == length]
-        scores = [asked[metric] for cell in cells for example in cell["examples"] for asked in example["questions"]]
-        error = stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None
-        seconds = sum(cell["tokens"] / cell["tokens_per_second"] for cell in cells)
-        speed = sum(cell["tokens"] for cell in cells) / seconds
-        found.append(
-            Point(length, len(scores), fmean(scores), error, speed, max(cell["peak_bytes"] for cell in cells))
-        )
-    return found
+def points(measured: Iterable[Cell], metric: str) -> list[Point]:
+    """One for each length of these cells, shortest first."""
+    by_length: dict[int, list[Cell]] = {}
+    for cell in measured:
+        by_length.setdefault(cell["length"], []).append(cell)
+    return [_point(length, by_length[length], metric) for length in sorted(by_length)]
+
+
+def _point(length: int, cells: Sequence[Cell], metric: str) -> Point:
+    scores = [asked[metric] for cell in cells for example in cell["examples"] for asked in example["questions"]]
+    error = stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None
+    tokens = sum(cell["tokens"] for cell in cells)
+    seconds = sum(cell["tokens"] / cell["tokens_per_second"] for cell in cells)
+    peak = max(cell["peak_bytes"] for cell in cells)
+    return Point(length, len(scores), fmean(scores), error, tokens / seconds, peak)

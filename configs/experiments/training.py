@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -199,17 +200,18 @@ def train_and_measure(
     }
 
 
+def share(schedule: Schedule, step: int) -> float:
+    """The learning rate of a step, of the peak."""
+    if step < schedule.warmup:
+        return (step + 1) / schedule.warmup
+    return 1 - (1 - FINAL_LR) * (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
+
+
 def train(asked: Asked, task: Task, schedule: Schedule, seed: int) -> int:
     """The loop: a generated batch, cross-entropy at the asked tokens, AdamW. The steps done until a gradient is not
     finite, or all."""
     optimizer = torch.optim.AdamW(asked.parameters(), lr=schedule.lr, betas=BETAS, weight_decay=schedule.weight_decay)
-
-    def share(step: int) -> float:
-        if step < schedule.warmup:
-            return (step + 1) / schedule.warmup
-        return 1 - (1 - FINAL_LR) * (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(share, schedule))
     asked.train()
     for step in range(schedule.steps):
         logits, labels = asked(on_device(task.generate(seed * SEEDS_APART + step, schedule.batch)))
