@@ -68,14 +68,13 @@ class Contender:
     grows: bool = False  # what it keeps
 
 
-# Chunks of 64 read ten million tokens in a quarter of an hour. Steps may then be larger than the default for such
-# chunks allows: most tokens here are filler, which the gates can leave out. Memories begin to forget later.
-KEPT = {"chunk": 64, "alpha_start": 0.999}
+# Chunks of 64 read ten million tokens in a quarter of an hour. Without Newton-Schulz the steps may be larger than the
+# default for such chunks: most tokens here are filler, which the gates can leave out.
 CONTENDERS = {
-    "atlas": Contender("atlas", 16, {**KEPT, "window": 8, "ns_period": 16, "eta_start": 0.03}),
-    "omeganet": Contender("omeganet", 16, {**KEPT, "window": 8, "eta_sum": 8.0}),
-    "titans": Contender("titans", 16, {**KEPT, "eta_sum": 8.0}),
     "gated delta": Contender("gated delta", 16, {}),
+    "omeganet": Contender("omeganet", 16, {"chunk": 64, "window": 8, "eta_sum": 8.0}),
+    "atlas": Contender("atlas", 16, {"chunk": 64, "window": 8, "ns_period": 8}),
+    "titans": Contender("titans", 16, {"chunk": 64, "eta_sum": 8.0}),
     "sliding window": Contender("sliding window", 64, {}, longer=3),
     "attention": Contender("attention", 0, {}, longer=3, grows=True),
 }
@@ -83,7 +82,7 @@ CONTENDERS = {
 
 @dataclass(frozen=True)
 class Grid:
-    """steps of `tokens` each; then `samples[length]` contexts of each length, all at once; those that grow to `held`."""
+    """steps of `tokens` each; then samples[length] contexts of each length at once, of a state that grows to `held`."""
 
     contenders: tuple[str, ...]
     steps: int
