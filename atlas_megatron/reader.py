@@ -6,6 +6,7 @@ Dims: B batch, T tokens.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -35,6 +36,12 @@ class Reader(Protocol):
     def forget(self) -> None:
         """Begin new texts."""
 
+    def mark(self) -> object:
+        """Where the texts stand now, for `back`. It costs nothing: what a layer keeps is replaced, never changed."""
+
+    def back(self, mark: Any) -> None:
+        """Go on, once more or again and again, from where `mark` was taken."""
+
 
 class MegatronReader:
     """The newest whole checkpoint of a run, in one process."""
@@ -53,6 +60,13 @@ class MegatronReader:
         from atlas_megatron.streaming import StreamContext
 
         self._context = StreamContext()
+
+    def mark(self) -> object:
+        return dict(self._context.states)
+
+    def back(self, mark: Any) -> None:
+        self.forget()
+        self._context.states |= mark
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> Tensor:
@@ -84,6 +98,13 @@ class HuggingFaceReader:
 
     def forget(self) -> None:
         self._memory: Any = None
+
+    def mark(self) -> object:
+        return copy.copy(self._memory)
+
+    def back(self, mark: Any) -> None:
+        # A copy again: reading advances the cache that it is given.
+        self._memory = copy.copy(mark)
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> Tensor:
