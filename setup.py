@@ -33,6 +33,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
+            "atlas-eval=atlas_megatron.evaluate.command:main",
             "atlas-doctor=atlas_megatron.doctor:main",
             "atlas-generate=atlas_megatron.generate:main",
             "atlas-train=atlas_megatron.train:main",

@@ -55,11 +55,7 @@ class MegatronReader:
     def __init__(self, model: HybridModel, config: Config, tokenizer: Tokenizer) -> None:
         from atlas_megatron.parallel.cpu import device
 
-        if tokenizer.vocab_size > config.model.vocab_size:
-            raise ValueError(
-                f"the tokenizer in {tokenizer.folder} has {tokenizer.vocab_size} tokens, more than the model's "
-                f"model.vocab_size={config.model.vocab_size}; give the tokenizer that the model was trained with"
-            )
+        _check_tokenizer(tokenizer, config.model.vocab_size)
         self._model, self.tokenizer = model, tokenizer
         self.growth = _growth(config.model.pattern, asdict(config.attention), asdict(config.memory))
         self.device = device()
@@ -103,6 +99,7 @@ class HuggingFaceReader:
             raise ValueError(f"{folder} is not a whole Hugging Face model ({str(error).splitlines()[0]})") from error
         self._model = model.to(self.device).eval()
         self.tokenizer = load_tokenizer(folder)
+        _check_tokenizer(self.tokenizer, model.config.vocab_size)
         self.growth = _growth(model.config.pattern, model.config.attention, model.config.memory)
         self.forget()
 
@@ -125,6 +122,15 @@ class HuggingFaceReader:
         )
         self._memory = out.past_key_values
         return out.logits
+
+
+def _check_tokenizer(tokenizer: Tokenizer, rows: int) -> None:
+    """Raise ValueError where the model's embedding has fewer rows than the tokenizer has tokens."""
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"the tokenizer in {tokenizer.folder} has {tokenizer.vocab_size} tokens, more than the model's "
+            f"vocab_size={rows}; give the tokenizer that the model was trained with"
+        )
 
 
 def _selecting(rows: Sequence[int], device: torch.device) -> Callable[[Tensor], Tensor]:

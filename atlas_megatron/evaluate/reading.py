@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,13 +50,10 @@ def read_contexts(
     """
     check_room(reader, length, len(contexts))
     reader.forget()
-    peak = PeakMemory(reader.device)
-    started, done = time.perf_counter(), 0
-    with _Shown(name, length, len(contexts)) as shown:
-        for tokens in segments(contexts, segment):
-            reader.read(torch.from_numpy(tokens).to(reader.device, torch.int64), keep=1)
-            done += tokens.shape[1]
-            shown.update(done, peak)
+    peak, started, done = PeakMemory(reader.device), time.perf_counter(), 0
+    for tokens in watched(name, segments(contexts, segment), length, len(contexts), peak):
+        reader.read(torch.from_numpy(tokens).to(reader.device, torch.int64), keep=1)
+        done += tokens.shape[1]
     if reader.device.type == "cuda":
         torch.cuda.synchronize()
     if done != length:
@@ -142,34 +140,26 @@ def _restart_peak() -> bool:
     return True
 
 
-class _Shown:
-    """A bar on a terminal, a plain line now and then elsewhere; both on standard error."""
-
-    def __init__(self, name: str, length: int, rows: int) -> None:
-        self._name, self._length, self._rows = name, length, rows
-        self._started = self._said = time.perf_counter()
-        console = Console(stderr=True)
-        columns = (BarColumn(24), TaskProgressColumn(), TextColumn("{task.description}"))
-        self._bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
-
-    def __enter__(self) -> _Shown:
-        if self._bar:
-            self._bar.start()
-            self._task = self._bar.add_task(self._name, total=self._length)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def update(self, done: int, peak: PeakMemory) -> None:
-        now = time.perf_counter()
-        rate = done / max(now - self._started, 1e-9)
-        left = (self._length - done) / rate
-        speed, held = f"{rate * self._rows:,.0f} tokens/s", f"peak {peak.bytes() / 2**30:.2f} GiB"
-        text = f"{self._name}: {speed}, {held}, {left:,.0f} s left"
-        if self._bar:
-            self._bar.update(self._task, completed=done, description=text)
-        elif now - self._said > PLAIN_LINE_SECONDS:
-            self._said = now
-            print(f"{100 * done / self._length:.0f} % {text}", file=sys.stderr, flush=True)
+def watched(
+    name: str, pieces: Iterator[np.ndarray], length: int, rows: int, peak: PeakMemory
+) -> Iterator[np.ndarray]:
+    """The same pieces [rows, n], `length` tokens a row in all, with progress on standard error: a bar on a terminal,
+    elsewhere a plain line now and then."""
+    started = said = time.perf_counter()
+    done, console = 0, Console(stderr=True)
+    columns = (BarColumn(24), TaskProgressColumn(), TextColumn("{task.description}"))
+    bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
+    with bar or nullcontext():
+        task = bar.add_task(name, total=length) if bar else None
+        for piece in pieces:
+            yield piece
+            done += piece.shape[1]
+            now = time.perf_counter()
+            rate = done / max(now - started, 1e-9)
+            speed, held = f"{rate * rows:,.0f} tokens/s", f"peak {peak.bytes() / 2**30:.2f} GiB"
+            text = f"{name}: {speed}, {held}, {(length - done) / rate:,.0f} s left"
+            if bar and task is not None:
+                bar.update(task, completed=done, description=text)
+            elif now - said > PLAIN_LINE_SECONDS:
+                said = now
+                print(f"{100 * done / length:.0f} % {text}", file=sys.stderr, flush=True)

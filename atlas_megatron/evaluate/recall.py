@@ -19,13 +19,12 @@ ASKED_AT_ONCE = 64  # questions of one context
 
 @dataclass(frozen=True)
 class Recall:
-    """A task as this module runs it. make: (length, index) -> its example; score: (prediction, question) -> metrics,
-    each from 0 to 1; official: the metric that stands for it."""
+    """A task as this module runs it. make: (length, index) -> its example; score: (prediction, question) -> metrics by
+    name, each from 0 to 1."""
 
     name: str
     make: Callable[[int, int], Example]
     score: Callable[[str, Question], dict[str, float]]
-    official: str
 
 
 def measured(task: Recall, reader: Reader, length: int, indices: range, segment: int = SEGMENT) -> Cell:

@@ -165,7 +165,7 @@ def measure(results: record.Record, name: str, grid: Grid, runs: Path) -> None:
     if all(cell in results.cells for cell in cells.values()):
         return
     reader = open_reader(folder)
-    task = Recall("recall", language.example, score, METRIC)
+    task = Recall("recall", language.example, score)
     for length, cell in cells.items():
         results.cell(cell, lambda length=length: recall.measured(task, reader, length, range(grid.samples[length])))
 

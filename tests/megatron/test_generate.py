@@ -15,6 +15,7 @@ import torch
 import tiny_run
 from atlas_megatron import reader as readers
 from atlas_megatron.generate import Sampling, Speaker, main
+from atlas_megatron.hf.export import export
 from atlas_megatron.reader import Spoken, open_reader, pieces
 from atlas_megatron.tokenizer import load_tokenizer, train_tokenizer
 
@@ -134,6 +135,29 @@ def test_bad_input_is_one_line(
     assert main(["model", *words]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("exported", [False, True], ids=["run", "exported"])
+def test_it_goes_on_from_a_kept_state(run: Path, tmp_path: Path, exported: bool) -> None:
+    with tiny_run.a_world_that_is_left():
+        reader = open_reader(export(run, tmp_path / "model") if exported else run)
+        generator = torch.Generator().manual_seed(3)
+        start, one, other = torch.randint(200, (3, 2, 21), generator=generator)
+        reader.read(start)
+        mark = reader.mark()
+        after = reader.read(one)
+        for _ in range(2):
+            reader.back(mark)
+            torch.testing.assert_close(reader.read(one), after, rtol=0, atol=0)
+        reader.back(mark)
+        assert not torch.equal(reader.read(other), after)
+        reader.forget()
+        beginning = reader.mark()
+        whole = reader.read(torch.cat([start, one], 1))[:, 21:]
+        torch.testing.assert_close(whole, after, rtol=1e-4, atol=1e-4)
+        reader.back(beginning)
+        reader.read(start)
+        torch.testing.assert_close(reader.read(one), after, rtol=0, atol=0)
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:

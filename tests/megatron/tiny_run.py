@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
 import torch
+from megatron.core import parallel_state
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 import processes
@@ -111,6 +114,17 @@ def _process(rank: int, words: list[str]) -> None:
     from atlas_megatron.train import main
 
     assert main(words) == 0
+
+
+@contextmanager
+def a_world_that_is_left() -> Iterator[None]:
+    """After it, the world that reading a run's model joined in this process is gone."""
+    try:
+        yield
+    finally:
+        if torch.distributed.is_initialized():
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
 
 
 def losses(run: Path) -> list[float]:

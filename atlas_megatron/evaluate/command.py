@@ -1,0 +1,304 @@
+"""`atlas-eval TASK... MODEL`: measure a trained model, on this machine's data alone, going on where it was stopped."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import shlex
+import sys
+import sysconfig
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from atlas_megatron.evaluate.perplexity import Text
+    from atlas_megatron.reader import Reader
+    from atlas_megatron.results import Results
+
+EXAMPLES = """examples:
+  atlas-eval perplexity runs/quickstart
+  atlas-eval niah_single_1 vt babilong_qa1 runs/quickstart --lengths 1K,4K,16K --samples 10
+  atlas-eval babilong_qa1 exported/atlas-340m --lengths 1M,10M --filler books --samples 2
+  atlas-eval hellaswag piqa lambada_openai exported/atlas-340m      # lm-evaluation-harness, data in a local cache
+  atlas-eval my_task runs/mine --tasks-folder my_tasks              # its own YAML format
+"""
+UNITS = {"": 1, "K": 1024, "M": 1024**2}
+# What a length is taken for where none is given.
+LENGTHS = "1K,4K,16K"
+SUFFIX_HELP = "tokens of context and question, as 1000 or 4K or 10M (K is 1,024)"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks for, but for the tasks."""
+
+    model: str
+    lengths: tuple[int, ...]
+    samples: int
+    batch: int
+    segment: int
+    seed: int
+    filler: Path
+    text: str
+    out: Path
+    tasks_folder: Path | None
+    limit: int | None
+    words: tuple[str, ...] = field(default=(), compare=False)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command; an exit status. What went wrong is one line on standard error."""
+    from atlas_megatron.train import quieten
+
+    parser = _parser()
+    words = sys.argv[1:] if words is None else words
+    given = parser.parse_intermixed_args(words)
+    quieten()
+    try:
+        return _run(given, tuple(words))
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    from atlas_megatron.evaluate.reading import SEGMENT
+
+    parser = argparse.ArgumentParser(
+        prog="atlas-eval",
+        description="Measure a trained model: results as JSON with a picture a task; nothing is downloaded.",
+        epilog=f"{EXAMPLES}\ntasks: {', '.join(_names())},\nand every task of lm-evaluation-harness",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("tasks", nargs="+", metavar="TASK", help="what to measure, see below")
+    parser.add_argument("model", metavar="MODEL", help="a run's directory, or a folder exported for Hugging Face")
+    parser.add_argument("--lengths", default=LENGTHS, help=f"{SUFFIX_HELP}; default {LENGTHS}")
+    parser.add_argument("--samples", type=int, default=16, help="examples a length (default 16)")
+    parser.add_argument("--batch", type=int, default=4, help="examples read side by side (default 4)")
+    parser.add_argument("--segment", type=int, default=SEGMENT, help=f"tokens read at once (default {SEGMENT})")
+    parser.add_argument("--seed", type=int, default=0, help="of the examples (default 0)")
+    parser.add_argument(
+        "--filler", type=Path, metavar="FOLDER", default=Path(sysconfig.get_paths()["stdlib"]),
+        help="text in which facts are hidden (default: the running Python's own library)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text", default="", metavar="FILE|PREFIX",
+        help="of perplexity: a text file or Megatron .bin/.idx data (default: the run's validation data)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results (default: MODEL/evaluation)")
+    parser.add_argument("--tasks-folder", type=Path, metavar="FOLDER", help="YAML files of lm-evaluation-harness tasks")
+    parser.add_argument("--limit", type=int, help="questions of each lm-evaluation-harness task, for trying out")
+    return parser
+
+
+def _names() -> list[str]:
+    """Every task of our own."""
+    from atlas_megatron.evaluate import symbolic, tasks
+
+    return ["perplexity", *tasks.TASKS, *symbolic.TASKS]
+
+
+def lengths_of(text: str) -> tuple[int, ...]:
+    """Tokens of a list as 1000,4K,10M, in rising order. Raises ValueError for another form."""
+    found = []
+    for word in text.split(","):
+        match = re.fullmatch(r"(\d+)([kKmM]?)", word.strip())
+        if not match or int(match[1]) == 0:
+            raise ValueError(f"--lengths {text!r}: {word.strip()!r} is no length; write for example 1000,4K,10M")
+        found.append(int(match[1]) * UNITS[match[2].upper()])
+    return tuple(sorted(set(found)))
+
+
+def _run(given: argparse.Namespace, words: tuple[str, ...]) -> int:
+    lengths = lengths_of(given.lengths)
+    for name in ("samples", "batch", "segment", *(["limit"] if given.limit is not None else [])):
+        if getattr(given, name) < 1:
+            raise ValueError(f"--{name} {getattr(given, name)} must be at least 1")
+    chosen = dict.fromkeys(given.tasks)
+    own = [name for name in chosen if name in _names()]
+    theirs = [name for name in chosen if name not in own]
+    _check_theirs(theirs, given.tasks_folder)
+    out = given.out or Path(given.model) / "evaluation"
+    asked = Asked(
+        given.model, lengths, given.samples, given.batch, given.segment, given.seed, given.filler, given.text, out,
+        given.tasks_folder, given.limit, words,
+    )  # fmt: skip
+    from atlas_megatron.reader import open_reader
+
+    reader = open_reader(given.model)
+    console = Console(soft_wrap=True)
+    for name in own:
+        console.print(_measure(name, reader, asked))
+    if theirs:
+        console.print(_harness(theirs, reader, asked))
+    print(f"results and pictures in {out}")
+    return 0
+
+
+def _check_theirs(names: Sequence[str], folder: Path | None) -> None:
+    """Raise ValueError for a name that looks like one of ours mistyped, or where lm-eval is missing."""
+    if not names:
+        return
+    for name in names:
+        near = difflib.get_close_matches(name, _names(), n=1, cutoff=0.8)
+        if near and folder is None:
+            raise ValueError(f"there is no task {name!r}; did you mean {near[0]!r}?")
+    from atlas_megatron.evaluate import harness  # noqa: F401  says what to install where it is missing
+
+
+def _measure(name: str, reader: Reader, asked: Asked) -> Table:
+    from atlas_megatron.evaluate import symbolic
+
+    if name == "perplexity":
+        return _perplexity(reader, asked)
+    return _symbolic(name, reader, asked) if name in symbolic.TASKS else _recall(name, reader, asked)
+
+
+def _results(name: str, asked: Asked, **settings: Any) -> Results:
+    """The task's file. `settings`: what its cells depend on; lengths and samples may grow."""
+    from atlas_megatron.checkpoint import latest
+    from atlas_megatron.results import Results
+
+    checkpoint, _ = latest(asked.model)
+    settings |= {"model": asked.model, "checkpoint": checkpoint.name if checkpoint else "", "seed": asked.seed}
+    header = {"task": name, "command": shlex.join(["atlas-eval", *asked.words])}
+    return Results(asked.out / f"{name}.json", header, settings)
+
+
+def _batches(asked: Asked) -> list[range]:
+    return [range(first, min(first + asked.batch, asked.samples)) for first in range(0, asked.samples, asked.batch)]
+
+
+def _fill(results: Results, asked: Asked, compute: Callable[[int, range], dict[str, Any]]) -> None:
+    """A cell for each length and batch that is not there yet, shortest first."""
+    for length in asked.lengths:
+        for indices in _batches(asked):
+            name = f"{length} tokens, {indices[0]} to {indices[-1]}"
+            results.cell(name, partial(compute, length, indices))
+
+
+def _wanted(results: Results, asked: Asked) -> list[dict[str, Any]]:
+    """The cells of the lengths and samples that were asked for."""
+    names = [f"{length} tokens, {b[0]} to {b[-1]}" for length in asked.lengths for b in _batches(asked)]
+    return [results.cells[name] for name in names]
+
+
+def _recall(name: str, reader: Reader, asked: Asked) -> Table:
+    from atlas_megatron.evaluate import pictures, recall, tasks
+    from atlas_megatron.evaluate.filler import TextFolder
+
+    kind = tasks.find(name)
+    folder = TextFolder(asked.filler, reader.tokenizer) if kind.needs_text else None
+    results = _results(name, asked, filler=str(asked.filler) if folder else "", segment=asked.segment)
+    task = recall.Recall(
+        name,
+        lambda length, index: tasks.make(name, reader.tokenizer, length, index, asked.seed, folder),
+        partial(tasks.score, name),
+    )
+    _fill(results, asked, lambda length, indices: recall.measured(task, reader, length, indices, asked.segment))
+    cells = _wanted(results, asked)
+    found = {metric: recall.points(cells, metric) for metric in kind.metrics}
+    pictures.recall(results.path.with_suffix(".png"), f"{name}, {Path(asked.model).name}", found)
+    table = Table("tokens", "questions", *found, "tokens/s", "peak MiB", title=name)
+    for row in zip(*found.values(), strict=True):
+        means = (f"{p.mean:.3f}" + (f" ± {p.error:.3f}" if p.error is not None else "") for p in row)
+        table.add_row(
+            f"{row[0].length:,}", str(row[0].questions), *means, f"{row[0].tokens_per_second:,.0f}",
+            f"{row[0].peak_bytes / 2**20:,.0f}",
+        )  # fmt: skip
+    return table
+
+
+def _perplexity(reader: Reader, asked: Asked) -> Table:
+    from atlas_megatron.evaluate import perplexity, pictures
+
+    longest = asked.lengths[-1]
+    text = _text(reader, asked, longest)
+    starts = perplexity.places(text, longest, asked.samples)
+    results = _results("perplexity", asked, text=text.name, longest=longest, samples=asked.samples)
+    at = lambda indices: [starts[index] for index in indices]  # noqa: E731
+    # Without context too, where the curve begins.
+    asked = replace(asked, lengths=(0, *asked.lengths))
+    _fill(results, asked, lambda n, indices: perplexity.after_context(reader, text, at(indices), n, asked.segment))
+    first = _batches(asked)[0]
+    results.cell("along", lambda: perplexity.along(reader, text, at(first), longest, asked.segment))
+    cells = _wanted(results, asked)
+    found = {n: perplexity.summary([cell for cell in cells if cell["context"] == n]) for n in asked.lengths}
+    pictures.perplexity(
+        results.path.with_suffix(".png"), f"{Path(asked.model).name}: what context is worth", found,
+        results.cells["along"],
+    )  # fmt: skip
+    table = Table("context", "nats per token", "bits per byte", "perplexity", title="perplexity of the same tokens")
+    for context, one in found.items():
+        error = f" ± {one['error']:.3f}" if one["error"] is not None else ""
+        table.add_row(
+            f"{context:,}", f"{one['loss']:.4f}{error}", f"{one['bits_per_byte']:.4f}", f"{one['perplexity']:.2f}"
+        )
+    return table
+
+
+def _text(reader: Reader, asked: Asked, longest: int) -> Text:
+    """What perplexity is measured on. Raises ValueError where nothing was named and the model is no run with data."""
+    from atlas_megatron.checkpoint import CONFIG, latest
+    from atlas_megatron.config import load
+    from atlas_megatron.data import blend
+    from atlas_megatron.evaluate import perplexity
+
+    if asked.text:
+        if Path(asked.text).is_file():
+            return perplexity.from_file(Path(asked.text), reader.tokenizer, 4 * (longest + perplexity.TARGET))
+        return perplexity.indexed(asked.text)
+    checkpoint, _ = latest(asked.model)
+    sets = load(checkpoint / CONFIG).data.validation if checkpoint else ()
+    if not sets:
+        raise ValueError(f"{asked.model} names no validation data; give a text: --text FILE, or --text PREFIX of .bin")
+    return perplexity.indexed(blend(sets)[0][1])
+
+
+def _symbolic(name: str, reader: Reader, asked: Asked) -> Table:
+    from atlas_megatron.evaluate import pictures, symbolic
+
+    task = symbolic.TASKS[name]
+    results = _results(name, asked)
+    _fill(results, asked, lambda length, indices: symbolic.measured(task, reader, length, indices, asked.seed))
+    found = {}
+    for length in asked.lengths:
+        shares = [s for cell in _wanted(results, asked) if cell["length"] == length for s in cell["accuracy"]]
+        found[length] = (fmean(shares), stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else 0.0)
+    guessed = {length: symbolic.chance(name, length) for length in asked.lengths}
+    pictures.shares(results.path.with_suffix(".png"), f"{name}, {Path(asked.model).name}", found, guessed)
+    table = Table("tokens", "accuracy", "any value", title=name)
+    for length, (mean, error) in found.items():
+        table.add_row(f"{length:,}", f"{mean:.3f} ± {error:.3f}", f"{guessed[length]:.3f}")
+    return table
+
+
+def _harness(names: Sequence[str], reader: Reader, asked: Asked) -> Table:
+    from atlas_megatron.evaluate import harness, pictures
+
+    table = Table("task", "metric", "value", "± (standard error)", title="lm-evaluation-harness")
+    for name in names:
+        results = _results(name, asked, limit=asked.limit)
+        run = partial(harness.run, include_path=asked.tasks_folder, limit=asked.limit, batch=asked.batch)
+        results.cell("results", partial(run, [name], reader, cache=results.path.with_suffix("")))
+        scores = harness.scores(results.cells["results"], name)
+        if scores:
+            pictures.bars(results.path.with_suffix(".png"), f"{name}, {Path(asked.model).name}", scores)
+        for metric, (value, error) in scores.items():
+            table.add_row(name, metric, f"{value:.4f}", f"{error:.4f}" if error else "-")
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

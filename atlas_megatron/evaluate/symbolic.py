@@ -1,0 +1,82 @@
+"""Recall of random tokens that no text has together: MQAR, and MAD's tasks that need no training of their own.
+
+Sequences of token ids as synthetic.py draws them, read whole; a score is the share of asked tokens that the likeliest
+token meets. The ids are the first ones of the model's vocabulary: no text, so this asks for what a model does in its
+context alone. MAD's other tasks ask for what training has taught (configs/experiments/mad.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from atlas_megatron.evaluate.synthetic import (
+    NO_ANSWER,
+    NOISE_SHARE,
+    NOISE_VOCABULARY,
+    RECALL_VOCABULARY,
+    Batch,
+    fuzzy_recall,
+    in_context_recall,
+    mqar,
+)
+from atlas_megatron.reader import Reader
+from atlas_megatron.results import Cell
+
+MOST_IDS = 8192  # zoology's vocabulary
+PAIRS_SHARE = 16  # tokens of a sequence for each pair of MQAR: as zoology's 64 pairs in 1,024 tokens
+
+
+@dataclass(frozen=True)
+class Symbolic:
+    """generate: (seed, count, tokens, ids) -> sequences; ids: the fewest token ids it takes."""
+
+    generate: Callable[[int, int, int, int], Batch]
+    ids: int
+
+
+def _mqar(seed: int, count: int, tokens: int, ids: int) -> Batch:
+    return mqar(seed, count, tokens, max(1, tokens // PAIRS_SHARE), min(ids, MOST_IDS) // 2 * 2)
+
+
+def _recall(seed: int, count: int, tokens: int, ids: int, noise: float = 0.0) -> Batch:
+    return in_context_recall(seed, count, tokens, noise=noise)
+
+
+def _fuzzy(seed: int, count: int, tokens: int, ids: int) -> Batch:
+    return fuzzy_recall(seed, count, tokens)
+
+
+TASKS = {
+    "mqar": Symbolic(_mqar, 32),
+    "mad_in_context_recall": Symbolic(_recall, RECALL_VOCABULARY),
+    "mad_fuzzy_recall": Symbolic(_fuzzy, RECALL_VOCABULARY),
+    "mad_noisy_recall": Symbolic(partial(_recall, noise=NOISE_SHARE), RECALL_VOCABULARY + NOISE_VOCABULARY),
+}
+
+
+def measured(task: Symbolic, reader: Reader, tokens: int, indices: range, seed: int) -> Cell:
+    """Sequences of so many tokens, side by side: right and asked tokens of each.
+
+    Raises ValueError where the vocabulary is too small for them.
+    """
+    ids = reader.tokenizer.vocab_size
+    if ids < task.ids:
+        raise ValueError(f"the tokenizer has {ids} tokens, and this task takes {task.ids}; ask another model")
+    batch = task.generate(seed * 2**20 + indices[0] * 2**10 + tokens, len(indices), tokens, ids)
+    reader.forget()
+    told = reader.read(batch.tokens.to(reader.device))[..., :ids].argmax(-1).cpu()
+    asked = batch.labels != NO_ANSWER
+    right = (told == batch.labels) & asked
+    shares = right.sum(1) / asked.sum(1).clamp(min=1)
+    return {
+        "length": tokens,
+        "accuracy": [round(share, 6) for share in shares[asked.any(1)].tolist()],
+        "asked": int(asked.sum()),
+    }
+
+
+def chance(task: str, tokens: int) -> float:
+    """What naming any value that the context holds would score."""
+    return 1 / max(1, tokens // PAIRS_SHARE) if task == "mqar" else 2 / RECALL_VOCABULARY
