@@ -17,7 +17,7 @@ from atlas_megatron.evaluate.babilong_files import Row
 from atlas_megatron.evaluate.filler import TextFolder
 from atlas_megatron.tokenizer import Tokenizer
 
-TRAINING = 1  # in the seed: no example of the evaluation is learned from, whatever the seeds of both
+TRAINING = 1  # in the seeds, which are else those of `tasks.make`: no example of the evaluation is learned from
 
 
 def training_rows(
@@ -40,7 +40,7 @@ def training_rows(
         )
     for index in range(count):
         task = tasks[index % len(tasks)]
-        place = (seed, index, zlib.crc32(task.encode()), TRAINING)
+        place = (seed, index, zlib.crc32(f"babilong_{task}".encode()), TRAINING)
         length = int(np.exp(np.random.default_rng(place).uniform(np.log(shortest), np.log(longest + 1))))
         name = f"babilong_{task}/{index}"
         example = babilong(Babilong(task), name, tokenizer, min(length, longest), place, folder)

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from random import Random
 
 import numpy as np
 
@@ -144,13 +145,13 @@ def repeated(tokenizer: Tokenizer, sentence: str) -> Filler:
     return stretches
 
 
-def made(tokenizer: Tokenizer, sentence: Callable[[np.random.Generator], str], seed: Sequence[int]) -> Filler:
+def made(tokenizer: Tokenizer, sentence: Callable[[Random], str], seed: Sequence[int]) -> Filler:
     """Sentences that a function makes from random numbers, one after another."""
 
     def stretches() -> Iterator[Stretch]:
-        generator = np.random.default_rng(tuple(seed))
+        random = Random(repr(tuple(seed)))
         while True:
-            block = stretch(tokenizer, [sentence(generator) for _ in range(MADE_AT_ONCE)])
+            block = stretch(tokenizer, [sentence(random) for _ in range(MADE_AT_ONCE)])
             assert block is not None, "a made sentence is not empty"
             yield block
 

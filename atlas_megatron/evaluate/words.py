@@ -5,7 +5,7 @@ All words of one shape are equally long, so that none is a part of another.
 
 from __future__ import annotations
 
-import numpy as np
+from random import Random
 
 CONSONANTS = "bdfgklmnprstvz"
 VOWELS = "aeiou"
@@ -25,7 +25,6 @@ def word(number: int, syllables: int = 3) -> str:
     return letters
 
 
-def pair(generator: np.random.Generator) -> str:
+def pair(random: Random) -> str:
     """Two short words with a hyphen, the shape of RULER's adjective-noun keys."""
-    first, second = generator.integers(SHORT_WORDS, size=2)
-    return f"{word(int(first), 2)}-{word(int(second), 2)}"
+    return f"{word(random.randrange(SHORT_WORDS), 2)}-{word(random.randrange(SHORT_WORDS), 2)}"

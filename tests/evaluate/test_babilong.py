@@ -54,6 +54,9 @@ def test_the_answer_rests_on_the_supporting_facts(task: str) -> None:
         elif task == "qa2":
             moves = [fact for fact in alone if bystander.FACT.fullmatch(fact)["place"]]
             assert len(moves) == 1 and moves[0].endswith(f" the {story.answer}.")
+            thing = story.question.split()[-1].rstrip("?")
+            told = [fact for fact in story.facts if f" the {thing}" in fact]
+            assert {*alone} == {moves[0], told[-1]}
         elif task == "qa1":
             assert bystander.answer(alone, story.question) == story.answer
         else:

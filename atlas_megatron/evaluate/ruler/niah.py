@@ -9,8 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import numpy as np
+from random import Random
 
 from atlas_megatron.evaluate.filler import TextFolder, made, repeated
 from atlas_megatron.evaluate.haystack import Example, Filler, Haystack, Needle, Question, encode, room_for_context
@@ -35,7 +34,7 @@ ONE_QUESTION = (
     " The special magic {kind} for {query} mentioned in the provided text is"
 )
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-DEPTHS = np.round(np.linspace(0, 100, 40)) / 100  # where needles in essays may lie
+DEPTHS = [round(100 * step / 39) / 100 for step in range(40)]  # where needles in essays may lie
 
 
 @dataclass(frozen=True)
@@ -57,29 +56,29 @@ class Niah:
     apart: bool = False
 
 
-def number(generator: np.random.Generator) -> str:
+def number(random: Random) -> str:
     """Seven digits."""
-    return str(generator.integers(10**6, 10**7))
+    return str(random.randrange(10**6, 10**7))
 
 
-def random_uuid(generator: np.random.Generator) -> str:
-    return str(uuid.UUID(bytes=generator.bytes(16), version=4))
+def random_uuid(random: Random) -> str:
+    return str(uuid.UUID(int=random.getrandbits(128), version=4))
 
 
-KINDS: dict[str, Callable[[np.random.Generator], str]] = {"words": pair, "numbers": number, "uuids": random_uuid}
+KINDS: dict[str, Callable[[Random], str]] = {"words": pair, "numbers": number, "uuids": random_uuid}
 
 
 def niah(
     task: Niah, name: str, tokenizer: Tokenizer, length: int, seed: tuple[int, ...], folder: TextFolder | None
 ) -> Example:
     """One example. Raises ValueError for a length without room and for a missing folder of essays."""
-    generator = np.random.default_rng(seed)
-    keys = _distinct(KINDS[task.key], generator, task.keys)
-    values = _distinct(KINDS[task.value], generator, task.keys * task.values)
+    random = Random(repr((*seed, "needles")))
+    keys = _distinct(KINDS[task.key], random, task.keys)
+    values = _distinct(KINDS[task.value], random, task.keys * task.values)
     by_key = {key: values[place * task.values : (place + 1) * task.values] for place, key in enumerate(keys)}
     hidden = [(key, value) for key in keys for value in by_key[key]]
-    hidden = [hidden[place] for place in generator.permutation(len(hidden))]
-    asked = [keys[place] for place in generator.permutation(len(keys))[: task.queries]]
+    random.shuffle(hidden)
+    asked = random.sample(keys, task.queries)
     if task.apart:
         questions = tuple(_question(task, [key], (value,)) for key, value in hidden)
     else:
@@ -96,7 +95,7 @@ def niah(
     needed = len(opening) + sum(len(needle) for needle in needles)
     haystack = Haystack(
         opening,
-        tuple(map(Needle, needles, _depths(task, generator, len(needles)))),
+        tuple(map(Needle, needles, _depths(task, random, len(needles)))),
         _filler(task, name, tokenizer, seed, folder, {*keys, *values}),
         room_for_context(name, tokenizer, length, questions, needed),
     )
@@ -111,18 +110,19 @@ def _question(task: Niah, keys: list[str], answers: tuple[str, ...]) -> Question
     return Question((ONE_QUESTION if one else QUESTION).format(kind=kind, query=query), answers)
 
 
-def _distinct(draw: Callable[[np.random.Generator], str], generator: np.random.Generator, count: int) -> list[str]:
+def _distinct(draw: Callable[[Random], str], random: Random, count: int) -> list[str]:
     found: dict[str, None] = {}
     while len(found) < count:
-        found[draw(generator)] = None
+        found[draw(random)] = None
     return list(found)
 
 
-def _depths(task: Niah, generator: np.random.Generator, count: int) -> list[float]:
+def _depths(task: Niah, random: Random, count: int) -> list[float]:
     if task.apart:
         return [(number + 0.5) / count for number in range(count)]
-    depths = generator.choice(DEPTHS, count, replace=False) if task.haystack == "essay" else generator.random(count)
-    return sorted(float(depth) for depth in depths)
+    if task.haystack == "essay":
+        return sorted(random.sample(DEPTHS, count))
+    return sorted(random.random() for _ in range(count))
 
 
 def _filler(
@@ -135,9 +135,9 @@ def _filler(
             raise ValueError(f"{name} hides its needles in text, and no folder was given; give a folder of text files")
         return folder.filler(seed)
 
-    def distractor(generator: np.random.Generator) -> str:
+    def distractor(random: Random) -> str:
         while True:
-            key, value = KINDS[task.key](generator), KINDS[task.value](generator)
+            key, value = KINDS[task.key](random), KINDS[task.value](random)
             if key not in taken and value not in taken:
                 return NEEDLE.format(kind=task.value, key=key, value=value) + "\n"
 
