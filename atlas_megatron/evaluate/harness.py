@@ -268,19 +268,24 @@ def _load(manager: TaskManager, tasks: Sequence[str]) -> list[Any]:
     return loaded
 
 
-def scores(results: dict[str, Any], task: str) -> dict[str, tuple[float, float]]:
-    """Each metric of a task, or of the tasks of a group, in what `run` returned: its value and standard error (0: there
-    is none)."""
+def of_task(results: dict[str, Any], task: str) -> dict[str, Any]:
+    """What concerns one task, or the tasks of a group, in what `run` returned."""
+    names = {task, *results.get("group_subtasks", {}).get(task, [])}
+    kept = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "configs")
+    return {
+        key: {name: value for name, value in results[key].items() if name in names} for key in kept if key in results
+    }
+
+
+def scores(results: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Each metric in what `run` returned: its value and standard error (0: there is none)."""
     found: dict[str, tuple[float, float]] = {}
-    groups = results.get("group_subtasks", {}).get(task) or [task]
-    for name in groups:
-        values = results["results"][name]
+    for name, values in results["results"].items():
         for key, value in values.items():
             metric, comma, filtered = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = values.get(f"{metric}_stderr,{filtered}")
-            label = metric if filtered == "none" else f"{metric} ({filtered})"
-            label = label if groups == [task] else f"{name} {label}"
+            label = f"{name} {metric}" + ("" if filtered == "none" else f" ({filtered})")
             found[label] = (float(value), float(error) if isinstance(error, int | float) else 0.0)
     return found

@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 
 from atlas_megatron.evaluate import metrics
-from atlas_megatron.evaluate.babilong import LABELS, Babilong, babilong, exact, substring
+from atlas_megatron.evaluate.babilong import LABELS, Babilong, babilong, exact, hide, substring
+from atlas_megatron.evaluate.babilong_files import read_stories
 from atlas_megatron.evaluate.filler import TextFolder
 from atlas_megatron.evaluate.haystack import Example, Question
 from atlas_megatron.evaluate.ruler import parameters
@@ -58,14 +60,17 @@ def _babilong(task: Babilong) -> Task:
     return Task(partial(babilong, task), judges, "exact", needs_text=True)
 
 
+BABILONG = {
+    **{f"babilong_{task}": Babilong(task) for task in LABELS},
+    **{f"babilong_{task}_prompted": Babilong(task, prompted=True) for task in LABELS},
+}
 TASKS: dict[str, Task] = {
     **{name: _ruler(partial(niah, task), task.haystack == "essay") for name, task in parameters.NIAH.items()},
     **{name: _ruler(partial(niah, task), task.haystack == "essay") for name, task in parameters.NIAH_EACH.items()},
     **{name: _ruler(partial(tracking, task)) for name, task in parameters.TRACKING.items()},
     **{name: _ruler(partial(common_words, task)) for name, task in parameters.COMMON_WORDS.items()},
     **{name: _ruler(partial(frequent_words, task)) for name, task in parameters.FREQUENT_WORDS.items()},
-    **{f"babilong_{task}": _babilong(Babilong(task)) for task in LABELS},
-    **{f"babilong_{task}_prompted": _babilong(Babilong(task, prompted=True)) for task in LABELS},
+    **{name: _babilong(task) for name, task in BABILONG.items()},
 }
 
 
@@ -78,18 +83,46 @@ def find(name: str) -> Task:
     return TASKS[name]
 
 
+def official(name: str, folder: Path) -> Maker:
+    """Tells the stories of bAbI's own file in the folder instead of ours, the index-th first.
+
+    Raises ValueError for another task than BABILong's, and a folder without exactly one test file of it.
+    """
+    if name not in BABILONG:
+        raise ValueError(f"bAbI's files were given, and {name} tells none of its stories; leave them out")
+    task = BABILONG[name]
+    files = sorted(folder.glob(f"{task.task}_*_test.txt"))
+    if len(files) != 1:
+        raise ValueError(f"{folder} holds {len(files)} files {task.task}_*_test.txt; give the folder en-10k of bAbI")
+    stories = read_stories(files[0])
+
+    def made(
+        name: str, tokenizer: Tokenizer, length: int, seed: tuple[int, ...], folder: TextFolder | None
+    ) -> Example:
+        return hide(task, name, stories[seed[1] % len(stories)], tokenizer, length, seed, folder)
+
+    return made
+
+
 def make(
-    name: str, tokenizer: Tokenizer, length: int, index: int = 0, seed: int = 0, folder: TextFolder | None = None
+    name: str,
+    tokenizer: Tokenizer,
+    length: int,
+    index: int = 0,
+    seed: int = 0,
+    folder: TextFolder | None = None,
+    maker: Maker | None = None,
 ) -> Example:
     """The index-th example of a task in `length` tokens, context and longest question together.
 
     Equal arguments make equal examples. A BABILong example of length 0 is the story alone (its "0k"). folder: text to
-    hide needles in, encoded by the same tokenizer. Raises ValueError for an unknown task, a length without room for
-    the facts, and a missing folder where the task needs one.
+    hide needles in, encoded by the same tokenizer. maker: instead of the task's own, see `official`. Raises ValueError
+    for an unknown task, a length without room for the facts, and a missing folder where the task needs one.
     """
     if index < 0 or seed < 0:
         raise ValueError(f"index {index} and seed {seed} of an example must not be negative")
-    return find(name).make(f"{name}/{index}", tokenizer, length, (seed, index, zlib.crc32(name.encode())), folder)
+    make_one = maker or find(name).make
+    return make_one(f"{name}/{index}", tokenizer, length, (seed, index, zlib.crc32(name.encode())), folder)
 
 
 def score(name: str, prediction: str, question: Question) -> dict[str, float]:
