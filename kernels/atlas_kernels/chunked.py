@@ -166,7 +166,9 @@ def _by_segment(
     assert isinstance(state.position, int)
     length = inputs.q.shape[1]
     pieces = cut(state.position, length, rule.chunk)
-    recompute = torch.is_grad_enabled() and graph_bytes(rule, state, length) > HELD_BYTES
+    # What fills up the chunks of packed documents does not tip a batch into recomputation, unless it is most of it.
+    given = max(packed[0].positions.shape[1], length // 2) if packed else length
+    recompute = torch.is_grad_enabled() and graph_bytes(rule, state, given) > HELD_BYTES
     by_chunk = recompute and graph_bytes(rule, state, max(n * c for n, c in pieces)) > SEGMENT_BYTES
     outputs, first = [], 0
     for part, (chunks, tokens) in zip(inputs.split([n * c for n, c in pieces]), pieces, strict=True):
@@ -193,14 +195,15 @@ class Borders:
     ) -> tuple[Matrices, Matrices, Matrices, Matrices]:
         """Weights, momentum and anchor of the segment's chunk n, and the anchors of rows that have ended, with it."""
         number = self.first + n
-        # The call's first chunk may go on with one that an earlier call began; every other one begins here.
-        anchor = weights if number else anchor
+        begun = anchor
         if self.packing.resetting[number]:
             rows = self.packing.resets[number]
             fresh = tuple(f.expand(len(rows), *f.shape).flatten(0, 1) for f in self.start)
             nothing = tuple(torch.zeros_like(f) for f in fresh)
             weights, momentum = self._where(rows, fresh, weights), self._where(rows, nothing, momentum)
-            anchor = self._where(rows, fresh, anchor)
+            begun = anchor if number else self._where(rows, fresh, anchor)
+        # The call's first chunk may go on with one that an earlier call began; every other one begins here.
+        anchor = weights if number else begun
         if self.packing.ending[number]:
             last = self._where(self.packing.ends == number, anchor, last)
         return weights, momentum, anchor, last

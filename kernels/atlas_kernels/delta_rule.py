@@ -66,6 +66,9 @@ def _pieces(
 ) -> tuple[Tensor, Tensor]:
     """(y [B, T, H, V], M after) of q, k, v, step, alpha [B, T, H, ...]; M [B, H, V, D]."""
     batch, tokens, heads, _ = inputs[0].shape
+    # As in chunked.py: what fills up the blocks of packed documents does not tip a batch into recomputation.
+    given = max(packing.positions.shape[1], tokens // 2) if packing else tokens
+    recompute = torch.is_grad_enabled() and given > BLOCK * HELD_EVERY
     parts, M = [], M.flatten(0, 1)
     for number, piece in enumerate(zip(*(t.split(BLOCK * HELD_EVERY, 1) for t in inputs), strict=True)):
         fresh = None
@@ -73,7 +76,7 @@ def _pieces(
             blocks = slice(number * HELD_EVERY, (number + 1) * HELD_EVERY)
             rows = packing.resets[blocks].repeat_interleave(heads, 1)[..., None, None]
             fresh = (packing.resetting[blocks], rows, start.expand(batch, *start.shape).flatten(0, 1))
-        if torch.is_grad_enabled() and tokens > BLOCK * HELD_EVERY:
+        if recompute:
             y, M = checkpoint(_scan, piece, M, fresh, use_reentrant=False, preserve_rng_state=False)
         else:
             y, M = _scan(piece, M, fresh)

@@ -46,7 +46,7 @@ def schedule(steps: int, coefficients: str) -> list[tuple[float, float, float]]:
 
 
 def newton_schulz(S: Tensor, steps: int, coefficients: str = "jordan") -> Tensor:
-    """NS_k(S), differentiable; NS_0 is the identity and NS_k(0) = 0.
+    """NS_k(S), differentiable once; NS_0 is the identity and NS_k(0) = 0.
 
     S [..., m, n] of any floating dtype; the result has its shape and dtype. Iterates on the side with fewer rows,
     on the Gram matrix alone where the other side is at least 1.5 times longer (same result, fewer FLOPs).
@@ -56,15 +56,26 @@ def newton_schulz(S: Tensor, steps: int, coefficients: str = "jordan") -> Tensor
         return S
     if S.shape[-2] > S.shape[-1]:
         return newton_schulz(S.mT, steps, coefficients).mT
-    # Frobenius norm by hand: torch's has a NaN gradient at S = 0.
-    X = S / (_frobenius(S) + EPSILON)
+    X = _Normalised.apply(S)
     return gram_form(X, table) if 2 * S.shape[-1] >= 3 * S.shape[-2] else direct_form(X, table)
 
 
-def _frobenius(S: Tensor) -> Tensor:
-    square = S.square().sum((-2, -1), keepdim=True)
-    empty = square == 0
-    return torch.where(empty, 0.0, torch.where(empty, 1.0, square).sqrt())
+class _Normalised(torch.autograd.Function):
+    """S / (|S|_F + EPSILON); by hand, because the gradient of torch's norm at S = 0 is NaN."""
+
+    @staticmethod
+    def forward(ctx, S: Tensor) -> Tensor:
+        norm = S.square().sum((-2, -1), keepdim=True).sqrt_()
+        X = S / (norm + EPSILON)
+        ctx.save_for_backward(X, norm)
+        return X
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        X, norm = ctx.saved_tensors
+        along = (grad * X).sum((-2, -1), keepdim=True).div_(norm.masked_fill(norm == 0, 1.0))
+        return (grad / (norm + EPSILON)).addcmul_(along, X, value=-1)
 
 
 def direct_form(X: Tensor, table: list[tuple[float, float, float]]) -> Tensor:
@@ -81,18 +92,51 @@ def gram_form(X: Tensor, table: list[tuple[float, float, float]]) -> Tensor:
     Every factor is a polynomial of one symmetric matrix, so they commute: with P = a I + b A + c A A,
     Q <- P Q and A <- P A P follow the direct iteration without touching a wide matrix.
     """
+    flat = X.reshape(-1, *X.shape[-2:])
     for part in (table[:GRAM_STEPS], table[GRAM_STEPS:]):
-        X = _on_one_gram_matrix(X, part) if part else X
-    return X
+        flat = _OnOneGramMatrix.apply(flat, part) if part else flat
+    return flat.view(X.shape)
 
 
-def _on_one_gram_matrix(X: Tensor, table: list[tuple[float, float, float]]) -> Tensor:
-    A = X @ X.mT
-    Q: Tensor | None = None
-    for step, (a, b, c) in enumerate(table):
-        P = b * A + c * (A @ A)
-        P.diagonal(dim1=-2, dim2=-1).add_(a)
-        Q = P if Q is None else P @ Q
-        if step + 1 < len(table):
-            A = P @ A @ P
-    return X if Q is None else Q @ X
+class _OnOneGramMatrix(torch.autograd.Function):
+    """Q X for X [N, m, n]; by hand, because the gradient of a symmetric matrix may be made symmetric: of the product
+    from the left and the one from the right, which autograd both takes, the first and its transpose are enough."""
+
+    @staticmethod
+    def forward(ctx, X: Tensor, table: list[tuple[float, float, float]]) -> Tensor:
+        A = torch.bmm(X, X.mT)
+        grams, polynomials, products = [A], [], []  # A_i, P_i, Q_i = P_i ... P_0
+        for a, b, c in table:
+            if polynomials:
+                P = polynomials[-1]
+                grams.append(torch.bmm(torch.bmm(P, grams[-1]), P))
+            P = torch.baddbmm(grams[-1], grams[-1], grams[-1], beta=b, alpha=c)
+            P.diagonal(dim1=-2, dim2=-1).add_(a)
+            polynomials.append(P)
+            products.append(torch.bmm(P, products[-1]) if products else P)
+        ctx.table = table
+        ctx.save_for_backward(X, *grams, *polynomials, *products)
+        return torch.bmm(products[-1], X)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        X, *rest = ctx.saved_tensors
+        steps = len(ctx.table)
+        grams, polynomials, products = rest[:steps], rest[steps : 2 * steps], rest[2 * steps :]
+        of_product = torch.bmm(grad, X.mT)
+        twice: Tensor | None = None  # the gradient of A_i+1, its transpose added; the last step makes none
+        for i in range(steps - 1, -1, -1):
+            (_, b, c), A, P = ctx.table[i], grams[i], polynomials[i]
+            of_polynomial = torch.bmm(of_product, products[i - 1]) if i else of_product
+            through = None if twice is None else torch.bmm(twice, P)
+            if through is not None:
+                of_polynomial = torch.baddbmm(of_polynomial, through, A)
+            of_polynomial = of_polynomial + of_polynomial.mT
+            of_gram = torch.baddbmm(of_polynomial, of_polynomial, A, beta=b, alpha=2 * c)
+            if through is not None:
+                of_gram.baddbmm_(P, through)
+            twice = torch.add(of_gram, of_gram.mT).mul_(0.5)
+            if i:
+                of_product = torch.bmm(P, of_product)
+        return torch.bmm(products[-1], grad).baddbmm_(twice, X), None

@@ -100,9 +100,9 @@ def _take(t: Tensor, place: Tensor) -> Tensor:
 
 
 def _put(out: Tensor, place: Tensor, t: Tensor) -> Tensor:
-    """out [B, L, ...] with t [B, T, ...] at place [B, T]."""
-    filled = out.flatten(0, 1).index_copy(0, _rows(place, out.shape[1]), t.flatten(0, 1))
-    return filled.unflatten(0, out.shape[:2])
+    """out [B, L, ...] with t [B, T, ...] written into it at place [B, T]."""
+    out.flatten(0, 1).index_copy_(0, _rows(place, out.shape[1]), t.flatten(0, 1))
+    return out
 
 
 def pack(positions: Tensor, chunk: int) -> Packing:
