@@ -11,8 +11,10 @@ tools/convert_hf.py take it.
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +36,7 @@ from atlas_megatron.evaluate.recall import Point, Recall
 from atlas_megatron.evaluate.synthetic import Task
 from atlas_megatron.model import num_params
 from atlas_megatron.reader import open_reader
+from atlas_megatron.train import quieten
 from recall_language import Mix
 
 RUNS = record.ROOT / "runs" / "long_context"
@@ -108,7 +111,7 @@ def config_of(contender: Contender) -> Config:
 
 def train(name: str, grid: Grid, runs: Path) -> record.Cell:
     """Train a contender and leave its checkpoint; its last training accuracy of each stage."""
-    contender, folder = CONTENDERS[name], runs / name.replace(" ", "_")
+    contender, folder = CONTENDERS[name], folder_of(name, runs)
     language.write_tokenizer(folder / "tokenizer")
     config = config_of(contender)
     config = replace(
@@ -158,16 +161,23 @@ def score(prediction: str, question: recall.Question) -> dict[str, float]:
 
 
 def measure(results: record.Record, name: str, grid: Grid, runs: Path) -> None:
-    """Every length of one contender, shortest first."""
-    folder = runs / name.replace(" ", "_")
+    """Every length of one contender, shortest first, each in a process of its own: its peak of memory is its own."""
     lengths = [n for n in grid.samples if not CONTENDERS[name].grows or n <= grid.held]
-    cells = {length: f"{name}, {length} tokens" for length in lengths}
-    if all(cell in results.cells for cell in cells.values()):
-        return
-    reader = open_reader(folder)
-    task = Recall("recall", language.example, score)
-    for length, cell in cells.items():
-        results.cell(cell, lambda length=length: recall.measured(task, reader, length, range(grid.samples[length])))
+    start = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, start, max_tasks_per_child=1) as fresh:
+        for length in lengths:
+            asked = partial(fresh.submit, read_and_ask, folder_of(name, runs), length, grid.samples[length])
+            results.cell(f"{name}, {length} tokens", lambda asked=asked: asked().result())
+
+
+def read_and_ask(folder: Path, length: int, count: int) -> record.Cell:
+    """What a trained model recalls of so many contexts, read side by side."""
+    quieten()
+    return recall.measured(Recall("recall", language.example, score), open_reader(folder), length, range(count))
+
+
+def folder_of(name: str, runs: Path) -> Path:
+    return runs / name.replace(" ", "_")
 
 
 def points(results: record.Record, name: str) -> list[Point]:
