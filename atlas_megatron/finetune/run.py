@@ -96,7 +96,11 @@ def finetune(run: Plan) -> Path:
     logging.disable_progress_bar()
     _quieten()
     resumed = newest_checkpoint(settings.work, run.identity())
+    if run.deepspeed is not None:
+        _prepare_deepspeed()
     arguments = _arguments(run)  # before the model: under ZeRO-3 it is loaded in parts
+    if run.deepspeed is not None:
+        _join_deepspeed()
     language_model = _load(run, arguments)
     reader = SegmentReader(language_model, run.segment, checkpointing=run.checkpointing)
     progress = Progress()
@@ -132,10 +136,6 @@ def _arguments(run: Plan) -> Any:
     from transformers import TrainingArguments
 
     settings, validated = run.settings, run.validation is not None
-    if run.deepspeed is not None and "WORLD_SIZE" not in os.environ:
-        # DeepSpeed asks MPI where no launcher has said it.
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.setdefault("MASTER_PORT", "29500")
     return TrainingArguments(
         output_dir=str(settings.work),
         deepspeed=run.deepspeed,
@@ -168,18 +168,42 @@ def _arguments(run: Plan) -> Any:
     )
 
 
-def _load(run: Plan, arguments: Any) -> Any:
-    from transformers import AutoModelForCausalLM
+def _prepare_deepspeed() -> None:
+    """What DeepSpeed finds out for itself only with MPI, or by building what a CPU does not need."""
+    if "WORLD_SIZE" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.setdefault("MASTER_PORT", "29500")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
 
-    # One process after the other: each copies the folder's code to where Python finds it.
-    with arguments.main_process_first(desc="loading the model"):
-        try:
-            return AutoModelForCausalLM.from_pretrained(
-                run.settings.model, trust_remote_code=True, local_files_only=True, dtype=torch.float32
-            )
-        except (OSError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{run.settings.model} cannot be loaded ({reason}); export it again") from error
+        # Sums through shared memory: minutes of a compiler, where gloo's will do.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _join_deepspeed() -> None:
+    """Before a model is loaded in parts; transformers joins the processes, and tells DeepSpeed only later."""
+    import deepspeed
+
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def _load(run: Plan, arguments: Any) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    # One process before the others: each copies the folder's code to where Python finds it.
+    folder = str(run.settings.model)
+    with arguments.main_process_first(desc="copying the model's code"):
+        get_class_from_dynamic_module(run.config.auto_map["AutoModelForCausalLM"], folder, local_files_only=True)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, local_files_only=True, dtype=torch.float32
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder} cannot be loaded ({reason}); export it again") from error
 
 
 def _write(run: Plan, trainer: Any) -> None:
