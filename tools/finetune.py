@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +31,7 @@ done, with the code, configuration and tokenizer that came in; the code in the m
 def main(words: Sequence[str] | None = None) -> int:
     """Fine-tune as the command line says; 0, or 2 after one line on what is wrong."""
     arguments = _parser().parse_args(words)
+    _quieten()
     try:
         return _finetune(arguments)
     except (ValueError, OSError) as error:
@@ -113,6 +116,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _newlines(text: str) -> str:
     return text.replace(r"\n", "\n")
+
+
+def _quieten() -> None:
+    """Leave the screen to what is asked for: the libraries warn of absent accelerators, and of each other."""
+    for library in ("accelerate", "DeepSpeed", "megatron"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    for category in (UserWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"megatron\.|torch\.|transformers\.|accelerate\.")
 
 
 if __name__ == "__main__":

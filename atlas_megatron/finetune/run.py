@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,14 +86,13 @@ def plan(settings: Settings, devices: int) -> Plan:
 def finetune(run: Plan) -> Path:
     """Train, from the newest whole checkpoint on where there is one, and write the folder. Raises ValueError."""
     # transformers is quiet where it has nothing to say that a line of ours does not.
-    from transformers.utils import logging
+    from transformers.utils import logging as theirs
 
     from atlas_megatron.finetune.trainer import Progress, StateTrainer, newest_checkpoint
 
     settings = run.settings
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    _quieten()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
     resumed = newest_checkpoint(settings.work, run.identity())
     if run.deepspeed is not None:
         _prepare_deepspeed()
@@ -125,9 +123,9 @@ def finetune(run: Plan) -> Path:
 def _opening(run: Plan, resumed: Path | None) -> str:
     far = f"detached every {run.settings.detach_every} segments" if run.settings.detach_every else "over every cut"
     words = (
-        f"{run.train.sequences:,} sequences, {run.train.tokens:,} tokens, {run.steps:,} steps of "
-        f"{run.settings.batch} sequences on {run.world_size} devices; segments of {run.segment:,} tokens, gradients "
-        f"{far}{', recomputed' if run.checkpointing else ''}"
+        f"{run.train.sequences:,} sequences, {run.train.tokens:,} tokens; {run.steps:,} steps of {run.settings.batch} "
+        f"sequences, processes: {run.world_size}; segments of {run.segment:,} tokens, gradients {far}"
+        f"{', recomputed' if run.checkpointing else ''}"
     )
     return f"{words}\ngoing on from {resumed}" if resumed else words
 
@@ -210,10 +208,12 @@ def _write(run: Plan, trainer: Any) -> None:
     """The folder that came in with new weights: its code, configuration and tokenizer as they were."""
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
-        dtype = run.config.dtype or torch.float32
-        weights = {name.removeprefix("language_model."): value.to(dtype) for name, value in weights.items()}
+        language_model, dtype = trainer.model.language_model, run.config.dtype or torch.float32
+        # Each once: what is tied has two names in a state, and one as a parameter.
+        names = [name for name, _ in language_model.named_parameters()]
+        weights = {name: weights[f"language_model.{name}"].to(dtype) for name in names}
         with new_folder(run.settings.out) as folder:
-            trainer.model.language_model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
+            language_model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
             for file in run.settings.model.iterdir():
                 if file.is_file() and file.suffix in (".py", ".json", ".jinja") and file.name not in (INDEX, REPORT):
                     shutil.copyfile(file, folder / file.name)
@@ -226,8 +226,3 @@ def _silence_printer(trainer: Any) -> None:
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-
-
-def _quieten() -> None:
-    warnings.filterwarnings("ignore", category=UserWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -138,6 +138,9 @@ def read_deepspeed(file: Path) -> dict[str, Any]:
     zero = said.get("zero_optimization") if isinstance(said, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
         raise ValueError(f"{file} does not set zero_optimization.stage to 1, 2 or 3; see configs/deepspeed")
+    gathered = "stage3_gather_16bit_weights_on_model_save"
+    if zero["stage"] == 3 and not zero.get(gathered):
+        raise ValueError(f"{file} leaves out {gathered}, without which no model could be written; set it to true")
     return said
 
 
