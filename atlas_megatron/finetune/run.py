@@ -76,8 +76,8 @@ def plan(settings: Settings, devices: int) -> Plan:
     train = loader.load(settings.data)
     if train.sequences < settings.batch:
         raise ValueError(
-            f"the data hold {train.sequences} sequences, fewer than --batch {settings.batch}; give more data, a smaller "
-            "--length or a smaller --batch"
+            f"the data hold {train.sequences} sequences, fewer than --batch {settings.batch}; give more data, a "
+            "smaller --length or a smaller --batch"
         )
     validation = loader.load(settings.validation) if settings.validation else None
     return Plan(settings, config, deepspeed, train, validation, devices)

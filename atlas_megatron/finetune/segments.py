@@ -53,8 +53,10 @@ class SegmentReader(nn.Module):
             if self.checkpointing and torch.is_grad_enabled():
                 # To the end of the model: ZeRO-3 lets go of a module's parameters where its forward ends.
                 with set_checkpoint_early_stop(False):
-                    again = {"use_reentrant": False, "preserve_rng_state": False}  # a model without dropout
-                    loss, memory = checkpoint(self._read, read, wanted, memory, count, **again)
+                    # No state of random numbers: the model has no dropout.
+                    loss, memory = checkpoint(
+                        self._read, read, wanted, memory, count, use_reentrant=False, preserve_rng_state=False
+                    )
             else:
                 loss, memory = self._read(read, wanted, memory, count)
             losses.append(loss)

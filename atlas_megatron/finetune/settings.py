@@ -86,8 +86,9 @@ def check(settings: Settings, world_size: int) -> None:
             "--deepspeed configs/deepspeed/zero1.json, or leave --bf16 out"
         )
     if settings.out.exists():
-        raise ValueError(f"--out {settings.out} exists, and nothing is written over; choose another, or remove it first")
-    if settings.model.resolve() == settings.work.resolve() or settings.model.resolve() in settings.out.resolve().parents:
+        raise ValueError(f"--out {settings.out} exists, and nothing is written over; choose another, or remove it")
+    model = settings.model.resolve()
+    if model == settings.work.resolve() or model in settings.out.resolve().parents:
         raise ValueError(f"--out {settings.out} lies in the model's own folder; choose a folder outside of it")
 
 

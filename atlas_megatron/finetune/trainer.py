@@ -10,10 +10,10 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from atlas_megatron.finetune.segments import (
@@ -25,6 +25,7 @@ from atlas_megatron.finetune.segments import (
     widened,
     windows,
 )
+from atlas_megatron.hf.export import WEIGHTS
 
 MARKER = "whole.json"  # of a checkpoint that was written to its end
 
@@ -115,10 +116,12 @@ class StateTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The weights of a checkpoint, unless DeepSpeed's own files hold them."""
         if self.args.should_save and not self.is_deepspeed_enabled:
-            self.model.language_model.save_pretrained(output_dir or self.args.output_dir)
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            safetensors.torch.save_model(self.model.language_model, str(folder / WEIGHTS))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, self.model.language_model)
+        safetensors.torch.load_model(self.model.language_model, str(Path(resume_from_checkpoint) / WEIGHTS))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -149,11 +152,6 @@ def newest_checkpoint(work: Path, identity: dict[str, Any]) -> Path | None:
             f"remove {work}"
         )
     return newest
-
-
-def history(checkpoint: Path) -> list[dict[str, Any]]:
-    """What a run said up to a checkpoint."""
-    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
 
 
 class Progress(TrainerCallback):
