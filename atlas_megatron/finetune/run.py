@@ -115,8 +115,15 @@ def finetune(run: Plan) -> Path:
     _silence_printer(trainer)
     if trainer.is_world_process_zero():
         print(_opening(run, resumed), flush=True)
-    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "the device's memory is full; give a smaller --segment or --micro-batch, --checkpointing, or a higher "
+            f"stage of ZeRO, as --dry-run tells them ({str(error).splitlines()[0]})"
+        ) from error
     _write(run, trainer)
+    trainer.accelerator.end_training()
     return settings.out
 
 
@@ -134,7 +141,7 @@ def _arguments(run: Plan) -> Any:
     from transformers import TrainingArguments
 
     settings, validated = run.settings, run.validation is not None
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(settings.work),
         deepspeed=run.deepspeed,
         use_cpu=not torch.cuda.is_available(),
@@ -164,6 +171,9 @@ def _arguments(run: Plan) -> Any:
         remove_unused_columns=False,
         use_cache=bool(run.config.use_cache),
     )
+    # Of several GPUs that no launcher shares out, Trainer would take all, in threads; a process here has one.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def _prepare_deepspeed() -> None:

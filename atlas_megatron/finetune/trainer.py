@@ -65,15 +65,17 @@ class StateTrainer(Trainer):
                     self.accelerator.backward(loss, **options)
                     total = total + loss.detach()
             memory = memory.detach()
-        if not math.isfinite(float(total)):
+        # On every process alike, so that none waits for one that has stopped.
+        everywhere = float(self.accelerator.reduce(total.clone(), "mean"))
+        if not math.isfinite(everywhere):
             raise ValueError(
-                f"the loss became {float(total)} at step {self.state.global_step + 1}; go on from a checkpoint with a "
+                f"the loss became {everywhere} at step {self.state.global_step + 1}; go on from a checkpoint with a "
                 "smaller --lr, a longer --warmup or a smaller --clip"
             )
         return total
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """The loss of a held-out token, over all of them."""
+        """The loss of a held-out token, over all of them; where processes cannot share them out, some count twice."""
         model, sums = self.model_wrapped, torch.zeros(2, dtype=torch.float64, device=self.args.device)
         model.eval()
         count = torch.ones((), device=self.args.device)
@@ -110,6 +112,13 @@ class StateTrainer(Trainer):
     def _apart(self, model: torch.nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Where gradients stay on their process until the last window; ZeRO has its own way."""
         return nullcontext() if last or self.is_deepspeed_enabled else self.accelerator.no_sync(model)
+
+    def _run_epoch(self, **given: Any) -> None:
+        # Trainer looks after a step whether there are more; one that goes on from its last has none.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**given)
 
     # Checkpoints: of the language model alone, by its own names, and marked when they are whole.
 

@@ -89,6 +89,12 @@ def test_a_run_goes_on_to_the_same_end(root: Path, tuned: Path, capsys: pytest.C
         assert torch.equal(value, weights(tuned)[name]), name
     assert losses(root / "again") == losses(tuned)
 
+    # Trained to the end, and only the folder is not there: no step more.
+    shutil.copytree(work, root / "ended.training")
+    assert finetune.main(words(root, root / "ended")) == 0
+    assert weights(root / "ended").keys() == weights(tuned).keys()
+    assert all(torch.equal(value, weights(tuned)[name]) for name, value in weights(root / "ended").items())
+
 
 def test_answers_are_learned_in_truncated_windows_and_validated(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, data = root / "answered", root / "answers.jsonl"
