@@ -91,18 +91,20 @@ class StateTrainer(Trainer):
         return metrics
 
     def _pieces(self, inputs: dict[str, Any]) -> Iterator[tuple[Window, Tensor, Tensor]]:
-        """The windows of a batch, with their tokens and targets; as many on each process."""
+        """The windows of a batch, with their tokens and targets; as many of the same length on each process.
+
+        Under ZeRO-3 every module that is called is a collective call, and C layers call theirs by the token.
+        """
         inputs = self._prepare_inputs(inputs)
         segment, tokens, targets = self.model.segment, inputs["input_ids"], shifted(inputs["labels"])
+        if self.args.world_size > 1:
+            longest = torch.tensor(tokens.shape[1], device=tokens.device)
+            torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX)
+            tokens, targets = widened(tokens, targets, int(longest))
         wanted = segments_with_targets(targets, segment).int()
         if self.args.world_size > 1:
-            longest = torch.tensor(len(wanted), device=wanted.device)
-            torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX)
-            wanted = torch.nn.functional.pad(wanted, (0, int(longest) - len(wanted)))
             torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX)
         plan = windows(wanted.bool().tolist(), segment, self.detach_every)
-        if tokens.shape[1] <= plan[-1].stop - segment:
-            tokens, targets = widened(tokens, targets, plan[-1].stop)
         for window in plan:
             piece = slice(window.start, window.stop)
             if self.model.training:
