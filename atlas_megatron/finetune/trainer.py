@@ -88,6 +88,7 @@ class StateTrainer(Trainer):
         lost, counted = self.accelerator.reduce(sums, "sum").tolist()
         metrics = {"eval_loss": lost / counted}
         self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _pieces(self, inputs: dict[str, Any]) -> Iterator[tuple[Window, Tensor, Tensor]]:
