@@ -38,6 +38,7 @@ class StateTrainer(Trainer):
     """
 
     model: SegmentReader
+    control: Any
 
     def __init__(self, *, detach_every: int, identity: dict[str, Any], **given: Any) -> None:
         """identity: what a checkpoint's run is told from others by."""
