@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import exported
+from atlas_megatron.finetune.run import REPORT
 from test_finetuning import ROOT, losses, weights
 
 pytest.importorskip("deepspeed", reason="ZeRO needs deepspeed: pip install -e '.[deepspeed]' -c constraints.txt")
@@ -36,8 +38,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(root: Path, out: str, processes: int, **given: Any) -> Path:
     """Run the command line on so many processes."""
-    options = {"batch": 2, "steps": 3, "lr": 1e-3, "save_every": 2} | given
-    line = ["tools/finetune.py", str(root / "model"), "--data", str(root / "answers.jsonl"), "--out", str(root / out)]
+    options = {"batch": 2, "steps": 3, "lr": 1e-3, "save_every": 2, "validate_every": 3} | given
+    data = str(root / "answers.jsonl")
+    line = ["tools/finetune.py", str(root / "model"), "--data", data, "--validation", data, "--out", str(root / out)]
     line += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
@@ -58,8 +61,14 @@ def truncated(root: Path) -> Path:
     return train(root, "truncated", 1, **TRUNCATED)
 
 
+def validation(folder: Path) -> list[float]:
+    history = json.loads((folder / REPORT).read_text())["history"]
+    return [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+
+
 def assert_same(root: Path, one: Path, two: Path) -> None:
     assert losses(one) == pytest.approx(losses(two), abs=LOSS)
+    assert len(validation(one)) == 1 and validation(one) == pytest.approx(validation(two), abs=LOSS)
     before, expected, found = weights(root / "model"), weights(one), weights(two)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
