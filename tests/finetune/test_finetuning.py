@@ -101,7 +101,7 @@ def test_answers_are_learned_in_truncated_windows_and_validated(root: Path, caps
     line = words(root, out, steps=2, length=400, segment=32, detach_every=1, micro_batch=2, validate_every=2)
     line[line.index("--data") + 1] = str(data)
     assert finetune.main([*line, "--validation", str(data)]) == 0
-    said = next(line for line in capsys.readouterr().out.splitlines() if "validation loss" in line)
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "validation loss" in line]
     # The same by whole readings of the model that came out, whose bfloat16 rounds.
     planned = run.plan(Settings(root / "model", (str(data),), root / "none"), 1)
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
