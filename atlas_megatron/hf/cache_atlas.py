@@ -5,6 +5,7 @@ Its size does not depend on the length read, but for full attention and the expo
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -79,6 +80,12 @@ class AtlasCache:
 
     def crop(self, *_: Any) -> None:
         raise ValueError("a memory cannot be cropped: what it has learned from later tokens is in its weights")
+
+    def detach(self) -> AtlasCache:
+        """The same memory without the graph that made it: gradients of what reads on from it end here."""
+        kept = copy.copy(self)
+        kept._map(torch.Tensor.detach)
+        return kept
 
     def to(self, device: torch.device | str) -> AtlasCache:
         """Move it, in place."""

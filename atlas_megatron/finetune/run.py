@@ -1,0 +1,238 @@
+"""A fine-tuning run from its settings to the folder that comes out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atlas_megatron.finetune.examples import Examples, Loader, collate
+from atlas_megatron.finetune.segments import SegmentReader
+from atlas_megatron.finetune.settings import Settings, check, read_deepspeed, read_model
+from atlas_megatron.hf.configuration_atlas import AtlasConfig
+from atlas_megatron.hf.export import INDEX
+from atlas_megatron.hf.folders import new_folder
+
+REPORT = "finetune.json"  # what a folder that came out was trained with, and what the run said
+SHARD_SIZE = "2GB"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run: nothing of it has been written yet."""
+
+    settings: Settings
+    config: AtlasConfig
+    deepspeed: dict[str, Any] | None
+    train: Examples
+    validation: Examples | None
+    world_size: int
+
+    @property
+    def segment(self) -> int:
+        """Tokens; by default the length that the model was trained at."""
+        return min(self.settings.segment or self.config.seq_length, self.train.longest)
+
+    @property
+    def checkpointing(self) -> bool:
+        """Unless it is said: where the gradients go over cuts."""
+        chosen = self.settings.checkpointing
+        return self.settings.detach_every != 1 and self.train.longest > self.segment if chosen is None else chosen
+
+    @property
+    def steps(self) -> int:
+        steps_an_epoch = max(1, self.train.sequences // self.settings.batch)
+        return self.settings.steps or math.ceil(steps_an_epoch * self.settings.epochs)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same where a run goes on from a checkpoint."""
+        return self.settings.decides() | {
+            "steps": self.steps,
+            "segment": self.segment,
+            "sequences": self.train.sequences,
+            "tokens": self.train.tokens,
+            "devices": self.world_size,
+            "deepspeed": self.deepspeed,
+        }
+
+
+def world_size() -> int:
+    """Processes of this run, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def plan(settings: Settings, devices: int) -> Plan:
+    """Check everything that can be wrong, and read the data. Raises ValueError."""
+    check(settings, devices)
+    config = read_model(settings.model)
+    deepspeed = read_deepspeed(settings.deepspeed) if settings.deepspeed else None
+    loader = Loader(settings, config)
+    train = loader.load(settings.data)
+    if train.sequences < settings.batch:
+        raise ValueError(
+            f"the data hold {train.sequences} sequences, fewer than --batch {settings.batch}; give more data, a "
+            "smaller --length or a smaller --batch"
+        )
+    validation = loader.load(settings.validation) if settings.validation else None
+    return Plan(settings, config, deepspeed, train, validation, devices)
+
+
+def finetune(run: Plan) -> Path:
+    """Train, from the newest whole checkpoint on where there is one, and write the folder. Raises ValueError."""
+    # transformers is quiet where it has nothing to say that a line of ours does not.
+    from transformers.utils import logging as theirs
+
+    from atlas_megatron.finetune.trainer import Progress, StateTrainer, newest_checkpoint
+
+    settings = run.settings
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    resumed = newest_checkpoint(settings.work, run.identity())
+    if run.deepspeed is not None:
+        _prepare_deepspeed()
+    arguments = _arguments(run)  # before the model: under ZeRO-3 it is loaded in parts
+    if run.deepspeed is not None:
+        _join_deepspeed()
+    language_model = _load(run, arguments)
+    reader = SegmentReader(language_model, run.segment, checkpointing=run.checkpointing)
+    progress = Progress()
+    trainer = progress.trainer = StateTrainer(
+        model=reader,
+        args=arguments,
+        train_dataset=run.train.dataset,
+        eval_dataset=run.validation.dataset if run.validation else None,
+        data_collator=collate,
+        callbacks=[progress],
+        detach_every=settings.detach_every,
+        identity=run.identity(),
+    )
+    _silence_printer(trainer)
+    if trainer.is_world_process_zero():
+        print(_opening(run, resumed), flush=True)
+    try:
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "the device's memory is full; give a smaller --segment or --micro-batch, --checkpointing, or a higher "
+            f"stage of ZeRO, as --dry-run tells them ({str(error).splitlines()[0]})"
+        ) from error
+    _write(run, trainer)
+    trainer.accelerator.end_training()
+    return settings.out
+
+
+def _opening(run: Plan, resumed: Path | None) -> str:
+    far = f"detached every {run.settings.detach_every} segments" if run.settings.detach_every else "over every cut"
+    words = (
+        f"{run.train.sequences:,} sequences, {run.train.tokens:,} tokens; {run.steps:,} steps of {run.settings.batch} "
+        f"sequences, processes: {run.world_size}; segments of {run.segment:,} tokens, gradients {far}"
+        f"{', recomputed' if run.checkpointing else ''}"
+    )
+    return f"{words}\ngoing on from {resumed}" if resumed else words
+
+
+def _arguments(run: Plan) -> Any:
+    from transformers import TrainingArguments
+
+    settings, validated = run.settings, run.validation is not None
+    arguments = TrainingArguments(
+        output_dir=str(settings.work),
+        deepspeed=run.deepspeed,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=settings.bf16,
+        max_steps=run.steps,
+        per_device_train_batch_size=settings.micro_batch,
+        per_device_eval_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=settings.accumulation(run.world_size),
+        dataloader_drop_last=True,
+        learning_rate=settings.lr,
+        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip,
+        optim="adamw_torch",
+        seed=settings.seed,
+        data_seed=settings.seed,
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        save_total_limit=settings.keep,
+        eval_strategy="steps" if validated else "no",
+        eval_steps=settings.validate_every if validated else None,
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cache=bool(run.config.use_cache),
+    )
+    # Of several GPUs that no launcher shares out, Trainer would take all, in threads; a process here has one.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+def _prepare_deepspeed() -> None:
+    """What DeepSpeed finds out for itself only with MPI, or by building what a CPU does not need."""
+    if "WORLD_SIZE" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.setdefault("MASTER_PORT", "29500")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        # Sums through shared memory: minutes of a compiler, where gloo's will do.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _join_deepspeed() -> None:
+    """Before a model is loaded in parts; transformers joins the processes, and tells DeepSpeed only later."""
+    import deepspeed
+
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def _load(run: Plan, arguments: Any) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    # One process before the others: each copies the folder's code to where Python finds it.
+    folder = str(run.settings.model)
+    with arguments.main_process_first(desc="copying the model's code"):
+        get_class_from_dynamic_module(run.config.auto_map["AutoModelForCausalLM"], folder, local_files_only=True)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, local_files_only=True, dtype=torch.float32
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder} cannot be loaded ({reason}); export it again") from error
+
+
+def _write(run: Plan, trainer: Any) -> None:
+    """The folder that came in with new weights: its code, configuration and tokenizer as they were."""
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_world_process_zero():
+        language_model, dtype = trainer.model.language_model, run.config.dtype or torch.float32
+        # Each once: what is tied has two names in a state, and one as a parameter.
+        names = [name for name, _ in language_model.named_parameters()]
+        weights = {name: weights[f"language_model.{name}"].to(dtype) for name in names}
+        with new_folder(run.settings.out) as folder:
+            language_model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
+            for file in run.settings.model.iterdir():
+                if file.is_file() and file.suffix in (".py", ".json", ".jinja") and file.name not in (INDEX, REPORT):
+                    shutil.copyfile(file, folder / file.name)
+            report = {"settings": run.identity(), "history": trainer.state.log_history}
+            (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    trainer.accelerator.wait_for_everyone()
+
+
+def _silence_printer(trainer: Any) -> None:
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,155 @@
+"""What a fine-tuning run is asked for, and the checks that need neither data nor model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from atlas_megatron.hf.configuration_atlas import AtlasConfig
+from atlas_megatron.hf.export import INDEX, WEIGHTS
+
+SCHEDULES = ("cosine", "linear", "constant")
+# `{field}` of a prompt.
+FIELD = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run. Lengths are in tokens, 0 meaning what the model or the data say."""
+
+    model: Path
+    data: tuple[str, ...]
+    out: Path
+    deepspeed: Path | None = None
+    validation: tuple[str, ...] = ()
+    key: str = "text"
+    prompt: str = "{input}\n{question}\n"
+    length: int = 0
+    segment: int = 0
+    detach_every: int = 0
+    checkpointing: bool | None = None
+    epochs: float = 1.0
+    steps: int = 0
+    batch: int = 8
+    micro_batch: int = 1
+    lr: float = 1e-4
+    schedule: str = "cosine"
+    warmup: int = 0
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+    bf16: bool = False
+    save_every: int = 100
+    validate_every: int = 100
+    log_every: int = 1
+    keep: int = 2
+
+    @property
+    def work(self) -> Path:
+        """The folder of checkpoints and of what is logged, beside the model that comes out."""
+        return self.out.with_name(f"{self.out.name}.training")
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches of a step on each device. Raises ValueError where they do not divide the batch."""
+        together = self.micro_batch * world_size
+        if self.batch % together:
+            raise ValueError(
+                f"--batch {self.batch} is no multiple of --micro-batch {self.micro_batch} on {world_size} devices; "
+                f"give for example --batch {-(-self.batch // together) * together}"
+            )
+        return self.batch // together
+
+    def decides(self) -> dict[str, Any]:
+        """What the numbers of a run depend on: a checkpoint of other settings is of another run."""
+        apart = ("out", "save_every", "validate_every", "log_every", "keep", "validation", "checkpointing")
+        return {name: _plain(value) for name, value in asdict(self).items() if name not in apart}
+
+
+def check(settings: Settings, world_size: int) -> None:
+    """Raise ValueError for numbers that cannot be, what is not installed, and a target that is there already."""
+    _check_numbers(settings)
+    settings.accumulation(world_size)
+    wanted = ["transformers", "accelerate", "safetensors"] + (["deepspeed"] if settings.deepspeed else [])
+    for package in wanted:
+        if importlib.util.find_spec(package) is None:
+            extra = "deepspeed" if package == "deepspeed" else "hf"
+            raise ValueError(
+                f"{package} is not installed; install it with: pip install -e '.[{extra}]' -c constraints.txt"
+            )
+    if settings.bf16 and not settings.deepspeed:
+        raise ValueError(
+            "--bf16 needs --deepspeed, whose optimizer keeps the weights in float32 beside it; add for example "
+            "--deepspeed configs/deepspeed/zero1.json, or leave --bf16 out"
+        )
+    if settings.out.exists():
+        raise ValueError(f"--out {settings.out} exists, and nothing is written over; choose another, or remove it")
+    model = settings.model.resolve()
+    if model == settings.work.resolve() or model in settings.out.resolve().parents:
+        raise ValueError(f"--out {settings.out} lies in the model's own folder; choose a folder outside of it")
+
+
+def _check_numbers(settings: Settings) -> None:
+    at_least = {"length": 0, "segment": 0, "detach_every": 0, "steps": 0, "warmup": 0, "batch": 1, "micro_batch": 1}
+    at_least |= {"save_every": 1, "validate_every": 1, "log_every": 1, "keep": 2, "weight_decay": 0, "clip": 0}
+    for name, least in at_least.items():
+        if getattr(settings, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; give {least} or more")
+    for name in ("lr", "epochs"):
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"--{name} is {getattr(settings, name)}; give a number greater than 0")
+    if settings.schedule not in SCHEDULES:
+        raise ValueError(f"--schedule {settings.schedule!r} is unknown; one of {', '.join(SCHEDULES)}")
+
+
+def read_model(folder: Path) -> AtlasConfig:
+    """The description of the model in an exported folder. Raises ValueError where it is none, or not whole."""
+    file = folder / "config.json"
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} is no Hugging Face folder ({error}); give one that tools/convert_hf.py export wrote"
+        ) from error
+    kind = said.get("model_type") if isinstance(said, dict) else None
+    if kind != AtlasConfig.model_type:
+        raise ValueError(f"{folder} holds a model of type {kind!r}; give an exported atlas model")
+    code = said.get("auto_map", {}).get("AutoModelForCausalLM", "").partition(".")[0]
+    if not code or not (folder / f"{code}.py").is_file():
+        raise ValueError(f"{folder} does not hold the model's code; export it again with tools/convert_hf.py")
+    if "def detach(" not in (folder / "cache_atlas.py").read_text(encoding="utf-8"):
+        raise ValueError(
+            f"the code in {folder} is older than fine-tuning, whose cache cannot be detached; export it again with "
+            "tools/convert_hf.py"
+        )
+    if not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
+        raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; restore its weights, or export it again")
+    return AtlasConfig.from_dict(said)
+
+
+def read_deepspeed(file: Path) -> dict[str, Any]:
+    """A DeepSpeed configuration. Raises ValueError where it is none, or not of ZeRO-1, -2 or -3."""
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--deepspeed {file} cannot be read ({error}); see configs/deepspeed") from error
+    zero = said.get("zero_optimization") if isinstance(said, dict) else None
+    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+        raise ValueError(f"{file} does not set zero_optimization.stage to 1, 2 or 3; see configs/deepspeed")
+    gathered = "stage3_gather_16bit_weights_on_model_save"
+    if zero["stage"] == 3 and not zero.get(gathered):
+        raise ValueError(f"{file} leaves out {gathered}, without which no model could be written; set it to true")
+    return said
+
+
+def from_arguments(given: dict[str, Any]) -> Settings:
+    """Settings of a parsed command line, whose other words are left out."""
+    names = {field.name for field in fields(Settings)}
+    return Settings(**{name: value for name, value in given.items() if name in names and value is not None})
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value

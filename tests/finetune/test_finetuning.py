@@ -1,0 +1,214 @@
+"""The command line, on one process: what comes out, going on, the dry run, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import exported
+import finetune
+from atlas_megatron.finetune import estimate, run
+from atlas_megatron.finetune.examples import collate
+from atlas_megatron.finetune.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+ZERO2 = str(ROOT / "configs/deepspeed/zero2.json")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an exported model in bfloat16, a text, and answers."""
+    folder = tmp_path_factory.mktemp("finetune")
+    exported.exported(folder, dtype=torch.bfloat16)
+    exported.text(folder)
+    exported.answers(folder)
+    return folder
+
+
+def words(root: Path, out: Path, **given: Any) -> list[str]:
+    options = {"length": 48, "segment": 16, "batch": 2, "steps": 4, "lr": 3e-3, "save_every": 2} | given
+    line = [str(root / "model"), "--data", str(root / "text.txt"), "--out", str(out)]
+    return line + [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / run.REPORT).read_text())["history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def tuned(root: Path) -> Path:
+    """A run of four steps with a checkpoint after two, whole."""
+    assert finetune.main(words(root, root / "tuned")) == 0
+    return root / "tuned"
+
+
+def test_what_comes_out_loads_like_what_went_in(root: Path, tuned: Path) -> None:
+    found, came = bytes_of(tuned), bytes_of(root / "model")
+    assert found.keys() == came.keys() | {run.REPORT}
+    assert {name for name in came if found[name] != came[name]} == {"model.safetensors"}
+    model = AutoModelForCausalLM.from_pretrained(tuned, trust_remote_code=True)
+    assert model.dtype == torch.bfloat16
+    before = AutoModelForCausalLM.from_pretrained(root / "model", trust_remote_code=True)
+    read = AutoTokenizer.from_pretrained(tuned)((root / "text.txt").read_text(), return_tensors="pt").input_ids[:, :96]
+    with torch.no_grad():
+        assert model(read, labels=read).loss < before(read, labels=read).loss - 0.1
+    said = losses(tuned)
+    assert len(said) == 4 and said[-1] < said[0] - 0.1
+
+
+def test_a_run_goes_on_to_the_same_end(root: Path, tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work, again = root / "tuned.training", root / "again.training"
+    shutil.copytree(work, again)
+    shutil.rmtree(again / "checkpoint-4")
+    # Killed while it saved: no marker.
+    (again / "checkpoint-3").mkdir()
+    (again / "checkpoint-3/model.safetensors").write_bytes(b"half")
+    assert finetune.main(words(root, root / "again", lr=1e-3)) == 2
+    assert "of a run with other settings: lr is 0.001, was 0.003; give those of it" in capsys.readouterr().err
+    assert finetune.main(words(root, root / "again")) == 0
+    assert f"going on from {again}/checkpoint-2" in capsys.readouterr().out
+    for name, value in weights(root / "again").items():
+        assert torch.equal(value, weights(tuned)[name]), name
+    assert losses(root / "again") == losses(tuned)
+
+    # Trained to the end, and only the folder is not there: no step more.
+    shutil.copytree(work, root / "ended.training")
+    assert finetune.main(words(root, root / "ended")) == 0
+    assert weights(root / "ended").keys() == weights(tuned).keys()
+    assert all(torch.equal(value, weights(tuned)[name]) for name, value in weights(root / "ended").items())
+
+
+def test_answers_are_learned_in_truncated_windows_and_validated(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, data = root / "answered", root / "answers.jsonl"
+    line = words(root, out, steps=2, length=400, segment=32, detach_every=1, micro_batch=2, validate_every=2)
+    line[line.index("--data") + 1] = str(data)
+    assert finetune.main([*line, "--validation", str(data)]) == 0
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "validation loss" in line]
+    # The same by whole readings of the model that came out, whose bfloat16 rounds.
+    planned = run.plan(Settings(root / "model", (str(data),), root / "none"), 1)
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
+    lost, counted = 0.0, 0
+    for number in range(planned.train.sequences):
+        batch = collate([planned.train.dataset[number]])
+        learned = int((batch["labels"] != -100).sum())
+        with torch.no_grad():
+            lost += float(model(**batch, use_cache=False).loss) * learned
+        counted += learned
+    assert float(said.rpartition(" ")[2]) == pytest.approx(lost / counted, rel=5e-3)
+
+
+def test_nothing_is_left_that_looks_whole(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert finetune.main(words(root, root / "nan", lr=1e30, clip=0)) == 2
+    assert "the loss became nan at step 2" in capsys.readouterr().err
+    assert not (root / "nan").exists()
+
+
+def test_the_dry_run_tells_and_writes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(root.iterdir())
+    line = words(root, root / "dry", deepspeed=ZERO2, devices=2)
+    assert finetune.main([*line, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    parameters = sum(value.numel() for value in weights(root / "model").values())
+    assert f"{parameters:,}" in said and "4 of 2 sequences" in said and "ZeRO-2, chosen" in said
+    assert sorted(root.iterdir()) == before
+
+
+def test_stages_share_out_what_they_say(root: Path) -> None:
+    given = Settings(root / "model", (str(root / "text.txt"),), root / "none", length=64, segment=16, batch=4)
+    planned = run.plan(given, 4)
+    size = 4 * sum(value.numel() for value in weights(root / "model").values())
+    held = [estimate.held(planned, stage) for stage in range(4)]
+    assert [found.parameters for found in held] == [size, size, size, size / 4]
+    assert [found.gradients for found in held] == [size, size, size / 4, size / 4]
+    assert [found.optimizer for found in held] == [2 * size, 3 * size / 4, 3 * size / 4, 3 * size / 4]
+    # Recomputed, only a segment is alive; over all cuts without that, everything.
+    kept = run.plan(Settings(**{**vars(given), "checkpointing": False}), 4)
+    assert estimate.held(kept, 0).activations == pytest.approx(4 * held[0].activations, rel=0.2)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "batch": ({"batch": 3, "micro_batch": 2}, "--batch 3 is no multiple of --micro-batch 2 .* --batch 4"),
+    "more than there is": ({"batch": 2000}, "sequences, fewer than --batch 2000"),
+    "negative": ({"segment": -1}, "--segment is -1; give 0 or more"),
+    "learning rate": ({"lr": 0}, "--lr is 0.0; give a number greater than 0"),
+    "schedule": ({"schedule": "step"}, "--schedule 'step' is unknown; one of cosine"),
+    "bfloat16 alone": ({"bf16": None}, "--bf16 needs --deepspeed"),
+    "no DeepSpeed configuration": ({"deepspeed": "none.json"}, "--deepspeed none.json cannot be read"),
+    "devices": ({"devices": 2}, "--devices is of --dry-run"),
+}
+
+
+@pytest.mark.parametrize(("given", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_refused_in_one_line(
+    root: Path, capsys: pytest.CaptureFixture[str], given: dict[str, Any], said: str
+) -> None:
+    line = [word for word in words(root, root / "refused", **given) if word != "None"]
+    assert finetune.main(line) == 2
+    _assert_line(capsys.readouterr().err, said)
+    assert not (root / "refused").exists() and not (root / "refused.training").exists()
+
+
+def test_folders_that_are_no_models_are_refused(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(said: str, **changed: str) -> None:
+        line = words(tmp_path, tmp_path / "out")
+        line[2] = str(root / "text.txt")
+        assert finetune.main(line) == 2
+        _assert_line(capsys.readouterr().err, said)
+
+    model = tmp_path / "model"
+    refused("is no Hugging Face folder .* give one that tools/convert_hf.py export wrote")
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    refused("holds a model of type 'llama'; give an exported atlas model")
+    shutil.copytree(root / "model", model, dirs_exist_ok=True)
+    (model / "model.safetensors").unlink()
+    refused("holds neither model.safetensors nor")
+    (model / "model.safetensors").write_bytes(b"half a file")
+    refused("cannot be loaded")
+    code = (model / "cache_atlas.py").read_text()
+    (model / "cache_atlas.py").write_text(code.replace("def detach(", "def other("))
+    refused("is older than fine-tuning")
+    (model / "modeling_atlas.py").unlink()
+    refused("does not hold the model's code")
+
+
+def test_nothing_is_written_over(root: Path, tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert finetune.main(words(root, tuned)) == 2
+    _assert_line(capsys.readouterr().err, "exists, and nothing is written over")
+    assert finetune.main(words(root, root / "model/inside")) == 2
+    _assert_line(capsys.readouterr().err, "lies in the model's own folder")
+
+
+def test_a_missing_deepspeed_names_its_command(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "deepspeed" else found(name, *a))
+    assert finetune.main(words(root, root / "refused", deepspeed=ZERO2)) == 2
+    _assert_line(
+        capsys.readouterr().err, r"deepspeed is not installed.* pip install -e '\.\[deepspeed\]' -c constraints.txt"
+    )
+
+
+def _assert_line(error: str, said: str) -> None:
+    import re
+
+    assert error.count("\n") == 1 and error.startswith("finetune: ") and re.search(said, error), error

@@ -1,0 +1,130 @@
+"""Fine-tune an exported Hugging Face model on long texts, on one process or with DeepSpeed's ZeRO on many."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+EXAMPLES = """\
+examples:
+  text, in sequences of 32,768 tokens read in segments of 2,048, gradients over every cut, on one device
+    python tools/finetune.py exported/340m --data 'books/*.txt' --out tuned/340m --length 32768 --segment 2048
+  the same on 8 GPUs with ZeRO-2 in bfloat16, truncated: the memory is detached every 4 segments
+    torchrun --nproc-per-node 8 tools/finetune.py exported/340m --data 'books/*.txt' --out tuned/340m \\
+        --length 32768 --segment 2048 --detach-every 4 --deepspeed configs/deepspeed/zero2.json --bf16
+  prompts with answers (a line: {"input": ..., "question": ..., "target": ...}); only the answers are learned
+    python tools/finetune.py exported/340m --data babilong-qa1.jsonl --out tuned/qa1 --lr 3e-5 --epochs 2
+  data that tools/prepare_data.py wrote, what it would cost on 16 devices
+    python tools/finetune.py exported/340m --data data/books/train --validation data/books/validation \\
+        --out tuned/books --length 16384 --devices 16 --batch 16 --dry-run
+
+Run the same command again and it goes on from the newest whole checkpoint in OUT.training. OUT appears when the run is
+done, with the code, configuration and tokenizer that came in; the code in the model's folder is run.
+"""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Fine-tune as the command line says; 0, or 2 after one line on what is wrong."""
+    arguments = _parser().parse_args(words)
+    _quieten()
+    try:
+        return _finetune(arguments)
+    except (ValueError, OSError) as error:
+        # Every process meets it; one says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"finetune: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("finetune: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
+    # Here, not at the top: transformers and Megatron take seconds, which --help should not cost.
+    from atlas_megatron.finetune import run
+    from atlas_megatron.finetune.settings import from_arguments
+
+    settings = from_arguments(vars(arguments))
+    planned = run.plan(settings, arguments.devices or run.world_size())
+    if arguments.dry_run:
+        from rich.console import Console
+
+        from atlas_megatron.finetune.estimate import report
+
+        Console().print(report(planned))
+        return 0
+    if arguments.devices:
+        raise ValueError("--devices is of --dry-run; torchrun --nproc-per-node says on how many processes a run is")
+    out = run.finetune(planned)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"wrote {out}; checkpoints are in {settings.work}, to remove when it is good")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="finetune.py", description=__doc__, epilog=EXAMPLES, formatter_class=plain)
+    add = parser.add_argument
+    add("model", type=Path, metavar="MODEL_FOLDER", help="an exported model; its code is run")
+    add("--data", nargs="+", required=True, metavar="FILE", help="text, .jsonl, .parquet, or a prefix of .bin/.idx")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="the model that comes out; must not exist")
+    add("--deepspeed", type=Path, metavar="JSON", help="configs/deepspeed/{zero1,zero2,zero3,zero3_offload}.json")
+    add("--validation", nargs="+", default=(), metavar="FILE", help="as --data, of which the loss is told")
+    add("--key", help="of the text in .jsonl and .parquet (default: text)")
+    add("--prompt", type=_newlines, help=r"of a line with a target (default: '{input}\n{question}\n')")
+
+    context = parser.add_argument_group("context")
+    add = context.add_argument
+    add("--length", type=int, help="tokens of a text's sequence (default: the model's seq_length); of answers the most")
+    add("--segment", type=int, help="tokens read at once (default: the model's seq_length)")
+    add("--detach-every", type=int, metavar="N", help="truncate gradients at every N-th cut (default: 0, at none)")
+    add(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="keep of a segment its first memory alone and read it again (default: where gradients cross cuts)",
+    )
+
+    training = parser.add_argument_group("training")
+    add = training.add_argument
+    add("--epochs", type=float, help="passes over the data (default: 1)")
+    add("--steps", type=int, help="instead of --epochs")
+    add("--batch", type=int, help="sequences of a step on all devices together (default: 8)")
+    add("--micro-batch", type=int, help="sequences on a device at once (default: 1)")
+    add("--lr", type=float, help="largest learning rate of AdamW (default: 1e-4)")
+    add("--schedule", help="cosine, linear or constant (default: cosine)")
+    add("--warmup", type=int, metavar="STEPS", help="in which the learning rate rises (default: 0)")
+    add("--weight-decay", type=float, help="(default: 0.1)")
+    add("--clip", type=float, help="largest norm of the gradients, 0 for any (default: 1)")
+    add("--seed", type=int, help="of the order of the data (default: 0)")
+    add("--bf16", action="store_true", help="compute in bfloat16; the optimizer of --deepspeed keeps float32")
+
+    saving = parser.add_argument_group("saving and telling")
+    add = saving.add_argument
+    add("--save-every", type=int, metavar="STEPS", help="checkpoints (default: 100)")
+    add("--keep", type=int, help="checkpoints that are kept (default: 2)")
+    add("--validate-every", type=int, metavar="STEPS", help="(default: 100)")
+    add("--log-every", type=int, metavar="STEPS", help="(default: 1)")
+    add("--dry-run", action="store_true", help="tell parameters, tokens, steps and memory by ZeRO stage; train nothing")
+    add("--devices", type=int, metavar="N", help="of --dry-run (default: those of this run)")
+    return parser
+
+
+def _newlines(text: str) -> str:
+    return text.replace(r"\n", "\n")
+
+
+def _quieten() -> None:
+    """Leave the screen to what is asked for: the libraries warn of absent accelerators, and of each other."""
+    for library in ("accelerate", "DeepSpeed", "megatron"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    for category in (UserWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"megatron\.|torch\.|transformers\.|accelerate\.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
