@@ -261,18 +261,21 @@ def _text(reader: Reader, asked: Asked, longest: int) -> Text:
     """What perplexity is measured on. Raises ValueError where nothing was named and the model is no run with data."""
     from atlas_megatron.checkpoint import CONFIG, latest
     from atlas_megatron.config import load
-    from atlas_megatron.data import blend
+    from atlas_megatron.data import blend, inspect
     from atlas_megatron.evaluate import perplexity
 
     if asked.text:
         if Path(asked.text).is_file():
             return perplexity.from_file(Path(asked.text), reader.tokenizer, 4 * (longest + perplexity.TARGET))
-        return perplexity.indexed(asked.text)
-    checkpoint, _ = latest(asked.model)
-    sets = load(checkpoint / CONFIG).data.validation if checkpoint else ()
-    if not sets:
-        raise ValueError(f"{asked.model} names no validation data; give a text: --text FILE, or --text PREFIX of .bin")
-    return perplexity.indexed(blend(sets)[0][1])
+        prefix = asked.text
+    else:
+        checkpoint, _ = latest(asked.model)
+        sets = load(checkpoint / CONFIG).data.validation if checkpoint else ()
+        if not sets:
+            raise ValueError(f"{asked.model} names no validation data; give a text: --text FILE, or PREFIX of a .bin")
+        prefix = blend(sets)[0][1]
+    inspect(prefix, reader.tokenizer.vocab_size)
+    return perplexity.indexed(prefix)
 
 
 def _symbolic(name: str, reader: Reader, asked: Asked) -> Table:
