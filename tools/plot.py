@@ -9,27 +9,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+import plot_diagnostics
+from atlas_megatron import plotting
 from atlas_megatron.metrics import Record, read
 
-matplotlib.use("Agg")  # files only: a machine that trains has no screen
-from matplotlib import pyplot  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-
-import plot_diagnostics  # noqa: E402
-
-STYLE = {
-    "figure.figsize": (6.4, 4.0),
-    "figure.dpi": 160,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
+STYLE = {**plotting.STYLE, "figure.figsize": (6.4, 4.0)}
 EXAMPLES = """\
 examples:
   python tools/plot.py runs/quickstart                        # pictures into runs/quickstart

@@ -6,23 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")  # files only: a machine that evaluates has no screen
-from matplotlib import pyplot  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-
-from atlas_megatron.evaluate.recall import Point  # noqa: E402
-
-STYLE = {
-    "figure.dpi": 160,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
+from atlas_megatron.evaluate.recall import Point
+from atlas_megatron.plotting import STYLE
 
 
 def recall(path: Path, title: str, metrics: Mapping[str, Sequence[Point]]) -> None:

@@ -10,24 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib import pyplot
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")  # files only: a machine that trains has no screen
-from matplotlib import pyplot  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-
-from atlas_megatron.results import Cell as Cell  # noqa: E402
-from atlas_megatron.results import Results  # noqa: E402
+from atlas_megatron.plotting import STYLE as STYLE
+from atlas_megatron.results import Cell as Cell
+from atlas_megatron.results import Results
 
 ROOT = Path(__file__).resolve().parents[2]
-STYLE = {
-    "figure.dpi": 160,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,9 @@ class _OnOneGramMatrix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, X: Tensor, table: list[tuple[float, float, float]]) -> Tensor:
         A = torch.bmm(X, X.mT)
-        grams, polynomials, products = [A], [], []  # A_i, P_i, Q_i = P_i ... P_0
+        grams: list[Tensor] = [A]  # A_i
+        polynomials: list[Tensor] = []  # P_i
+        products: list[Tensor] = []  # Q_i = P_i ... P_0
         for a, b, c in table:
             if polynomials:
                 P = polynomials[-1]
@@ -139,4 +141,5 @@ class _OnOneGramMatrix(torch.autograd.Function):
             twice = torch.add(of_gram, of_gram.mT).mul_(0.5)
             if i:
                 of_product = torch.bmm(P, of_product)
+        assert twice is not None  # there is a step
         return torch.bmm(products[-1], grad).baddbmm_(twice, X), None
