@@ -278,6 +278,12 @@ def test_a_signal_goes_on_to_the_step(stubs: Stubs, tmp_path: Path) -> None:
     assert "the time limit is near: requeued; it will go on from step 5" in said.stdout
 
 
+def test_a_signal_that_comes_too_early_is_sent_again(stubs: Stubs, tmp_path: Path) -> None:
+    late = f'sleep 1; trap "{saved(tmp_path, 5)}; exit 0" USR1; for i in $(seq 300); do sleep 0.05; done; exit 9'
+    said = job(stubs, ON_SRUN=f"trap '' USR1; kill -USR1 $PPID; {late}")
+    assert "the time limit is near: requeued; it will go on from step 5" in said.stdout
+
+
 def test_an_element_of_a_sweep_is_a_run_of_its_own(stubs: Stubs, tmp_path: Path) -> None:
     array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
     said = job(stubs, "sweep=train.lr=1e-3,3e-3", **array)
