@@ -87,10 +87,11 @@ def newest(run_directory: str | Path) -> tuple[Path | None, list[str]]:
     joined = torch.distributed.is_initialized()
     share, shares = (world.rank(), torch.distributed.get_world_size()) if joined else (0, 1)
     # What the first process sees: a shared disk may show others an older state.
-    (found,) = world.from_first([sorted(folder_of(run_directory).glob("step_*"), reverse=True)])
+    folders = sorted(folder_of(run_directory).glob("step_*"), reverse=True)
+    (found,) = world.from_first([[(folder, integrity.is_marked(folder)) for folder in folders]])
     wrong, damaged = [], []
-    for folder in found:
-        if not integrity.is_marked(folder):
+    for folder, marked in found:
+        if not marked:
             wrong.append(f"skipped the half-written checkpoint {folder}")
             continue
         (bad,) = world.from_first([integrity.wrong_size(folder) if share == 0 else ""])

@@ -19,6 +19,7 @@ from atlas_megatron.stopping import RESUMES
 
 STATUS = 4
 STDERR = 2  # the process's own, whatever Python's is by now
+LOOK_SECONDS = 1.0
 # Between the stacks and the end: processes that noticed a little later write theirs before torchrun ends them.
 GRACE_SECONDS = 5.0
 # A thread cannot speak while the interpreter itself is stuck; faulthandler can, this much later, and ends it with 1.
@@ -70,7 +71,7 @@ class Watchdog:
         faulthandler.dump_traceback_later(STUCK * seconds + GRACE_SECONDS, exit=True, file=STDERR)
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(1.0, self._limit / 10)):
+        while not self._ended.wait(min(LOOK_SECONDS, self._limit / 10)):
             if time.monotonic() > self._end_of_patience:
                 self._end()
                 return

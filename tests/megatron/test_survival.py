@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 from dataclasses import replace
@@ -123,7 +124,10 @@ def killed_in(where: str, words: list[str]) -> None:
     main(words)
 
 
-@pytest.mark.parametrize("where", KILLS)
+SHORT = ("before the name", "while one is loaded")
+
+
+@pytest.mark.parametrize("where", [pytest.param(w, marks=[] if w in SHORT else [pytest.mark.parallel]) for w in KILLS])
 def test_killed_while_saving_or_loading(root: Path, run: tuple[Path, list[str]], where: str) -> None:
     directory, words = run
     words.append("checkpoint.keep=2")
@@ -136,6 +140,23 @@ def test_killed_while_saving_or_loading(root: Path, run: tuple[Path, list[str]],
     assert tiny_run.losses(directory)[:6] == tiny_run.losses(root / "run")[:6]
     assert steps_saved(directory) == ["step_00000006", "step_00000007"]
     assert not (directory / run_lock.NAME).exists()
+
+
+def without_room(words: list[str]) -> None:
+    """Train where no file can grow to the size of a shard; a kernel says so much as of a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    os._exit(main(words))
+
+
+@pytest.mark.parametrize("while_training", ["false", "true"])
+def test_a_shard_that_cannot_be_written(run: tuple[Path, list[str]], tmp_path: Path, while_training: str) -> None:
+    directory, words = run
+    words.append(f"checkpoint.async_save={while_training}")
+    assert forked(without_room, words, lines=tmp_path / "said") == 2
+    said = [line for line in (tmp_path / "said").read_text().splitlines() if line.startswith("atlas-train: ")]
+    assert len(said) == 1 and "the checkpoint of step 6 was not saved" in said[0] and "make room there" in said[0]
+    assert steps_saved(directory) == ["step_00000002", "step_00000004"]
+    assert main(words) == 0
 
 
 # NaN and inf

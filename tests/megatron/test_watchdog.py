@@ -45,7 +45,13 @@ def stuck(held: bool) -> None:
     time.sleep(600)
 
 
-@pytest.mark.parametrize(("held", "status"), [(False, watchdog.STATUS), (True, 1)], ids=["asleep", "interpreter held"])
+@pytest.mark.parametrize(
+    ("held", "status"),
+    [
+        pytest.param(False, watchdog.STATUS, id="asleep"),
+        pytest.param(True, 1, id="interpreter held", marks=pytest.mark.parallel),
+    ],
+)
 def test_a_hung_step_shows_its_stacks_and_ends(config: Path, tmp_path: Path, held: bool, status: int) -> None:
     words = [str(config), *WORDS, "resilience.hang_minutes=0.1", f"run.directory={tmp_path}/run"]
     ended = forked(hang, words, held, lines=tmp_path / "said")
@@ -67,7 +73,7 @@ def test_what_is_slow_by_right_is_no_hang(config: Path, tmp_path: Path, monkeypa
     def wait(what: str) -> None:
         clock[0] += 61
         slow.append(what)
-        time.sleep(1.5)  # the watchdog looks every second
+        time.sleep(0.5)  # the watchdog looks
 
     def stepping(self: trainer.Trainer, number: int) -> object:
         if number in (1, 4):
@@ -83,6 +89,7 @@ def test_what_is_slow_by_right_is_no_hang(config: Path, tmp_path: Path, monkeypa
         return after(self, number)
 
     monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=time.sleep))
+    monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.1)
     monkeypatch.setattr(watchdog.Watchdog, "_end", lambda self: ended.append(list(slow)))
     monkeypatch.setattr(trainer.Trainer, "_step", stepping)
     monkeypatch.setattr(checkpoint.Saver, "save", saving)

@@ -65,6 +65,7 @@ def speak(rank: int, port: int, words: list[str], said: Path) -> None:
     os._exit(status)
 
 
+@pytest.mark.parallel
 def test_the_slow_one_is_named_and_a_hang_ends_both_with_their_stacks(config: Path, tmp_path: Path) -> None:
     words = [str(config), f"run.directory={tmp_path}/run", "train.validate_every=0", "memory.ns_steps=1"]
     watched = ["resilience.straggler_every=2", "resilience.hang_minutes=0.15", "train.steps=10"]
