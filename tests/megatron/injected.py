@@ -11,7 +11,7 @@ import torch
 
 from processes import PRELOADED
 
-SECONDS = 120  # until it is taken for hung
+SECONDS = 300  # until it is taken for hung
 
 
 def forked(work: Callable[..., object], *given: object, lines: Path | None = None) -> int | None:

@@ -136,9 +136,13 @@ def test_killed_while_saving_or_loading(root: Path, run: tuple[Path, list[str]],
     if where == "while old ones are dropped":
         assert checkpoint.latest(directory) == (directory / "checkpoints/step_00000006", [])
         assert not checkpoint.is_whole(directory / "checkpoints/step_00000002")
-    assert main([*words, "train.steps=7"]) == 0
-    assert tiny_run.losses(directory)[:6] == tiny_run.losses(root / "run")[:6]
-    assert steps_saved(directory) == ["step_00000006", "step_00000007"]
+    assert main(words) == 0
+    assert tiny_run.losses(directory) == tiny_run.losses(root / "run")
+    if where == "while old ones are dropped":
+        # It was done; a longer run clears away what is left of them.
+        assert main([*words, "train.steps=7"]) == 0
+    assert len(steps_saved(directory)) == 2
+    assert steps_saved(directory)[0] in ("step_00000004", "step_00000006")
     assert not (directory / run_lock.NAME).exists()
 
 

@@ -16,7 +16,7 @@ from atlas_megatron.train import main
 from atlas_megatron.trainer import Trainer
 from processes import PRELOADED, free_port
 
-SECONDS = 120  # of anything here
+SECONDS = 300  # of anything here
 
 
 @pytest.fixture(scope="module")
