@@ -31,6 +31,8 @@ def hang(words: list[str], held: bool) -> None:
 
     def third(self: trainer.Trainer, number: int) -> object:
         if number == 3:
+            # As if the other minutes had gone by.
+            self._watchdog._expect(2.0)
             stuck(held)
         return step(self, number)
 
@@ -53,7 +55,7 @@ def stuck(held: bool) -> None:
     ],
 )
 def test_a_hung_step_shows_its_stacks_and_ends(config: Path, tmp_path: Path, held: bool, status: int) -> None:
-    words = [str(config), *WORDS, "resilience.hang_minutes=0.1", f"run.directory={tmp_path}/run"]
+    words = [str(config), *WORDS, "resilience.hang_minutes=10", f"run.directory={tmp_path}/run"]
     ended = forked(hang, words, held, lines=tmp_path / "said")
     said = (tmp_path / "said").read_text()
     assert ended == status, said
@@ -61,7 +63,7 @@ def test_a_hung_step_shows_its_stacks_and_ends(config: Path, tmp_path: Path, hel
     assert [path.name for path in checkpoint.folder_of(tmp_path / "run").iterdir()] == ["step_00000002"]
     if not held:
         (line,) = [line for line in said.splitlines() if line.startswith("atlas-train: ")]
-        assert "rank 0 of 1 hung: no step was finished within resilience.hang_minutes=0.1;" in line
+        assert "rank 0 of 1 hung: no step was finished within resilience.hang_minutes=10;" in line
         assert line.endswith(RESUMES)
 
 
