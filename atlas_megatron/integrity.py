@@ -1,7 +1,7 @@
 """Whether a checkpoint is what was written: its marker holds the size and the checksum of every file.
 
 The checksum is CRC-32, which finds what disks and copies do to a file, not what somebody does on purpose. Files are
-read as streams, about 1.2 GB/s on one core of a CPU; each process reads its share.
+read as streams, about 1.2 GB/s on one quiet core of a CPU; each process reads its share.
 """
 
 from __future__ import annotations
