@@ -1,18 +1,17 @@
 """Checkpoints: whole or not there at all, and enough in them that a resumed run ends where an unbroken one does.
 
 `checkpoints/step_00000200` is written under a `.tmp` name and renamed once `complete.json`, which lists every
-file's size, is on the disk. Sharding is Megatron's (`dist_checkpointing`): another layout can load it.
+file's size and checksum, is on the disk. Sharding is Megatron's (`dist_checkpointing`): another layout can load it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,15 @@ from megatron.core.transformer import MegatronModule
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
+from atlas_megatron import integrity
 from atlas_megatron.config import Config, ParallelConfig, load, model_differences, to_toml
+from atlas_megatron.integrity import MARKER
 from atlas_megatron.model import build_model
 from atlas_megatron.optimizer import allocate_moments, load_moments, true_offsets
 from atlas_megatron.parallel import world
 from atlas_megatron.parallel.cpu import device
-from atlas_megatron.shards import ShardWriting, write_shards
+from atlas_megatron.shards import ShardWriting, checksums_of_own, write_shards
 
-MARKER = "complete.json"
 CONFIG = "config.toml"
 # What marks a checkpoint of weights from elsewhere: a run starts from it at step 0, with fresh optimizer and schedule.
 WEIGHTS_ONLY = {"weights_only": True}
@@ -46,6 +46,8 @@ class Position:
 
     step: int = 0
     consumed_samples: int = 0
+    skipped: int = 0  # batches that were passed over for NaN or inf
+    returns: int = 0  # times it went back to a checkpoint for them
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,37 @@ def latest(run_directory: str | Path) -> tuple[Path | None, list[Path]]:
 
 def is_whole(folder: Path) -> bool:
     """Whether every file that the marker lists is there in its full size."""
-    try:
-        files = json.loads((folder / MARKER).read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
+    return integrity.is_marked(folder) and not integrity.wrong_size(folder)
+
+
+def newest(run_directory: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint in which every byte is what was written, and what is wrong with those after it.
+
+    Every process of the world, if there is one, calls it: each reads its share. Raises ValueError where checkpoints
+    that were whole are all damaged now: to begin anew would cost the run.
+    """
+    joined = torch.distributed.is_initialized()
+    share, shares = (world.rank(), torch.distributed.get_world_size()) if joined else (0, 1)
+    # What the first process sees: a shared disk may show others an older state.
+    folders = sorted(folder_of(run_directory).glob("step_*"), reverse=True)
+    (found,) = world.from_first([[(folder, integrity.is_marked(folder)) for folder in folders]])
+    wrong, damaged = [], []
+    for folder, marked in found:
+        if not marked:
+            wrong.append(f"skipped the half-written checkpoint {folder}")
+            continue
+        (bad,) = world.from_first([integrity.wrong_size(folder) if share == 0 else ""])
+        bad = bad or next(filter(None, world.gathered(integrity.wrong_content(folder, share, shares))), "")
+        if not bad:
+            return folder, wrong
+        damaged.append(f"{folder}: {bad}")
+        wrong.append(f"skipped the damaged checkpoint {damaged[-1]}")
+    if damaged:
+        raise ValueError(
+            f"no checkpoint of {run_directory} is left undamaged ({'; '.join(damaged)}); bring the files back from a "
+            f"copy, or, to begin at step 0, remove {folder_of(run_directory)}"
+        )
+    return None, wrong
 
 
 class Saver:
@@ -104,7 +132,7 @@ class Saver:
             pending.temporary.mkdir(parents=True)
         torch.distributed.barrier()
         state = _state(trained, self._config.parallel, loading=False)
-        state |= {"step": position.step, "consumed_samples": position.consumed_samples}
+        state |= vars(position)
         state["layout"] = _layout(self._config.parallel)
         with pending.complaints():
             if self._config.checkpoint.async_save:
@@ -132,12 +160,17 @@ class Saver:
         with pending.complaints():
             if pending.writing:
                 pending.writing.finish()
+                own = pending.writing.checksums
+            else:
+                own = checksums_of_own(pending.temporary)
+            known = {name: value for sums in world.gathered(own) for name, value in sums.items()}
             if world.rank() == 0:
-                complete(pending.temporary, self._config, pending.step)
+                complete(pending.temporary, self._config, pending.step, known)
+                # Of a run that went back behind it.
                 if pending.folder.exists():
-                    shutil.rmtree(pending.folder)
+                    _remove(pending.folder)
                 os.rename(pending.temporary, pending.folder)
-                _sync(pending.folder.parent)
+                integrity.sync(pending.folder.parent)
                 _drop_old(pending.folder.parent, self._config.checkpoint.keep)
         torch.distributed.barrier()
 
@@ -184,10 +217,13 @@ def restore(folder: Path, config: Config, trained: Trained) -> Position:
     for name, chunk in _named(trained.chunks).items():
         chunk.load_state_dict(loaded["model"][name])
     load_moments(trained.optimizer, loaded["optimizer"], config)
+    # Core adds what it loads to what there is.
+    trained.scheduler.num_steps = 0
     trained.scheduler.load_state_dict(loaded["scheduler"])
     if same_layout:
         _set_random_state(loaded["random"])
-    return Position(loaded["step"], loaded["consumed_samples"])
+    # Runs from before batches could be skipped have saved no counts.
+    return Position(**{f.name: loaded.get(f.name, f.default) for f in fields(Position)})
 
 
 def check_same_model(folder: Path, config: Config) -> None:
@@ -206,7 +242,7 @@ def load_model(run_directory: str | Path, parallel: ParallelConfig | None = None
     parallel: or in the processes of this layout, one pipeline stage each. Joins the world if that has not been done;
     its groups must be those of the layout. Raises ValueError where the run has no whole checkpoint.
     """
-    folder, _ = latest(run_directory)
+    folder, _ = newest(run_directory)
     if folder is None:
         raise ValueError(f"{run_directory} holds no whole checkpoint; train first: atlas-train CONFIG.toml")
     config = load(folder / CONFIG)
@@ -292,33 +328,33 @@ def _set_random_state(state: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
 
 
-def complete(folder: Path, config: Config, step: int) -> None:
-    """Add what makes the checkpoint stand alone, and the marker, and bring it all to the disk."""
+def complete(folder: Path, config: Config, step: int, known: dict[str, str] | None = None) -> None:
+    """Add what makes the checkpoint stand alone, and the marker, and bring it all to the disk.
+
+    known: checksums of files in it, for those that are there already; the others are computed.
+    """
     (folder / CONFIG).write_text(to_toml(config), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         source = Path(config.data.tokenizer) / name
         if config.data.tokenizer and source.is_file():
             shutil.copyfile(source, folder / name)
-    for file in folder.iterdir():
-        _sync(file)
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-    (folder / MARKER).write_text(json.dumps({"step": step, "files": sizes}, indent=1))
-    _sync(folder / MARKER)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    integrity.mark(folder, step, known or {})
 
 
 def _drop_old(folder: Path, keep: int) -> None:
-    whole = [path for path in sorted(folder.glob("step_*")) if path.suffix != ".tmp"]
+    """Remove all but the newest checkpoints, and what killed processes left half-written."""
+    found = sorted(folder.glob("step_*"))
+    whole = [path for path in found if path.suffix != ".tmp"]
     for path in whole[:-keep]:
+        _remove(path)
+    for path in set(found) - set(whole):
         shutil.rmtree(path)
+
+
+def _remove(folder: Path) -> None:
+    # First what makes it whole: killed in between, it is half-written and not damaged.
+    (folder / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def _not_saved(temporary: Path, step: int, error: BaseException) -> OSError:

@@ -184,6 +184,23 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class ResilienceConfig:
+    """What a run does about hung steps, slow processes, NaN and inf."""
+
+    # Without a finished step, until every process writes the stacks of its threads and ends; 0 never. The first step, a
+    # validation and a checkpoint have parallel.timeout_minutes more. Less than that: the stacks then come first.
+    hang_minutes: float = 20.0
+    # Steps between reports of the slowest process: its time in data and forward passes against the median's. 0 never.
+    straggler_every: int = 50
+    # stop: a run ends at the first NaN or inf. skip: that batch is passed over and nothing else changes; after so many
+    # in a row the run goes back to the newest whole checkpoint, and on with the data behind them.
+    non_finite: str = "stop"
+    skips_in_a_row: int = 3  # until it goes back
+    most_skipped: int = 100  # batches of a whole run; one more, and it stops
+    most_returns: int = 3  # to a checkpoint in a whole run; one more, and it stops
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Megatron .bin/.idx prefixes; a blend is a list of ``"weight prefix"``."""
 
@@ -234,6 +251,7 @@ class Config:
     delta: DeltaConfig = field(default_factory=DeltaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)

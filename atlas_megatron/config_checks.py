@@ -54,6 +54,7 @@ def _check_ranges(config: Config) -> None:
         (config.delta, "delta", ("heads", "head_dim", "conv_size")),
         (train, "train", ("steps", "global_batch", "micro_batch", "lr", "adam_eps", "log_every", "stats_every")),
         (config.checkpoint, "checkpoint", ("every", "keep")),
+        (config.resilience, "resilience", ("skips_in_a_row",)),
         (config.parallel, "parallel", ("tensor", "pipeline", "virtual", "context", "timeout_minutes")),
     ]
     for section, name, keys in positive:
@@ -63,6 +64,9 @@ def _check_ranges(config: Config) -> None:
     for key in ("warmup_steps", "weight_decay", "clip_grad", "validate_every", "validate_sequences", "min_lr"):
         if not getattr(train, key) >= 0:
             raise ValueError(f"train.{key}={getattr(train, key)} must be 0 or more")
+    for key in ("hang_minutes", "straggler_every", "most_skipped", "most_returns"):
+        if not getattr(config.resilience, key) >= 0:
+            raise ValueError(f"resilience.{key}={getattr(config.resilience, key)} must be 0 or more")
     for key in ("alpha_start", "theta_start", "gamma_start"):
         if not 0 < getattr(memory, key) < 1:
             raise ValueError(f"memory.{key}={getattr(memory, key)} must lie between 0 and 1, both excluded")
@@ -87,6 +91,7 @@ def _check_ranges(config: Config) -> None:
         ("delta.impl", config.delta.impl, ("auto", "fla", "chunked")),
         ("parallel.context_mode", config.parallel.context_mode, CONTEXT_MODES),
         ("train.precision", train.precision, ("auto", "float32", "bfloat16")),
+        ("resilience.non_finite", config.resilience.non_finite, ("stop", "skip")),
         ("train.fp8", train.fp8, ("", "hybrid", "e4m3")),
         ("train.fp8_recipe", train.fp8_recipe, ("delayed", "tensorwise", "blockwise", "mxfp8")),
     ):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from atlas_megatron.parallel.cpu import device
 from atlas_megatron.tokenizer import Tokenizer, load_tokenizer
 
 type SampleSet = GPTDataset | BlendedDataset
+type Batch = dict[str, Tensor]
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
 # The .idx file, as megatron.core.datasets.indexed_dataset writes it: magic, version, dtype code,
@@ -230,20 +232,26 @@ def _index_cache(config: Config, drawn: tuple[Source, ...]) -> Path:
     return Path(config.run.directory) / "index" / identity.hexdigest()[:16]
 
 
-class Batches(Iterator[dict[str, Tensor]]):
+def micro_batches(config: Config, sequences: int) -> int:
+    """How many micro-batches one replica runs of `sequences` sequences; `validate` has seen that it divides."""
+    return sequences // (config.train.micro_batch * parallel_state.get_data_parallel_world_size())
+
+
+class Batches(Iterator[Batch]):
     """This data-parallel rank's micro-batches of a set, in the set's order, from any sample on.
 
     The position is `consumed_samples`, counted over all ranks: rank r of R takes samples
     ``[n + r m, n + (r + 1) m)`` of each ``R m`` (m = train.micro_batch). So a resumed run, also
     one with another number of ranks, goes on at the very next sample. What is left at the end of
-    the set and fills no micro-batch on every rank is not read.
+    the set and fills no micro-batch on every rank is not read. endless: at its end the set begins again, after its
+    last whole train.global_batch.
     Context-parallel ranks each take their shard of every sequence.
     Yields int64 ``tokens``, ``labels``, ``position_ids`` and float32 ``loss_mask``, each
     ``[micro_batch, tokens of a shard]``, and ``counted``, a micro-batch's sum of the whole loss mask, on this rank's
     device.
     """
 
-    def __init__(self, dataset: SampleSet, config: Config, consumed_samples: int = 0) -> None:
+    def __init__(self, dataset: SampleSet, config: Config, consumed_samples: int = 0, *, endless: bool = False) -> None:
         ranks, rank, self._shards, self._shard = 1, 0, 1, 0
         if parallel_state.model_parallel_is_initialized():
             ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
@@ -252,10 +260,12 @@ class Batches(Iterator[dict[str, Tensor]]):
         micro_batch = config.train.micro_batch
         self.consumed_samples = consumed_samples
         self._samples_per_batch = micro_batch * ranks
-        starts = range(consumed_samples, len(dataset) - self._samples_per_batch + 1, self._samples_per_batch)
-        own = (list(range(start + rank * micro_batch, start + (rank + 1) * micro_batch)) for start in starts)
+        left = range(consumed_samples, len(dataset) - self._samples_per_batch + 1, self._samples_per_batch)
+        starts: Iterable[int] = itertools.count(consumed_samples, self._samples_per_batch) if endless else left
+        period = len(dataset) // config.train.global_batch * config.train.global_batch if endless else len(dataset)
+        own = ([(start + rank * micro_batch + n) % period for n in range(micro_batch)] for start in starts)
         self._device = device()
-        self._left = len(starts)
+        self._left = len(left)
         self._batches = iter(
             DataLoader(
                 dataset,
@@ -270,10 +280,10 @@ class Batches(Iterator[dict[str, Tensor]]):
         )
 
     def __len__(self) -> int:
-        """Micro-batches that are left."""
+        """Micro-batches that are left of a set that ends."""
         return self._left
 
-    def __next__(self) -> dict[str, Tensor]:
+    def __next__(self) -> Batch:
         whole = next(self._batches)
         self._left -= 1
         self.consumed_samples += self._samples_per_batch

@@ -2,8 +2,10 @@
 
 A record is a flat dict of numbers with `step` and `loss`, and on some steps more keys: `layers`, the measurements of
 every memory layer by its number, and `validation_loss` with `validation_bits_per_byte`, where asked for also
-`validation_loss_silenced`, that with every memory held at its start weights. A layer's measurements are numbers, but
-for two kinds of lists: `*_histogram`, counts of a gate in equal bins, and `*_spectrum`, QUANTILES of singular values.
+`validation_loss_silenced`, that with every memory held at its start weights; `slowest_rank`, its `slowest_seconds` and
+the `median_seconds` of all; and once batches were passed over for NaN or inf, `skipped` and `returns`, counts so far.
+A layer's measurements are numbers, but for two kinds of lists: `*_histogram`, counts of a gate in equal bins, and
+`*_spectrum`, QUANTILES of singular values.
 """
 
 from __future__ import annotations
@@ -119,6 +121,15 @@ class RunLog:
         if self._wandb:
             self._wandb.log(numbers, step=record["step"])
         self._show(record)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records after a step: they will be taken again."""
+        self._file.close()
+        directory = Path(self._config.run.directory)
+        self._file = _open_after(directory / METRICS, step)
+        if self._board:
+            self._board.close()
+            self._board = _tensorboard(directory, step)
 
     def close(self) -> None:
         """Flush everything; the log takes no more records."""

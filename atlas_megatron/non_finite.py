@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,15 @@ def in_gradients(chunks: list[torch.nn.Module], config: Config) -> str:
             found.append((number, f"gradient of {bad[0]} in {describe(number, config)}"))
     everywhere = _gathered(found)
     return max(everywhere)[1] if everywhere else "no single gradient: their norm overflows"
+
+
+def in_measurements(layers: dict[str, dict[str, Any]]) -> tuple[str, int] | None:
+    """The first measurement of a memory that is not finite, and its layer's number."""
+    for number, layer in layers.items():
+        for name, value in layer.items():
+            if not all(map(math.isfinite, value if isinstance(value, list) else [value])):
+                return name, int(number)
+    return None
 
 
 def describe(number: int, config: Config) -> str:

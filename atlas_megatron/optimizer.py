@@ -76,6 +76,12 @@ def build_optimizer(
     return optimizer, scheduler
 
 
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Of the gradients of all processes as they are now, before an update, which computes it again."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
 def allocate_moments(optimizer: MegatronOptimizer) -> None:
     """Give torch's AdamW the moments of its first step now: core reads them before it loads a checkpoint into them."""
     for shard in _shards(optimizer):

@@ -8,6 +8,8 @@ from typing import Any
 
 # SIGTERM: preemption, a cancelled job, torchrun's own end. SIGUSR1: what launch/slurm.sh sends before the time limit.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Ends the last line of a run that stopped for what a restart mends: launch/job.sbatch requeues by it.
+RESUMES = "start the same command again: it resumes from the newest whole checkpoint"
 
 
 class StopSignals:
@@ -23,6 +25,10 @@ class StopSignals:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """From here on signals do what they did before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

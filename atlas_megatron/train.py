@@ -7,13 +7,13 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from atlas_megatron.config import Config, describe, load, to_toml
-from atlas_megatron.config_checks import validate
-from atlas_megatron.machine import Machine, in_nodes, is_machine_word
 from atlas_megatron.stopping import StopSignals
+
+if TYPE_CHECKING:
+    from atlas_megatron.config import Config
+    from atlas_megatron.machine import Machine
 
 EXAMPLES = """\
 examples:
@@ -34,8 +34,19 @@ every key, its default and its meaning:
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; its exit status.
 
-    0: done, or stopped by a signal with a checkpoint. 1: NaN or inf. 2: a user's error. 3: another process ended.
+    0: done, or stopped by a signal with a checkpoint. 1: NaN or inf. 2: a user's error. 3: another process ended. 4: a
+    step hung (see watchdog).
     """
+    # Signals first, all else is imported behind them: torch and Megatron take seconds, a checkpoint minutes. What comes
+    # meanwhile ends the run after its first step, saved.
+    with StopSignals() as signals:
+        return _main(words, signals)
+
+
+def _main(words: Sequence[str] | None, signals: StopSignals) -> int:
+    from atlas_megatron.config import load
+    from atlas_megatron.machine import Machine, is_machine_word
+
     arguments = _parser().parse_intermixed_args(words)
     words = [word for word in arguments.overrides if arguments.dry_run and is_machine_word(word)]
     try:
@@ -43,10 +54,9 @@ def main(words: Sequence[str] | None = None) -> int:
         config = load(arguments.config, [word for word in arguments.overrides if word not in words])
         quieten()
         if arguments.dry_run:
+            signals.release()
             return _dry_run(config, machine)
-        # From here on, not from the first step: Megatron, the model and a checkpoint take minutes to load.
-        with StopSignals() as signals:
-            return _train(config, signals)
+        return _train(config, signals)
     except ConnectionError as error:
         print(f"atlas-train: {error}", file=sys.stderr)
         return 3
@@ -62,6 +72,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from atlas_megatron.config import describe
+
     parser = argparse.ArgumentParser(
         prog="atlas-train",
         description="Pretrain ATLAS on Megatron-Core, on GPUs or on a CPU.",
@@ -83,7 +95,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _dry_run(config: Config, machine: Machine) -> int:
+    from rich.console import Console
+
+    from atlas_megatron.config import to_toml
+    from atlas_megatron.config_checks import validate
     from atlas_megatron.dry_run import DryRun
+    from atlas_megatron.machine import in_nodes
     from atlas_megatron.model import parameter_dtype
 
     config, world_size = in_nodes(config), machine.world_size(config)
@@ -95,7 +112,11 @@ def _dry_run(config: Config, machine: Machine) -> int:
 
 
 def _train(config: Config, signals: StopSignals) -> int:
-    from atlas_megatron import checkpoint
+    from rich.console import Console
+
+    from atlas_megatron import checkpoint, run_lock
+    from atlas_megatron.config import to_toml
+    from atlas_megatron.config_checks import validate
     from atlas_megatron.metrics import read, summary_table
     from atlas_megatron.model import num_params
     from atlas_megatron.parallel import world
@@ -107,10 +128,10 @@ def _train(config: Config, signals: StopSignals) -> int:
     try:
         if first:
             print(to_toml(config))
-        with world.naming_the_lost(config):
-            trainer = Trainer(config, signals)
-        done = trainer.position.step >= config.train.steps
-        finished = trainer.train()
+        with world.naming_the_lost(config), run_lock.held(config.run.directory, print) as lock:
+            trainer = Trainer(config, signals, lock)
+            done = trainer.position.step >= config.train.steps
+            finished = trainer.train()
     finally:
         world.leave()
     if first and finished:

@@ -2,91 +2,93 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from atlas_megatron import checkpoint, non_finite
 from atlas_megatron.checkpoint import Position, Trained
 from atlas_megatron.config import WITH_MEMORY, Config, has, to_toml
-from atlas_megatron.config_checks import sequences_together
-from atlas_megatron.data import Batches, build_datasets, bytes_per_token
-from atlas_megatron.metrics import LOW_MEMORY_SHARE, Record, RunLog, Speed, bits_per_byte
+from atlas_megatron.data import Batch, Batches, build_datasets, micro_batches
+from atlas_megatron.metrics import LOW_MEMORY_SHARE, Record, RunLog, Speed
 from atlas_megatron.mixers.base import Documents
-from atlas_megatron.mixers.memory import AtlasMixer
 from atlas_megatron.model import build_chunks, flops_per_token
 from atlas_megatron.non_finite import NonFiniteError
-from atlas_megatron.optimizer import build_optimizer, wrap
+from atlas_megatron.optimizer import build_optimizer, gradient_norm, wrap
 from atlas_megatron.parallel import world
 from atlas_megatron.parallel.context import settle
 from atlas_megatron.parallel.cpu import device
-from atlas_megatron.positions import SlidingWindows
+from atlas_megatron.run_lock import RunLock
 from atlas_megatron.stopping import StopSignals
-
-Batch = dict[str, Tensor]
-POSITION_LOSS = "position_loss.json"
+from atlas_megatron.stragglers import Stragglers
+from atlas_megatron.validation import Validation
+from atlas_megatron.watchdog import Watchdog
 
 
 class Trainer:
     """One process's share of a run. `join` the world first; every process builds one and calls `train`."""
 
-    def __init__(self, config: Config, signals: StopSignals | None = None) -> None:
+    def __init__(self, config: Config, signals: StopSignals | None = None, lock: RunLock | None = None) -> None:
         """Build data, model and optimizer, and load the newest whole checkpoint of the run, if there is one.
 
         signals: those that the caller already notes, so that none is lost while all this is built; None: from `train`
-        on. Raises ValueError for data that cannot be trained on or a checkpoint of another model.
+        on. lock: the run's, looked at before anything is saved. Raises ValueError for data that cannot be trained on, a
+        checkpoint of another model, or where all are damaged.
         """
         self.config = config
         directory = Path(config.run.directory)
-        resumed, skipped = checkpoint.latest(directory)
+        resumed, wrong = checkpoint.newest(directory)
         if resumed:
             checkpoint.check_same_model(resumed, config)
-        train, validate_every = config.train, config.train.validate_every
-        sequences = train.validate_sequences if validate_every else 0
-        train_set, self._validation_set = build_datasets(config, train.steps * train.global_batch, sequences)
-        self._bytes_per_token = bytes_per_token(config)
+        train = config.train
+        sequences = train.validate_sequences if train.validate_every else 0
+        train_set, validation_set = build_datasets(config, train.steps * train.global_batch, sequences)
         self.trained = _build(config)
+        self._validation = Validation(
+            config, validation_set, self.trained.chunks, partial(self._run, forward_only=True)
+        )
         self.position = checkpoint.restore(resumed, config, self.trained) if resumed else Position()
         self._saver = checkpoint.Saver(config)
-        self._batches = Batches(train_set, config, self.position.consumed_samples)
+        self._batches = Batches(train_set, config, self.position.consumed_samples, endless=True)
         self._speed = Speed(config, flops_per_token(config).training, torch.distributed.get_world_size())
         self._has_memory = has(config.model.pattern, WITH_MEMORY)
         self._warned: set[str] = set()
         self._signals = signals or StopSignals()
+        self._lock = lock
+        self._watchdog = Watchdog(config)
+        self._stragglers = Stragglers(config.resilience.straggler_every)
+        self._skipped_in_a_row = 0
         self.log: RunLog | None = None
         if world.rank() == 0:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / checkpoint.CONFIG).write_text(to_toml(config), encoding="utf-8")
             self.log = RunLog(config, self.position.step)
-        for folder in skipped:
-            self._say(f"skipped the half-written checkpoint {folder}")
+        for line in wrong:
+            self._say(line)
         if resumed:
             self._say(f"resumed from {resumed}")
 
     def train(self) -> bool:
         """Train to the last step; False where SIGTERM or SIGUSR1 ended it before, with a checkpoint.
 
-        Raises NonFiniteError, with step and layer, where NaN or inf appears: nothing is saved from then on; and
-        LostProcessError where another process ended.
+        Raises NonFiniteError, with step and layer, where NaN or inf appears and is not, or not any more, passed over:
+        nothing is saved from then on; and LostProcessError where another process ended.
         """
         try:
-            with self._signals, world.naming_the_lost(self.config):
+            with self._signals, world.naming_the_lost(self.config), self._watchdog:
                 return self._train()
         finally:
             if self.log:
@@ -97,30 +99,46 @@ class Trainer:
         while self.position.step < last:
             step = self.position.step + 1
             record, stop = self._step(step)
+            self._watchdog.beat()
+            # A batch passed over: whoever asked to stop is heard again after the next.
+            if record is None:
+                continue
             self._saver.poll()
-            if self._validates(step):
-                record |= self._validate(step)
+            if self._validation.is_due(step):
+                with self._watchdog.patient():
+                    record |= self._validation.after(step)
             if self.log:
                 self.log.write(record)
             if step % every == 0 or step == last or stop:
-                saved = self._saver.save(self.trained, self.position)
+                saved = self._save(wait=stop or step == last)
                 if stop and step < last:
-                    self._saver.finish()
                     asked = self._signals.asked or "another process was asked"
                     self._say(f"{asked}: stopped after step {step}, saved {saved}; the same command resumes there")
                     return False
+        # Where no step was left to take: the one that an earlier one began.
         self._saver.finish()
         return True
+
+    def _save(self, *, wait: bool) -> Path:
+        """Save the position; wait: until it is on the disk."""
+        if self._lock:
+            self._lock.check()
+        with self._watchdog.patient():
+            saved = self._saver.save(self.trained, self.position)
+            if wait:
+                self._saver.finish()
+        return saved
 
     def _say(self, line: str) -> None:
         if self.log:
             self.log.say(line)
 
-    def _step(self, step: int) -> tuple[Record, bool]:
-        """One optimizer step; its record, and whether any process was asked to stop."""
+    def _step(self, step: int) -> tuple[Record | None, bool]:
+        """One optimizer step: its record, None where the batch was passed over; and whether any was asked to stop."""
         start = time.perf_counter()
         train, trained = self.config.train, self.trained
-        batches = [next(self._batches) for _ in range(_micro_batches(self.config, train.global_batch))]
+        with self._stragglers.own():
+            batches = [next(self._batches) for _ in range(micro_batches(self.config, train.global_batch))]
         measures = self._has_memory and (step == 1 or step % train.stats_every == 0)
         mixers = _measured(trained.chunks) if measures else []
         for _, mixer in mixers:
@@ -130,17 +148,19 @@ class Trainer:
         trained.optimizer.zero_grad()
         outputs = self._run(batches, forward_only=False)
         loss, stop = self._agree([output["loss"] for output in outputs])
-        if not math.isfinite(loss):
-            layer = non_finite.in_forward(trained.chunks, self.config, lambda: self._run(batches, forward_only=True))
-            raise self._diverged(step, f"loss is {loss}", layer)
+        # Also where this stage has no memory: all processes gather.
+        layers = self._measurements(mixers) if measures else {}
+        trouble = self._trouble(loss, layers, batches)
+        if trouble:
+            self._pass_over(step, *trouble)
+            return None, stop
         # Before the update: step 1 of the warm-up then already moves the parameters.
         trained.scheduler.step(1)
         _, grad_norm, _ = trained.optimizer.step()
         if not math.isfinite(grad_norm):
-            raise self._diverged(
-                step, f"gradient norm is {grad_norm}", non_finite.in_gradients(trained.chunks, self.config)
-            )
-        self.position = Position(step, self.position.consumed_samples + train.global_batch)
+            raise self._diverged(step, *self._bad_gradients(grad_norm))
+        self._skipped_in_a_row = 0
+        self._move_on(step=step)
         record = {
             "step": step,
             "loss": loss,
@@ -149,16 +169,84 @@ class Trainer:
             "tokens": step * self._speed.tokens_per_step,
             **self._speed.after(step, time.perf_counter() - start),
         }
-        # Also where this stage has no memory: all processes gather.
         if measures:
-            record["layers"] = self._measurements(step, mixers)
-            self._warn(step, record["layers"])
-        return record, stop
+            record["layers"] = layers
+            self._warn(step, layers)
+        if self.position.skipped:
+            record |= {"skipped": self.position.skipped, "returns": self.position.returns}
+        own = self._stragglers.after(step)
+        slow = self._stragglers.line(own)
+        if slow:
+            self._say(f"step {step}: {slow}")
+        return record | own, stop
+
+    def _trouble(self, loss: float, layers: dict[str, Any], batches: list[Batch]) -> tuple[str, str] | None:
+        """What is not finite in a step before its update, and where; the same in every process."""
+        if not math.isfinite(loss):
+            repeat = partial(self._run, batches, forward_only=True)
+            return f"loss is {loss}", non_finite.in_forward(self.trained.chunks, self.config, repeat)
+        bad = non_finite.in_measurements(layers)
+        if bad:
+            return f"{bad[0]} is not finite", non_finite.describe(bad[1], self.config)
+        if self.config.resilience.non_finite == "skip":
+            norm = gradient_norm(self.trained.optimizer)
+            return None if math.isfinite(norm) else self._bad_gradients(norm)
+        return None
+
+    def _bad_gradients(self, norm: float) -> tuple[str, str]:
+        return f"gradient norm is {norm}", non_finite.in_gradients(self.trained.chunks, self.config)
+
+    def _pass_over(self, step: int, what: str, where: str) -> None:
+        """Leave a batch out, and go back to a checkpoint after several in a row; raise where that is not wanted."""
+        limits = self.config.resilience
+        if limits.non_finite == "stop":
+            raise self._diverged(step, what, where)
+        if self.position.skipped >= limits.most_skipped:
+            raise self._diverged(
+                step, what, where, f"resilience.most_skipped={limits.most_skipped} batches were skipped"
+            )
+        self._skipped_in_a_row += 1
+        self._move_on(skipped=self.position.skipped + 1)
+        counts = f"{self._skipped_in_a_row} in a row, {self.position.skipped} in all"
+        self._say(f"step {step}: {what}, first seen in {where}: batch skipped ({counts})")
+        if self._skipped_in_a_row < limits.skips_in_a_row:
+            return
+        if self.position.returns >= limits.most_returns:
+            raise self._diverged(
+                step, what, where, f"resilience.most_returns={limits.most_returns} brought no more steps"
+            )
+        self._go_back(step, what, where)
+
+    def _move_on(self, **changed: int) -> None:
+        """Count what has just been read as consumed."""
+        consumed = self.position.consumed_samples + self.config.train.global_batch
+        self.position = replace(self.position, consumed_samples=consumed, **changed)
+
+    def _go_back(self, step: int, what: str, where: str) -> None:
+        """To the weights, moments and schedule of the newest whole checkpoint; the data goes on from here."""
+        with self._watchdog.patient():
+            self._saver.finish()
+            folder, wrong = checkpoint.newest(self.config.run.directory)
+            for line in wrong:
+                self._say(line)
+            saved = checkpoint.restore(folder, self.config, self.trained) if folder else Position()
+            if not saved.step:
+                raise self._diverged(step, what, where, "there is nothing to go back to")
+        self.position = replace(self.position, step=saved.step, returns=self.position.returns + 1)
+        self._skipped_in_a_row = 0
+        if self.log:
+            self.log.rewind(saved.step)
+        limit = self.config.resilience.most_returns
+        self._say(
+            f"went back to {folder} (return {self.position.returns} of at most {limit}): step {saved.step + 1} comes "
+            "next, with data that was not read before"
+        )
 
     def _run(self, batches: list[Batch], *, forward_only: bool) -> list[dict[str, Tensor]]:
         """Core's schedule over the micro-batches; what the loss function returned, on the last stage."""
+        forward = partial(_forward_step, self.config.data.packed)
         outputs = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, self.config.data.packed),
+            forward_step_func=forward if forward_only else self._stragglers.timed(forward),
             # Every stage reads all of them; the first takes their tokens, the last their labels.
             data_iterator=[iter(batches) for _ in self.trained.chunks],
             model=self.trained.chunks,
@@ -180,22 +268,17 @@ class Trainer:
         parallel = self.config.parallel
         return total * parallel.pipeline * parallel.context / torch.distributed.get_world_size(), asked > 0
 
-    def _measurements(self, step: int, mixers: list[tuple[int, Any]]) -> dict[str, dict[str, Any]]:
+    def _measurements(self, mixers: list[tuple[int, Any]]) -> dict[str, dict[str, Any]]:
         """What every memory layer measured, by layer number, over the processes that hold a part of it."""
         own: dict[int, dict[str, Any]] = {}
         for number, mixer in mixers:
             mixer.measure = False
             own.setdefault(number, {}).update({name: value.tolist() for name, value in mixer.measurements.items()})
-        everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everywhere, own)
+        everywhere = world.gathered(own)
         merged = {}
         for number in sorted({number for part in everywhere for number in part}):
             parts = [part[number] for part in everywhere if number in part]
             merged[str(number)] = {name: _over_processes([part[name] for part in parts]) for name in parts[0]}
-            found = {n: v if isinstance(v, list) else [v] for n, v in merged[str(number)].items()}
-            bad = [name for name, values in found.items() if not all(map(math.isfinite, values))]
-            if bad:
-                raise self._diverged(step, f"{bad[0]} is not finite", non_finite.describe(number, self.config))
         return merged
 
     def _warn(self, step: int, layers: dict[str, dict[str, Any]]) -> None:
@@ -210,67 +293,15 @@ class Trainer:
                     f"less than {LOW_MEMORY_SHARE:.0%}: the layer runs on its attention alone"
                 )
 
-    def _diverged(self, step: int, what: str, where: str) -> NonFiniteError:
+    def _diverged(self, step: int, what: str, where: str, why: str = "") -> NonFiniteError:
         # The good one that may still be being written.
         self._saver.finish()
         last, _ = checkpoint.latest(self.config.run.directory)
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         return NonFiniteError(
-            f"step {step}: {what}, first seen in {where}; {kept}: "
+            f"step {step}: {what}, first seen in {where}{f'; {why}' if why else ''}; {kept}: "
             "lower train.lr or memory.eta_start, or take memory.norm=layer, and start again"
         )
-
-    def _validates(self, step: int) -> bool:
-        every = self.config.train.validate_every
-        return self._validation_set is not None and (step % every == 0 or step == self.config.train.steps)
-
-    def _validate(self, step: int) -> Record:
-        """The loss on the fixed validation sequences; after the last step also its course along the context."""
-        assert self._validation_set is not None
-        sums = self._evaluate(self._validation_set)
-        if step == self.config.train.steps:
-            self._write_position_loss(step)
-        loss = (sums[0].sum() / sums[1].sum()).item()
-        bits = None if self._bytes_per_token is None else bits_per_byte(loss, self._bytes_per_token)
-        record = {"validation_loss": loss, "validation_bits_per_byte": bits}
-        if self.config.train.validate_silenced and self._has_memory:
-            with _silenced(self.trained.chunks):
-                silenced = self._evaluate(self._validation_set)
-            record["validation_loss_silenced"] = (silenced[0].sum() / silenced[1].sum()).item()
-        return record
-
-    def _write_position_loss(self, step: int) -> None:
-        sequences = self.config.train.validate_sequences
-        together = sequences_together(self.config, torch.distributed.get_world_size())
-        windows = SlidingWindows(self.config, sequences, multiple=together)
-        sums = self._evaluate(windows)
-        # Of too few windows no token stands at every place.
-        if self.log and len(windows) and bool((sums[1] > 0).all()):
-            by_position = {
-                "step": step,
-                "stride": windows.stride,
-                "tokens_a_position": sums[1].mean().item(),
-                "loss": (sums[0] / sums[1]).tolist(),
-            }
-            (Path(self.config.run.directory) / POSITION_LOSS).write_text(json.dumps(by_position))
-
-    def _evaluate(self, dataset: Dataset) -> Tensor:
-        """Sums of loss and mask at each position [2, seq_length] over the first validation sequences of a set."""
-        batches = Batches(dataset, self.config)
-        count = min(len(batches), _micro_batches(self.config, self.config.train.validate_sequences))
-        sums = torch.zeros(2, self.config.model.seq_length, device=device())
-        if count:
-            for chunk in self.trained.chunks:
-                chunk.eval()
-            with torch.no_grad():
-                outputs = self._run([next(batches) for _ in range(count)], forward_only=True)
-            for chunk in self.trained.chunks:
-                chunk.train()
-            own = parallel_state.get_context_parallel_rank()
-            for output in outputs:
-                sums.chunk(self.config.parallel.context, 1)[own].add_(output["positions"])
-        torch.distributed.all_reduce(sums)
-        return sums
 
 
 def _build(config: Config) -> Trained:
@@ -309,27 +340,9 @@ def _loss(mask: Tensor, counted: Tensor, losses: Tensor) -> tuple[Tensor, dict[s
     return loss, {"loss": loss.detach().clone(), "positions": torch.stack((masked.detach().sum(0), mask.sum(0)))}
 
 
-def _micro_batches(config: Config, sequences: int) -> int:
-    """How many micro-batches one replica runs of `sequences` sequences; `validate` has seen that it divides."""
-    return sequences // (config.train.micro_batch * parallel_state.get_data_parallel_world_size())
-
-
 def _measured(chunks: list[MegatronModule]) -> list[tuple[int, Any]]:
     """The mixers of these stages that can measure themselves, by layer number."""
     return [(m.layer_number, m) for chunk in chunks for m in chunk.modules() if hasattr(m, "measurements")]
-
-
-@contextmanager
-def _silenced(chunks: list[MegatronModule]) -> Iterator[None]:
-    """Every memory of these stages at its start weights."""
-    memories = [module for chunk in chunks for module in chunk.modules() if isinstance(module, AtlasMixer)]
-    for memory in memories:
-        memory.silent = True
-    try:
-        yield
-    finally:
-        for memory in memories:
-            memory.silent = False
 
 
 def _over_processes(parts: list[Any]) -> Any:

@@ -25,7 +25,7 @@ fi
 
 # A signal to the step reaches every process of it. torchrun would die of SIGUSR1, and 30 s after SIGTERM kill whoever
 # still saves: it ignores both, and goes when its processes have gone. What is ignored here stays ignored after exec, so
-# also in the processes until atlas-train notes both signals.
+# also in the processes until atlas-train notes both signals, which it does before it imports anything.
 trap '' TERM USR1
 
 inside=()

@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import CONFIG_NAME
 
 import atlas_kernels
-from atlas_megatron import checkpoint
+from atlas_megatron import checkpoint, integrity
 from atlas_megatron import config as megatron
 from atlas_megatron.hf import modeling_atlas
 from atlas_megatron.hf.configuration_atlas import SECTIONS, AtlasConfig
@@ -125,10 +125,11 @@ def described(config: megatron.Config) -> AtlasConfig:
 
 def _checkpoint_at(source: Path) -> Path:
     if (source / checkpoint.MARKER).is_file():
-        if not checkpoint.is_whole(source):
-            raise ValueError(f"checkpoint {source} is half-written; take an older one")
+        bad = integrity.wrong_size(source) or integrity.wrong_content(source)
+        if bad:
+            raise ValueError(f"checkpoint {source} is damaged: {bad}; take an older one")
         return source
-    folder, _ = checkpoint.latest(source)
+    folder, _ = checkpoint.newest(source)
     if folder is None:
         raise ValueError(f"{source} is no checkpoint and no run with a whole one; give runs/NAME, or its checkpoint")
     return folder

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import numpy
 import torch
@@ -18,6 +19,7 @@ from megatron.core import parallel_state, tensor_parallel
 from atlas_megatron.config import Config
 from atlas_megatron.parallel import alone, cpu, determinism
 from atlas_megatron.parallel.scan import context_levels
+from atlas_megatron.stopping import RESUMES
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,10 @@ def rank() -> int:
 
 
 def join(config: Config) -> None:
-    """Join the other processes (or be the only one), form Megatron's groups, seed every generator."""
+    """Join the other processes (or be the only one), form Megatron's groups, seed every generator.
+
+    Raises ValueError where the port at which they meet is taken.
+    """
     cpu.install()
     determinism.switch(config)
     if torch.cuda.is_available():
@@ -51,9 +56,23 @@ def join(config: Config) -> None:
         store = torch.distributed.HashStore() if single else None
         backend = alone.backend() if single and not torch.cuda.is_available() else cpu.backend()
         timeout = timedelta(minutes=config.parallel.timeout_minutes)
-        torch.distributed.init_process_group(backend, timeout=timeout, store=store, rank=rank(), world_size=size())
+        with _a_port_in_use_said():
+            torch.distributed.init_process_group(backend, timeout=timeout, store=store, rank=rank(), world_size=size())
     form_groups(config)
     seed(config.run.seed)
+
+
+@contextmanager
+def _a_port_in_use_said() -> Iterator[None]:
+    try:
+        yield
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ValueError(
+            f"port {os.environ.get('MASTER_PORT')} of this machine is in use, where the processes were to meet; set "
+            "another MASTER_PORT (torchrun: --master-port), the same for every process"
+        ) from error
 
 
 def form_groups(config: Config) -> None:
@@ -102,8 +121,24 @@ def naming_the_lost(config: Config) -> Iterator[None]:
         raise LostProcessError(
             f"rank {rank()} of {size()} lost the others within parallel.timeout_minutes="
             f"{config.parallel.timeout_minutes:g}; ranks that do not answer: {gone}; look at the end of their logs, "
-            "then start the same command again: it resumes from the newest whole checkpoint"
+            f"then {RESUMES}"
         ) from error
+
+
+def from_first[T](values: list[T]) -> list[T]:
+    """The first process's list, in every process; in the only one of a world that is not joined, its own."""
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(values, src=0)
+    return values
+
+
+def gathered[T](value: T) -> list[T]:
+    """What every process gives, by rank; in a world that is not joined, its own alone."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _not_answering() -> list[int]:

@@ -235,7 +235,7 @@ def test_mistakes_are_named_in_one_line(saved: Path, tmp_path: Path, capsys: pyt
         _mark_whole(changed)
     cases = {
         ("export", str(tmp_path), target): "is no checkpoint and no run with a whole one",
-        ("export", str(torn), target): "is half-written",
+        ("export", str(torn), target): "is damaged: ",
         ("export", str(wide), target): "decoder.layers.1.mlp.linear_fc1.weight is [96, 32], not [128, 32]; decoder",
         ("export", str(talkative), target): "has 257 tokens, more than the model's vocab_size=64",
         ("export", str(saved / "untied"), str(folder)): "exists; choose another target",

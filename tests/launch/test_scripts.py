@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from atlas_megatron.stopping import RESUMES
+
 ROOT = Path(__file__).parents[2]
 LOCAL, SLURM, JOB, NODE = (ROOT / "launch" / name for name in ("local.sh", "slurm.sh", "job.sbatch", "node.sh"))
 CONFIG = "configs/quickstart.toml"
@@ -244,7 +246,11 @@ def test_what_slurm_ends_is_not_requeued(stubs: Stubs, state: str) -> None:
     [
         ("atlas-train: data.train=nowhere", False),
         ("atlas-train: step 3: loss is nan, first seen in layer 1", False),
-        ("atlas-train: rank 1 of 2 lost the others within parallel.timeout_minutes=30", True),
+        (f"atlas-train: rank 1 of 2 lost the others within parallel.timeout_minutes=30; then {RESUMES}", True),
+        (f"atlas-train: rank 1 of 2 hung: no step was finished; {RESUMES}", True),
+        ("atlas-train: the checkpoint of step 6 was not saved; make room, then start the same command again", False),
+        ("atlas-train: runs/a is in use by process 7 on n2", False),
+        ("atlas-train: no checkpoint of runs/a is left undamaged", False),
         ("CUDA error: an uncorrectable memory error was encountered", True),
     ],
 )
@@ -256,8 +262,10 @@ def test_only_what_a_restart_mends_is_requeued(stubs: Stubs, tmp_path: Path, lin
     assert ("a restart would change nothing: " + line in said.stdout) == (not requeued)
 
 
-def test_lost_processes_say_what_the_job_looks_for() -> None:
-    assert "lost the others" in (ROOT / "atlas_megatron/parallel/world.py").read_text()
+def test_what_a_restart_mends_says_what_the_job_looks_for() -> None:
+    assert f"{RESUMES}$" in JOB.read_text()
+    for module in ("parallel/world.py", "watchdog.py"):
+        assert "{RESUMES}" in (ROOT / "atlas_megatron" / module).read_text()
 
 
 def test_a_signal_goes_on_to_the_step(stubs: Stubs, tmp_path: Path) -> None:
@@ -267,6 +275,12 @@ def test_a_signal_goes_on_to_the_step(stubs: Stubs, tmp_path: Path) -> None:
     )
     said = job(stubs, ON_SRUN=act)
     assert "the time limit is near: saving" in said.stdout
+    assert "the time limit is near: requeued; it will go on from step 5" in said.stdout
+
+
+def test_a_signal_that_comes_too_early_is_sent_again(stubs: Stubs, tmp_path: Path) -> None:
+    late = f'sleep 1; trap "{saved(tmp_path, 5)}; exit 0" USR1; for i in $(seq 300); do sleep 0.05; done; exit 9'
+    said = job(stubs, ON_SRUN=f"trap '' USR1; kill -USR1 $PPID; {late}")
     assert "the time limit is near: requeued; it will go on from step 5" in said.stdout
 
 

@@ -78,6 +78,9 @@ def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
     [
         (["train.steps=0"], 1, "train.steps=0 must be greater than 0"),
         (["train.min_lr=1"], 1, "above train.lr"),
+        (["resilience.hang_minutes=-1"], 1, "resilience.hang_minutes=-1.0 must be 0 or more"),
+        (["resilience.skips_in_a_row=0"], 1, "resilience.skips_in_a_row=0 must be greater than 0"),
+        (["resilience.non_finite=ignore"], 1, "resilience.non_finite='ignore' is unknown; choose one of stop, skip"),
         (["train.warmup_steps=1000"], 1, "must be less than train.steps"),
         (["memory.alpha_start=1.0"], 1, "memory.alpha_start=1.0 must lie between 0 and 1"),
         (["memory.feature_map=cubic"], 1, "choose one of identity, hadamard"),
