@@ -124,7 +124,8 @@ def train(name: str, grid: Grid, runs: Path) -> record.Cell:
         asked = training.Asked(config, Task(language.batch, language.VOCABULARY, PATTERN_TOKENS))
         accuracy = _train(asked, contender, grid.tokens, steps)
         checkpoint.save_weights(asked.model, config)
-    return {"accuracy": accuracy, "parameters": num_params(config), "state_floats": training.state_floats(config)}
+    found = {"accuracy": accuracy, "parameters": num_params(config), "state_floats": training.state_floats(config)}
+    return {**found, "contender": asdict(contender)}
 
 
 def _train(asked: training.Asked, contender: Contender, tokens: int, steps: int) -> list[float]:
@@ -249,10 +250,9 @@ def main(words: Sequence[str] | None = None) -> int:
     runs = asked.out / "long_context" if asked.quick else RUNS
 
     def experiment() -> None:
-        contenders = {name: asdict(CONTENDERS[name]) for name in grid.contenders}
-        stages = [asdict(stage) for stage in STAGES]
-        settings = {"grid": asdict(grid), "contenders": contenders, "stages": stages, **training.SETTINGS}
-        results = record.Record("long_context", asked, settings)
+        # Of the grid what training depends on: longer contexts and further contenders may come.
+        settings = {"steps": grid.steps, "tokens": grid.tokens, "stages": [asdict(stage) for stage in STAGES]}
+        results = record.Record("long_context", asked, {**settings, **training.SETTINGS})
         for name in grid.contenders:
             results.cell(f"{name}, trained", partial(train, name, grid, runs))
         for name in grid.contenders:
