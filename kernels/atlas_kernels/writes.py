@@ -110,6 +110,7 @@ def writes_of(
     """
     alpha, eta, theta = gates
     if rule.ns_steps:
+        theta = theta if rule.momentum else torch.zeros_like(theta)
         at = [t for t in range(alpha.shape[-1]) if rule.writes_at(offset + t)]
         return OrthogonalWrites(
             alpha, eta, theta, band, at, lambda S: newton_schulz(S, rule.ns_steps, rule.ns_coefficients)
