@@ -323,15 +323,11 @@ def scan(
     whole = Tokens(q, read_residual, x, v, r)
     if kernels.segment is not None and rule.ns_steps == 0:
         of = coefficients_of(rule, *gates, band)
-        outputs, weights, momentum, anchor = _by_stretch(
-            rule, kernels.segment, of, whole, (weights, momentum, anchor), borders
-        )
-        y = outputs.transpose(0, 1)
+        after = _by_stretch(rule, kernels.segment, of, whole, (weights, momentum, anchor), borders)
     else:
-        writes = writes_of(rule, offset, gates, band, kernels.orthogonal)
-        y, weights, momentum, anchor = _chunk_by_chunk(
-            rule, (kernels.anchor, writes), whole, (weights, momentum, anchor), by_chunk, borders
-        )
+        by = (kernels.anchor, writes_of(rule, offset, gates, band, kernels.orthogonal))
+        after = _chunk_by_chunk(rule, by, whole, (weights, momentum, anchor), by_chunk, borders)
+    y, weights, momentum, anchor = after
 
     batch, _, heads, _ = inputs.q.shape
     position = state.position + chunks * tokens
@@ -355,7 +351,7 @@ def _by_stretch(
     matrices: tuple[Matrices, Matrices, Matrices],
     borders: Borders | None,
 ) -> tuple[Tensor, Matrices, Matrices, Matrices]:
-    """A segment in stretches of chunks that no document border touches: (y [N, G, C, V]; weights, momentum, anchor).
+    """A segment in stretches of chunks that no document border touches: (y [G, N, C, V]; weights, momentum, anchor).
 
     matrices: weights, momentum and the first chunk's anchor. Without borders it is one stretch.
     """
@@ -369,7 +365,7 @@ def _by_stretch(
             weights, momentum, anchor, last_anchor = borders.enter(start, weights, momentum, anchor, last_anchor)
         y, weights, momentum = segment(rule, own, tokens, weights, momentum, anchor)
         outputs.append(y)
-    return torch.cat(outputs), weights, momentum, last_anchor if borders else anchor
+    return torch.cat(outputs).transpose(0, 1), weights, momentum, last_anchor if borders else anchor
 
 
 def _stretches(of: Any, lengths: list[int]) -> list[Any]:
