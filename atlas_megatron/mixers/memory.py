@@ -77,7 +77,7 @@ class AtlasMixer(Mixer):
         )
         self.linear_out = linears.row(width, hidden, self.config, self.tp_group)
         self._build_parameters(hidden)
-        check_implementation(memory.impl, self.rule, self._start(ALL), settings.data.packed)
+        check_implementation(memory.impl, self.rule, self._start(ALL), self.config.params_dtype)
         for parameter in (*self.parameters(recurse=False), *self.linear_gates.parameters()):
             parameter.no_weight_decay = True
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +23,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .decays import pair_band, source_band
 from .delta_rule import delta_rule, delta_rule_packed
-from .memories import Matrices, MatrixReader, memory_of, oriented
-from .newton_schulz import newton_schulz
+from .memories import Matrices, MatrixReader, Reader, memory_of, oriented
 from .packing import Packing, pack
 from .rule import Gates, MemoryRule, MemoryState
-from .writes import Coefficients, NewtonSchulz, Writes, coefficients_of, writes_of
+from .writes import Coefficients, OrthogonalWriter, OrthogonalWrites, Writes, coefficients_of, writes_of
 
 # A call whose whole graph is smaller than this holds it and recomputes nothing.
 HELD_BYTES = 256 << 20
@@ -79,10 +79,16 @@ SegmentScan = Callable[
 
 @dataclass(frozen=True)
 class Kernels:
-    """What computes the heavy parts. segment: all chunks of a segment where ns_steps = 0; None: chunk by chunk here."""
+    """What computes the heavy parts.
+
+    segment: all chunks of a segment where ns_steps = 0; None: chunk by chunk here. Chunk by chunk: how sources read the
+    anchor, what writes where ns_steps > 0, and how many matrices a write and Newton-Schulz step hold for the backward.
+    """
 
     segment: SegmentScan | None = None
-    newton_schulz: NewtonSchulz = newton_schulz
+    anchor: Callable[[Matrices], Reader] = MatrixReader
+    orthogonal: OrthogonalWriter = OrthogonalWrites
+    held_of_step: float = 2.0
 
 
 TORCH = Kernels()
@@ -114,10 +120,12 @@ def omega_memory_packed(
     rule: MemoryRule,
     state: MemoryState,
     residual: tuple[Tensor, Tensor] | None,
-    start: tuple[Tensor, ...],
-    positions: Tensor,
+    packed: tuple[tuple[Tensor, ...], Tensor],
+    kernels: Kernels = TORCH,
 ) -> tuple[Tensor, MemoryState]:
-    """As `omega_memory_chunked`, with the memory at its `start` weights [H, rows, cols] wherever `positions` is 0."""
+    """As `omega_memory_chunked`; packed: the start weights [H, rows, cols], at which the memory is wherever a token's
+    position is 0, and the positions [B, T]."""
+    start, positions = packed
     if rule.delta:
         return delta_rule_packed(q, k, v, gates, state, start, positions)
     packing = pack(positions, rule.chunk)
@@ -135,7 +143,7 @@ def omega_memory_packed(
         state, keys=halos[0], values=halos[1], residuals=halos[2] if residual else None, gamma=None, position=0
     )
 
-    y, now = _by_segment(rule, now, whole, (packing, start))
+    y, now = _by_segment(rule, now, whole, (packing, start), kernels)
     position = positions[:, -1] + 1
     at_border = (position % rule.chunk == 0).view(-1, 1, 1, 1)
     following = [packing.following(s, window) for s in sources]
@@ -166,10 +174,11 @@ def _by_segment(
     assert isinstance(state.position, int)
     length = inputs.q.shape[1]
     pieces = cut(state.position, length, rule.chunk)
+    graph = partial(graph_bytes, rule, state, held_of_step=kernels.held_of_step)
     # What fills up the chunks of packed documents does not tip a batch into recomputation, unless it is most of it.
     given = max(packed[0].positions.shape[1], length // 2) if packed else length
-    recompute = torch.is_grad_enabled() and graph_bytes(rule, state, given) > HELD_BYTES
-    by_chunk = recompute and graph_bytes(rule, state, max(n * c for n, c in pieces)) > SEGMENT_BYTES
+    recompute = torch.is_grad_enabled() and graph(given) > HELD_BYTES
+    by_chunk = recompute and graph(max(n * c for n, c in pieces)) > SEGMENT_BYTES
     outputs, first = [], 0
     for part, (chunks, tokens) in zip(inputs.split([n * c for n, c in pieces]), pieces, strict=True):
         borders = Borders(packed[0], oriented(memory_of(rule), packed[1]), first) if packed else None
@@ -208,6 +217,10 @@ class Borders:
             last = self._where(self.packing.ends == number, anchor, last)
         return weights, momentum, anchor, last
 
+    def touches(self, n: int) -> bool:
+        """Whether `enter` does more at the segment's chunk n than take the anchor from the weights."""
+        return self.packing.resetting[self.first + n] or self.packing.ending[self.first + n]
+
     @staticmethod
     def _where(row: Tensor, yes: Matrices, no: Matrices) -> Matrices:
         heads = yes[0].shape[0] // len(row)
@@ -215,13 +228,13 @@ class Borders:
         return tuple(torch.where(mask, a, b) for a, b in zip(yes, no, strict=True))
 
 
-def graph_bytes(rule: MemoryRule, state: MemoryState, tokens: int) -> float:
+def graph_bytes(rule: MemoryRule, state: MemoryState, tokens: int, held_of_step: float = 2.0) -> float:
     """About what the backward of `tokens` tokens would hold without recomputation (factors as measured)."""
     batch, heads = state.weights[0].shape[:2]
     sources = tokens / rule.chunk * (rule.chunk + rule.window - 1)
     values = (4.3 if rule.ns_steps else 8.5) * sources * sum(sum(w.shape[2:]) for w in state.weights)
     # The iterates of each write.
-    values += 2 * rule.ns_steps * tokens / rule.ns_period * sum(w[0, 0].numel() for w in state.weights)
+    values += held_of_step * rule.ns_steps * tokens / rule.ns_period * sum(w[0, 0].numel() for w in state.weights)
     return values * batch * heads * state.weights[0].element_size()
 
 
@@ -313,13 +326,11 @@ def scan(
     whole = Tokens(q, read_residual, x, v, r)
     if kernels.segment is not None and rule.ns_steps == 0:
         of = coefficients_of(rule, *gates, band)
-        outputs, weights, momentum = kernels.segment(rule, of, whole, weights, momentum, anchor)
-        y = outputs.transpose(0, 1)
+        after = _by_stretch(rule, kernels.segment, of, whole, (weights, momentum, anchor), borders)
     else:
-        writes = writes_of(rule, offset, gates, band, kernels.newton_schulz)
-        y, weights, momentum, anchor = _chunk_by_chunk(
-            rule, writes, whole, (weights, momentum, anchor), by_chunk, borders
-        )
+        by = (kernels.anchor, writes_of(rule, offset, gates, band, kernels.orthogonal))
+        after = _chunk_by_chunk(rule, by, whole, (weights, momentum, anchor), by_chunk, borders)
+    y, weights, momentum, anchor = after
 
     batch, _, heads, _ = inputs.q.shape
     position = state.position + chunks * tokens
@@ -335,9 +346,40 @@ def scan(
     return y, MemoryState(weights, momentum, anchor, keys, values, residuals, gamma, position)
 
 
+def _by_stretch(
+    rule: MemoryRule,
+    segment: SegmentScan,
+    of: Coefficients,
+    whole: Tokens,
+    matrices: tuple[Matrices, Matrices, Matrices],
+    borders: Borders | None,
+) -> tuple[Tensor, Matrices, Matrices, Matrices]:
+    """A segment in stretches of chunks that no document border touches: (y [G, N, C, V]; weights, momentum, anchor).
+
+    matrices: weights, momentum and the first chunk's anchor. Without borders it is one stretch.
+    """
+    chunks = len(whole.q)
+    starts = [n for n in range(chunks) if n == 0 or (borders and borders.touches(n))]
+    lengths = [stop - start for start, stop in zip(starts, [*starts[1:], chunks], strict=True)]
+    weights, momentum, anchor = matrices
+    last_anchor, outputs = anchor, []
+    for start, own, tokens in zip(starts, _stretches(of, lengths), _stretches(whole, lengths), strict=True):
+        if borders:
+            weights, momentum, anchor, last_anchor = borders.enter(start, weights, momentum, anchor, last_anchor)
+        y, weights, momentum = segment(rule, own, tokens, weights, momentum, anchor)
+        outputs.append(y)
+    return torch.cat(outputs).transpose(0, 1), weights, momentum, last_anchor if borders else anchor
+
+
+def _stretches(of: Any, lengths: list[int]) -> list[Any]:
+    """Coefficients or Tokens of a segment, taken apart along its chunks."""
+    fields = [[None] * len(lengths) if t is None else t.split(lengths) for t in vars(of).values()]
+    return [type(of)(*parts) for parts in zip(*fields, strict=True)]
+
+
 def _chunk_by_chunk(
     rule: MemoryRule,
-    writes: Writes,
+    by: tuple[Callable[[Matrices], Reader], Writes],
     whole: Tokens,
     matrices: tuple[Matrices, Matrices, Matrices],
     by_chunk: bool,
@@ -345,16 +387,19 @@ def _chunk_by_chunk(
 ) -> tuple[Tensor, Matrices, Matrices, Matrices]:
     """One chunk after the other: (y [G, N, C, V]; weights, momentum and anchor after them).
 
-    matrices: weights, momentum and the first chunk's anchor. by_chunk, borders: as in `scan`.
+    by: how sources read the anchor, and what writes. matrices: weights, momentum and the first chunk's anchor.
+    by_chunk, borders: as in `scan`.
     """
+    anchor_of, writes = by
     memory, outputs = memory_of(rule), []
     # Taken apart at once: the backward of one index is a whole segment of zeros.
     qs, read_qs, xs, vs, rs = (t.unbind() for t in vars(whole).values())
 
     def step(n: int, weights: Matrices, momentum: Matrices, anchor: Matrices) -> tuple[Tensor, Matrices, Matrices]:
-        factors = memory.factors(MatrixReader(anchor), xs[n], vs[n], rs[n])
-        reader, weights, momentum = writes.advance(n, weights, momentum, factors)
-        return memory.read(reader, qs[n], read_qs[n]), weights, momentum
+        factors = memory.factors(anchor_of(anchor), xs[n], vs[n], rs[n])
+        reader, leave = writes.advance(n, weights, momentum, factors)
+        y = memory.read(reader, qs[n], read_qs[n])
+        return y, *leave()
 
     weights, momentum, anchor = matrices
     last_anchor = anchor

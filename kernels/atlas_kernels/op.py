@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .chunked import Kernels, omega_memory_chunked, omega_memory_packed
+from .chunked import TORCH, Kernels, omega_memory_chunked, omega_memory_packed
 from .dual import DualState, initial_dual_state, omega_memory_dual
 from .memories import MatrixReader, memory_of, oriented
 from .packing import documents, of_rows, row_of
@@ -80,22 +80,24 @@ def omega_memory(
         state = state.map(cast)
     if positions is None and isinstance(state.position, Tensor):
         positions = state.position[:, None] + torch.arange(q.shape[1], device=q.device)
-    impl = _choose(impl, rule, q, v, weights, positions is not None)
+    impl = _choose(impl, rule, q, v, weights)
     gates = Gates(cast(gates.alpha), cast(gates.eta), cast(gates.theta), cast(gates.gamma))
     residual = None if residual is None else (cast(residual[0]), cast(residual[1]))
     arguments = (cast(q), cast(k), cast(v), gates, rule)
     after: State
     if isinstance(state, DualState):
         y, after = omega_memory_dual(*arguments, state, residual)
-    elif positions is not None:
-        packed = _by_document if impl == "reference" else omega_memory_packed
-        y, after = packed(*arguments, state, residual, tuple(map(cast, weights)), positions)
+    elif impl == "reference" and positions is not None:
+        y, after = _by_document(*arguments, state, residual, tuple(map(cast, weights)), positions)
     elif impl == "reference":
         y, after = omega_memory_reference(*arguments, state, residual)
-    elif impl == "triton":
-        y, after = omega_memory_chunked(*arguments, state, residual, _gpu_kernels(rule, q.dtype))
     else:
-        y, after = omega_memory_chunked(*arguments, state, residual)
+        kernels = _gpu_kernels(rule, q.dtype) if impl == "triton" else TORCH
+        if positions is not None:
+            packed = (tuple(map(cast, weights)), positions)
+            y, after = omega_memory_packed(*arguments, state, residual, packed, kernels)
+        else:
+            y, after = omega_memory_chunked(*arguments, state, residual, kernels)
     return y.to(q.dtype), after
 
 
@@ -160,25 +162,29 @@ def read_memory(
     return y.unflatten(0, (batch, heads)).transpose(1, 2).to(q.dtype)
 
 
-def check_implementation(impl: str, rule: MemoryRule, weights: tuple[Tensor, ...], packed: bool = False) -> None:
+def check_implementation(
+    impl: str, rule: MemoryRule, weights: tuple[Tensor, ...], dtype: torch.dtype | None = None
+) -> None:
     """Raise ValueError if `impl` cannot run `rule` with these start weights [H, rows, cols] where they lie.
 
-    packed: whether calls will give `positions`. What `omega_memory` would say at its first call, before there is one.
+    dtype: of q, k and v as calls will give them; None: the weights'. What `omega_memory` would say at its first call,
+    before there is one.
     """
     # Weights begin with a layer onto V and end with one from D.
-    q, v = (weights[0].new_empty(1, 1, 1, width) for width in (weights[-1].shape[-1], weights[0].shape[-2]))
+    widths = (weights[-1].shape[-1], weights[0].shape[-2])
+    q, v = (weights[0].new_empty(1, 1, 1, width, dtype=dtype or weights[0].dtype) for width in widths)
     if impl != "auto":
-        _choose(impl, rule, q, v, weights, packed)
+        _choose(impl, rule, q, v, weights)
 
 
-def _choose(impl: str, rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Tensor, ...], packed: bool) -> str:
+def _choose(impl: str, rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Tensor, ...]) -> str:
     """The implementation to take; "auto" takes the GPU's kernels on a GPU where they cover the call."""
     if impl not in ("auto", "triton"):
         return impl
     refused: str | None = "is for tensors on a GPU"
     if impl == "triton" or q.is_cuda:
         try:
-            refused = _gpu("scan_coverage").refusal(rule, q, v, weights, packed)
+            refused = _gpu("scan_coverage").refusal(rule, q, v, weights)
         except ModuleNotFoundError:
             refused = "needs the atlas_kernels package, which is not installed"
     if impl == "triton":
@@ -196,7 +202,13 @@ def _gpu_kernels(rule: MemoryRule, dtype: torch.dtype) -> Kernels:
     """What replaces torch in the chunk form; dtype: of the inputs as they came, and of the products."""
     products = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
     if rule.ns_steps:
-        return Kernels(newton_schulz=partial(_gpu("newton_schulz").newton_schulz, products=products))
+        gpu = _gpu("orthogonal_writes")
+        # One matrix a write, in the dtype of products, is held, and no iterate.
+        return Kernels(
+            anchor=partial(gpu.ProductReader, products=products),
+            orthogonal=partial(gpu.OrthogonalSteps, products=products),
+            held_of_step=1 / rule.ns_steps,
+        )
     return Kernels(segment=_gpu("scan").segment_scan(products))
 
 

@@ -27,16 +27,20 @@ from .newton_schulz import newton_schulz
 from .products import step_pair
 from .rule import MemoryRule
 
-NewtonSchulz = Callable[[Tensor, int, str], Tensor]
+# Weights and momentum after a chunk; asked for when its tokens have read.
+Leave = Callable[[], tuple[Matrices, Matrices]]
 
 
 class Writes(Protocol):
     """How the tokens of each chunk change the weights."""
 
-    def advance(
-        self, n: int, weights: Matrices, momentum: Matrices, factors: Factors
-    ) -> tuple[Reader, Matrices, Matrices]:
-        """(how tokens of chunk n read, weights after it, momentum after it)."""
+    def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[Reader, Leave]:
+        """How tokens of chunk n read, and what they leave."""
+
+
+# (rule; alpha, eta, theta [N, G, C]; the Omega gates [N, G, C, I]; places of the writing tokens in the chunk), for
+# ns_steps > 0; theta is zero where the rule has no momentum.
+OrthogonalWriter = Callable[[MemoryRule, Tensor, Tensor, Tensor, Tensor, list[int]], Writes]
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,7 @@ class RawWrites:
         outer = (of.to_weights.unbind(), of.to_momentum.unbind())
         self.leaving = list(zip(of.last.unbind(), *outer, strict=True))
 
-    def advance(
-        self, n: int, weights: Matrices, momentum: Matrices, factors: Factors
-    ) -> tuple[Reader, Matrices, Matrices]:
+    def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[Reader, Leave]:
         last, to_weights, to_momentum = self.leaving[n]
         after = [
             step_pair(W, S, last, to_weights, to_momentum, wide, narrow)
@@ -93,29 +95,7 @@ class RawWrites:
         written, moved = zip(*after, strict=True)
         alphas, kappas, sources = self.reads[n]
         terms: list[tuple[Tensor, ...]] = [(alphas, W, kappas, S) for W, S in zip(weights, momentum, strict=True)]
-        return SourceReader(sources, factors, terms), written, moved
-
-
-def writes_of(
-    rule: MemoryRule,
-    offset: int,
-    gates: tuple[Tensor, Tensor, Tensor],
-    band: Tensor,
-    newton_schulz: NewtonSchulz = newton_schulz,
-) -> Writes:
-    """How the tokens write under `rule`.
-
-    gates: alpha, eta, theta [N, G, C]; band [N, G, C, I], the Omega gates Gm; offset: the first token's place in its
-    chunk; newton_schulz: what orthogonalises.
-    """
-    alpha, eta, theta = gates
-    if rule.ns_steps:
-        at = [t for t in range(alpha.shape[-1]) if rule.writes_at(offset + t)]
-        return OrthogonalWrites(
-            alpha, eta, theta, band, at, lambda S: newton_schulz(S, rule.ns_steps, rule.ns_coefficients)
-        )
-    of = coefficients_of(rule, alpha, eta, theta, band)
-    return RawWrites(of) if rule.momentum else SumWrites(of)
+        return SourceReader(sources, factors, terms), lambda: (written, moved)
 
 
 class SumWrites:
@@ -125,16 +105,14 @@ class SumWrites:
         self.reads = list(zip(of.alphas.unbind(), of.sources.unbind(), strict=True))
         self.leaving = list(zip(of.last.unbind(), of.to_weights.unbind(), strict=True))
 
-    def advance(
-        self, n: int, weights: Matrices, momentum: Matrices, factors: Factors
-    ) -> tuple[Reader, Matrices, Matrices]:
+    def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[Reader, Leave]:
         last, outer = self.leaving[n]
         written = tuple(
             torch.baddbmm(last * W, wide.mT, outer * narrow)
             for W, (wide, narrow) in zip(weights, factors, strict=True)
         )
         alphas, sources = self.reads[n]
-        return SourceReader(sources, factors, [(alphas, W) for W in weights]), written, momentum
+        return SourceReader(sources, factors, [(alphas, W) for W in weights]), lambda: (written, momentum)
 
 
 class SourceReader:
@@ -154,39 +132,32 @@ class OrthogonalWrites:
     """ns_steps > 0: the tokens `writes` write NS(S_t); the others only decay."""
 
     def __init__(
-        self,
-        alpha: Tensor,
-        eta: Tensor,
-        theta: Tensor,
-        band: Tensor,
-        writes: list[int],
-        orthogonalise: Callable[[Tensor], Tensor],
+        self, rule: MemoryRule, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor, writes: list[int]
     ) -> None:
-        """Gates as `writes_of`; `writes` are positions in the chunk; `orthogonalise` [..., m, n] -> [..., m, n]."""
+        """An `OrthogonalWriter`."""
         retention, decay = decay_matrix(alpha), decay_matrix(theta)
         last = alpha.shape[-1] - 1
         # The last token's momentum leaves the chunk, so it is formed even where it is not written.
         formed = writes if last in writes else [*writes, last]
-        self.writes, self.orthogonalise = writes, orthogonalise
+        self.rule, self.writes = rule, writes
         self.of_weights = (retention[..., :1] * alpha[..., :1, None]).unbind()
         self.of_writes = (retention * -eta.unsqueeze(-2))[..., writes].unbind()
         self.thetas = (decay[..., formed, :1] * theta[..., :1, None]).unsqueeze(-1).unbind()
         self.sums = (decay[..., formed, :] @ band).unsqueeze(-1).unbind()
 
-    def advance(
-        self, n: int, weights: Matrices, momentum: Matrices, factors: Factors
-    ) -> tuple[Reader, Matrices, Matrices]:
+    def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[Reader, Leave]:
         alphas, of_writes = self.of_weights[n], self.of_writes[n]
         orthogonal, written, moved = [], [], []
         for W, S, (wide, narrow) in zip(weights, momentum, factors, strict=True):
             # [G, K', wide, narrow]: the momentum at each formed token.
             formed = self.thetas[n] * S.unsqueeze(1) + wide.mT.unsqueeze(1) @ (self.sums[n] * narrow.unsqueeze(1))
-            O = self.orthogonalise(formed[:, : len(self.writes)])  # noqa: E741
+            steps, coefficients = self.rule.ns_steps, self.rule.ns_coefficients
+            O = newton_schulz(formed[:, : len(self.writes)], steps, coefficients)  # noqa: E741
             orthogonal.append(O)
             written.append(alphas[:, -1:] * W + torch.einsum("gk,gkmn->gmn", of_writes[:, -1], O))
             moved.append(formed[:, -1])
         reader = _OrthogonalReader(alphas, of_writes, self.writes, weights, tuple(orthogonal))
-        return reader, tuple(written), tuple(moved)
+        return reader, lambda: (tuple(written), tuple(moved))
 
 
 class _OrthogonalReader:
@@ -209,3 +180,24 @@ class _OrthogonalReader:
         first = self.writes[0]  # tokens before the first write see none of them
         seen = torch.einsum("gck,gkcm->gcm", self.of_writes[:, first:], x[:, None, first:] @ orthogonal)
         return torch.cat([out[:, :first], out[:, first:] + seen], 1)
+
+
+def writes_of(
+    rule: MemoryRule,
+    offset: int,
+    gates: tuple[Tensor, Tensor, Tensor],
+    band: Tensor,
+    orthogonal: OrthogonalWriter = OrthogonalWrites,
+) -> Writes:
+    """How the tokens write under `rule`.
+
+    gates: alpha, eta, theta [N, G, C]; band [N, G, C, I], the Omega gates Gm; offset: the first token's place in its
+    chunk; orthogonal: what writes where ns_steps > 0.
+    """
+    alpha, eta, theta = gates
+    if rule.ns_steps:
+        theta = theta if rule.momentum else torch.zeros_like(theta)
+        at = [t for t in range(alpha.shape[-1]) if rule.writes_at(offset + t)]
+        return orthogonal(rule, alpha, eta, theta, band, at)
+    of = coefficients_of(rule, alpha, eta, theta, band)
+    return RawWrites(of) if rule.momentum else SumWrites(of)

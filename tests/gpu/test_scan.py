@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from dataclasses import replace
 
 import pytest
 import torch
 
-from atlas_kernels import Gates, MemoryRule, chunked, omega_memory, op
-from atlas_kernels.newton_schulz import newton_schulz
-from problems import Problem, assert_close, gradients, problem, relative_rms, state_tensors
+from atlas_kernels import MemoryRule, chunked, omega_memory, op
+from device_problems import CHUNK, DEVICE, compare, compare_rounded, small
+from problems import assert_close, gradients, state_tensors
 
-CHUNK, WIDTH, HIDDEN = 16, 16, 32
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Relative RMS allowed to float16 products, which have 11 bits. It is what float64 itself moves by where keys and start
-# weights move by 2^-12 of their size: at most 6e-3 for these problems with a plain memory, 2.5e-2 with a gated one.
-HALF_TOLERANCE = {"mlp": 1e-2, "gated_mlp": 5e-2}
 BASE = MemoryRule(window=5, chunk=CHUNK, ns_steps=0, norm="layer")
 
 # The interpreter's sigmoid of a very negative number: 1 / (1 + inf), which is right.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
-
-
-def small(rule: MemoryRule, tokens: int, **changes) -> Problem:
-    sizes = {"batch": 1, "heads": 1, "key": WIDTH, "value": WIDTH, "hidden": HIDDEN, "dtype": torch.float32} | changes
-    p = problem(rule, tokens, **sizes)
-    move = lambda t: t.detach().to(DEVICE).requires_grad_()  # noqa: E731
-    residual = None if p.residual is None else (move(p.residual[0]), move(p.residual[1]))
-    gates = Gates(*(move(g) for g in vars(p.gates).values()))
-    return replace(
-        p, q=move(p.q), k=move(p.k), v=move(p.v), gates=gates, weights=tuple(map(move, p.weights)), residual=residual
-    )
-
-
-def compare(p: Problem) -> None:
-    results = {}
-    for impl in ("chunked", "triton"):
-        y, state = p.run(impl)
-        outputs = {"y": y, **state_tensors(state)}
-        results[impl] = outputs | gradients(list(outputs.values()), p.leaves())
-    assert_close(results["triton"], results["chunked"])
 
 
 @pytest.mark.parametrize("momentum", [True, False], ids=["momentum", "sum"])
@@ -130,28 +103,8 @@ def test_causal_to_the_bit():
 @pytest.mark.parametrize("momentum", [True, False])
 @pytest.mark.parametrize("memory", ["mlp", "gated_mlp"])
 def test_half_precision_products(memory, momentum):
-    """float16 inputs make float16 products; what they are held to is float64, from the same rounded inputs."""
     rule = replace(BASE, memory=memory, momentum=momentum)
-    low = small(rule, 2 * CHUNK + 5)
-    q, k, v = (t.detach().half().requires_grad_() for t in (low.q, low.k, low.v))
-    low = replace(low, q=q, k=k, v=v)
-    exact = lambda t: t.detach().double().requires_grad_()  # noqa: E731
-    high = replace(
-        low,
-        q=exact(q),
-        k=exact(k),
-        v=exact(v),
-        gates=Gates(*map(exact, vars(low.gates).values())),
-        weights=tuple(map(exact, low.weights)),
-    )
-    results = []
-    for p, impl in ((low, "triton"), (high, "chunked")):
-        y, state = p.run(impl)
-        outputs = {"y": y, **state_tensors(state)}
-        results.append(outputs | gradients([t.double() for t in outputs.values()], p.leaves()))
-    assert results[0]["y"].dtype == torch.float16 and results[0]["state[0]"].dtype == torch.float32
-    for name, expected in results[1].items():
-        assert relative_rms(results[0][name].double(), expected) <= HALF_TOLERANCE[memory], name
+    compare_rounded(small(rule, 2 * CHUNK + 5), torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -173,11 +126,17 @@ def test_what_no_kernel_covers(rule, sizes, message):
         small(rule, 3, **sizes).run("triton")
 
 
-def test_packed_documents_are_refused():
-    p = small(BASE, 3)
-    positions = torch.arange(3, device=DEVICE)[None]
-    with pytest.raises(ValueError, match="impl='triton' covers no packed documents.*take impl='chunked'"):
-        omega_memory(p.q, p.k, p.v, p.gates, p.weights, p.rule, impl="triton", positions=positions)
+def test_packed_documents():
+    """Borders in one row and in all, at a chunk's border and in it, in the call's first chunk and at its end."""
+    p = small(BASE, 2 * CHUNK + 3, batch=2)
+    lengths = [[3, 9, CHUNK, 7], [CHUNK, CHUNK + 3]]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths]).to(DEVICE)
+    results = []
+    for impl in ("triton", "chunked"):
+        y, state = omega_memory(p.q, p.k, p.v, p.gates, p.weights, p.rule, impl=impl, positions=positions)
+        outputs = {"y": y, **state_tensors(state)}
+        results.append(outputs | gradients(list(outputs.values()), p.leaves()))
+    assert_close(*results)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
@@ -191,18 +150,3 @@ def test_without_a_gpu(monkeypatch, caplog):
         p.run("auto")
         p.run("auto")
     assert caplog.messages == ["omega_memory: impl='auto' chose 'chunked': 'triton' is for tensors on a GPU"]
-
-
-def test_orthogonalised_writes_take_the_gpus_newton_schulz(monkeypatch):
-    calls = []
-
-    def counted(S, steps, coefficients, products):
-        calls.append((steps, products))
-        return newton_schulz(S, steps, coefficients)
-
-    module = types.ModuleType("atlas_kernels.gpu.newton_schulz")
-    module.newton_schulz = counted
-    monkeypatch.setitem(sys.modules, "atlas_kernels.gpu.newton_schulz", module)
-    p = small(replace(BASE, ns_steps=3, ns_period=8), CHUNK)
-    y, _ = p.run("triton")
-    assert calls == [(3, torch.float32)] * 2 and torch.equal(y, p.run("chunked")[0])

@@ -53,6 +53,12 @@ def test_awkward_lengths_in_float32(ns_steps):
         compare(problem(rule, tokens, key=8, value=8, hidden=32, dtype=torch.float32, batch=1))
 
 
+@pytest.mark.parametrize("ns_period", [1, CHUNK])
+def test_without_momentum_theta_says_nothing(ns_period):
+    rule = MemoryRule(window=3, chunk=CHUNK, momentum=False, ns_steps=3, ns_period=ns_period, norm="layer")
+    compare(problem(rule, 2 * CHUNK + 3))
+
+
 def test_bfloat16_inputs_are_computed_in_float32():
     p = problem(MemoryRule(window=3, chunk=CHUNK, ns_steps=0), 20, dtype=torch.float32)
     low = [t.detach().bfloat16() for t in (p.q, p.k, p.v)]

@@ -96,5 +96,7 @@ def test_an_implementation_is_checked_before_its_first_call(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="impl='triton' needs a CUDA GPU, and q lies on cpu; take impl='chunked'"):
             check_implementation("triton", rule, weights)
-    with pytest.raises(ValueError, match="covers no packed documents"):
-        check_implementation("triton", rule, weights, packed=True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    check_implementation("triton", rule, weights, torch.bfloat16)
+    with pytest.raises(ValueError, match="in float32 covers chunk . window - 1 up to 64.* not chunk=64, window=16"):
+        check_implementation("triton", rule, weights)

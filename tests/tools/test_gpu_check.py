@@ -33,6 +33,18 @@ def test_the_timed_memories_run_as_the_benchmark_makes_them() -> None:
         gpu_check.contender(memory, batch=1, tokens=memory.chunk)()
 
 
+def test_what_cannot_be_captured_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def graphed(run):
+        if run is bad:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        return "replayed"
+
+    bad, good = (lambda: None), (lambda: None)
+    monkeypatch.setattr(gpu_check, "graphed", graphed)
+    assert gpu_check.graphs_of({"a": bad, "b": good}) == {"b, CUDA graph": "replayed"}
+    assert capsys.readouterr().out == "  a: no CUDA graph: operation not permitted when stream is capturing\n"
+
+
 def test_a_failing_section_leaves_the_others_and_is_named() -> None:
     report = gpu_check.Report()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atlas_kernels.gpu.newton_schulz_backward import backward_blocks, backward_whole
-from atlas_kernels.gpu.newton_schulz_forward import forward_blocks, forward_whole
+from atlas_kernels.gpu.newton_schulz_forward import RANK_BLOCK, forward_blocks, forward_whole
 from atlas_kernels.gpu.variants import Variant
 from atlas_kernels.newton_schulz import schedule
 
@@ -52,6 +52,37 @@ def plan(m: int, n: int, products: torch.dtype, backward: bool) -> Plan:
     if M == 128 or exact or backward and M == 64:
         return Plan(False, M, 32, 4 if exact and M <= 64 else 8)
     return Plan(False, M, 64, 4)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Matrices [m, n], m <= n, as the kernels take them: each in memory, or each formed on chip,
+
+        scales[p] base[p // share] + sum_r coefficients[p, r] short[p // share, r] long[p // share, r]^T
+
+    base of any strides, the rest float32 and dense: scales [matrices], coefficients [matrices, rank],
+    short [owners, rank, m], long [owners, rank, n].
+    """
+
+    base: Tensor
+    scales: Tensor | None = None
+    coefficients: Tensor | None = None
+    short: Tensor | None = None
+    long: Tensor | None = None
+    share: int = 1
+
+    @property
+    def count(self) -> int:
+        return self.base.shape[0] if self.scales is None else self.scales.numel()
+
+    @property
+    def ranks(self) -> int:
+        """Blocks of outer products, a constant of the kernels."""
+        return 0 if self.short is None else triton.cdiv(self.short.shape[-2], RANK_BLOCK.value)
+
+    def arguments(self) -> tuple[Tensor | int | None, ...]:
+        rank = 0 if self.short is None else self.short.shape[-2]
+        return self.base, self.scales, self.coefficients, self.short, self.long, rank
 
 
 def _kernel(at: Plan, backward: bool) -> Any:
@@ -111,7 +142,7 @@ def _check(S: Tensor, products: torch.dtype) -> None:
 
 
 @lru_cache(maxsize=64)
-def _coefficient_table(steps: int, coefficients: str, device: torch.device) -> Tensor:
+def coefficient_table(steps: int, coefficients: str, device: torch.device) -> Tensor:
     # Kept for later calls, which may differentiate where this one does not.
     with torch.inference_mode(False):
         return torch.tensor(schedule(steps, coefficients), dtype=torch.float32, device=device)
@@ -125,26 +156,62 @@ def _programs(count: int, M: int, device: torch.device) -> int:
     return min(count, a_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def launch_forward(source: Source, table: Tensor, products: torch.dtype, result: Tensor) -> Tensor:
+    """NS of `source` into `result` [matrices, m, n], of any strides; the norms that the backward takes [matrices]."""
+    count, m, n = result.shape
+    norms = torch.empty(count, dtype=torch.float32, device=result.device)
+    at = plan(m, n, products, backward=False)
+    _kernel(at, backward=False)[(count,)](
+        *(*source.arguments(), source.share, result, norms, table, m, n, *source.base.stride(), *result.stride()),
+        M=at.M,
+        N=at.N,
+        PRODUCTS=PRODUCTS[products],
+        STEPS=len(table),
+        RANKS=source.ranks,
+        **at.blocks(n),
+        num_warps=at.warps,
+        num_stages=1,
+    )
+    return norms
+
+
+def launch_backward(
+    source: Source, gradient: Source, norms: Tensor, table: Tensor, products: torch.dtype, result: Tensor
+) -> None:
+    """The gradient of each matrix of `source` into `result` [matrices, m, n], of any strides."""
+    count, m, n = result.shape
+    steps = len(table)
+    at = plan(m, n, products, backward=True)
+    programs, wide = _programs(count, at.M, result.device), at.M * triton.cdiv(n, at.N) * at.N
+    kept_of_steps = steps * (wide + 2 * at.M**2) + (0 if at.whole else 2 * at.M**2)
+    kept = [torch.empty(programs, kept_of_steps, dtype=products, device=result.device)]
+    if not at.whole:
+        kept.append(torch.empty(programs, wide, dtype=torch.float32, device=result.device))
+    _kernel(at, backward=True)[(programs,)](
+        *(*source.arguments(), *gradient.arguments(), source.share, result, norms, table, *kept, count, m, n),
+        *(*source.base.stride(), *gradient.base.stride(), *result.stride()),
+        M=at.M,
+        N=at.N,
+        PRODUCTS=PRODUCTS[products],
+        STEPS=steps,
+        # A power of two, so that few batch sizes compile anew.
+        TURNS=triton.next_power_of_2(triton.cdiv(count, programs)),
+        RANKS=source.ranks,
+        GRADIENT_RANKS=gradient.ranks,
+        **at.blocks(n),
+        num_warps=at.warps,
+        num_stages=1,
+    )
+
+
 class _NewtonSchulz(torch.autograd.Function):
     """S [matrices, m, n] with m <= n."""
 
     @staticmethod
     def forward(ctx: Any, S: Tensor, steps: int, coefficients: str, products: torch.dtype) -> Tensor:
-        count, m, n = S.shape
         result = torch.empty_like(S)
-        norms = torch.empty(count, dtype=torch.float32, device=S.device)
-        table = _coefficient_table(steps, coefficients, S.device)
-        at = plan(m, n, products, backward=False)
-        _kernel(at, backward=False)[(count,)](
-            *(S, result, norms, table, m, n, *S.stride(), *result.stride()),
-            M=at.M,
-            N=at.N,
-            PRODUCTS=PRODUCTS[products],
-            STEPS=steps,
-            **at.blocks(n),
-            num_warps=at.warps,
-            num_stages=1,
-        )
+        table = coefficient_table(steps, coefficients, S.device)
+        norms = launch_forward(Source(S), table, products, result)
         ctx.save_for_backward(S, norms, table)
         ctx.products = products
         return result
@@ -153,56 +220,53 @@ class _NewtonSchulz(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         S, norms, table = ctx.saved_tensors
-        count, m, n = S.shape
-        steps = len(table)
         result = torch.empty_like(S)
-        at = plan(m, n, ctx.products, backward=True)
-        programs, wide = _programs(count, at.M, S.device), at.M * triton.cdiv(n, at.N) * at.N
-        kept_of_steps = steps * (wide + 2 * at.M**2) + (0 if at.whole else 2 * at.M**2)
-        kept = [torch.empty(programs, kept_of_steps, dtype=ctx.products, device=S.device)]
-        if not at.whole:
-            kept.append(torch.empty(programs, wide, dtype=torch.float32, device=S.device))
-        _kernel(at, backward=True)[(programs,)](
-            *(S, gradient, result, norms, table, *kept, count, m, n),
-            *(*S.stride(), *gradient.stride(), *result.stride()),
-            M=at.M,
-            N=at.N,
-            PRODUCTS=PRODUCTS[ctx.products],
-            STEPS=steps,
-            # A power of two, so that few batch sizes compile anew.
-            TURNS=triton.next_power_of_2(triton.cdiv(count, programs)),
-            **at.blocks(n),
-            num_warps=at.warps,
-            num_stages=1,
-        )
+        launch_backward(Source(S), Source(gradient), norms, table, ctx.products, result)
         return result, None, None, None
 
 
+# Sources of a chunk of 64 tokens with a window of 16, and its tokens: what S and its gradient are formed from.
+FORMED_OF = (79, 64)
+
+
 def variants() -> list[Variant]:
-    """A float32 momentum with bfloat16 products, as it is trained, dense."""
+    """A float32 momentum with bfloat16 products, as it is trained; in memory and formed from its factors."""
     return [
-        variant
+        _variant(m, n, backward, formed)
         for m, n in ((64, 64), (64, 256), (128, 512), (48, 80))
-        for variant in (_variant(m, n, backward=False), _variant(m, n, backward=True))
+        for formed in (False, True)
+        for backward in (False, True)
+        if not (formed and m == 48)
     ]
 
 
-def _variant(m: int, n: int, backward: bool) -> Variant:
+def _variant(m: int, n: int, backward: bool, formed: bool) -> Variant:
     at = plan(m, n, torch.bfloat16, backward)
     kernel = _kernel(at, backward)
     signature = {}
-    constants: dict[str, object] = {"M": at.M, "N": at.N, "PRODUCTS": tl.bfloat16, "STEPS": 5, **at.blocks(n)}
+    ranks = [triton.cdiv(rank, RANK_BLOCK.value) if formed else 0 for rank in FORMED_OF]
+    constants: dict[str, object] = {"M": at.M, "N": at.N, "PRODUCTS": tl.bfloat16, "STEPS": 5, "RANKS": ranks[0]}
+    constants |= at.blocks(n)
     if backward:
-        constants["TURNS"] = 16
+        constants |= {"TURNS": 16, "GRADIENT_RANKS": ranks[1]}
     for name in kernel.arg_names:
-        if name in ("matrices", "gradients", "result", "norms", "table", "work"):
+        if name.endswith(("scales", "coefficients", "short", "long")):
+            if formed:
+                signature[name] = "*fp32"
+            else:
+                constants[name] = None
+        elif name in ("matrices", "gradients", "norms", "table", "work"):
             signature[name] = "*fp32"
+        elif name == "result":
+            signature[name] = "*bf16" if formed and at.whole else "*fp32"
         elif name == "trail":
             signature[name] = "*bf16"
-        elif name == "count":
+        elif name in ("count", "rank", "gradient_rank", "share"):
             signature[name] = "i32"
-        elif name.endswith("stride_column"):
+        # The smaller side of a momentum is the narrow one, along which it is dense; so are rows of a formed one.
+        elif name.endswith("stride_row" if formed else "stride_column"):
             constants[name] = 1
         elif name not in constants:
             signature[name] = "i32:16"
-    return Variant(f"{kernel.__name__} {m}x{n} bf16", kernel, signature, constants, at.warps, 1)
+    title = f"{kernel.__name__}{' formed' if formed else ''} {m}x{n} bf16"
+    return Variant(title, kernel, signature, constants, at.warps, 1)

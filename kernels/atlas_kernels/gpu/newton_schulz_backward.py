@@ -16,6 +16,7 @@ that it is as large as the GPU has room for programs, not as the batch. J bytes 
 | backward_blocks | the same            | 6 I m n       | k (J (4 m n + m^2 (10 + n / N)| A, P or E, P, columns of    |
 |                 |                     |               | + 16 m n)                     | G, X                        |
 
+S and G may both be formed here from their factors, as in newton_schulz_forward.py; S twice, at 2 R m n FLOPs each.
 The gradient of Newton-Schulz is linear in what comes in, which is scaled to |G|_F = 1 first: in float16 it would
 vanish otherwise.
 """
@@ -25,7 +26,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from atlas_kernels.gpu.newton_schulz_forward import EPSILON, PRECISION, coefficients_of, places, polynomial
+from atlas_kernels.gpu.newton_schulz_forward import (
+    EPSILON,
+    PRECISION,
+    coefficients_of,
+    columns_of,
+    places,
+    polynomial,
+)
 
 
 @triton.jit
@@ -41,14 +49,6 @@ def through_step(dP, A, b, c, PRODUCTS: tl.constexpr):
     factor = E.to(PRODUCTS)
     D = tl.dot(factor, A, (b / c) * E, input_precision=PRECISION)
     return (c * tl.dot(A, factor, D, input_precision=PRECISION)).to(PRODUCTS)
-
-
-@triton.jit
-def columns_of(pointer, j, m, n, row_stride, column_stride, M: tl.constexpr, N: tl.constexpr):
-    """Block j of N columns, float32 [M, N], zeros outside [m, n]."""
-    rows, columns = tl.arange(0, M), j * N + tl.arange(0, N)
-    inside = (rows < m)[:, None] & (columns < n)[None, :]
-    return tl.load(pointer + places(rows, columns, row_stride, column_stride), mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -73,7 +73,18 @@ def bounded(dS, pointer):
 @triton.jit
 def backward_whole(
     matrices,
+    scales,
+    coefficients,
+    short,
+    long,
+    rank,
     gradients,
+    gradient_scales,
+    gradient_coefficients,
+    gradient_short,
+    gradient_long,
+    gradient_rank,
+    share,
     result,
     norms,
     table,
@@ -95,12 +106,19 @@ def backward_whole(
     PRODUCTS: tl.constexpr,
     STEPS: tl.constexpr,
     TURNS: tl.constexpr,
+    RANKS: tl.constexpr,
+    GRADIENT_RANKS: tl.constexpr,
 ):
     """All of X, then of G, on chip. count: matrices, at most programs x TURNS; trail [programs, STEPS,
     M N + 2 M M] of PRODUCTS."""
     rows, columns, inner = tl.arange(0, M), tl.arange(0, N), tl.arange(0, M)
     inside = (rows < m)[:, None] & (columns < n)[None, :]
     wide, small = grid_of(rows, columns, N), grid_of(rows, inner, M)
+    source = (matrices, stride_matrix, stride_row, stride_column, scales, coefficients, short, long, rank, share)
+    incoming = (
+        gradients, gradient_stride_matrix, gradient_stride_row, gradient_stride_column, gradient_scales,
+        gradient_coefficients, gradient_short, gradient_long, gradient_rank, share,
+    )  # fmt: skip
     STEP: tl.constexpr = M * N + 2 * M * M
     trail += tl.program_id(0).to(tl.int64) * STEPS * STEP
     # Not a while: what is hoisted out of one costs the registers that the products need.
@@ -109,8 +127,7 @@ def backward_whole(
         if place < count:
             matrix = place.to(tl.int64)
             norm = tl.load(norms + matrix)
-            source = matrices + matrix * stride_matrix + places(rows, columns, stride_row, stride_column)
-            X = tl.load(source, mask=inside, other=0.0).to(tl.float32) / (norm + EPSILON)
+            X = columns_of(source, matrix, 0, m, n, M, N, PRODUCTS, RANKS) / (norm + EPSILON)
             for step in tl.range(0, STEPS, disable_licm=True):
                 a, b, c = coefficients_of(table, step)
                 here = trail + step * STEP
@@ -121,9 +138,7 @@ def backward_whole(
                 tl.store(here + M * N + small, A.to(PRODUCTS))
                 tl.store(here + M * N + M * M + small, P)
                 X = tl.dot(P, x, a * X, input_precision=PRECISION)
-            source = gradients + matrix * gradient_stride_matrix
-            source += places(rows, columns, gradient_stride_row, gradient_stride_column)
-            G = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+            G = columns_of(incoming, matrix, 0, m, n, M, N, PRODUCTS, GRADIENT_RANKS)
             size = tl.sqrt(tl.sum(G * G))
             size = tl.where(size > 0, size, 1.0)
             G = G / size
@@ -140,8 +155,7 @@ def backward_whole(
                 D = through_step(tl.dot(g, tl.trans(x), input_precision=PRECISION), A, b, c, PRODUCTS)
                 G = tl.dot(P, g, a * G, input_precision=PRECISION)
                 G = tl.dot(D, x, G, input_precision=PRECISION)
-            source = matrices + matrix * stride_matrix + places(rows, columns, stride_row, stride_column)
-            X = tl.load(source, mask=inside, other=0.0).to(tl.float32) / (norm + EPSILON)
+            X = columns_of(source, matrix, 0, m, n, M, N, PRODUCTS, RANKS) / (norm + EPSILON)
             radial = tl.sum(G * X) * tl.where(norm > 0, (norm + EPSILON) / tl.where(norm > 0, norm, 1.0), 0.0)
             target = result + matrix * result_stride_matrix
             target += places(rows, columns, result_stride_row, result_stride_column)
@@ -153,7 +167,18 @@ def backward_whole(
 @triton.jit
 def backward_blocks(
     matrices,
+    scales,
+    coefficients,
+    short,
+    long,
+    rank,
     gradients,
+    gradient_scales,
+    gradient_coefficients,
+    gradient_short,
+    gradient_long,
+    gradient_rank,
+    share,
     result,
     norms,
     table,
@@ -176,6 +201,8 @@ def backward_blocks(
     PRODUCTS: tl.constexpr,
     STEPS: tl.constexpr,
     TURNS: tl.constexpr,
+    RANKS: tl.constexpr,
+    GRADIENT_RANKS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     """By BLOCKS of N columns. trail [programs, STEPS (BLOCKS M N + 2 M M) + 2 M M] of PRODUCTS, a block's rows
@@ -183,6 +210,11 @@ def backward_blocks(
     backward_whole."""
     rows, inner = tl.arange(0, M), tl.arange(0, M)
     block, small = grid_of(rows, tl.arange(0, N), N), grid_of(rows, inner, M)
+    source = (matrices, stride_matrix, stride_row, stride_column, scales, coefficients, short, long, rank, share)
+    incoming = (
+        gradients, gradient_stride_matrix, gradient_stride_row, gradient_stride_column, gradient_scales,
+        gradient_coefficients, gradient_short, gradient_long, gradient_rank, share,
+    )  # fmt: skip
     AFTER: tl.constexpr = BLOCKS * M * N
     STEP: tl.constexpr = AFTER + 2 * M * M
     SLICE: tl.constexpr = 32 if M > 32 else 16
@@ -195,10 +227,9 @@ def backward_blocks(
         if place < count:
             matrix = place.to(tl.int64)
             norm = tl.load(norms + matrix)
-            source = matrices + matrix * stride_matrix
             A = tl.zeros((M, M), tl.float32)
             for j in tl.range(0, BLOCKS, disable_licm=True):
-                X = columns_of(source, j, m, n, stride_row, stride_column, M, N) / (norm + EPSILON)
+                X = columns_of(source, matrix, j, m, n, M, N, PRODUCTS, RANKS) / (norm + EPSILON)
                 x = X.to(PRODUCTS)
                 tl.store(work + j * M * N + block, X)
                 tl.store(trail + j * M * N + block, x)
@@ -223,16 +254,17 @@ def backward_blocks(
                         tl.store(here + STEP + j * M * N + block, x)
                         A = tl.dot(x, tl.trans(x), A, input_precision=PRECISION)
 
-            incoming = gradients + matrix * gradient_stride_matrix
             squares = tl.zeros((M,), tl.float32)
             for j in tl.range(0, BLOCKS, disable_licm=True):
-                G = columns_of(incoming, j, m, n, gradient_stride_row, gradient_stride_column, M, N)
+                G = columns_of(incoming, matrix, j, m, n, M, N, PRODUCTS, GRADIENT_RANKS)
+                tl.store(work + j * M * N + block, G)
                 squares += tl.sum(G * G, 1)
             size = tl.sqrt(tl.sum(squares, 0))
             size = tl.where(size > 0, size, 1.0)
             dP = tl.zeros((M, M), tl.float32)
+            tl.debug_barrier()
             for j in tl.range(0, BLOCKS, disable_licm=True):
-                G = columns_of(incoming, j, m, n, gradient_stride_row, gradient_stride_column, M, N) / size
+                G = tl.load(work + j * M * N + block) / size
                 tl.store(work + j * M * N + block, G)
                 x = tl.load(trail + (STEPS - 1) * STEP + j * M * N + block)
                 dP = tl.dot(G.to(PRODUCTS), tl.trans(x), dP, input_precision=PRECISION)
@@ -265,7 +297,7 @@ def backward_blocks(
             tl.debug_barrier()
             target = result + matrix * result_stride_matrix
             for j in tl.range(0, BLOCKS, disable_licm=True):
-                X = columns_of(source, j, m, n, stride_row, stride_column, M, N) / (norm + EPSILON)
+                X = columns_of(source, matrix, j, m, n, M, N, PRODUCTS, RANKS) / (norm + EPSILON)
                 G = tl.load(work + j * M * N + block) - X * radial
                 columns = j * N + tl.arange(0, N)
                 inside = (rows < m)[:, None] & (columns < n)[None, :]

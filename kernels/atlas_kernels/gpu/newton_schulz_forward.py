@@ -2,6 +2,9 @@
 
     X = S / (|S|_F + 1e-7);  k times:  A = X X^T,  P = b A + c A A,  X <- a X + P X          X [m, n], m <= n
 
+S lies in memory, or is formed here from a base and R outer products, S_k = s_k B + sum_r c_kr short_r long_r^T, where
+K matrices share B, short and long: the momenta of the writing tokens of a chunk, which exist nowhere else.
+
 Products take `PRODUCTS`, sums and X itself are float32. There is no Gram form here: with products in bfloat16 it
 leaves 4 to 35 % of the result wrong, most where singular values fall off as a momentum's do, against 0.4 to 2 % for the
 iteration as written (a X is added in float32 and never meets a rounded factor).
@@ -11,12 +14,14 @@ What a matrix costs, in the least a GPU can do, k steps, I = bytes of an element
 | kernel         | FLOPs              | global memory | through L2, in place of registers | on chip               |
 |----------------|--------------------|---------------|-----------------------------------|-----------------------|
 | forward_whole  | k (4 m^2 n + 2 m^3)| 2 I m n       | -                                 | X, A, P               |
-| forward_blocks | the same           | 2 I m n       | I m n (2 + 2 k)                   | A, P, columns of X    |
+| forward_blocks | the same           | 2 I m n       | I m n (4 + 2 k)                   | A, P, columns of X    |
+| formed: beside | 2 R m n            | O m n, for one| B and the factors: 4 m n +        | -                     |
+|                |                    | of 2 I m n    | 4 R (m + n), once for K matrices  |                       |
 
 forward_whole: 64 x 64, k = 5: 7.9 MFLOP on 32 KB of float32, far above any GPU's ratio: bound by tensor cores, so
 nothing but S and the result may leave the chip. forward_blocks: 128 x 512 does not fit the registers of a
 multiprocessor in float32; a pass over the columns applies one step and sums the next step's A at once, which is one
-read and one write of X a step.
+read and one write of X a step. O: bytes of an element of the result; R = 79 sources add 2.6 MFLOP to 64 x 256.
 """
 
 from __future__ import annotations
@@ -27,6 +32,8 @@ import triton.language as tl
 EPSILON = tl.constexpr(1e-7)
 # Of float32 products on tensor cores: three tf32 products, the error of one float32 product. No effect on others.
 PRECISION = tl.constexpr("tf32x3")
+# Outer products that are summed at once where a matrix is formed.
+RANK_BLOCK = tl.constexpr(32)
 
 
 @triton.jit
@@ -42,6 +49,40 @@ def coefficients_of(table, step):
 
 
 @triton.jit
+def columns_of(source, place, j, m, n, M: tl.constexpr, N: tl.constexpr, PRODUCTS: tl.constexpr, RANKS: tl.constexpr):
+    """Block j of N columns of matrix `place`, float32 [M, N], zeros outside [m, n].
+
+    source: (pointer, its strides from matrix to matrix, row and column; and of a formed matrix scales [matrices],
+    coefficients [matrices, rank], short [owners, rank, m], long [owners, rank, n], rank, share), None and 0 where
+    RANKS is 0. RANKS: blocks of RANK_BLOCK outer products; `share` matrices after each other have one owner. Without
+    `pointer` a formed matrix is its outer products alone.
+    """
+    pointer, stride_matrix, stride_row, stride_column, scales, coefficients, short, long, rank, share = source
+    rows, columns = tl.arange(0, M), j * N + tl.arange(0, N)
+    inside = (rows < m)[:, None] & (columns < n)[None, :]
+    if RANKS > 0:
+        owner = place // share
+        X = tl.zeros((M, N), tl.float32)
+        if pointer is not None:
+            at = pointer + owner * stride_matrix + places(rows, columns, stride_row, stride_column)
+            X = tl.load(scales + place) * tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        short += owner * rank * m
+        long += owner * rank * n
+        for block in tl.range(0, RANKS, disable_licm=True):
+            r = block * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
+            c = tl.load(coefficients + place * rank + r, mask=r < rank, other=0.0)
+            left = short + r[None, :] * m + rows[:, None]
+            left = tl.load(left, mask=(rows < m)[:, None] & (r < rank)[None, :], other=0.0)
+            right = long + r[:, None] * n + columns[None, :]
+            right = tl.load(right, mask=(r < rank)[:, None] & (columns < n)[None, :], other=0.0)
+            X = tl.dot((c[None, :] * left).to(PRODUCTS), right.to(PRODUCTS), X, input_precision=PRECISION)
+    else:
+        at = pointer + place * stride_matrix + places(rows, columns, stride_row, stride_column)
+        X = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    return X
+
+
+@triton.jit
 def polynomial(A, b, c, PRODUCTS: tl.constexpr):
     """b A + c A A [M, M], summed onto A itself: a second accumulator beside it would spill at M = 128."""
     factor = A.to(PRODUCTS)
@@ -51,6 +92,12 @@ def polynomial(A, b, c, PRODUCTS: tl.constexpr):
 @triton.jit
 def forward_whole(
     matrices,
+    scales,
+    coefficients,
+    short,
+    long,
+    rank,
+    share,
     result,
     norms,
     table,
@@ -66,14 +113,16 @@ def forward_whole(
     N: tl.constexpr,
     PRODUCTS: tl.constexpr,
     STEPS: tl.constexpr,
+    RANKS: tl.constexpr,
 ):
     """All of X on chip. M, N: powers of two from 16 that hold m and n; norms float32 [matrices], for the backward."""
     matrix = tl.program_id(0).to(tl.int64)
     rows, columns = tl.arange(0, M), tl.arange(0, N)
     inside = (rows < m)[:, None] & (columns < n)[None, :]
-    source = matrices + matrix * stride_matrix + places(rows, columns, stride_row, stride_column)
-    X = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    norm = tl.sqrt(tl.sum(tl.sum(X * X, 1), 0))
+    source = (matrices, stride_matrix, stride_row, stride_column, scales, coefficients, short, long, rank, share)
+    X = columns_of(source, matrix, 0, m, n, M, N, PRODUCTS, RANKS)
+    # At once: by rows first, triton 3.6 fails on sm_100 where X comes from a product.
+    norm = tl.sqrt(tl.sum(X * X))
     tl.store(norms + matrix, norm)
     X = X / (norm + EPSILON)
     for step in range(STEPS):
@@ -89,6 +138,12 @@ def forward_whole(
 @triton.jit
 def forward_blocks(
     matrices,
+    scales,
+    coefficients,
+    short,
+    long,
+    rank,
+    share,
     result,
     norms,
     table,
@@ -104,28 +159,33 @@ def forward_blocks(
     N: tl.constexpr,
     PRODUCTS: tl.constexpr,
     STEPS: tl.constexpr,
+    RANKS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     """X by blocks of N columns, kept in `result` between the steps (in its dtype); otherwise as forward_whole."""
     matrix = tl.program_id(0).to(tl.int64)
     rows = tl.arange(0, M)
-    source, target = matrices + matrix * stride_matrix, result + matrix * result_stride_matrix
+    source = (matrices, stride_matrix, stride_row, stride_column, scales, coefficients, short, long, rank, share)
+    target = result + matrix * result_stride_matrix
     squares = tl.zeros((M,), tl.float32)
     for j in range(BLOCKS):
         columns = j * N + tl.arange(0, N)
         inside = (rows < m)[:, None] & (columns < n)[None, :]
-        X = tl.load(source + places(rows, columns, stride_row, stride_column), mask=inside, other=0.0).to(tl.float32)
+        X = columns_of(source, matrix, j, m, n, M, N, PRODUCTS, RANKS)
+        here = target + places(rows, columns, result_stride_row, result_stride_column)
+        tl.store(here, X.to(result.dtype.element_ty), mask=inside)
         squares += tl.sum(X * X, 1)
     norm = tl.sqrt(tl.sum(squares, 0))
     tl.store(norms + matrix, norm)
 
     A = tl.zeros((M, M), tl.float32)
+    # What one thread stored, another may load.
+    tl.debug_barrier()
     for j in range(BLOCKS):
         columns = j * N + tl.arange(0, N)
         inside = (rows < m)[:, None] & (columns < n)[None, :]
-        X = tl.load(source + places(rows, columns, stride_row, stride_column), mask=inside, other=0.0).to(tl.float32)
-        X = X / (norm + EPSILON)
         here = target + places(rows, columns, result_stride_row, result_stride_column)
+        X = tl.load(here, mask=inside, other=0.0).to(tl.float32) / (norm + EPSILON)
         tl.store(here, X.to(result.dtype.element_ty), mask=inside)
         x = X.to(PRODUCTS)
         A = tl.dot(x, tl.trans(x), A, input_precision=PRECISION)
@@ -133,7 +193,6 @@ def forward_blocks(
         a, b, c = coefficients_of(table, step)
         P = polynomial(A, b, c, PRODUCTS)
         A = tl.zeros((M, M), tl.float32)
-        # What one thread stored, another may load.
         tl.debug_barrier()
         for j in range(BLOCKS):
             columns = j * N + tl.arange(0, N)

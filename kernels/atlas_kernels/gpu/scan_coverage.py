@@ -10,6 +10,8 @@ from torch import Tensor
 from atlas_kernels.rule import MemoryRule
 
 WIDTHS = range(16, 129, 16)  # of D and V; padded to powers of two
+# With ns_steps > 0: D and V (and with float32 products), F.
+NARROW, NARROW_FLOAT32, WIDE = 128, 64, 512
 CHUNK = 64
 # A chunk's tokens and their halo, held on chip at once; and how many with float32 products, of D and V up to 64.
 SOURCES, SOURCES_FLOAT32 = 128, 64
@@ -17,15 +19,13 @@ SOURCES, SOURCES_FLOAT32 = 128, 64
 SHARED, SHARED_WIDE = 108 << 10, 180 << 10
 
 
-def refusal(rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Tensor, ...], packed: bool) -> str | None:
+def refusal(rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Tensor, ...]) -> str | None:
     """Why the kernels do not run this call, in words that follow "impl='triton'"; None if they do.
 
-    q [B, T, H, D], v [B, T, H, V], weights as in `omega_memory`; packed: whether documents are.
+    q [B, T, H, D], v [B, T, H, V], weights as in `omega_memory`.
     """
-    if rule.dual or rule.memory == "linear":
+    if rule.dual or rule.memory == "linear" and not rule.ns_steps:
         return f"covers memory='mlp' and 'gated_mlp' of kernel='lifted', not {rule.memory!r} of {rule.kernel!r}"
-    if packed:
-        return "covers no packed documents, and positions were given"
     if weights[0].dtype == torch.float64:
         return "computes in float32, and the weights are float64"
     if not q.is_cuda:
@@ -34,9 +34,10 @@ def refusal(rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Tensor, ...],
     elif torch.cuda.get_device_capability(q.device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(q.device)
         return f"needs a GPU of compute capability 8.0 or more, and this one has {major}.{minor}"
-    if rule.ns_steps:
-        return None
     key, value = q.shape[-1], v.shape[-1]
+    if rule.ns_steps:
+        hidden = value if rule.memory == "linear" else weights[0].shape[-1]
+        return _orthogonal_refusal(key, value, hidden, q.dtype)
     needed, given = SHARED if max(key, value) <= 64 else SHARED_WIDE, _shared_memory(q)
     return _size_refusal(rule, key, value, weights[0].shape[-1], q.dtype) or (
         f"needs {needed >> 10} KiB of shared memory a block, and this GPU has {given >> 10}" if given < needed else None
@@ -48,6 +49,16 @@ def _shared_memory(q: Tensor) -> int:
         return SHARED_WIDE
     properties = torch.cuda.get_device_properties(q.device)
     return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stubs lack it
+
+
+def _orthogonal_refusal(key: int, value: int, hidden: int, dtype: torch.dtype) -> str | None:
+    most = NARROW if dtype in (torch.bfloat16, torch.float16) else NARROW_FLOAT32
+    if max(key, value) <= most and hidden <= WIDE:
+        return None
+    return (
+        f"with ns_steps > 0 covers D and V up to {NARROW} (in float32 up to {NARROW_FLOAT32}) and F up to {WIDE}, not "
+        f"D={key}, V={value}, F={hidden} in {str(dtype).removeprefix('torch.')}"
+    )
 
 
 def _size_refusal(rule: MemoryRule, key: int, value: int, hidden: int, dtype: torch.dtype) -> str | None:

@@ -42,19 +42,206 @@ def of_step(
 
 
 @triton.jit
-def of_matrices(
-    w_pointer, s_pointer, at, f, n, F, N: tl.constexpr, grad_w, grad_s, keep, push, drag, sums, MOMENTUM: tl.constexpr
-):
-    """Gradients of W and S in W' = keep W + push S + .., S' = drag S + .., and of keep, push, drag by row."""
+def slot_of(first, second, third, slot, D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, GATED: tl.constexpr):
+    """Pointers at the matrices of one slot; the second once more for a third that the memory has not."""
+    at_third = second
+    if GATED:
+        at_third = third
+    return first + slot * F * V, second + slot * F * D, at_third + slot * F * D
+
+
+@triton.jit
+def block_of(pointer, s_pointer, f, n, F, N: tl.constexpr, MOMENTUM: tl.constexpr):
+    """Rows f of a matrix's gradient and of its momentum's; of a memory without one, twice the first."""
+    of_w = tile(pointer, f, n, F, N)
+    of_s = of_w
+    if MOMENTUM:
+        of_s = tile(s_pointer, f, n, F, N)
+    return of_w, of_s
+
+
+@triton.jit
+def of_matrix(matrices, grads, f, n, F, N: tl.constexpr, read, last, sums, MOMENTUM: tl.constexpr, PRODUCTS):
+    """Gradients of W and S in W' = keep W + push S + .., S' = drag S + .., with what the reads owe them, rows f.
+
+    matrices: pointers at W and S, and at S's gradient, which is put there; grads: of W' and S' [f, n]; read: the reads'
+    side of rows f [C, f], and the narrow one twice, transposed [n, C]: times alphas and times kappas. Returns W's
+    gradient and sums (of keep, push and drag, by row) with their parts.
+    """
+    w_pointer, s_pointer, grad_s_pointer = matrices
+    grad_w, grad_s = grads
+    side, of_w, of_s = read
+    keep, push, drag = last
     grad_keep, grad_push, grad_drag = sums
-    w = tile(w_pointer + at, f, n, F, N)
+    w = tile(w_pointer, f, n, F, N)
     grad_keep += tl.sum(grad_w * w, 1)
     if MOMENTUM:
-        s = tile(s_pointer + at, f, n, F, N)
+        s = tile(s_pointer, f, n, F, N)
         grad_push += tl.sum(grad_w * s, 1)
         grad_drag += tl.sum(grad_s * s, 1)
-        grad_s = drag * grad_s + push * grad_w
-    return keep * grad_w, grad_s, (grad_keep, grad_push, grad_drag)
+        grad_s = add_flipped(drag * grad_s + push * grad_w, of_s, side, PRODUCTS)
+        # Every thread has read the block that is overwritten now.
+        tl.debug_barrier()
+        put(grad_s_pointer, grad_s, f, n, F, N)
+    return add_flipped(keep * grad_w, of_w, side, PRODUCTS), (grad_keep, grad_push, grad_drag)
+
+
+@triton.jit
+def through_factors(
+    anchors,  # pointers at the three matrices of this memory's anchor, as the next four of what enters the chunk
+    weights,
+    momenta,
+    grad_weights,  # in place: of what leaves, then of what enters
+    grad_momenta,
+    grad_first_pointer,  # at the gradient of the first chunk's anchor, of W1
+    sides,  # pointers at what the reads left of this chunk: h, grad_z, grad_up
+    parts,  # pointers at this memory's part_z, part_up
+    tokens,  # x, e; seen, scores_met: sources times what q and the reads' gradient met of them
+    of_reads,  # what the reads took from W1 and S1, from W2 and S2, transposed: grad_read and q with alphas and kappas
+    writes,  # to_w, to_s
+    last,  # keep, push, drag
+    sums,  # grad_e, grad_x
+    is_first,
+    C,
+    I,  # noqa: E741
+    D: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    GATED: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+):
+    """From the gradients of what leaves a chunk to those of what enters it and of its factors.
+
+    Returns grad_e and grad_x with their parts, the gradients of to_w and to_s [BLOCK_I] and, by row, of last.
+    """
+    t, i, d, c = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    x, e, seen, scores_met = tokens
+    read_w, read_s, q_w, q_s = of_reads
+    to_w, to_s = writes
+    grad_e, grad_x = sums
+    grad_to_w, grad_to_s = tl.zeros([BLOCK_I], tl.float32), tl.zeros([BLOCK_I], tl.float32)
+    zero = tl.zeros([BLOCK_F], tl.float32)
+    of_last = (zero, zero, zero)
+    for start in tl.range(0, F, BLOCK_F, disable_licm=True):
+        f = start + tl.arange(0, BLOCK_F)
+        a1 = tile(anchors[0], f, c, F, V)
+        h, slope, curve = gelu_curve(product(x, tl.trans(tile(anchors[1], f, d, F, D)), PRODUCTS))
+        back = product(e, tl.trans(a1), PRODUCTS)
+        grad_w1, grad_s1 = block_of(grad_weights[0], grad_momenta[0], f, c, F, V, MOMENTUM)
+        grad_w2, grad_s2 = block_of(grad_weights[1], grad_momenta[1], f, d, F, D, MOMENTUM)
+        read_h, read_z = tile(sides[0], t, f, C, F), tile(sides[1], t, f, C, F)
+
+        # Of what leaves, and of what the reads met: (h, e) of W1, (factor, x) of W2.
+        factor = back * slope
+        if GATED:
+            grad_w3, grad_s3 = block_of(grad_weights[2], grad_momenta[2], f, d, F, D, MOMENTUM)
+            read_up = tile(sides[2], t, f, C, F)
+            up = product(x, tl.trans(tile(anchors[2], f, d, F, D)), PRODUCTS)
+            grad_up_factor, grad_x, grad_to_w, grad_to_s = of_step(
+                back * h, x, to_w, to_s, grad_w3, grad_s3, grad_x, grad_to_w, grad_to_s, MOMENTUM, PRODUCTS
+            )
+            grad_up_factor = add_product(grad_up_factor, seen, read_up, PRODUCTS)
+            factor *= up
+            act = h
+            h *= up
+        grad_factor, grad_x, grad_to_w, grad_to_s = of_step(
+            factor, x, to_w, to_s, grad_w2, grad_s2, grad_x, grad_to_w, grad_to_s, MOMENTUM, PRODUCTS
+        )
+        grad_factor = add_product(grad_factor, seen, read_z, PRODUCTS)
+        grad_h, grad_e, grad_to_w, grad_to_s = of_step(
+            h, e, to_w, to_s, grad_w1, grad_s1, grad_e, grad_to_w, grad_to_s, MOMENTUM, PRODUCTS
+        )
+        grad_h = add_product(grad_h, scores_met, read_h, PRODUCTS)
+
+        # factor = back slope (up); with a gate h = act up, and back act is W3's factor.
+        if GATED:
+            grad_back = grad_factor * slope * up + grad_up_factor * act
+            part_z = (grad_h * up + grad_up_factor * back) * slope + grad_factor * back * up * curve
+            put(parts[1], grad_h * act + grad_factor * back * slope, i, f, I, F)
+        else:
+            grad_back = grad_factor * slope
+            part_z = grad_h * slope + grad_factor * back * curve
+        put(parts[0], part_z, i, f, I, F)
+        grad_e = add_product(grad_e, grad_back, a1, PRODUCTS)
+        grad_a1 = tl.trans(product(tl.trans(e), grad_back, PRODUCTS))
+
+        first = (weights[0], momenta[0], grad_momenta[0])
+        second = (weights[1], momenta[1], grad_momenta[1])
+        grad_w1, of_last = of_matrix(
+            first, (grad_w1, grad_s1), f, c, F, V, (read_h, read_w, read_s), last, of_last, MOMENTUM, PRODUCTS
+        )
+        grad_w2, of_last = of_matrix(
+            second, (grad_w2, grad_s2), f, d, F, D, (read_z, q_w, q_s), last, of_last, MOMENTUM, PRODUCTS
+        )
+        tl.debug_barrier()
+        if is_first:
+            put(grad_first_pointer, grad_a1, f, c, F, V)
+        else:
+            grad_w1 += grad_a1
+        put(grad_weights[0], grad_w1, f, c, F, V)
+        put(grad_weights[1], grad_w2, f, d, F, D)
+        if GATED:
+            third = (weights[2], momenta[2], grad_momenta[2])
+            grad_w3, of_last = of_matrix(
+                third, (grad_w3, grad_s3), f, d, F, D, (read_up, q_w, q_s), last, of_last, MOMENTUM, PRODUCTS
+            )
+            tl.debug_barrier()
+            put(grad_weights[2], grad_w3, f, d, F, D)
+    return grad_e, grad_x, grad_to_w, grad_to_s, of_last
+
+
+@triton.jit
+def through_anchor(
+    anchors,  # pointers at the three matrices of this memory's anchor
+    grad_anchors,  # pointers at their gradients, which are added to
+    parts,
+    x,
+    grad_o,
+    grad_x,
+    I,  # noqa: E741
+    D: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    GATED: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+):
+    """From the gradient of o, and of z and up without what passes through o, to the anchor's. Returns grad_x."""
+    i, d, c = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    for start in tl.range(0, F, BLOCK_F, disable_licm=True):
+        f = start + tl.arange(0, BLOCK_F)
+        a1, a2 = tile(anchors[0], f, c, F, V), tile(anchors[1], f, d, F, D)
+        h, slope = gelu_slope(product(x, tl.trans(a2), PRODUCTS))
+        grad_h = product(grad_o, tl.trans(a1), PRODUCTS)
+        grad_a1, grad_a2 = tile(grad_anchors[0], f, c, F, V), tile(grad_anchors[1], f, d, F, D)
+        grad_z = tile(parts[0], i, f, I, F)
+        if GATED:
+            a3, grad_a3 = tile(anchors[2], f, d, F, D), tile(grad_anchors[2], f, d, F, D)
+            up = product(x, tl.trans(a3), PRODUCTS)
+            grad_up = tile(parts[1], i, f, I, F) + grad_h * h
+            grad_h *= up
+            h *= up
+            grad_x = add_product(grad_x, grad_up, a3, PRODUCTS)
+            grad_a3 = add_flipped(grad_a3, tl.trans(x), grad_up, PRODUCTS)
+        grad_z += grad_h * slope
+        grad_x = add_product(grad_x, grad_z, a2, PRODUCTS)
+        grad_a1 = add_flipped(grad_a1, tl.trans(grad_o), h, PRODUCTS)
+        grad_a2 = add_flipped(grad_a2, tl.trans(x), grad_z, PRODUCTS)
+        tl.debug_barrier()
+        put(grad_anchors[0], grad_a1, f, c, F, V)
+        put(grad_anchors[1], grad_a2, f, d, F, D)
+        if GATED:
+            put(grad_anchors[2], grad_a3, f, d, F, D)
+    return grad_x
 
 
 @triton.jit
@@ -116,124 +303,55 @@ def write_backward_kernel(
     g = tl.program_id(0).to(tl.int64)
     t, i, d, c = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     inside = c[None, :] < V
+    grad_weights = slot_of(grad_w1_pointer, grad_w2_pointer, grad_w3_pointer, G + g, D, V, F, GATED)
+    grad_momenta = grad_weights
+    if MOMENTUM:
+        grad_momenta = slot_of(grad_s1_pointer, grad_s2_pointer, grad_s3_pointer, g, D, V, F, GATED)
+    grad_first = slot_of(grad_w1_pointer, grad_w2_pointer, grad_w3_pointer, g, D, V, F, GATED)
+    parts = (part_z_pointer + g * I * F, part_z_pointer)
+    if GATED:
+        parts = (part_z_pointer + g * I * F, part_up_pointer + g * I * F)
     n = N - 1
     while n >= 0:
         at = n * G + g
         before = at + G
-        anchor = tl.where(n == 0, g, before)
-        q, x = tile(q_pointer + at * C * D, t, d, C, D), tile(x_pointer + at * I * D, i, d, I, D).to(PRODUCTS)
+        anchors = slot_of(w1_pointer, w2_pointer, w3_pointer, tl.where(n == 0, g, before), D, V, F, GATED)
+        weights = slot_of(w1_pointer, w2_pointer, w3_pointer, before, D, V, F, GATED)
+        x, q = tile(x_pointer + at * I * D, i, d, I, D).to(PRODUCTS), tile(q_pointer + at * C * D, t, d, C, D)
         v, r = tile(v_pointer + at * I * V, i, c, I, V), tile(r_pointer + at * I * V, i, c, I, V)
         e = inner_error(tile(o_pointer + at * I * V, i, c, I, V), r, v, inside, V, LAYER, L2).to(PRODUCTS)
         grad_read = tile(grad_read_pointer + at * C * V, t, c, C, V)
         sources = flipped(sources_pointer + at * BLOCK_C * BLOCK_I, BLOCK_C, BLOCK_I)
-        scores_met = (sources * product(e, tl.trans(grad_read), PRODUCTS)).to(PRODUCTS)
         seen = (sources * product(x, tl.trans(q), PRODUCTS)).to(PRODUCTS)
-        alphas = column(alphas_pointer + at * C, t, C)
+        scores_met = (sources * product(e, tl.trans(grad_read), PRODUCTS)).to(PRODUCTS)
+        alphas, to_w = column(alphas_pointer + at * C, t, C), column(to_w_pointer + at * I, i, I)
         read_w, q_w = tl.trans((alphas * grad_read).to(PRODUCTS)), tl.trans((alphas * q).to(PRODUCTS))
-        to_w = column(to_w_pointer + at * I, i, I)
-        to_s = to_w
-        push, drag = 0.0, 0.0
+        momenta, read_s, q_s, to_s = weights, read_w, q_w, to_w
         if MOMENTUM:
-            kappas = column(kappas_pointer + at * C, t, C)
+            momenta = slot_of(s1_pointer, s2_pointer, s3_pointer, before, D, V, F, GATED)
+            kappas, to_s = column(kappas_pointer + at * C, t, C), column(to_s_pointer + at * I, i, I)
             read_s, q_s = tl.trans((kappas * grad_read).to(PRODUCTS)), tl.trans((kappas * q).to(PRODUCTS))
-            to_s = column(to_s_pointer + at * I, i, I)
-            keep = tl.load(last_pointer + at * 3)
-            push, drag = tl.load(last_pointer + at * 3 + 1), tl.load(last_pointer + at * 3 + 2)
+            at_last = last_pointer + at * 3
+            last = (tl.load(at_last), tl.load(at_last + 1), tl.load(at_last + 2))
         else:
-            keep = tl.load(last_pointer + at)
-
+            last = (tl.load(last_pointer + at), 0.0, 0.0)
+        sides = (h_pointer + at * C * F, grad_z_pointer + at * C * F, grad_z_pointer)
+        if GATED:
+            sides = (h_pointer + at * C * F, grad_z_pointer + at * C * F, grad_up_pointer + at * C * F)
         grad_e, grad_x = tile(grad_e_pointer + at * I * V, i, c, I, V), tile(grad_x_pointer + at * I * D, i, d, I, D)
-        grad_to_w, grad_to_s = tl.zeros([BLOCK_I], tl.float32), tl.zeros([BLOCK_I], tl.float32)
-        zero = tl.zeros([BLOCK_F], tl.float32)
-        sums = (zero, zero, zero)
-        for start in tl.range(0, F, BLOCK_F, disable_licm=True):
-            f = start + tl.arange(0, BLOCK_F)
-            a1, a2 = tile(w1_pointer + anchor * F * V, f, c, F, V), tile(w2_pointer + anchor * F * D, f, d, F, D)
-            h, slope, curve = gelu_curve(product(x, tl.trans(a2), PRODUCTS))
-            back = product(e, tl.trans(a1), PRODUCTS)
-            grad_w1 = tile(grad_w1_pointer + (G + g) * F * V, f, c, F, V)
-            grad_w2 = tile(grad_w2_pointer + (G + g) * F * D, f, d, F, D)
-            grad_s1, grad_s2 = grad_w1, grad_w2
-            if MOMENTUM:
-                grad_s1 = tile(grad_s1_pointer + g * F * V, f, c, F, V)
-                grad_s2 = tile(grad_s2_pointer + g * F * D, f, d, F, D)
-            read_h, read_z = tile(h_pointer + at * C * F, t, f, C, F), tile(grad_z_pointer + at * C * F, t, f, C, F)
-
-            # Of what leaves, and of what the reads met: (h, e) of W1, (factor, x) of W2.
-            factor = back * slope
-            if GATED:
-                a3 = tile(w3_pointer + anchor * F * D, f, d, F, D)
-                grad_w3 = tile(grad_w3_pointer + (G + g) * F * D, f, d, F, D)
-                grad_s3 = grad_w3
-                if MOMENTUM:
-                    grad_s3 = tile(grad_s3_pointer + g * F * D, f, d, F, D)
-                read_up = tile(grad_up_pointer + at * C * F, t, f, C, F)
-                up = product(x, tl.trans(a3), PRODUCTS)
-                grad_up_factor, grad_x, grad_to_w, grad_to_s = of_step(
-                    back * h, x, to_w, to_s, grad_w3, grad_s3, grad_x, grad_to_w, grad_to_s, MOMENTUM, PRODUCTS
-                )
-                grad_up_factor = add_product(grad_up_factor, seen, read_up, PRODUCTS)
-                factor *= up
-                act = h
-                h *= up
-            grad_factor, grad_x, grad_to_w, grad_to_s = of_step(
-                factor, x, to_w, to_s, grad_w2, grad_s2, grad_x, grad_to_w, grad_to_s, MOMENTUM, PRODUCTS
-            )
-            grad_factor = add_product(grad_factor, seen, read_z, PRODUCTS)
-            grad_h, grad_e, grad_to_w, grad_to_s = of_step(
-                h, e, to_w, to_s, grad_w1, grad_s1, grad_e, grad_to_w, grad_to_s, MOMENTUM, PRODUCTS
-            )
-            grad_h = add_product(grad_h, scores_met, read_h, PRODUCTS)
-
-            # factor = back slope (up); with a gate h = act up, and back act is W3's factor.
-            if GATED:
-                grad_back = grad_factor * slope * up + grad_up_factor * act
-                part_z = (grad_h * up + grad_up_factor * back) * slope + grad_factor * back * up * curve
-                put(part_up_pointer + g * I * F, grad_h * act + grad_factor * back * slope, i, f, I, F)
-            else:
-                grad_back = grad_factor * slope
-                part_z = grad_h * slope + grad_factor * back * curve
-            put(part_z_pointer + g * I * F, part_z, i, f, I, F)
-            grad_e = add_product(grad_e, grad_back, a1, PRODUCTS)
-            grad_a1 = tl.trans(product(tl.trans(e), grad_back, PRODUCTS))
-
-            at1, at2 = before * F * V, before * F * D
-            grad_w1, grad_s1, sums = of_matrices(
-                w1_pointer, s1_pointer, at1, f, c, F, V, grad_w1, grad_s1, keep, push, drag, sums, MOMENTUM
-            )
-            grad_w2, grad_s2, sums = of_matrices(
-                w2_pointer, s2_pointer, at2, f, d, F, D, grad_w2, grad_s2, keep, push, drag, sums, MOMENTUM
-            )
-            grad_w1 = add_flipped(grad_w1, read_w, read_h, PRODUCTS)
-            grad_w2 = add_flipped(grad_w2, q_w, read_z, PRODUCTS)
-            # Every thread has read the block that is overwritten now.
-            tl.debug_barrier()
-            if MOMENTUM:
-                put(grad_s1_pointer + g * F * V, add_flipped(grad_s1, read_s, read_h, PRODUCTS), f, c, F, V)
-                put(grad_s2_pointer + g * F * D, add_flipped(grad_s2, q_s, read_z, PRODUCTS), f, d, F, D)
-            if n == 0:
-                put(grad_w1_pointer + g * F * V, grad_a1, f, c, F, V)
-            else:
-                grad_w1 += grad_a1
-            put(grad_w1_pointer + (G + g) * F * V, grad_w1, f, c, F, V)
-            put(grad_w2_pointer + (G + g) * F * D, grad_w2, f, d, F, D)
-            if GATED:
-                grad_w3, grad_s3, sums = of_matrices(
-                    w3_pointer, s3_pointer, at2, f, d, F, D, grad_w3, grad_s3, keep, push, drag, sums, MOMENTUM
-                )
-                if MOMENTUM:
-                    put(grad_s3_pointer + g * F * D, add_flipped(grad_s3, q_s, read_up, PRODUCTS), f, d, F, D)
-                put(grad_w3_pointer + (G + g) * F * D, add_flipped(grad_w3, q_w, read_up, PRODUCTS), f, d, F, D)
+        grad_e, grad_x, grad_to_w, grad_to_s, of_last = through_factors(
+            anchors, weights, momenta, grad_weights, grad_momenta, grad_first[0], sides, parts,
+            (x, e, seen, scores_met), (read_w, read_s, q_w, q_s), (to_w, to_s), last, (grad_e, grad_x), n == 0, C, I,
+            D, V, F, BLOCK_C, BLOCK_I, BLOCK_D, BLOCK_V, BLOCK_F, MOMENTUM, GATED, PRODUCTS,
+        )  # fmt: skip
         tl.debug_barrier()
 
-        grad_keep, grad_push, grad_drag = sums
         if MOMENTUM:
-            tl.store(grad_last_pointer + at * 3, tl.sum(grad_keep, 0))
-            tl.store(grad_last_pointer + at * 3 + 1, tl.sum(grad_push, 0))
-            tl.store(grad_last_pointer + at * 3 + 2, tl.sum(grad_drag, 0))
+            for j in tl.static_range(3):
+                tl.store(grad_last_pointer + at * 3 + j, tl.sum(of_last[j], 0))
             tl.store(grad_to_s_pointer + at * I + i, grad_to_s, mask=i < I)
         else:
-            tl.store(grad_last_pointer + at, tl.sum(grad_keep, 0))
+            tl.store(grad_last_pointer + at, tl.sum(of_last[0], 0))
         tl.store(grad_to_w_pointer + at * I + i, grad_to_w, mask=i < I)
         o = tile(o_pointer + at * I * V, i, c, I, V)
         v, r = tile(v_pointer + at * I * V, i, c, I, V), tile(r_pointer + at * I * V, i, c, I, V)
@@ -242,34 +360,11 @@ def write_backward_kernel(
 
         # The anchor's gradient: in slot 0 of the first chunk, else with that of the weights that enter.
         slot = tl.where(n == 0, g, G + g)
-        for start in tl.range(0, F, BLOCK_F, disable_licm=True):
-            f = start + tl.arange(0, BLOCK_F)
-            a1, a2 = tile(w1_pointer + anchor * F * V, f, c, F, V), tile(w2_pointer + anchor * F * D, f, d, F, D)
-            h, slope = gelu_slope(product(x, tl.trans(a2), PRODUCTS))
-            grad_h = product(grad_o, tl.trans(a1), PRODUCTS)
-            grad_a1 = tile(grad_w1_pointer + slot * F * V, f, c, F, V)
-            grad_a2 = tile(grad_w2_pointer + slot * F * D, f, d, F, D)
-            grad_z = tile(part_z_pointer + g * I * F, i, f, I, F)
-            if GATED:
-                a3, grad_a3 = (
-                    tile(w3_pointer + anchor * F * D, f, d, F, D),
-                    tile(grad_w3_pointer + slot * F * D, f, d, F, D),
-                )
-                up = product(x, tl.trans(a3), PRODUCTS)
-                grad_up = tile(part_up_pointer + g * I * F, i, f, I, F) + grad_h * h
-                grad_h *= up
-                h *= up
-                grad_x = add_product(grad_x, grad_up, a3, PRODUCTS)
-                grad_a3 = add_flipped(grad_a3, tl.trans(x), grad_up, PRODUCTS)
-            grad_z += grad_h * slope
-            grad_x = add_product(grad_x, grad_z, a2, PRODUCTS)
-            grad_a1 = add_flipped(grad_a1, tl.trans(grad_o), h, PRODUCTS)
-            grad_a2 = add_flipped(grad_a2, tl.trans(x), grad_z, PRODUCTS)
-            tl.debug_barrier()
-            put(grad_w1_pointer + slot * F * V, grad_a1, f, c, F, V)
-            put(grad_w2_pointer + slot * F * D, grad_a2, f, d, F, D)
-            if GATED:
-                put(grad_w3_pointer + slot * F * D, grad_a3, f, d, F, D)
+        grad_anchors = slot_of(grad_w1_pointer, grad_w2_pointer, grad_w3_pointer, slot, D, V, F, GATED)
+        grad_x = through_anchor(
+            anchors, grad_anchors, parts, x, grad_o, grad_x, I,
+            D, V, F, BLOCK_I, BLOCK_D, BLOCK_V, BLOCK_F, GATED, PRODUCTS,
+        )  # fmt: skip
         put(grad_x_pointer + at * I * D, grad_x, i, d, I, D)
         tl.debug_barrier()
         n -= 1
