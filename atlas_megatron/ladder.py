@@ -1,11 +1,11 @@
-"""One dial from 0.1M to 7B: a rung's name is its number of parameters N, and everything else follows from it.
+"""One dial from 0.15M to 7B: a rung's name is its number of parameters N, and everything else follows from it.
 
     what            formula                                               source
     width / depth   least squares in logs through the paper's Table 7:    43 to 114 there; 147 at 7B, where Llama has
                     67 at 0.49B, rising with N^0.30                       128
     width           a quarter of a power of two, times 4 to 7, that      heads and shards that divide
                     comes nearest to that ratio and to the MLP's width
-    heads           width / head_dim, head_dim 64 (CPU: 16)               64: the paper's 340M
+    heads           width / head_dim, head_dim 64 (CPU: 32)               64: the paper's 340M
     MLP             what N leaves for it, 8/3 of the width as far as      Llama's SwiGLU; the paper gives none
                     whole layers allow
     learning rate   least squares in logs through Table 7: 1.4e-3 at      Table 7; 2.5e-4 at 7B, where Llama has 3e-4
@@ -24,7 +24,6 @@ leaves the embedding out: of 0.3M parameters it would be most.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 from collections.abc import Iterator
@@ -99,12 +98,12 @@ GPU = Setting(
 )  # fmt: skip
 # On the quickstart's corpus. One orthogonalised write a chunk, as there.
 CPU = Setting(
-    vocab_size=4096, seq_length=512, data="data/quickstart", counts_embedding=False, head_dim=16, width_multiple=16,
+    vocab_size=4096, seq_length=512, data="data/quickstart", counts_embedding=False, head_dim=32, width_multiple=32,
     mlp_multiple=8, ns_period=64, precision="float32", pass_tokens=2048, validate_sequences=88, gpus_per_node=0,
     memory=4 * 2**30,
 )  # fmt: skip
 RUNGS = {
-    **dict.fromkeys(("0.1M", "0.2M", "0.4M", "0.8M", "1.2M"), CPU),
+    **dict.fromkeys(("0.15M", "0.3M", "0.6M", "1.2M"), CPU),
     **dict.fromkeys(("20M", "40M", "85M", "170M", "340M", "760M", "1.3B", "3B", "7B"), GPU),
 }
 
@@ -116,10 +115,10 @@ def named(name: str) -> str:
         return spellings[name.lower()]
     try:
         size = size_of(name)
-        nearest = min(RUNGS, key=lambda rung: abs(math.log(size_of(rung) / size)))
-    except (ValueError, KeyError, ZeroDivisionError):
-        nearest = (difflib.get_close_matches(name, RUNGS, n=1, cutoff=0.0) or ["20M"])[0]
-    raise ValueError(f"{name!r} is no rung; the nearest is {nearest}; rungs: {', '.join(RUNGS)}")
+        nearest = f"the nearest is {min(RUNGS, key=lambda rung: abs(math.log(size_of(rung) / size)))}; "
+    except (ValueError, LookupError, ArithmeticError):
+        nearest = ""  # no size, nothing to be near to
+    raise ValueError(f"{name!r} is no rung; {nearest}rungs: {', '.join(RUNGS)}")
 
 
 def size_of(name: str) -> float:

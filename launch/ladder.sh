@@ -20,7 +20,7 @@ is checked before the first one starts. Without --local each becomes a job of it
 examples:
   launch/ladder.sh configs/scale/gpu.list --partition gpu --time 24:00:00 --dry-run
   launch/ladder.sh configs/scale/gpu.list --partition gpu --rungs 20m,40m,85m --runs runs/omeganet memory.preset=omeganet
-  launch/ladder.sh configs/scale/cpu.list --local --rungs 0.1m,0.2m
+  launch/ladder.sh configs/scale/cpu.list --local --rungs 0.15m,0.3m
 HELP
 }
 

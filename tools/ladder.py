@@ -179,7 +179,8 @@ def main(words: Sequence[str] | None = None) -> int:
             raise ValueError(f"--gpus-per-node {arguments.gpus_per_node} is no number of GPUs; give at least 1")
         found = rungs(arguments)
         if arguments.command == "show":
-            Console(soft_wrap=True).print(show(found))
+            # Whole numbers before a narrow screen's width: a terminal wraps, a cut figure says nothing.
+            Console(width=160, soft_wrap=True).print(show(found))
         else:
             write(arguments.folder, files(found), replaces=arguments.replace)
     except (ValueError, OSError) as error:
