@@ -107,8 +107,8 @@ def main(words: Sequence[str] | None = None) -> int:
         rungs, kinds = (QUICK_RUNGS, QUICK_KINDS) if asked.quick else (RUNGS, tuple(KINDS))
         if not Path(f"{SETTING.data}/train.idx").is_file():
             raise ValueError(f"{SETTING.data}/train.idx is missing; run make quickstart once, which prepares it")
-        shown = {"tokens_per_parameter": TOKENS_PER_PARAMETER, "rungs": rungs, "kinds": {k: KINDS[k] for k in kinds}}
-        results = record.Record("scaling", asked, shown)
+        settings = {"tokens_per_parameter": TOKENS_PER_PARAMETER, "rungs": rungs, "ladder": vars(SETTING)}
+        results = record.Record("scaling", asked, {**settings, "kinds": {kind: KINDS[kind] for kind in kinds}})
         # Rung by rung: an interrupted run has compared the kinds as far as it came.
         for rung in rungs:
             for kind in kinds:

@@ -50,7 +50,8 @@ def test_quick_leaves_results_and_does_nothing_twice(
     assert computes == sorted(computes) and len(set(computes)) == 3
     assert (tmp_path / "out" / "scaling.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "out" / "scaling.md").read_text()
-    assert "omeganet" in text and "too few for E" in text or "no fit" in text
+    # Three steps need not fall with compute; that three points are too few is said where they do.
+    assert text.count("are too few for E") + text.count("no fit: the loss does not fall") >= 2
     monkeypatch.setattr(experiment, "trained", None)
     assert experiment.main(words) == 0
 
