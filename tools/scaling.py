@@ -11,16 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+from matplotlib import pyplot
 from rich.console import Console
 from rich.table import Table
 
 from atlas_megatron import scaling
 from atlas_megatron.results import commit, versions
 from plot import STYLE
-
-matplotlib.use("Agg")  # files only: a machine that trains has no screen
-from matplotlib import pyplot  # noqa: E402
 
 EXAMPLES = """\
 examples:
