@@ -26,8 +26,8 @@ quickstart: setup ## pretrain a small ATLAS on real text and show what came out
 test: setup ## run the test suite, but for the longer tests of several processes
 	@$(RUN) -m pytest $(ARGS)
 
-test-parallel: setup ## run those: every layout against one process, checkpoints that move between them
-	@$(RUN) -m pytest -m parallel $(ARGS)
+test-parallel: setup ## run those, and whole commands that take long: every layout against one process, moving checkpoints
+	@$(RUN) -m pytest -m "parallel or slow" $(ARGS)
 
 test-slurm: setup ## run jobs on a SLURM of two nodes that it starts here (Debian: apt-get install slurm-wlm munge)
 	@$(RUN) -m pytest -m slurm $(ARGS)

@@ -147,7 +147,7 @@ def _train(asked: training.Asked, contender: Contender, tokens: int, steps: int)
         recent = [*recent[-49:], (logits.argmax(-1) == labels).float().mean().item()]
         if step + 1 in ends:
             accuracy.append(round(fmean(recent), 4))
-            print(f"  {contender.mixer}: step {step + 1} of {steps}, accuracy {accuracy[-1]:.2f}", flush=True)
+            print(f"  {contender.mixer}: step {step + 1} of {steps}, accuracy {accuracy[-1]:.2f}", file=sys.stderr)
     return accuracy
 
 

@@ -44,6 +44,7 @@ def evaluate(*words: object) -> int:
         return main([str(word) for word in words])
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_and_what_is_done_is_not_done_again(
     run: Path, books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,7 @@ from atlas_megatron.evaluate import harness
 from atlas_megatron.evaluate.continuations import Generation, Question, alike, ask, write
 from atlas_megatron.evaluate.harness import AtlasLM, run
 from atlas_megatron.hf.export import export
-from atlas_megatron.reader import HuggingFaceReader, MegatronReader
+from atlas_megatron.reader import HuggingFaceReader, open_reader
 from atlas_megatron.tokenizer import train_tokenizer
 from twins import CALM, settings
 
@@ -299,7 +299,7 @@ def test_a_run_of_megatron_answers_alike(saved: Path, reader: HuggingFaceReader,
     asked = requests(folder, "choices")
     wanted = AtlasLM(reader).loglikelihood(asked, disable_tqdm=True)
     with tiny_run.a_world_that_is_left():
-        found = AtlasLM(MegatronReader(saved / "run"), 3, 20).loglikelihood(asked, disable_tqdm=True)
+        found = AtlasLM(open_reader(saved / "run"), 3, 20).loglikelihood(asked, disable_tqdm=True)
     assert [total for total, _ in found] == pytest.approx([total for total, _ in wanted], rel=1e-5)
 
 
@@ -310,6 +310,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "datasets"
 
 
+@pytest.mark.slow
 def test_the_papers_tasks_are_read_from_the_cache(reader: HuggingFaceReader, cache: Path) -> None:
     cached_tasks.put(cache)
     found = run(list(harness.PAPER_TASKS), reader)

@@ -30,7 +30,14 @@ def quick(name: str, out: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["capacity", "mqar", "mad", pytest.param("context_parallel", marks=pytest.mark.parallel)]
+    "name",
+    [
+        "capacity",
+        pytest.param("mqar", marks=pytest.mark.slow),
+        pytest.param("mad", marks=pytest.mark.slow),
+        pytest.param("long_context", marks=pytest.mark.slow),
+        pytest.param("context_parallel", marks=pytest.mark.parallel),
+    ],
 )
 def test_quick_run_leaves_results_and_a_second_one_leaves_them_alone(name: str, tmp_path: Path) -> None:
     printed = quick(name, tmp_path)

@@ -35,6 +35,7 @@ def test_all_kinds_of_a_rung_are_as_large_and_see_the_same_tokens() -> None:
         assert omeganet.memory.ns_steps == 0 and set(attention.model.pattern) == {"F", "-"}
 
 
+@pytest.mark.slow
 def test_quick_leaves_results_and_does_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

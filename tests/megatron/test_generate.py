@@ -101,6 +101,7 @@ def test_it_ends_with_the_document() -> None:
     assert [token for token, _ in speaker.speak(9)] == [997, 998]
 
 
+@pytest.mark.slow
 def test_the_command(run: Path, tmp_path: Path) -> None:
     prompt = "the memory learns at test time " * 20
     whole = generate(str(run), "--prompt", prompt, "--tokens", "12", "--temperature", "0")

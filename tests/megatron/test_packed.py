@@ -93,6 +93,7 @@ def test_positions_come_with_the_data_and_with_sliding_windows(tmp_path: Path) -
     assert window["position_ids"].tolist() == [*range(tiny_run.LENGTH), *range(32 - tiny_run.LENGTH)]
 
 
+@pytest.mark.slow
 def test_it_trains_on_packed_documents(tmp_path: Path) -> None:
     path = tiny_run.write(tmp_path, "M-A-")
     assert main([str(path), "data.packed=true", "train.steps=40", "train.lr=1e-2", "checkpoint.every=40"]) == 0
