@@ -66,6 +66,8 @@ class StateTrainer(Trainer):
                     self.accelerator.backward(loss, **options)
                     total = total + loss.detach()
             memory = memory.detach()
+        if synchronises:
+            self._complete_gradients()
         # On every process alike, so that none waits for one that has stopped.
         everywhere = float(self.accelerator.reduce(total.clone(), "mean"))
         if not math.isfinite(everywhere):
@@ -116,6 +118,14 @@ class StateTrainer(Trainer):
     def _apart(self, model: torch.nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Where gradients stay on their process until the last window; ZeRO has its own way."""
         return nullcontext() if last or self.is_deepspeed_enabled else self.accelerator.no_sync(model)
+
+    def _complete_gradients(self) -> None:
+        """Zeros for parameters that no window used (the first memory, where only later ones learn), as ZeRO has it:
+        AdamW decays a weight whose gradient is zero and leaves out one that has none."""
+        if not self.is_deepspeed_enabled:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
 
     def _run_epoch(self, **given: Any) -> None:
         # Trainer looks after a step whether there are more; one that goes on from its last has none.

@@ -76,14 +76,16 @@ def assert_same(root: Path, one: Path, two: Path) -> None:
         assert float((found[name] - value).norm()) <= MOVED * moved, name
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_trains_as_one_process_over_every_cut(root: Path, full: Path, stage: int) -> None:
     config = f"configs/deepspeed/zero{stage}.json"
     assert_same(root, full, train(root, f"zero{stage}", 2, deepspeed=config, **FULL))
 
 
-def test_truncated_windows_are_as_many_on_every_process(root: Path, truncated: Path) -> None:
-    assert_same(root, truncated, train(root, "truncated two", 2, **TRUNCATED))
+@pytest.mark.parametrize("stage", [None, 1, 3])
+def test_truncated_windows_are_as_many_on_every_process(root: Path, truncated: Path, stage: int | None) -> None:
+    with_zero = {"deepspeed": f"configs/deepspeed/zero{stage}.json"} if stage else {}
+    assert_same(root, truncated, train(root, f"truncated, {stage}", 2, **with_zero, **TRUNCATED))
 
 
 def test_zero_goes_on_from_its_checkpoint(root: Path, full: Path) -> None:
