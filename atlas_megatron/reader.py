@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from atlas_megatron.config import WITH_MEMORY, Config
+from atlas_megatron.parallel.cpu import flush_denormals
 from atlas_megatron.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ def open_reader(path: str | Path) -> Reader:
 
     Of a run the newest whole checkpoint. Raises ValueError where it is neither, or the run has none.
     """
+    flush_denormals()
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{path} is no folder; give the directory of a run or an exported model")

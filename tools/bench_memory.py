@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from atlas_kernels import Gates, MemoryRule, initial_coefficients, lift, omega_memory
+from atlas_megatron.parallel.cpu import flush_denormals
 from atlas_megatron.results import commit
 
 DIM, HEADS, HEAD_DIM, HIDDEN, CHUNK, WINDOW = 384, 6, 64, 256, 64, 16
@@ -204,6 +205,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds a shape (default 7)")
     parser.add_argument("--json", type=Path, default=Path("runs/bench_memory.json"), help="where the figures go")
     arguments = parser.parse_args()
+    flush_denormals()
     tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", str(ROOT / "tests" / "kernels")], cwd=ROOT)
     if tests.returncode:
         print("bench_memory: the kernels' tests are red; no figure is printed before they pass", file=sys.stderr)

@@ -24,6 +24,7 @@ from torch import Tensor
 from atlas_kernels import Gates, initial_coefficients, lift, omega_memory
 from atlas_megatron.config import MemoryConfig
 from atlas_megatron.mixers.memory_layout import eta_start, lifted, weight_shapes
+from atlas_megatron.parallel.cpu import flush_denormals
 from atlas_megatron.presets import PRESETS
 from atlas_megatron.results import commit
 from bench_memory import medians
@@ -111,6 +112,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
     parser.add_argument("--json", type=Path, default=Path("runs/bench_presets.json"), help="where the figures go")
     arguments = parser.parse_args()
+    flush_denormals()
     measured = measure(arguments.rounds)
     base = measured["seconds"]["omeganet"]
     shape = f"T={TOKENS} B={BATCH}, {HEADS} heads of {HEAD_DIM}, float32"

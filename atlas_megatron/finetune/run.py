@@ -18,6 +18,7 @@ from atlas_megatron.finetune.settings import Settings, check, read_deepspeed, re
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
 from atlas_megatron.hf.export import INDEX
 from atlas_megatron.hf.folders import new_folder
+from atlas_megatron.parallel.cpu import flush_denormals
 
 REPORT = "finetune.json"  # what a folder that came out was trained with, and what the run said
 SHARD_SIZE = "2GB"
@@ -91,6 +92,7 @@ def finetune(run: Plan) -> Path:
     from atlas_megatron.finetune.trainer import Progress, StateTrainer, newest_checkpoint
 
     settings = run.settings
+    flush_denormals()
     theirs.set_verbosity_error()
     theirs.disable_progress_bar()
     resumed = newest_checkpoint(settings.work, run.identity())

@@ -31,12 +31,22 @@ def backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
+def flush_denormals() -> None:
+    """Let a CPU take numbers nearer to zero than float32's normal ones (1.2e-38) for zero.
+
+    A memory that forgets decays through them: kept, they made a step of 4,096 tokens five times slower. Threads that
+    are started later do the same, so this comes before the first large operation.
+    """
+    torch.set_flush_denormal(True)
+
+
 def install() -> bool:
     """Redirect core to the CPU if there is no GPU; says whether it did. Calling it again changes nothing."""
     global _installed
     if torch.cuda.is_available():
         return False
     if _installed is None:
+        flush_denormals()
         # Core compiles functions when it is imported, and torch's compiler wants to find torch.cuda untouched.
         from megatron.core.tensor_parallel import random as core_random
 

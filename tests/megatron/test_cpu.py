@@ -75,3 +75,7 @@ def test_named_random_states_are_apart_and_repeat() -> None:
     torch.manual_seed(0)
     expected = [torch.rand(4), torch.rand(4)]  # the default state goes on as if nothing had been drawn between
     assert torch.equal(drawn[0], expected[0]) and torch.equal(drawn[-1], expected[1])
+
+
+def test_numbers_too_small_to_be_normal_are_zeros() -> None:
+    assert torch.tensor([2e-38]).mul(0.5).item() == 0.0
