@@ -52,15 +52,15 @@ class Results:
         return self.content["cells"]
 
     def cell(self, name: str, compute: Callable[[], Cell]) -> None:
-        """Compute and store the cell, unless it is there; says how long it took."""
+        """Compute and store the cell, unless it is there; says how long it took, or what a cell says of itself."""
         if name in self.cells:
             return
         started = time.perf_counter()
         found = compute()
-        seconds = round(time.perf_counter() - started, 2)
-        self.cells[name] = {**found, "seconds": seconds, "commit": commit()}
+        cell = {"seconds": round(time.perf_counter() - started, 2), **found, "commit": commit()}
+        self.cells[name] = cell
         self._save()
-        print(f"{self.path.stem}: {name} ({seconds:.1f} s)", flush=True)
+        print(f"{self.path.stem}: {name} ({cell['seconds']:.1f} s)", flush=True)
 
     def _save(self) -> None:
         # Renamed whole: an interrupted run leaves the cells it had.

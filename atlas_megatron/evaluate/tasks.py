@@ -1,8 +1,8 @@
 """The long-context tasks by name: one example of any length, and its score.
 
-    folder = TextFolder("books", tokenizer)
-    example = make("niah_single_2", tokenizer, 1_000_000, index=0, seed=0, folder=folder)
-    score("niah_single_2", prediction, example.questions[0])
+folder = TextFolder("books", tokenizer)
+example = make("niah_single_2", tokenizer, 1_000_000, index=0, seed=0, folder=folder)
+score("niah_single_2", prediction, example.questions[0])
 """
 
 from __future__ import annotations
@@ -96,9 +96,7 @@ def official(name: str, folder: Path) -> Maker:
         raise ValueError(f"{folder} holds {len(files)} files {task.task}_*_test.txt; give the folder en-10k of bAbI")
     stories = read_stories(files[0])
 
-    def made(
-        name: str, tokenizer: Tokenizer, length: int, seed: tuple[int, ...], folder: TextFolder | None
-    ) -> Example:
+    def made(name: str, tokenizer: Tokenizer, length: int, seed: tuple[int, ...], folder: TextFolder | None) -> Example:
         return hide(task, name, stories[seed[1] % len(stories)], tokenizer, length, seed, folder)
 
     return made

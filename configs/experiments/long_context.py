@@ -1,9 +1,10 @@
 """Recall against the length of the context: up to millions of tokens, read through each mixer's state.
 
 Two blocks of a mixer and an MLP, 64 wide, are trained on a language of facts and filler (recall_language.py), in which
-facts are asked for all along: sequences of 128, then 256, then 1,024 tokens; the loss is at the answers alone. Then
-each reads contexts of rising length in which sixteen facts lie anywhere, and is asked for all of them at the end. What
-it keeps of a context has a constant size, but for full attention, which reads no more than 65,536 tokens.
+facts are asked for all along: sequences of 128, then 256, 1,024, and last 4,096 tokens, with ever more filler; the loss
+is at the answers alone. Then each reads contexts of rising length in which eight facts lie anywhere, and is asked for
+all of them at the end. What it keeps of a context has a constant size, but for full attention, which reads no more than
+65,536 tokens. Models train, and lengths are read, side by side: one to a core, each a process of one thread.
 
 Every trained model is left in runs/long_context/NAME as a run's checkpoint: atlas-eval, atlas-generate and
 tools/convert_hf.py take it.
@@ -12,9 +13,11 @@ tools/convert_hf.py take it.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +44,7 @@ from recall_language import Mix
 
 RUNS = record.ROOT / "runs" / "long_context"
 METRIC = "accuracy"
-PATTERN_TOKENS = 1024  # model.seq_length: of the longest training sequences
+PATTERN_TOKENS = 4096  # model.seq_length: of the longest training sequences
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,9 @@ class Stage:
 
 STAGES = (
     Stage(0.5, Mix(128, filler=(0.0, 0.5), names=4)),
-    Stage(0.25, Mix(256, filler=(0.3, 0.8), names=8)),
-    Stage(0.25, Mix(1024, filler=(0.7, 0.97), names=12)),
+    Stage(0.2, Mix(256, filler=(0.3, 0.8), names=8)),
+    Stage(0.2, Mix(1024, filler=(0.8, 0.98), names=12)),
+    Stage(0.1, Mix(4096, filler=(0.95, 0.995), names=12)),
 )
 
 
@@ -66,20 +70,22 @@ class Contender:
     mixer: str
     size: int
     memory: dict[str, float]
-    lr: float = 1e-2
+    lr: float = 5e-3
     longer: int = 1
     grows: bool = False  # what it keeps
 
 
-# Chunks of 64 read ten million tokens in a quarter of an hour. Without Newton-Schulz the steps may be larger than the
-# default for such chunks: most tokens here are filler, which the gates can leave out.
+# A memory's writes inside a chunk do not see each other: chunks of 64 learned less than half as fast. Without
+# Newton-Schulz the steps may be larger than the default, and writes every 8 tokens are too few for ATLAS. All begin
+# with a slow decay.
+MEMORY = {"chunk": 16, "window": 8, "alpha_start": 0.9999}
 CONTENDERS = {
-    "gated delta": Contender("gated delta", 16, {}),
-    "omeganet": Contender("omeganet", 16, {"chunk": 64, "window": 8, "eta_sum": 8.0}),
-    "atlas": Contender("atlas", 16, {"chunk": 64, "window": 8, "ns_period": 8}),
-    "titans": Contender("titans", 16, {"chunk": 64, "eta_sum": 8.0}),
-    "sliding window": Contender("sliding window", 64, {}, longer=3),
-    "attention": Contender("attention", 0, {}, longer=3, grows=True),
+    "gated delta": Contender("gated delta", 16, {}, lr=1e-2),
+    "omeganet": Contender("omeganet", 16, {**MEMORY, "eta_sum": 4.0}),
+    "atlas": Contender("atlas", 16, {**MEMORY, "ns_period": 4}),
+    "titans": Contender("titans", 16, {"chunk": 16, "alpha_start": 0.9999, "eta_sum": 4.0}),
+    "sliding window": Contender("sliding window", 64, {}, lr=1e-2, longer=3),
+    "attention": Contender("attention", 0, {}, lr=1e-2, longer=3, grows=True),
 }
 
 
@@ -98,7 +104,7 @@ FULL = Grid(
     contenders=tuple(CONTENDERS),
     steps=2000,
     tokens=2048,
-    samples={1024: 8, 4096: 8, 16384: 8, 65536: 4, 262144: 2, 1048576: 2, 10485760: 1},
+    samples={1024: 16, 4096: 16, 16384: 8, 65536: 4, 262144: 2, 1048576: 1, 10485760: 1},
     held=65536,
 )
 QUICK = Grid(("atlas", "gated delta", "attention"), steps=8, tokens=1024, samples={512: 2, 2048: 2}, held=512)
@@ -124,8 +130,12 @@ def train(name: str, grid: Grid, runs: Path) -> record.Cell:
         asked = training.Asked(config, Task(language.batch, language.VOCABULARY, PATTERN_TOKENS))
         accuracy = _train(asked, contender, grid.tokens, steps)
         checkpoint.save_weights(asked.model, config)
-    found = {"accuracy": accuracy, "parameters": num_params(config), "state_floats": training.state_floats(config)}
-    return {**found, "contender": asdict(contender)}
+    return {
+        "accuracy": accuracy,
+        "parameters": num_params(config),
+        "state_floats": training.state_floats(config),
+        "settings": asdict(contender),
+    }
 
 
 def _train(asked: training.Asked, contender: Contender, tokens: int, steps: int) -> list[float]:
@@ -161,20 +171,32 @@ def score(prediction: str, question: recall.Question) -> dict[str, float]:
     return {METRIC: float(prediction.strip() == question.answers[0])}
 
 
-def measure(results: record.Record, name: str, grid: Grid, runs: Path) -> None:
-    """Every length of one contender, shortest first, each in a process of its own: its peak of memory is its own."""
-    lengths = [n for n in grid.samples if not CONTENDERS[name].grows or n <= grid.held]
-    start = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, start, max_tasks_per_child=1) as fresh:
-        for length in lengths:
-            asked = partial(fresh.submit, read_and_ask, folder_of(name, runs), length, grid.samples[length])
-            results.cell(f"{name}, {length} tokens", lambda asked=asked: asked().result())
+def side_by_side(results: record.Record, jobs: dict[str, Callable[[], record.Cell]]) -> None:
+    """The cells that are missing, each in a process of its own: its peak of memory is its own. On a GPU one by one."""
+    start, cores = multiprocessing.get_context("spawn"), 1 if torch.cuda.is_available() else os.cpu_count()
+    with ProcessPoolExecutor(cores, start, torch.set_num_threads, (1,), max_tasks_per_child=1) as fresh:
+        running = {fresh.submit(timed, job): name for name, job in jobs.items() if name not in results.cells}
+        for done in as_completed(running):
+            results.cell(running[done], done.result)
 
 
-def read_and_ask(folder: Path, length: int, count: int) -> record.Cell:
+def timed(job: Callable[[], record.Cell]) -> record.Cell:
+    started = time.perf_counter()
+    found = job()
+    return {**found, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def read_and_ask(name: str, runs: Path, length: int, count: int) -> record.Cell:
     """What a trained model recalls of so many contexts, read side by side."""
     quieten()
-    return recall.measured(Recall("recall", language.example, score), open_reader(folder), length, range(count))
+    task = Recall("recall", language.example, score)
+    found = recall.measured(task, open_reader(folder_of(name, runs)), length, range(count))
+    return {"contender": name, **found}
+
+
+def lengths_of(name: str, grid: Grid) -> list[int]:
+    """Those that it can hold."""
+    return [length for length in grid.samples if not CONTENDERS[name].grows or length <= grid.held]
 
 
 def folder_of(name: str, runs: Path) -> Path:
@@ -182,7 +204,7 @@ def folder_of(name: str, runs: Path) -> Path:
 
 
 def points(results: record.Record, name: str) -> list[Point]:
-    mine = [cell for key, cell in results.cells.items() if key.startswith(f"{name}, ") and "examples" in cell]
+    mine = [cell for cell in results.cells.values() if cell.get("contender") == name]
     return recall.points(mine, METRIC)
 
 
@@ -233,7 +255,7 @@ def describe(results: record.Record, grid: Grid, observed: Sequence[str]) -> Non
             f"Percent of facts recalled after contexts of {lengths} tokens ({contexts} contexts of {language.FACTS} "
             f"facts each), by models trained for {grid.steps} steps of {grid.tokens:,} tokens (sliding window and "
             f"attention three times as many) on sequences of up to {STAGES[-1].mix.tokens:,}; accuracy at the end of "
-            f"each of the three stages of training, peak memory of the whole process and tokens a second from the "
+            f"each of the {len(STAGES)} stages of training, peak memory of the process and tokens a second from the "
             f"shortest context to the longest, of all contexts read side by side. {'; '.join(said)}.",
             *observed,
         ],
@@ -253,10 +275,11 @@ def main(words: Sequence[str] | None = None) -> int:
         # Of the grid what training depends on: longer contexts and further contenders may come.
         settings = {"steps": grid.steps, "tokens": grid.tokens, "stages": [asdict(stage) for stage in STAGES]}
         results = record.Record("long_context", asked, {**settings, **training.SETTINGS})
-        for name in grid.contenders:
-            results.cell(f"{name}, trained", partial(train, name, grid, runs))
-        for name in grid.contenders:
-            measure(results, name, grid, runs)
+        side_by_side(results, {f"{name}, trained": partial(train, name, grid, runs) for name in grid.contenders})
+        # Of all of them the short ones first.
+        asked_for = [(n, name) for n in grid.samples for name in grid.contenders if n in lengths_of(name, grid)]
+        reads = {f"{name}, {n} tokens": partial(read_and_ask, name, runs, n, grid.samples[n]) for n, name in asked_for}
+        side_by_side(results, reads)
         draw(results, grid)
         describe(results, grid, () if asked.quick else OBSERVED)
 

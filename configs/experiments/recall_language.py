@@ -48,7 +48,7 @@ WORDS = list(dict.fromkeys([END, *GRAMMAR, *NAMES, *CODES, *PLACES, *FILLER]))
 VOCABULARY = 256  # rows of the embedding
 NUMBERS = {word: number for number, word in enumerate(WORDS)}
 SHORTEST, LONGEST = 4, 8  # words of a filler sentence
-FACTS = 16  # of one context of the evaluation, half of each kind, each of a name of its own
+FACTS = 8  # of one context of the evaluation, half of each kind, each of a name of its own
 
 
 def ids(text: str) -> list[int]:

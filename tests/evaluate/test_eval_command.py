@@ -85,9 +85,7 @@ def test_an_export_says_what_its_run_says(run: Path, tmp_path: Path) -> None:
     assert found[0] == found[1] and len(found[0]) == 2
 
 
-def test_official_stories_are_told(
-    run: Path, books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_official_stories_are_told(run: Path, books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "qa1_single-supporting-fact_test.txt").write_text(
         "1 Mary moved to the bathroom.\n2 John went to the hallway.\n3 Where is Mary? \tbathroom\t1\n"
     )
