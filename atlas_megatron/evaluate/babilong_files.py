@@ -9,6 +9,8 @@ from pathlib import Path
 
 from atlas_megatron.evaluate.stories import Story
 
+ROWS = ("json", "jsonl", "parquet")  # forms of a file of rows
+
 
 @dataclass(frozen=True)
 class Row:
@@ -63,6 +65,21 @@ def _asked(place: str, text: str, facts: dict[int, str]) -> Story:
     order = list(facts)
     at = tuple(sorted(order.index(int(number)) for number in supporting))
     return Story(tuple(facts.values()), parts[0], parts[1], at)
+
+
+def rows_file(folder: Path, length: int) -> Path:
+    """The file of a task's rows of this length: 4k.json for 4,096, 1M.json for 1,048,576; also .jsonl and .parquet.
+
+    Raises ValueError where there is none.
+    """
+    name = f"{length >> 20}M" if length and length % 2**20 == 0 else f"{length >> 10}k"
+    found = [folder / f"{name}.{kind}" for kind in ROWS if (folder / f"{name}.{kind}").is_file()]
+    if length % 2**10 or not found:
+        there = sorted({file.stem for kind in ROWS for file in folder.glob(f"*.{kind}")})
+        raise ValueError(
+            f"{folder} has no rows of {length:,} tokens; ask for --lengths that it has: {', '.join(there) or 'none'}"
+        )
+    return found[0]
 
 
 def read_rows(file: Path) -> Iterator[Row]:

@@ -100,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--stories", type=Path, metavar="FOLDER",
-        help="bAbI's own files (en-10k/qa1_single-supporting-fact_test.txt), for babilong_qa1 ...; default: told here",
+        help="for babilong_qa1 ...: bAbI's own files (en-10k/qa1_single-supporting-fact_test.txt), or BABILong's rows "
+        "(qa1/4k.json), which are asked as they are; default: stories told here",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results (default: MODEL/evaluation)")
     parser.add_argument("--tasks-folder", type=Path, metavar="FOLDER", help="YAML files of lm-evaluation-harness tasks")

@@ -11,12 +11,12 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from atlas_megatron.evaluate import metrics
-from atlas_megatron.evaluate.babilong import LABELS, Babilong, babilong, exact, hide, substring
-from atlas_megatron.evaluate.babilong_files import read_stories
+from atlas_megatron.evaluate.babilong import LABELS, Babilong, babilong, exact, from_row, hide, substring
+from atlas_megatron.evaluate.babilong_files import Row, read_rows, read_stories, rows_file
 from atlas_megatron.evaluate.filler import TextFolder
 from atlas_megatron.evaluate.haystack import Example, Question
 from atlas_megatron.evaluate.ruler import parameters
@@ -84,20 +84,43 @@ def find(name: str) -> Task:
 
 
 def official(name: str, folder: Path) -> Maker:
-    """Tells the stories of bAbI's own file in the folder instead of ours, the index-th first.
+    """Asks the benchmark's own data instead of stories told here: the index-th of what the folder holds.
 
-    Raises ValueError for another task than BABILong's, and a folder without exactly one test file of it.
+    Either bAbI's files (en-10k/qa1_..._test.txt), whose stories are hidden in the text given, or BABILong's rows by
+    length (data/qa1/4k.json), as they are. Raises ValueError for another task than BABILong's, and where neither is
+    there.
     """
     if name not in BABILONG:
         raise ValueError(f"bAbI's files were given, and {name} tells none of its stories; leave them out")
     task = BABILONG[name]
+    if (folder / task.task).is_dir():
+        return _rows(task, folder / task.task)
     files = sorted(folder.glob(f"{task.task}_*_test.txt"))
     if len(files) != 1:
-        raise ValueError(f"{folder} holds {len(files)} files {task.task}_*_test.txt; give the folder en-10k of bAbI")
+        raise ValueError(
+            f"{folder} holds {len(files)} files {task.task}_*_test.txt and no folder {task.task}; give the folder "
+            "en-10k of bAbI, or BABILong's with its rows"
+        )
     stories = read_stories(files[0])
 
     def made(name: str, tokenizer: Tokenizer, length: int, seed: tuple[int, ...], folder: TextFolder | None) -> Example:
         return hide(task, name, stories[seed[1] % len(stories)], tokenizer, length, seed, folder)
+
+    return made
+
+
+def _rows(task: Babilong, folder: Path) -> Maker:
+    """BABILong's rows: in the folder a file for each length."""
+
+    @lru_cache(maxsize=1)  # lengths come one after the other
+    def rows_of(length: int) -> list[Row]:
+        return list(read_rows(rows_file(folder, length)))
+
+    def made(name: str, tokenizer: Tokenizer, length: int, seed: tuple[int, ...], _: TextFolder | None) -> Example:
+        rows = rows_of(length)
+        if seed[1] >= len(rows):
+            raise ValueError(f"{folder} holds {len(rows)} rows of {length} tokens; ask for no more --samples")
+        return from_row(task, name, rows[seed[1]], tokenizer)
 
     return made
 

@@ -100,6 +100,25 @@ def test_official_stories_are_told(run: Path, books: Path, tmp_path: Path, capsy
     assert "niah_single_1 tells none of its stories" in first and "holds 0 files qa2_*_test.txt" in second
 
 
+def test_rows_of_babilong_are_asked(run: Path, books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"input": "Mary moved to the bathroom. " * 9, "question": "Where is Mary?", "target": "bathroom"},
+        {"input": "John went to the office.", "question": "Where is John?", "target": "office"},
+    ]
+    (tmp_path / "qa1").mkdir()
+    (tmp_path / "qa1/4k.json").write_text(json.dumps(rows))
+    asked = ("babilong_qa1", run, "--filler", books, "--stories", tmp_path, "--out", tmp_path / "out")
+    assert evaluate(*asked, "--lengths", "4K", "--samples", 2) == 0
+    (cell,) = json.loads((tmp_path / "out" / "babilong_qa1.json").read_text())["cells"].values()
+    told = {example["name"]: example["questions"][0]["answers"] for example in cell["examples"]}
+    assert told == {"babilong_qa1/0": ["bathroom"], "babilong_qa1/1": ["office"]}
+    capsys.readouterr()
+    assert evaluate(*asked, "--lengths", "4K", "--samples", 3) == 2
+    assert evaluate(*asked, "--lengths", "8K", "--samples", 1) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "holds 2 rows of 4096 tokens" in first and "no rows of 8,192 tokens" in second and second.endswith(": 4k")
+
+
 def test_lengths_are_read() -> None:
     assert lengths_of("4K,1000, 10M,1000") == (1000, 4096, 10 * 2**20)
     for wrong in ("", "4G", "0", "1K,,2K", "-5", "1.5K"):
