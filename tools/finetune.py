@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import tomllib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ examples:
     torchrun --nproc-per-node 8 tools/finetune.py exported/340m --data 'books/*.txt' --out tuned/340m \\
         --length 32768 --segment 2048 --detach-every 4 --deepspeed configs/deepspeed/zero2.json --bf16
   prompts with answers (a line: {"input": ..., "question": ..., "target": ...}); only the answers are learned
-    python tools/finetune.py exported/340m --data babilong-qa1.jsonl --out tuned/qa1 --lr 3e-5 --epochs 2
+    python tools/finetune.py exported/340m --data babilong.jsonl --out tuned/babilong --config configs/babilong.toml
   data that tools/prepare_data.py wrote, what it would cost on 16 devices
     python tools/finetune.py exported/340m --data data/books/train --validation data/books/validation \\
         --out tuned/books --length 16384 --devices 16 --batch 16 --dry-run
@@ -30,9 +31,14 @@ done, with the code, configuration and tokenizer that came in; the code in the m
 
 def main(words: Sequence[str] | None = None) -> int:
     """Fine-tune as the command line says; 0, or 2 after one line on what is wrong."""
-    arguments = _parser().parse_args(words)
+    words = sys.argv[1:] if words is None else words
+    parser = _parser()
+    arguments = parser.parse_args(words)
     _quieten()
     try:
+        if arguments.config:
+            # Before the command line's own, which therefore win.
+            arguments = parser.parse_args([*_options_of(arguments.config), *words])
         return _finetune(arguments)
     except (ValueError, OSError) as error:
         # Every process meets it; one says it.
@@ -73,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add("model", type=Path, metavar="MODEL_FOLDER", help="an exported model; its code is run")
     add("--data", nargs="+", required=True, metavar="FILE", help="text, .jsonl, .parquet, or a prefix of .bin/.idx")
     add("--out", type=Path, required=True, metavar="FOLDER", help="the model that comes out; must not exist")
+    add("--config", type=Path, metavar="TOML", help="options by their names here; the command line's own win")
     add("--deepspeed", type=Path, metavar="JSON", help="configs/deepspeed/{zero1,zero2,zero3,zero3_offload}.json")
     add("--validation", nargs="+", default=(), metavar="FILE", help="as --data, of which the loss is told")
     add("--key", help="of the text in .jsonl and .parquet (default: text)")
@@ -101,7 +108,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--weight-decay", type=float, help="(default: 0.1)")
     add("--clip", type=float, help="largest norm of the gradients, 0 for any (default: 1)")
     add("--seed", type=int, help="of the order of the data (default: 0)")
-    add("--bf16", action="store_true", help="compute in bfloat16; the optimizer of --deepspeed keeps float32")
+    add(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="compute in bfloat16; the optimizer of --deepspeed keeps float32",
+    )
 
     saving = parser.add_argument_group("saving and telling")
     add = saving.add_argument
@@ -112,6 +123,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="tell parameters, tokens, steps and memory by ZeRO stage; train nothing")
     add("--devices", type=int, metavar="N", help="of --dry-run (default: those of this run)")
     return parser
+
+
+def _options_of(file: Path) -> list[str]:
+    """A file's settings as words of the command line. Raises ValueError for one that is not TOML."""
+    try:
+        settings = tomllib.loads(file.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file} is not TOML: {error}") from error
+    words = []
+    for name, value in settings.items():
+        option = name.replace("_", "-")
+        words += [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}={value}"]
+    return words
 
 
 def _newlines(text: str) -> str:

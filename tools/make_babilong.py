@@ -16,7 +16,7 @@ examples:
   prompts with answers of 1,000 to 16,000 tokens, and an exported model that learns the answers
     python tools/make_babilong.py qa1 qa2 qa3 qa4 qa5 --tokenizer exported/340m --filler books \\
         --lengths 1000 16000 --count 20000 --out data/babilong.jsonl
-    python tools/finetune.py exported/340m --data data/babilong.jsonl --out tuned/340m --length 16384 --segment 2048
+    python tools/finetune.py exported/340m --data data/babilong.jsonl --out tuned/340m --config configs/babilong.toml
   the same as documents to pretrain on
     python tools/make_babilong.py qa1 --tokenizer data/books/tokenizer --filler books \\
         --lengths 256 2000 --count 20000 --as-text --out data/qa1.jsonl

@@ -131,6 +131,25 @@ def test_the_dry_run_tells_and_writes_nothing(root: Path, capsys: pytest.Capture
     assert sorted(root.iterdir()) == before
 
 
+def test_options_come_from_a_file_and_the_line_wins(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "some.toml"
+    file.write_text('steps = 9\nlength = 32\nschedule = "linear"\ncheckpointing = true\nbf16 = false\n')
+    line = [str(root / "model"), "--data", str(root / "text.txt"), "--out", str(root / "of a file"), "--dry-run"]
+    assert finetune.main([*line, "--config", str(file), "--steps", "7", "--batch", "2"]) == 0
+    assert "7 of 2 sequences" in capsys.readouterr().out
+    assert finetune.main([*line, "--config", str(ROOT / "configs/babilong.toml"), "--batch", "2"]) == 2
+    _assert_line(capsys.readouterr().err, "no sequence of 16384 tokens in it")
+    file.write_text("steps: 9")
+    assert finetune.main([*line, "--config", str(file)]) == 2
+    _assert_line(capsys.readouterr().err, "some.toml is not TOML")
+    file.write_text("lenght = 9")
+    with pytest.raises(SystemExit, match="2"):
+        finetune.main([*line, "--config", str(file)])
+    assert "unrecognized arguments: --lenght=9" in capsys.readouterr().err
+
+
 def test_stages_share_out_what_they_say(root: Path) -> None:
     given = Settings(root / "model", (str(root / "text.txt"),), root / "none", length=64, segment=16, batch=4)
     planned = run.plan(given, 4)
