@@ -9,12 +9,17 @@ solve a unit lower triangular system (the WY form of DeltaNet, arXiv 2406.06484,
 
 so U = U_0 - Q M_0^T, with U_0 and Q of all blocks solved at once, and only M_0 goes from block to block.
 
+Packed documents need no padding. Where one begins, at token b of a block, the start weights S take the place of
+M_{b-1}: alpha_b counts as 0, which cuts T and P, row b of T[t-1,s] and P_{b-1} are 0, and the share of S in M_t is
+c_t = alpha_b T[t,b], with 1 for c_{b-1} and 0 before. So v_t becomes v_t - c_{t-1} S x_t, y_t gains c_t S q_t, and the
+M after the block c S.
+
 Dims: B batch, T tokens, H heads, G = B x H, N blocks, L tokens of a block, D lifted key, V value.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +27,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .decays import decay_matrix
-from .packing import Packing, pack
 from .products import times_transpose
 from .rule import Gates, MemoryState
 
@@ -48,12 +52,9 @@ def delta_rule_packed(
     positions: Tensor,
 ) -> tuple[Tensor, MemoryState]:
     """As `delta_rule`, at the `start` weights [H, V, D] wherever `positions` [B, T] is 0."""
-    packing = pack(positions, BLOCK)
-    inputs = [packing.placed(t) for t in (q, k, v, _steps(gates))]
-    inputs.append(packing.placed(gates.alpha.unsqueeze(-1), 1.0))
-    y, weights = _pieces(tuple(inputs), state.weights[0], packing, start[0])
-    after = replace(state, weights=(weights,), anchor=(weights,), position=positions[:, -1] + 1)
-    return packing.taken(y), after
+    inputs = (q, k, v, _steps(gates), gates.alpha.unsqueeze(-1))
+    y, weights = _pieces(inputs, state.weights[0], positions == 0, start[0])
+    return y, replace(state, weights=(weights,), anchor=(weights,), position=positions[:, -1] + 1)
 
 
 def _steps(gates: Gates) -> Tensor:
@@ -61,53 +62,67 @@ def _steps(gates: Gates) -> Tensor:
     return (gates.eta * (gates.gamma.squeeze(-1) if gates.pair else gates.gamma)).unsqueeze(-1)
 
 
+@dataclass(frozen=True)
+class _Documents:
+    """Where documents begin in a piece: begins [G, N, L] 0 or 1, the blocks that have such a token, S [G, V, D]."""
+
+    begins: Tensor
+    blocks: list[int]
+    start: Tensor
+
+
 def _pieces(
-    inputs: tuple[Tensor, ...], M: Tensor, packing: Packing | None, start: Tensor | None
+    inputs: tuple[Tensor, ...], M: Tensor, begins: Tensor | None, start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(y [B, T, H, V], M after) of q, k, v, step, alpha [B, T, H, ...]; M [B, H, V, D]."""
+    """(y [B, T, H, V], M after) of q, k, v, step, alpha [B, T, H, ...]; M [B, H, V, D]; begins [B, T] bool."""
     batch, tokens, heads, _ = inputs[0].shape
-    # As in chunked.py: what fills up the blocks of packed documents does not tip a batch into recomputation.
-    given = max(packing.positions.shape[1], tokens // 2) if packing else tokens
-    recompute = torch.is_grad_enabled() and given > BLOCK * HELD_EVERY
+    recompute = torch.is_grad_enabled() and tokens > BLOCK * HELD_EVERY
     parts, M = [], M.flatten(0, 1)
     for number, piece in enumerate(zip(*(t.split(BLOCK * HELD_EVERY, 1) for t in inputs), strict=True)):
-        fresh = None
-        if packing is not None and start is not None:
-            blocks = slice(number * HELD_EVERY, (number + 1) * HELD_EVERY)
-            rows = packing.resets[blocks].repeat_interleave(heads, 1)[..., None, None]
-            fresh = (packing.resetting[blocks], rows, start.expand(batch, *start.shape).flatten(0, 1))
+        documents = None
+        if begins is not None and start is not None:
+            own = begins[:, number * BLOCK * HELD_EVERY :][:, : piece[0].shape[1]]
+            documents = _documents(own, start.expand(batch, *start.shape).flatten(0, 1), heads)
         if recompute:
-            y, M = checkpoint(_scan, piece, M, fresh, use_reentrant=False, preserve_rng_state=False)
+            y, M = checkpoint(_scan, piece, M, documents, use_reentrant=False, preserve_rng_state=False)
         else:
-            y, M = _scan(piece, M, fresh)
+            y, M = _scan(piece, M, documents)
         parts.append(y.unflatten(0, (batch, heads)).transpose(1, 2))
     return torch.cat(parts, 1), M.unflatten(0, (batch, heads))
 
 
-def _scan(
-    inputs: tuple[Tensor, ...], M: Tensor, fresh: tuple[tuple[bool, ...], Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """[B, T, H, ...] and M [G, V, D] -> y [G, T, V] and the M after.
+def _documents(begins: Tensor, start: Tensor, heads: int) -> _Documents | None:
+    """Of a piece's tokens [B, T] and S [G, V, D]; None where no document begins."""
+    placed = _by_block(begins[..., None, None].to(start.dtype)).squeeze(-1)
+    blocks = placed.any(-1).any(0).nonzero().flatten().tolist()
+    return _Documents(placed.repeat_interleave(heads, 0), blocks, start) if blocks else None
 
-    fresh: (the blocks in which any memory begins anew, which ones do [N, G, 1, 1], what they begin with).
-    """
+
+def _by_block(t: Tensor, fill: float = 0.0) -> Tensor:
+    """[B, T, H, ...] -> [G, N, L, ...], the last block filled up."""
+    tokens = t.shape[1]
+    length = min(BLOCK, tokens)
+    t = F.pad(t, (0, 0, 0, 0, 0, -tokens % length), value=fill)
+    return t.unflatten(1, (-1, length)).movedim(3, 1).flatten(0, 1)
+
+
+def _scan(inputs: tuple[Tensor, ...], M: Tensor, documents: _Documents | None) -> tuple[Tensor, Tensor]:
+    """[B, T, H, ...] and M [G, V, D] -> y [G, T, V] and the M after."""
     q, k, v, step, alpha = inputs
     tokens = q.shape[1]
-    length = min(BLOCK, tokens)
-    blocks = -(-tokens // length)
-    missing = blocks * length - tokens
-
-    def by_block(t: Tensor, fill: float = 0.0) -> Tensor:
-        t = F.pad(t, (0, 0, 0, 0, 0, missing), value=fill)
-        return t.unflatten(1, (blocks, length)).movedim(3, 1).flatten(0, 1)  # [G, N, L, ...]
-
     # A token that is not there: no step, no decay.
-    x, q, v, step, alpha = by_block(k), by_block(q), by_block(v), by_block(step), by_block(alpha, 1.0).squeeze(-1)
+    x, q, v, step, alpha = _by_block(k), _by_block(q), _by_block(v), _by_block(step), _by_block(alpha, 1.0).squeeze(-1)
+    if documents is not None:
+        begun = documents.begins * alpha
+        alpha = alpha - begun
     decay = decay_matrix(alpha)
     upto = decay[..., :1] * alpha[..., :1, None]  # P_t
     before = torch.cat([torch.ones_like(upto[..., :1, :]), upto[..., :-1, :]], -2)  # P_{t-1}
     # T[t-1, s], zero for s >= t.
     earlier = F.pad(decay[..., :-1, :], (0, 0, 1, 0))
+    if documents is not None:
+        share = decay @ begun.unsqueeze(-1)  # c_t
+        before, earlier, v = _begun(before, earlier, v, x, share, documents)
     system = step * earlier * (x @ x.mT)
     solved = torch.linalg.solve_triangular(
         system, torch.cat([step * v, step * before * x], -1), upper=False, unitriangular=True
@@ -117,10 +132,24 @@ def _scan(
     carried = upto * q
     leaving = decay[..., -1, :].unsqueeze(-1) * x
     outputs = []
-    for n in range(blocks):
-        if fresh is not None and fresh[0][n]:
-            M = torch.where(fresh[1][n], fresh[2], M)
+    for n in range(x.shape[1]):
         u = own[:, n] - times_transpose(through[:, n], M)
-        outputs.append(times_transpose(carried[:, n], M).baddbmm_(seen[:, n], u))
+        y = times_transpose(carried[:, n], M).baddbmm_(seen[:, n], u)
         M = torch.baddbmm(upto[:, n, -1:] * M, u.mT, leaving[:, n])
+        if documents is not None and n in documents.blocks:
+            y = y + share[:, n] * times_transpose(q[:, n], documents.start)
+            M = M + share[:, n, -1:] * documents.start
+        outputs.append(y)
     return torch.cat(outputs, 1)[:, :tokens], M
+
+
+def _begun(
+    before: Tensor, earlier: Tensor, v: Tensor, x: Tensor, share: Tensor, documents: _Documents
+) -> tuple[Tensor, Tensor, Tensor]:
+    """P_{t-1} and T[t-1, s], zero where a document begins, and v_t - c_{t-1} S x_t, in the blocks where one does."""
+    begins = documents.begins.unsqueeze(-1)
+    places = torch.tensor(documents.blocks, device=v.device)
+    seen = times_transpose(x[:, places].flatten(1, 2), documents.start).unflatten(1, (len(places), -1))
+    goes_on = 1 - begins
+    share = F.pad(share[:, places, :-1], (0, 0, 1, 0)) * goes_on[:, places] + begins[:, places]
+    return before * goes_on, earlier * goes_on, v.index_add(1, places, share * seen, alpha=-1)
