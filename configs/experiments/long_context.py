@@ -143,20 +143,22 @@ def _train(asked: training.Asked, contender: Contender, tokens: int, steps: int)
     schedule = training.Schedule(steps, batch=0, lr=contender.lr, warmup=min(50, steps))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(training.share, schedule))
     ends, accuracy = _ends(steps), []
-    recent: list[float] = []
+    recent: list[tuple[int, int]] = []  # right, asked
     for step in range(steps):
         mix = STAGES[sum(step >= end for end in ends[:-1])].mix
         logits, labels = asked(training.on_device(language.batch(step, max(1, tokens // mix.tokens), mix)))
-        loss = F.cross_entropy(logits.float(), labels)
+        # A sparse sequence may ask nothing.
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum") / max(1, len(labels))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if not nn.utils.clip_grad_norm_(asked.parameters(), training.CLIP).isfinite():
             raise ArithmeticError(f"a gradient was not finite at step {step}")
         optimizer.step()
         scheduler.step()
-        recent = [*recent[-49:], (logits.argmax(-1) == labels).float().mean().item()]
+        recent = [*recent[-49:], (int((logits.argmax(-1) == labels).sum()), len(labels))]
         if step + 1 in ends:
-            accuracy.append(round(fmean(recent), 4))
+            right, answered = map(sum, zip(*recent, strict=True))
+            accuracy.append(round(right / max(1, answered), 4))
             print(f"  {contender.mixer}: step {step + 1} of {steps}, accuracy {accuracy[-1]:.2f}", file=sys.stderr)
     return accuracy
 
