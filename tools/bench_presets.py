@@ -97,7 +97,9 @@ def measure(rounds: int) -> dict[str, dict]:
             positions = torch.cat([torch.arange(n) for n in lengths]).expand(BATCH, -1)
             pairs[f"{name}, {kind}"] = contender(memory, positions)
     seconds, _ = medians(pairs, rounds)
-    packed = {kind: {name: seconds[f"{name}, {kind}"] / seconds[name] for name in lifted_members} for kind in DOCUMENTS}
+    packed = {
+        kind: {name: seconds[f"{name}, {kind}"] / seconds[name] for name in lifted_members} for kind in DOCUMENTS
+    }
     return {"seconds": whole, "packed_over_whole": packed}
 
 

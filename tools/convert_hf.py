@@ -1,7 +1,7 @@
 """Convert between Megatron checkpoints and Hugging Face folders.
 
-python tools/convert_hf.py export RUN_OR_CHECKPOINT FOLDER [--dry-run] [--shard-size 2GB]
-python tools/convert_hf.py import FOLDER RUN [section.key=value ...] [--dry-run]
+    python tools/convert_hf.py export RUN_OR_CHECKPOINT FOLDER [--dry-run] [--shard-size 2GB]
+    python tools/convert_hf.py import FOLDER RUN [section.key=value ...] [--dry-run]
 """
 
 from __future__ import annotations

@@ -140,7 +140,9 @@ def _restart_peak() -> bool:
     return True
 
 
-def watched(name: str, pieces: Iterator[np.ndarray], length: int, rows: int, peak: PeakMemory) -> Iterator[np.ndarray]:
+def watched(
+    name: str, pieces: Iterator[np.ndarray], length: int, rows: int, peak: PeakMemory
+) -> Iterator[np.ndarray]:
     """The same pieces [rows, n], `length` tokens a row in all, with progress on standard error: a bar on a terminal,
     elsewhere a plain line now and then."""
     started = said = time.perf_counter()

@@ -44,7 +44,9 @@ def measured(task: Recall, reader: Reader, length: int, indices: range, segment:
     }
 
 
-def _measured_alike(task: Recall, reader: Reader, segment: int, examples: Sequence[Example]) -> tuple[Cost, list[Cell]]:
+def _measured_alike(
+    task: Recall, reader: Reader, segment: int, examples: Sequence[Example]
+) -> tuple[Cost, list[Cell]]:
     """Examples whose contexts have one length."""
     name = examples[0].name + (f" and {len(examples) - 1} more" if len(examples) > 1 else "")
     cost = read_contexts(reader, [e.context() for e in examples], examples[0].length, name, segment)

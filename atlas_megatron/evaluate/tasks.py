@@ -1,8 +1,8 @@
 """The long-context tasks by name: one example of any length, and its score.
 
-folder = TextFolder("books", tokenizer)
-example = make("niah_single_2", tokenizer, 1_000_000, index=0, seed=0, folder=folder)
-score("niah_single_2", prediction, example.questions[0])
+    folder = TextFolder("books", tokenizer)
+    example = make("niah_single_2", tokenizer, 1_000_000, index=0, seed=0, folder=folder)
+    score("niah_single_2", prediction, example.questions[0])
 """
 
 from __future__ import annotations

@@ -115,7 +115,9 @@ def _process(rank: int, ranks: int, port: int, folder: str, work: Callable[[Any]
 
 def time_layout(grid: Grid, layout: Layout) -> record.Cell:
     """Of the slowest rank, but for the work, which is of all."""
-    found = in_processes(layout.ranks, context_worker.time_layer, Timed(grid.config(layout), grid.batch, grid.rounds))
+    found = in_processes(
+        layout.ranks, context_worker.time_layer, Timed(grid.config(layout), grid.batch, grid.rounds)
+    )
     sent = [part["sent"] for part in found]
     return {
         "wall_seconds": round(max(part["wall"] for part in found), 4),

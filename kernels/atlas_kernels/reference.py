@@ -60,7 +60,9 @@ def inner_loss(rule: MemoryRule, W: Matrices, x: Tensor, v: Tensor, r: Tensor) -
     return 0.5 * (y - v).square().sum(-1) if rule.loss == "l2" else -(y * v).sum(-1)
 
 
-def inner_gradient(rule: MemoryRule, W: Matrices, x: Tensor, v: Tensor, r: Tensor, gamma: Tensor) -> Matrices:
+def inner_gradient(
+    rule: MemoryRule, W: Matrices, x: Tensor, v: Tensor, r: Tensor, gamma: Tensor
+) -> Matrices:
     """sum_i gamma_i d/dW loss(M(x_i), v_i), by hand; each source adds a rank-one matrix. gamma [B, I, H]."""
     e = memory(rule, W, x, r) - v if rule.loss == "l2" else -v  # dloss / dM
 

@@ -51,7 +51,9 @@ def answer(facts: list[str], question: str) -> str:
     return _asked(question, where, trail, gifts)
 
 
-def _asked(question: str, where: dict[str, str], trail: dict[str, list[str]], gifts: list[tuple[str, str, str]]) -> str:
+def _asked(
+    question: str, where: dict[str, str], trail: dict[str, list[str]], gifts: list[tuple[str, str, str]]
+) -> str:
     if match := re.fullmatch(r"Where is ([A-Z]\w+)\?", question):
         return where[match[1]]
     if match := re.fullmatch(r"Where is the (\w+)\?", question):

@@ -147,7 +147,9 @@ def test_frequent_words_are_the_most_frequent(length: int, tokenizer: Tokenizer)
     assert ranked[2] > ranked[3]
     # Shares fall off with the square of the rank, the dots' being the first; the counts are theirs exactly.
     ranks = np.arange(2, 2 + len(ranked))
-    assert any(ranked == list((words * 6 / np.pi**2 / ranks**2).astype(int)) for words in range(length // 20, length))
+    assert any(
+        ranked == list((words * 6 / np.pi**2 / ranks**2).astype(int)) for words in range(length // 20, length)
+    )
     assert found.count(" ...") > ranked[0]
     assert example.length + len(tokenizer.encode(question.text)) == length
 

@@ -102,7 +102,9 @@ def test_fuzzy_recall_asks_for_values_seen_before() -> None:
             if place == len(tokens):
                 break  # the last pair may be cut
             key, value = tuple(tokens[begin:middle]), tuple(tokens[middle:place])
-            asked = [NO_ANSWER] * (len(key) - 1) + ([*value] if key in known else [NO_ANSWER] * len(value))
+            asked = [NO_ANSWER] * (len(key) - 1) + (
+                [*value] if key in known else [NO_ANSWER] * len(value)
+            )
             assert labels[begin:place] == [*asked, NO_ANSWER]
             assert known.get(key, value) == value
             known[key] = value

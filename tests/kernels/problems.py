@@ -99,7 +99,8 @@ def gradients(outputs: list[Tensor], leaves: dict[str, Tensor]) -> dict[str, Ten
         loss = loss + (t * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype)).sum()
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return {
-        name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), grads, strict=True)
+        name: torch.zeros_like(leaf) if g is None else g
+        for (name, leaf), g in zip(leaves.items(), grads, strict=True)
     }
 
 

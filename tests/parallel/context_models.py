@@ -56,7 +56,9 @@ def spread(config: Config, context: int, mode: str = "auto", **parallel: Any) ->
 
 def batch(config: Config) -> tuple[Tensor, Tensor, Tensor]:
     """tokens, labels, and positions of packed documents, [BATCH, TOKENS] each."""
-    drawn = torch.randint(config.model.vocab_size, (BATCH, TOKENS + 1), generator=torch.Generator().manual_seed(5))
+    drawn = torch.randint(
+        config.model.vocab_size, (BATCH, TOKENS + 1), generator=torch.Generator().manual_seed(5)
+    )
     borders = torch.zeros(BATCH, TOKENS, dtype=torch.bool)
     for row, starts in enumerate(((0, 9, 10, 24, 31), (0, 30))):
         borders[row, list(starts)] = True

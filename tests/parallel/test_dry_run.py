@@ -69,11 +69,8 @@ CASES: dict[str, tuple[int, Config]] = {
     "inside a chunk": (2, case("M-", model={"seq_length": 40}, parallel=context(2, "handoff"))),
     "source gates, no momentum": (
         2,
-        case(
-            "M-",
-            memory={"momentum": False, "ns_steps": 0, "ns_period": 1, "omega_gates": "source"},
-            parallel=context(2, "handoff"),
-        ),
+        case("M-", memory={"momentum": False, "ns_steps": 0, "ns_period": 1, "omega_gates": "source"},
+             parallel=context(2, "handoff")),
     ),  # fmt: skip
     "bfloat16, tensor": (2, case("M-*-D-", parallel={"tensor": 2}, train=HALF)),
     "bfloat16, sequence": (2, case(parallel={"tensor": 2, "sequence": True}, train=HALF)),

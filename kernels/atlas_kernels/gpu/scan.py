@@ -104,7 +104,9 @@ class _SegmentScan(torch.autograd.Function):
     """(y, weights, momentum that leave). Matrices: all weights, all anchors, all momenta."""
 
     @staticmethod
-    def forward(ctx, rule, products, q, read_residual, x, v, r, alphas, kappas, sources, last, to_w, to_s, *matrices):
+    def forward(
+        ctx, rule, products, q, read_residual, x, v, r, alphas, kappas, sources, last, to_w, to_s, *matrices
+    ):
         N, G, C, D = q.shape
         I, V = v.shape[-2:]  # noqa: E741
         count = len(matrices) // (3 if rule.momentum else 2)
