@@ -77,6 +77,8 @@ class Watchdog:
                 return
 
     def _end(self) -> None:
+        # While this thread can speak, the other stays silent: it would cut the lines short, and end with 1.
+        self._expect(self._limit)
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
         print(
             f"atlas-train: rank {world.rank()} of {world.size()} hung: no step was finished within resilience."

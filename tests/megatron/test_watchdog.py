@@ -26,13 +26,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def hang(words: list[str], held: bool) -> None:
     """Train, and hang in the third step: asleep, or never letting go of the interpreter."""
-    watchdog.GRACE_SECONDS = 0.5
+    watchdog.LOOK_SECONDS = 0.1
     step = trainer.Trainer._step
 
     def third(self: trainer.Trainer, number: int) -> object:
         if number == 3:
             # As if the other minutes had gone by.
-            self._watchdog._expect(2.0)
+            self._watchdog._expect(0.5)
             stuck(held)
         return step(self, number)
 
