@@ -23,8 +23,8 @@ setup: $(INSTALLED) ## make .venv with the pinned versions (instant when they ha
 quickstart: setup ## pretrain a small ATLAS on real text and show what came out
 	@$(RUN) tools/quickstart.py $(ARGS)
 
-test: setup ## run the test suite, but for the longer tests of several processes
-	@$(RUN) -m pytest $(ARGS)
+test: setup ## run the test suite, a process a core, but for the longer tests of several processes
+	@$(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-parallel: setup ## run those, and whole commands that take long: every layout against one process, moving checkpoints
 	@$(RUN) -m pytest -m "parallel or slow" $(ARGS)

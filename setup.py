@@ -29,7 +29,17 @@ setup(
         "eval": ["lm-eval"],
         "deepspeed": ["deepspeed==0.19.8"],
         "bench": ["titans-pytorch==0.5.5"],
-        "dev": ["accelerate", "deepspeed", "lm-eval", "mypy", "pytest", "ruff", "safetensors", "transformers"],
+        "dev": [
+            "accelerate",
+            "deepspeed",
+            "lm-eval",
+            "mypy",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "safetensors",
+            "transformers",
+        ],
     },
     entry_points={
         "console_scripts": [

@@ -18,6 +18,13 @@ else:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+# Where several processes share the tests (pytest-xdist), each takes its share of the cores, and so do those it starts.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(share)
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+
+
 @pytest.fixture
 def single_process_megatron(tmp_path: Path) -> Iterator[None]:
     """Megatron-Core in a world of one, seeded; on the CPU where there is no GPU."""

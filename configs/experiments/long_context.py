@@ -84,7 +84,7 @@ MEMORY = {"chunk": 16, "window": 8, "alpha_start": 0.9999}
 CONTENDERS = {
     "gated delta": Contender("gated delta", 16, {}, lr=1e-2, reach=10 * 2**20),
     "omeganet": Contender("omeganet", 16, {**MEMORY, "eta_sum": 4.0}),
-    "atlas": Contender("atlas", 16, {**MEMORY, "ns_period": 4}),
+    "atlas": Contender("atlas", 16, {**MEMORY, "ns_period": 4}, reach=10 * 2**20),
     "titans": Contender("titans", 16, {"chunk": 16, "alpha_start": 0.9999, "eta_sum": 4.0}),
     "sliding window": Contender("sliding window", 64, {}, lr=1e-2, longer=2, reach=10 * 2**20),
     "attention": Contender("attention", 0, {}, lr=1e-2, longer=2, grows=True),

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "kernel_resources.py"
 
@@ -17,6 +19,7 @@ def load_tool():
     return module
 
 
+@pytest.mark.slow
 def test_no_kernel_takes_more_than_its_table():
     # Interpreted kernels cannot be compiled: conftest.py asks for the interpreter, a fresh process does not.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
