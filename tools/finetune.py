@@ -32,14 +32,13 @@ done, with the code, configuration and tokenizer that came in; the code in the m
 def main(words: Sequence[str] | None = None) -> int:
     """Fine-tune as the command line says; 0, or 2 after one line on what is wrong."""
     words = sys.argv[1:] if words is None else words
-    parser = _parser()
-    arguments = parser.parse_args(words)
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--config", type=Path)
     _quieten()
     try:
-        if arguments.config:
-            # Before the command line's own, which therefore win.
-            arguments = parser.parse_args([*_options_of(arguments.config), *words])
-        return _finetune(arguments)
+        file = first.parse_known_args(words)[0].config
+        # Before the command line's own, which therefore win.
+        return _finetune(_parser().parse_args([*(_options_of(file) if file else []), *words]))
     except (ValueError, OSError) as error:
         # Every process meets it; one says it.
         if os.environ.get("RANK", "0") == "0":
@@ -126,16 +125,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _options_of(file: Path) -> list[str]:
-    """A file's settings as words of the command line. Raises ValueError for one that is not TOML."""
+    """A file's settings as words of the command line, which may follow. Raises ValueError for one that is not TOML."""
     try:
         settings = tomllib.loads(file.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{file} is not TOML: {error}") from error
-    words = []
+    words: list[str] = []
     for name, value in settings.items():
-        option = name.replace("_", "-")
-        words += [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}={value}"]
-    return words
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, list):
+            words += [option, *map(str, value)]
+        else:
+            no = "--no-" + option[2:]
+            words.append((option if value else no) if isinstance(value, bool) else f"{option}={value}")
+    # An option last, for a list takes every word until the next.
+    return [*words, f"--config={file}"]
 
 
 def _newlines(text: str) -> str:

@@ -224,6 +224,10 @@ def _field(record: dict[str, object], name: str, place: str) -> str:
     if not isinstance(value, str):
         found = f"{type(value).__name__}, not text" if name in record else "nothing"
         raise ValueError(f"{place}: {name!r} holds {found}; mend the line, or choose its fields with --prompt")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+        raise ValueError(f"{place}: {name!r} is not valid Unicode ({error.reason}); mend or remove the line") from error
     return value
 
 

@@ -22,6 +22,7 @@ from atlas_megatron.parallel.cpu import flush_denormals
 
 REPORT = "finetune.json"  # what a folder that came out was trained with, and what the run said
 SHARD_SIZE = "2GB"
+BESIDE_WEIGHTS = (".py", ".json", ".jinja", ".txt", ".model")  # code, configuration, tokenizers of any kind
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        steps_an_epoch = max(1, self.train.sequences // self.settings.batch)
+        """An epoch's last may have fewer micro-batches than the others; a micro-batch that is not full is left out."""
+        micro_batches = self.train.sequences // (self.settings.micro_batch * self.world_size)
+        steps_an_epoch = math.ceil(micro_batches / self.settings.accumulation(self.world_size))
         return self.settings.steps or math.ceil(steps_an_epoch * self.settings.epochs)
 
     def identity(self) -> dict[str, Any]:
@@ -227,7 +230,7 @@ def _write(run: Plan, trainer: Any) -> None:
         with new_folder(run.settings.out) as folder:
             language_model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
             for file in run.settings.model.iterdir():
-                if file.is_file() and file.suffix in (".py", ".json", ".jinja") and file.name not in (INDEX, REPORT):
+                if file.is_file() and file.suffix in BESIDE_WEIGHTS and file.name not in (INDEX, REPORT):
                     shutil.copyfile(file, folder / file.name)
             report = {"settings": run.identity(), "history": trainer.state.log_history}
             (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

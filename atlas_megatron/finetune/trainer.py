@@ -82,7 +82,7 @@ class StateTrainer(Trainer):
         model, sums = self.model_wrapped, torch.zeros(2, dtype=torch.float64, device=self.args.device)
         model.eval()
         count = torch.ones((), device=self.args.device)
-        for inputs in self.get_eval_dataloader():
+        for inputs in self._all_validation():
             memory = None
             for _window, tokens, targets in self._pieces(inputs):
                 with torch.no_grad():
@@ -93,6 +93,14 @@ class StateTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _all_validation(self) -> Any:
+        """Its batches, the last one too: Trainer drops one that is not full wherever training is to."""
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return self.get_eval_dataloader()
+        finally:
+            self.args.dataloader_drop_last = dropped
 
     def _pieces(self, inputs: dict[str, Any]) -> Iterator[tuple[Window, Tensor, Tensor]]:
         """The windows of a batch, with their tokens and targets; as many of the same length on each process.
@@ -194,7 +202,7 @@ class Progress(TrainerCallback):
         step = f"step {state.global_step}/{state.max_steps}"
         if "eval_loss" in logs:
             print(f"{step}  validation loss {logs['eval_loss']:.4f}", flush=True)
-            self._since = time.perf_counter()
+            self._since, self._read = time.perf_counter(), self.trainer.tokens_read
         elif "loss" in logs:
             now, read = time.perf_counter(), self.trainer.tokens_read
             rate = (read - self._read) / (now - self._since)

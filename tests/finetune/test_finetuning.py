@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +99,11 @@ def test_a_run_goes_on_to_the_same_end(root: Path, tuned: Path, capsys: pytest.C
 
 def test_answers_are_learned_in_truncated_windows_and_validated(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, data = root / "answered", root / "answers.jsonl"
-    line = words(root, out, steps=2, length=400, segment=32, detach_every=1, micro_batch=2, validate_every=2)
+    line = words(root, out, steps=2, length=400, segment=32, detach_every=1, batch=5, micro_batch=5, validate_every=2)
     line[line.index("--data") + 1] = str(data)
     assert finetune.main([*line, "--validation", str(data)]) == 0
     (said,) = [line for line in capsys.readouterr().out.splitlines() if "validation loss" in line]
-    # The same by whole readings of the model that came out, whose bfloat16 rounds.
+    # The same, the last two of the twelve included, by whole readings of the model that came out, whose bfloat16 rounds.
     planned = run.plan(Settings(root / "model", (str(data),), root / "none"), 1)
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
     lost, counted = 0.0, 0
@@ -141,6 +142,8 @@ def test_options_come_from_a_file_and_the_line_wins(
     assert "7 of 2 sequences" in capsys.readouterr().out
     assert finetune.main([*line, "--config", str(ROOT / "configs/babilong.toml"), "--batch", "2"]) == 2
     _assert_line(capsys.readouterr().err, "no sequence of 16384 tokens in it")
+    file.write_text(f'data = ["{root}/text.txt", "{root}/text.txt"]\nout = "{root}/of a file"\nbf16 = false\n')
+    assert finetune.main(["--config", str(file), str(root / "model"), "--length", "32", "--dry-run"]) == 0
     file.write_text("steps: 9")
     assert finetune.main([*line, "--config", str(file)]) == 2
     _assert_line(capsys.readouterr().err, "some.toml is not TOML")
@@ -148,6 +151,14 @@ def test_options_come_from_a_file_and_the_line_wins(
     with pytest.raises(SystemExit, match="2"):
         finetune.main([*line, "--config", str(file)])
     assert "unrecognized arguments: --lenght=9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("batch", "micro_batch", "steps"), [(4, 1, 2), (4, 2, 2), (3, 3, 2), (7, 1, 1)])
+def test_an_epoch_has_the_steps_that_trainer_takes(root: Path, batch: int, micro_batch: int, steps: int) -> None:
+    data = (str(root / "answers.jsonl"),)
+    given = Settings(root / "model", data, root / "none", batch=batch, micro_batch=micro_batch)
+    planned = run.plan(given, 1)
+    assert replace(planned, train=replace(planned.train, sequences=7)).steps == steps
 
 
 def test_stages_share_out_what_they_say(root: Path) -> None:
