@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -236,15 +237,27 @@ def check_same_model(folder: Path, config: Config) -> None:
         )
 
 
-def load_model(run_directory: str | Path, parallel: ParallelConfig | None = None) -> tuple[MegatronModule, Config]:
-    """The newest whole checkpoint's model, in evaluation mode, and its configuration, in a single process.
-
-    parallel: or in the processes of this layout, one pipeline stage each. Joins the world if that has not been done;
-    its groups must be those of the layout. Raises ValueError where the run has no whole checkpoint.
-    """
-    folder, _ = newest(run_directory)
+def to_read(run_directory: str | Path) -> Path:
+    """As `newest`; what is wrong with later ones goes to standard error. Raises ValueError where there is none."""
+    folder, wrong = newest(run_directory)
     if folder is None:
         raise ValueError(f"{run_directory} holds no whole checkpoint; train first: atlas-train CONFIG.toml")
+    for line in wrong if world.rank() == 0 else ():
+        print(line, file=sys.stderr)
+    return folder
+
+
+def load_model(run_directory: str | Path, parallel: ParallelConfig | None = None) -> tuple[MegatronModule, Config]:
+    """The model of the run's newest whole checkpoint, as `load_checkpoint`."""
+    return load_checkpoint(to_read(run_directory), parallel)
+
+
+def load_checkpoint(folder: Path, parallel: ParallelConfig | None = None) -> tuple[MegatronModule, Config]:
+    """A whole checkpoint's model, in evaluation mode, and its configuration, in a single process.
+
+    parallel: or in the processes of this layout, one pipeline stage each. Joins the world if that has not been done;
+    its groups must be those of the layout.
+    """
     config = load(folder / CONFIG)
     stages = config.model.pattern.replace("|", "")
     config = replace(config, parallel=parallel or ParallelConfig(), model=replace(config.model, pattern=stages))

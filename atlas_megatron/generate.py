@@ -100,7 +100,7 @@ def main(words: Sequence[str] | None = None) -> int:
     quieten()
     try:
         return _run(asked)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -7,16 +7,18 @@ Dims: B batch, T tokens.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import torch
 from torch import Tensor
 
+from atlas_megatron import integrity
 from atlas_megatron.config import WITH_MEMORY, Config
 from atlas_megatron.parallel.cpu import flush_denormals
 from atlas_megatron.tokenizer import Tokenizer, load_tokenizer
@@ -30,10 +32,19 @@ BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 LONGEST_UNCUT = 16 * BLOCK
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Which ones a reader has. checkpoint: of a run; digest: what tells their bytes from all others."""
+
+    checkpoint: Path | None = None
+    digest: str = ""
+
+
 class Reader(Protocol):
     """One text for each row of a batch, which all advance together."""
 
     tokenizer: Tokenizer
+    weights: Weights
     device: torch.device
     growth: float  # bytes that each further token of a text adds to its state, without end; 0: it is of constant size
 
@@ -53,11 +64,11 @@ class Reader(Protocol):
 class MegatronReader:
     """A model in one process. Raises ValueError where its tokenizer has more tokens than it."""
 
-    def __init__(self, model: HybridModel, config: Config, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: HybridModel, config: Config, tokenizer: Tokenizer, weights: Weights = Weights()) -> None:
         from atlas_megatron.parallel.cpu import device
 
         _check_tokenizer(tokenizer, config.model.vocab_size)
-        self._model, self.tokenizer = model, tokenizer
+        self._model, self.config, self.tokenizer, self.weights = model, config, tokenizer, weights
         self.growth = _growth(config.model.pattern, asdict(config.attention), asdict(config.memory))
         self.device = device()
         self.forget()
@@ -87,6 +98,7 @@ class HuggingFaceReader:
     def __init__(self, folder: Path) -> None:
         """Raises ValueError where transformers is missing or cannot load the folder."""
         try:
+            from safetensors import SafetensorError
             from transformers import AutoModelForCausalLM
         except ImportError as error:
             raise ValueError(
@@ -96,8 +108,11 @@ class HuggingFaceReader:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} is not a whole Hugging Face model ({str(error).splitlines()[0]})") from error
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{folder} is not a whole Hugging Face model ({reason}); export it again") from error
+        sums = integrity.checksums(sorted(folder.glob("*.safetensors")))
+        self.weights = Weights(digest=hashlib.sha256(json.dumps(sums).encode()).hexdigest())
         self._model = model.to(self.device).eval()
         self.tokenizer = load_tokenizer(folder)
         _check_tokenizer(self.tokenizer, model.config.vocab_size)
@@ -143,7 +158,8 @@ def _selecting(rows: Sequence[int], device: torch.device) -> Callable[[Tensor], 
 def open_reader(path: str | Path) -> Reader:
     """The model in `path`: a run's directory or a folder that was exported for Hugging Face.
 
-    Of a run the newest whole checkpoint. Raises ValueError where it is neither, or the run has none.
+    Of a run the newest whole checkpoint; later ones that are damaged are named on standard error. Raises ValueError
+    where it is neither, or the run has none.
     """
     flush_denormals()
     folder = Path(path)
@@ -154,10 +170,13 @@ def open_reader(path: str | Path) -> Reader:
         if kind != "atlas":
             raise ValueError(f"{path} holds a model of type {kind!r}; give an exported atlas model or a run")
         return HuggingFaceReader(folder)
-    from atlas_megatron.checkpoint import load_model
+    from atlas_megatron.checkpoint import load_checkpoint, to_read
 
-    model, config = load_model(folder)
-    return MegatronReader(model, config, load_tokenizer(config.data.tokenizer))
+    checkpoint = to_read(folder)
+    # Before it is read: a run that trains on may drop it meanwhile.
+    weights = Weights(checkpoint, integrity.digest(checkpoint))
+    model, config = load_checkpoint(checkpoint)
+    return MegatronReader(model, config, load_tokenizer(config.data.tokenizer), weights)
 
 
 def _growth(pattern: str, attention: Mapping[str, Any], memory: Mapping[str, Any]) -> float:

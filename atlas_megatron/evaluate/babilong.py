@@ -1,8 +1,9 @@
 """BABILong: the facts of a bAbI story hidden, in their order, among sentences of other text.
 
 After Kuratov et al. 2024, arXiv 2402.10790, and booydar/babilong: facts lie at random borders between sentences, and a
-story whose facts leave no room is not asked in that length. Ours: the length is exact and holds the whole prompt (there
-it is that of the context, and prompts take up to 300 tokens of it), and filler of any kind will do (there it is PG-19).
+story whose facts leave no room is not asked in that length, but the next one is. Ours: the length is exact and holds
+the whole prompt (there it is that of the context, and prompts take up to 300 tokens of it), and filler of any kind will
+do (there it is PG-19).
 """
 
 from __future__ import annotations
@@ -68,12 +69,17 @@ def babilong(
     shortest: Story | None = None
     for _ in range(TRIES):
         story = tell(task.task, random)
-        if length == 0 or _needed(task, tokenizer, story) <= length:
+        if fits(task, story, tokenizer, length):
             return hide(task, name, story, tokenizer, length, seed, folder)
         if shortest is None or len(story.facts) < len(shortest.facts):
             shortest = story
     assert shortest is not None
     return hide(task, name, shortest, tokenizer, length, seed, folder)
+
+
+def fits(task: Babilong, story: Story, tokenizer: Tokenizer, length: int) -> bool:
+    """Whether so many tokens have room for the story; 0 is for the story alone."""
+    return length == 0 or _needed(task, tokenizer, story) <= length
 
 
 def hide(

@@ -93,7 +93,7 @@ def read_rows(file: Path) -> Iterator[Row]:
         if len(fields) != 3 or not all(isinstance(field, str) for field in fields):
             raise ValueError(f'{file}, row {number}: expected text under "input", "question" and "target"; restore it')
         found = True
-        yield Row(*map(str, fields))
+        yield Row(str(fields[0]), *(str(field).strip() for field in fields[1:]))
     if not found:
         raise ValueError(f"{file} holds no row; give a file of BABILong's, such as data/qa1/4k.json")
 

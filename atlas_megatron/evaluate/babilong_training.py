@@ -60,10 +60,13 @@ def write_rows(rows: Iterator[Row], file: Path, as_text: bool = False) -> int:
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{file.name}.unfinished")
     count = 0
-    with unfinished.open("w", encoding="utf-8") as lines:
-        for row in rows:
-            fields = {"text": f"{row.input}\n{row.question}\n{row.target}"} if as_text else asdict(row)
-            lines.write(json.dumps(fields, ensure_ascii=False) + "\n")
-            count += 1
-    os.replace(unfinished, file)
+    try:
+        with unfinished.open("w", encoding="utf-8") as lines:
+            for row in rows:
+                fields = {"text": f"{row.input}\n{row.question}\n{row.target}"} if as_text else asdict(row)
+                lines.write(json.dumps(fields, ensure_ascii=False) + "\n")
+                count += 1
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return count

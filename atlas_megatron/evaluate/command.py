@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from atlas_megatron.corpus import fingerprint
+
 if TYPE_CHECKING:
     from atlas_megatron.evaluate.perplexity import Text
     from atlas_megatron.reader import Reader
@@ -34,7 +36,7 @@ UNITS = {"": 1, "K": 1024, "M": 1024**2}
 # What a length is taken for where none is given.
 LENGTHS = "1K,4K,16K"
 CELL = "results"  # the one cell of an lm-evaluation-harness task
-SUFFIX_HELP = "tokens of context and question, as 1000 or 4K or 10M (K is 1,024)"
+SUFFIX_HELP = "tokens of context and question, as 1000 or 4K or 10M (K is 1,024); 0: BABILong's stories alone"
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def lengths_of(text: str) -> tuple[int, ...]:
     found = []
     for word in text.split(","):
         match = re.fullmatch(r"(\d+)([kKmM]?)", word.strip())
-        if not match or int(match[1]) == 0:
+        if not match:
             raise ValueError(f"--lengths {text!r}: {word.strip()!r} is no length; write for example 1000,4K,10M")
         found.append(int(match[1]) * UNITS[match[2].upper()])
     return tuple(sorted(set(found)))
@@ -134,6 +136,8 @@ def _run(given: argparse.Namespace, words: tuple[str, ...]) -> int:
             raise ValueError(f"--{name} {getattr(given, name)} must be at least 1")
     chosen = dict.fromkeys(given.tasks)
     own = [name for name in chosen if name in _names()]
+    if 0 in lengths and not all(name.startswith("babilong_") for name in chosen):
+        raise ValueError(f"--lengths {given.lengths}: 0 tokens are of BABILong's tasks alone; leave 0 out")
     theirs = [name for name in chosen if name not in own]
     _check_theirs(theirs, given.tasks_folder)
     out = given.out or Path(given.model) / "evaluation"
@@ -157,11 +161,12 @@ def _check_theirs(names: Sequence[str], folder: Path | None) -> None:
     """Raise ValueError for a name that looks like one of ours mistyped, or where lm-eval is missing."""
     if not names:
         return
+    from atlas_megatron.evaluate import harness  # says what to install where it is missing
+
     for name in names:
         near = difflib.get_close_matches(name, _names(), n=1, cutoff=0.8)
-        if near and folder is None:
+        if near and not harness.knows(name, folder):
             raise ValueError(f"there is no task {name!r}; did you mean {near[0]!r}?")
-    from atlas_megatron.evaluate import harness  # noqa: F401  says what to install where it is missing
 
 
 def _measure(name: str, reader: Reader, asked: Asked) -> Table:
@@ -172,13 +177,13 @@ def _measure(name: str, reader: Reader, asked: Asked) -> Table:
     return _symbolic(name, reader, asked) if name in symbolic.TASKS else _recall(name, reader, asked)
 
 
-def _results(name: str, asked: Asked, **settings: Any) -> Results:
+def _results(name: str, reader: Reader, asked: Asked, **settings: Any) -> Results:
     """The task's file. `settings`: what its cells depend on; lengths and samples may grow."""
-    from atlas_megatron.checkpoint import latest
     from atlas_megatron.results import Results
 
-    checkpoint, _ = latest(asked.model)
-    settings |= {"model": asked.model, "checkpoint": checkpoint.name if checkpoint else "", "seed": asked.seed}
+    at = reader.weights.checkpoint
+    settings |= {"model": asked.model, "checkpoint": at.name if at else "", "weights": reader.weights.digest}
+    settings |= {"seed": asked.seed}
     header = {"task": name, "command": shlex.join(["atlas-eval", *asked.words])}
     return Results(asked.out / f"{name}.json", header, settings)
 
@@ -207,10 +212,14 @@ def _recall(name: str, reader: Reader, asked: Asked) -> Table:
 
     kind = tasks.find(name)
     folder = TextFolder(asked.filler, reader.tokenizer) if kind.needs_text else None
+    if folder and folder.left_out:
+        print(f"{name}: left out of {asked.filler}, not being UTF-8: {len(folder.left_out)} files", file=sys.stderr)
     text = {"filler": str(asked.filler), "fingerprint": folder.fingerprint} if folder else {}
-    stories = {"stories": str(asked.stories)} if asked.stories else {}
-    results = _results(name, asked, segment=asked.segment, **text, **stories)
-    told = tasks.official(name, asked.stories) if asked.stories else None
+    told, stories = None, {}
+    if asked.stories:
+        told, files = tasks.official(name, asked.stories)
+        stories = {"stories": str(asked.stories), "stories_fingerprint": fingerprint(files, "")}
+    results = _results(name, reader, asked, segment=asked.segment, **text, **stories)
     task = recall.Recall(
         name,
         lambda length, index: tasks.make(name, reader.tokenizer, length, index, asked.seed, folder, told),
@@ -236,7 +245,8 @@ def _perplexity(reader: Reader, asked: Asked) -> Table:
     longest = asked.lengths[-1]
     text = _text(reader, asked, longest)
     starts = perplexity.places(text, longest, asked.samples)
-    results = _results("perplexity", asked, text=text.name, longest=longest, samples=asked.samples)
+    of_text = {"text": text.name, "fingerprint": text.fingerprint}
+    results = _results("perplexity", reader, asked, **of_text, longest=longest, samples=asked.samples)
     at = lambda indices: [starts[index] for index in indices]  # noqa: E731
     # Without context too, where the curve begins.
     asked = replace(asked, lengths=(0, *asked.lengths))
@@ -249,7 +259,8 @@ def _perplexity(reader: Reader, asked: Asked) -> Table:
         results.path.with_suffix(".png"), f"{Path(asked.model).name}: what context is worth", found,
         results.cells["along"],
     )  # fmt: skip
-    table = Table("context", "nats per token", "bits per byte", "perplexity", title="perplexity of the same tokens")
+    title = f"perplexity of the same tokens of {text.name}"
+    table = Table("context", "nats per token", "bits per byte", "perplexity", title=title)
     for context, one in found.items():
         error = f" ± {one['error']:.3f}" if one["error"] is not None else ""
         table.add_row(
@@ -260,18 +271,16 @@ def _perplexity(reader: Reader, asked: Asked) -> Table:
 
 def _text(reader: Reader, asked: Asked, longest: int) -> Text:
     """What perplexity is measured on. Raises ValueError where nothing was named and the model is no run with data."""
-    from atlas_megatron.checkpoint import CONFIG, latest
-    from atlas_megatron.config import load
     from atlas_megatron.data import blend, inspect
     from atlas_megatron.evaluate import perplexity
+    from atlas_megatron.reader import MegatronReader
 
     if asked.text:
-        if Path(asked.text).is_file():
+        prefix = asked.text.removesuffix(".bin").removesuffix(".idx")
+        if prefix == asked.text and Path(asked.text).is_file():
             return perplexity.from_file(Path(asked.text), reader.tokenizer, 4 * (longest + perplexity.TARGET))
-        prefix = asked.text
     else:
-        checkpoint, _ = latest(asked.model)
-        sets = load(checkpoint / CONFIG).data.validation if checkpoint else ()
+        sets = reader.config.data.validation if isinstance(reader, MegatronReader) else ()
         if not sets:
             raise ValueError(f"{asked.model} names no validation data; give a text: --text FILE, or PREFIX of a .bin")
         prefix = blend(sets)[0][1]
@@ -283,8 +292,17 @@ def _symbolic(name: str, reader: Reader, asked: Asked) -> Table:
     from atlas_megatron.evaluate import pictures, symbolic
 
     task = symbolic.TASKS[name]
-    results = _results(name, asked)
-    _fill(results, asked, lambda length, indices: symbolic.measured(task, reader, length, indices, asked.seed))
+    results = _results(name, reader, asked)
+    longest = symbolic.longest(name, reader)
+    fits = tuple(length for length in asked.lengths if length <= longest)
+    if fits != asked.lengths:
+        said = f"{name}: a vocabulary of {reader.tokenizer.vocab_size:,} has ids for {longest:,} tokens"
+        if not fits:
+            raise ValueError(f"{said}; choose --lengths up to that")
+        print(f"{said}: longer ones are left out", file=sys.stderr)
+    asked = replace(asked, lengths=fits)
+    seed, segment = asked.seed, asked.segment
+    _fill(results, asked, lambda length, indices: symbolic.measured(task, reader, length, indices, seed, segment))
     found = {}
     for length in asked.lengths:
         shares = [s for cell in _wanted(results, asked) if cell["length"] == length for s in cell["accuracy"]]
@@ -300,17 +318,21 @@ def _symbolic(name: str, reader: Reader, asked: Asked) -> Table:
 def _harness(names: Sequence[str], reader: Reader, asked: Asked) -> Table:
     from atlas_megatron.evaluate import harness, pictures
 
-    files = {name: _results(name, asked, limit=asked.limit) for name in names}
+    tasks = {}
+    if asked.tasks_folder:
+        definitions = sorted(file for file in asked.tasks_folder.rglob("*") if file.suffix in (".yaml", ".py"))
+        tasks = {"tasks": str(asked.tasks_folder), "tasks_fingerprint": fingerprint(definitions, "")}
+    files = {name: _results(name, reader, asked, limit=asked.limit, **tasks) for name in names}
     absent = [name for name, results in files.items() if CELL not in results.cells]
     if absent:
         # All in one: lm-eval looks at the machine at every call. Its answers are kept as they come, so that an
-        # interrupted call goes on; the file is of this checkpoint alone.
+        # interrupted call goes on; the file is of these weights and this seed alone.
         asked.out.mkdir(parents=True, exist_ok=True)
-        settings = next(iter(files.values())).content["settings"]
-        cache = asked.out / f"answers_{settings['checkpoint'] or 'exported'}"
+        cache = asked.out / f"answers_{reader.weights.digest[:16]}_{asked.seed}"
         told = harness.run(
-            absent, reader, include_path=asked.tasks_folder, limit=asked.limit, batch=asked.batch, cache=cache
-        )
+            absent, reader, include_path=asked.tasks_folder, limit=asked.limit, batch=asked.batch,
+            segment=asked.segment, seed=asked.seed, cache=cache,
+        )  # fmt: skip
         for name in absent:
             files[name].cell(CELL, partial(harness.of_task, told, name))
     table = Table("metric", "value", "± (standard error)", title="lm-evaluation-harness")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import re
 import textwrap
@@ -31,8 +32,8 @@ WHITE = re.compile(rb"\s")
 class TextFolder:
     """The sentences of all text files (SUFFIXES) under a folder, in the order of their paths, over and over.
 
-    Hidden files and folders are left out. Sentences are those of English punctuation; white space is one space. Each is
-    encoded with a space before it.
+    Hidden files and folders are left out, and files that are not UTF-8, which `left_out` names. Sentences are those of
+    English punctuation; white space is one space. Each is encoded with a space before it.
     """
 
     def __init__(self, folder: str | Path, tokenizer: Tokenizer) -> None:
@@ -40,7 +41,10 @@ class TextFolder:
         self.folder, self.tokenizer = Path(folder), tokenizer
         if not self.folder.is_dir():
             raise ValueError(f"filler folder {str(folder)!r} does not exist; give a folder of text files")
-        files = sorted(file for file in self.folder.rglob("*") if self._counts(file))
+        found = sorted(file for file in self.folder.rglob("*") if self._counts(file))
+        # All of them now: a file that is met after hours would cost them.
+        files = [file for file in found if _is_utf8(file)]
+        self.left_out = sorted(set(found) - set(files))
         sizes = [file.stat().st_size for file in files]
         self._places = [
             (file, start) for file, size in zip(files, sizes, strict=True) for start in range(0, size, BLOCK)
@@ -53,7 +57,9 @@ class TextFolder:
         self._kept = 0
         if not any(self._block(number) for number in range(len(self._places))):
             names = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
-            raise ValueError(f"filler folder {str(folder)!r} holds no text in files named {names}; put some there")
+            raise ValueError(
+                f"filler folder {str(folder)!r} holds no UTF-8 text in files named {names}; put some there"
+            )
 
     def _counts(self, file: Path) -> bool:
         hidden = any(part.startswith(".") for part in file.relative_to(self.folder).parts)
@@ -91,17 +97,25 @@ class TextFolder:
         return block
 
 
+def _is_utf8(file: Path) -> bool:
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    with file.open("rb") as source:
+        try:
+            while raw := source.read(16 * BLOCK):
+                decode(raw)
+            decode(b"", final=True)
+        except UnicodeDecodeError:
+            return False
+    return True
+
+
 def _text(file: Path, start: int) -> str:
     """A block of a file: it begins and ends at the first white space from its place on."""
     with file.open("rb") as source:
         source.seek(start)
         raw = source.read(BLOCK + OVERHANG)
     begin, end = (_border(raw, 0) if start else 0), _border(raw, BLOCK)
-    try:
-        return raw[begin:end].decode()
-    except UnicodeDecodeError as error:
-        place = start + begin + error.start
-        raise ValueError(f"{file} is not UTF-8 text (byte {place:,}); convert it or take it out") from error
+    return raw[begin:end].decode()
 
 
 def _border(raw: bytes, place: int) -> int:

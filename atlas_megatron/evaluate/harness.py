@@ -50,6 +50,8 @@ PAPER_TASKS = {
     "fda": "fda",
     "squad_completion": "squad_completion",
 }
+# Folders of lm-eval whose tasks have names like those of atlas-eval's own.
+LIKE_OURS = ("babilong", "libra", "ruler")
 # Draws for the standard error of metrics that have no formula for it. It is then known to 2 %; lm-eval's 100,000 take
 # minutes for a metric.
 DRAWS = 1000
@@ -180,14 +182,15 @@ def run(
     limit: int | None = None,
     batch: int = 8,
     segment: int = 512,
+    seed: int = 0,
     cache: Path | None = None,
 ) -> dict[str, Any]:
     """lm-eval's results on these tasks, as JSON takes them; `results` in it holds the metrics by task.
 
     tasks: of the paper (PAPER_TASKS), of YAML files under the folder `include_path`, or any other of lm-eval's.
     shots: solved examples before each question, where the task does not set it. limit: questions of each task, from
-    its beginning; for trying out. batch, segment: as AtlasLM. cache: the beginning of the name of a file in which
-    answers are kept as they come, so that an interrupted run goes on; it is of one model alone.
+    its beginning; for trying out. batch, segment, seed: as AtlasLM. cache: the beginning of the name of a file in which
+    answers are kept as they come, so that an interrupted run goes on; it is of one model and seed alone.
 
     Raises ValueError for an unknown task, data that is not on this machine, and arguments out of range; all of that
     before anything is read.
@@ -196,13 +199,13 @@ def run(
         raise ValueError(f"limit={limit} must be at least 1 question; leave it out for all")
     if shots is not None and shots < 0:
         raise ValueError(f"shots={shots} must be 0 or more")
-    model = AtlasLM(reader, batch, segment)
+    model = AtlasLM(reader, batch, segment, seed)
     with _offline():
         manager = _manager(tasks, include_path)
         loaded = _load(manager, tasks)
         results = simple_evaluate(
             model,
-            tasks=loaded,
+            tasks=list({id(task): task for found in loaded.values() for task in found.values()}.values()),
             num_fewshot=shots,
             limit=limit,
             use_cache=None if cache is None else str(cache),
@@ -210,7 +213,20 @@ def run(
             log_samples=False,
             task_manager=manager,
         )
+    # A tag's tasks are not summed up, and lm-eval does not say whose they are.
+    members = {name: list(found) for name, found in loaded.items() if name not in found}
+    results["group_subtasks"] = members | results.get("group_subtasks", {})
     return json.loads(json.dumps(results, default=handle_non_serializable))
+
+
+def knows(task: str, include_path: Path | None = None) -> bool:
+    """Whether the folder, or lm-eval where its names are much like ours, has a task, group or tag of that name."""
+    theirs = Path(lm_eval.tasks.__file__).parent
+    own = [] if include_path is None else [include_path]
+    return (
+        task
+        in TaskManager(include_path=[*(theirs / name for name in LIKE_OURS), *own], include_defaults=False).all_tasks
+    )
 
 
 @contextmanager
@@ -244,9 +260,13 @@ def _manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
     return manager
 
 
-def _load(manager: TaskManager, tasks: Sequence[str]) -> list[Any]:
-    """lm-eval's task objects with their data. Raises ValueError that names every task whose data is not here."""
-    loaded: list[Any] = []
+def _load(manager: TaskManager, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """lm-eval's task objects with their data, by name: of a task or group itself, of a tag all of its tasks.
+
+    Raises ValueError that names every task whose data is not here.
+    """
+    loaded: dict[str, dict[str, Any]] = {}
+    known: dict[str, Any] = {}  # tags and names may overlap
     absent: list[str] = []
     for name in dict.fromkeys(tasks):
         try:
@@ -258,7 +278,8 @@ def _load(manager: TaskManager, tasks: Sequence[str]) -> list[Any]:
                 raise ValueError(f"task {name} cannot be loaded: {reason}; correct its YAML or its data") from error
             absent.append(name)
             continue
-        loaded += [found["groups"][name]] if name in found["groups"] else found["tasks"].values()
+        own = {name: found["groups"][name]} if name in found["groups"] else found["tasks"]
+        loaded[name] = {task: known.setdefault(task, value) for task, value in own.items()}
     if absent:
         raise ValueError(
             f"the data of {', '.join(absent)} is not in {datasets.config.HF_DATASETS_CACHE}; on a machine with a "
@@ -269,8 +290,10 @@ def _load(manager: TaskManager, tasks: Sequence[str]) -> list[Any]:
 
 
 def of_task(results: dict[str, Any], task: str) -> dict[str, Any]:
-    """What concerns one task, or the tasks of a group, in what `run` returned."""
+    """What concerns one task, or the tasks of a group or tag, in what `run` returned. Raises ValueError for nothing."""
     names = {task, *results.get("group_subtasks", {}).get(task, [])}
+    if not names & results["results"].keys():
+        raise ValueError(f"lm-eval measured nothing of {task}; ask for its tasks by their own names")
     kept = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "configs")
     return {
         key: {name: value for name, value in results[key].items() if name in names} for key in kept if key in results

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
+from atlas_megatron.corpus import fingerprint
 from atlas_megatron.evaluate.reading import SEGMENT, PeakMemory, check_room, segments, watched
 from atlas_megatron.reader import Reader, pieces
 from atlas_megatron.results import Cell
@@ -29,27 +30,32 @@ BINS_PER_OCTAVE = 2  # of positions
 
 @dataclass(frozen=True)
 class Text:
-    """A text in tokens: an int array that may lie on the disk. name: where it is from."""
+    """A text in tokens: an int array that may lie on the disk. name: where it is from; fingerprint: of its files."""
 
     name: str
     tokens: np.ndarray
+    fingerprint: str = ""
 
 
 def indexed(prefix: str) -> Text:
     """All documents of a Megatron .bin/.idx pair, one after the other, as they lie on the disk."""
     dtype = IndexedDataset(prefix).index.dtype
-    return Text(prefix, np.memmap(f"{prefix}.bin", dtype=dtype, mode="r"))
+    files = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
+    return Text(prefix, np.memmap(files[0], dtype=dtype, mode="r"), fingerprint(files, ""))
 
 
 def from_file(path: Path, tokenizer: Tokenizer, most: int) -> Text:
-    """The first `most` tokens of a text file."""
+    """The first `most` tokens of a text file. Raises ValueError where it is not UTF-8."""
     found: list[int] = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for piece in pieces(file):
-            found += tokenizer.encode(piece)
-            if len(found) >= most:
-                break
-    return Text(str(path), np.array(found[:most], np.int32))
+    try:
+        with path.open(encoding="utf-8") as file:
+            for piece in pieces(file):
+                found += tokenizer.encode(piece)
+                if len(found) >= most:
+                    break
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); convert it or give another") from error
+    return Text(str(path), np.array(found[:most], np.int32), fingerprint([path], ""))
 
 
 def places(text: Text, longest: int, count: int) -> list[int]:

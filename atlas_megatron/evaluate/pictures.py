@@ -20,12 +20,12 @@ def recall(path: Path, title: str, metrics: Mapping[str, Sequence[Point]]) -> No
         figure, (scores, speed, memory) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
         for name, points in metrics.items():
             errors = [point.error or 0.0 for point in points]
-            lengths = [point.length for point in points]
+            lengths = [_shown(point.length) for point in points]
             scores.errorbar(lengths, [p.mean for p in points], errors, marker="o", markersize=4, capsize=2, label=name)
         scores.set_ylim(-0.03, 1.03)
         scores.legend()
         points = next(iter(metrics.values()))
-        lengths = [point.length for point in points]
+        lengths = [_shown(point.length) for point in points]
         speed.plot(lengths, [point.tokens_per_second for point in points], marker="o", markersize=4)
         memory.plot(lengths, [point.peak_bytes / 2**20 for point in points], marker="o", markersize=4)
         for axes in (speed, memory):
@@ -41,8 +41,7 @@ def perplexity(
     """Loss of the same tokens against the context before them, and the loss along the longest reading."""
     with pyplot.style.context(STYLE):
         figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
-        # A context of nothing has no place on a logarithmic axis: its target stands after one token.
-        lengths = [max(1, context) for context in contexts]
+        lengths = [_shown(context) for context in contexts]
         losses = [found["loss"] for found in contexts.values()]
         errors = [found["error"] or 0.0 for found in contexts.values()]
         axes.errorbar(
@@ -80,6 +79,11 @@ def bars(path: Path, title: str, scores: Mapping[str, tuple[float, float]]) -> N
         axes.invert_yaxis()
         axes.set_title(title, fontsize="medium")
         _save(figure, path)
+
+
+def _shown(length: int) -> int:
+    """A context of nothing has no place on a logarithmic axis."""
+    return max(1, length)
 
 
 def _against_length(axes: Axes, title: str) -> None:

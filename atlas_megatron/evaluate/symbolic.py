@@ -1,16 +1,20 @@
 """Recall of random tokens that no text has together: MQAR, and MAD's tasks that need no training of their own.
 
-Sequences of token ids as synthetic.py draws them, read whole; a score is the share of asked tokens that the likeliest
+Sequences of token ids as synthetic.py draws them; a score is the share of asked tokens that the likeliest
 token meets. The ids are the first ones of the model's vocabulary: no text, so this asks for what a model does in its
 context alone. MAD's other tasks ask for what training has taught (configs/experiments/mad.py).
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
+from atlas_megatron.evaluate.reading import SEGMENT, check_room
 from atlas_megatron.evaluate.synthetic import (
     NO_ANSWER,
     NOISE_SHARE,
@@ -56,17 +60,31 @@ TASKS = {
 }
 
 
-def measured(task: Symbolic, reader: Reader, tokens: int, indices: range, seed: int) -> Cell:
-    """Sequences of so many tokens, side by side: right and asked tokens of each.
+def longest(name: str, reader: Reader) -> int:
+    """The most tokens of a sequence for which the vocabulary has ids; MQAR takes every key and filler once.
 
-    Raises ValueError where the vocabulary is too small for them.
+    Raises ValueError where it has too few for any.
     """
     ids = reader.tokenizer.vocab_size
-    if ids < task.ids:
-        raise ValueError(f"the tokenizer has {ids} tokens, and this task takes {task.ids}; ask another model")
+    if ids < TASKS[name].ids:
+        raise ValueError(f"the tokenizer has {ids} tokens, and {name} takes {TASKS[name].ids}; ask another model")
+    if name != "mqar":
+        return sys.maxsize
+    half = min(ids, MOST_IDS) // 2
+    return max(tokens for tokens in range(2 * half) if tokens - max(1, tokens // PAIRS_SHARE) <= half)
+
+
+def measured(task: Symbolic, reader: Reader, tokens: int, indices: range, seed: int, segment: int = SEGMENT) -> Cell:
+    """Sequences of so many tokens, side by side: right and asked tokens of each.
+
+    Raises ValueError where a state that grows would not fit into memory.
+    """
+    ids = reader.tokenizer.vocab_size
+    check_room(reader, tokens, len(indices))
     batch = task.generate(seed * 2**20 + indices[0] * 2**10 + tokens, len(indices), tokens, ids)
     reader.forget()
-    told = reader.read(batch.tokens.to(reader.device))[..., :ids].argmax(-1).cpu()
+    read = (reader.read(part.to(reader.device)) for part in batch.tokens.split(segment, dim=1))
+    told = torch.cat([logits[..., :ids].argmax(-1).cpu() for logits in read], 1)
     asked = batch.labels != NO_ANSWER
     right = (told == batch.labels) & asked
     shares = right.sum(1) / asked.sum(1).clamp(min=1)

@@ -1,8 +1,8 @@
 """The long-context tasks by name: one example of any length, and its score.
 
-    folder = TextFolder("books", tokenizer)
-    example = make("niah_single_2", tokenizer, 1_000_000, index=0, seed=0, folder=folder)
-    score("niah_single_2", prediction, example.questions[0])
+folder = TextFolder("books", tokenizer)
+example = make("niah_single_2", tokenizer, 1_000_000, index=0, seed=0, folder=folder)
+score("niah_single_2", prediction, example.questions[0])
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from atlas_megatron.evaluate import metrics
-from atlas_megatron.evaluate.babilong import LABELS, Babilong, babilong, exact, from_row, hide, substring
+from atlas_megatron.evaluate.babilong import LABELS, Babilong, babilong, exact, fits, from_row, hide, substring
 from atlas_megatron.evaluate.babilong_files import Row, read_rows, read_stories, rows_file
 from atlas_megatron.evaluate.filler import TextFolder
 from atlas_megatron.evaluate.haystack import Example, Question
@@ -83,8 +83,8 @@ def find(name: str) -> Task:
     return TASKS[name]
 
 
-def official(name: str, folder: Path) -> Maker:
-    """Asks the benchmark's own data instead of stories told here: the index-th of what the folder holds.
+def official(name: str, folder: Path) -> tuple[Maker, list[Path]]:
+    """Asks the benchmark's own data instead of stories told here: the index-th of what the folder holds; its files.
 
     Either bAbI's files (en-10k/qa1_..._test.txt), whose stories are hidden in the text given, or BABILong's rows by
     length (data/qa1/4k.json), as they are. Raises ValueError for another task than BABILong's, and where neither is
@@ -94,7 +94,7 @@ def official(name: str, folder: Path) -> Maker:
         raise ValueError(f"bAbI's files were given, and {name} tells none of its stories; leave them out")
     task = BABILONG[name]
     if (folder / task.task).is_dir():
-        return _rows(task, folder / task.task)
+        return _rows(task, folder / task.task), sorted((folder / task.task).iterdir())
     files = sorted(folder.glob(f"{task.task}_*_test.txt"))
     if len(files) != 1:
         raise ValueError(
@@ -104,9 +104,11 @@ def official(name: str, folder: Path) -> Maker:
     stories = read_stories(files[0])
 
     def made(name: str, tokenizer: Tokenizer, length: int, seed: tuple[int, ...], folder: TextFolder | None) -> Example:
-        return hide(task, name, stories[seed[1] % len(stories)], tokenizer, length, seed, folder)
+        from_here = [stories[(seed[1] + place) % len(stories)] for place in range(len(stories))]
+        story = next((story for story in from_here if fits(task, story, tokenizer, length)), from_here[0])
+        return hide(task, name, story, tokenizer, length, seed, folder)
 
-    return made
+    return made, files
 
 
 def _rows(task: Babilong, folder: Path) -> Maker:

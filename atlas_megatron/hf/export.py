@@ -129,10 +129,9 @@ def _checkpoint_at(source: Path) -> Path:
         if bad:
             raise ValueError(f"checkpoint {source} is damaged: {bad}; take an older one")
         return source
-    folder, _ = checkpoint.newest(source)
-    if folder is None:
+    if not checkpoint.folder_of(source).is_dir():
         raise ValueError(f"{source} is no checkpoint and no run with a whole one; give runs/NAME, or its checkpoint")
-    return folder
+    return checkpoint.to_read(source)
 
 
 def _unpadded(name: str, shape: tuple[int, ...], config: AtlasConfig) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -74,6 +75,33 @@ def test_a_run_is_measured_and_what_is_done_is_not_done_again(
     assert "was made with other constants (seed)" in capsys.readouterr().err
 
 
+def test_what_is_measured_is_what_was_read(
+    run: Path, books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A damaged checkpoint is named, and results go under the one before it; other weights are another measurement."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = load(run / "checkpoints/step_00000000/config.toml")
+    newer = copy / "checkpoints/step_00000001"
+    shutil.copytree(copy / "checkpoints/step_00000000", newer)
+    file = next(newer.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    asked = ("mqar", "perplexity", copy, "--lengths", "64,4K", "--samples", 1, "--text", books / "book.txt")
+    asked = (*asked, "--out", tmp_path / "out")
+    assert evaluate("mqar", *asked[2:]) == 0
+    said = capsys.readouterr().err
+    assert "skipped the damaged checkpoint" in said and "ids for 145 tokens: longer ones are left out" in said
+    content = json.loads((tmp_path / "out/mqar.json").read_text())
+    assert content["settings"]["checkpoint"] == "step_00000000" and len(content["cells"]) == 1
+
+    with tiny_run.a_world_that_is_left():
+        config = replace(config, run=replace(config.run, directory=str(copy), seed=4))
+        world.join(config)
+        checkpoint.save_weights(build_model(config), config)
+    assert evaluate("mqar", *asked[2:]) == 2
+    assert "was made with other constants (weights)" in capsys.readouterr().err
+
+
 def test_an_export_says_what_its_run_says(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "model")
     found = []
@@ -101,11 +129,16 @@ def test_official_stories_are_told(run: Path, books: Path, tmp_path: Path, capsy
 
 
 def test_rows_of_babilong_are_asked(run: Path, books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "qa1").mkdir()
+    (tmp_path / "qa1/0k.json").write_text(json.dumps([{"input": "A.", "question": "Where? \n", "target": "b "}]))
+    asked = ("babilong_qa1", run, "--filler", books, "--stories", tmp_path)
+    assert evaluate(*asked, "--out", tmp_path / "alone", "--lengths", "0", "--samples", 1) == 0
+    (cell,) = json.loads((tmp_path / "alone" / "babilong_qa1.json").read_text())["cells"].values()
+    assert cell["examples"][0]["questions"][0]["answers"] == ["b"]
     rows = [
         {"input": "Mary moved to the bathroom. " * 9, "question": "Where is Mary?", "target": "bathroom"},
         {"input": "John went to the office.", "question": "Where is John?", "target": "office"},
     ]
-    (tmp_path / "qa1").mkdir()
     (tmp_path / "qa1/4k.json").write_text(json.dumps(rows))
     asked = ("babilong_qa1", run, "--filler", books, "--stories", tmp_path, "--out", tmp_path / "out")
     assert evaluate(*asked, "--lengths", "4K", "--samples", 2) == 0
@@ -116,12 +149,14 @@ def test_rows_of_babilong_are_asked(run: Path, books: Path, tmp_path: Path, caps
     assert evaluate(*asked, "--lengths", "4K", "--samples", 3) == 2
     assert evaluate(*asked, "--lengths", "8K", "--samples", 1) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert "holds 2 rows of 4096 tokens" in first and "no rows of 8,192 tokens" in second and second.endswith(": 4k")
+    assert (
+        "holds 2 rows of 4096 tokens" in first and "no rows of 8,192 tokens" in second and second.endswith(": 0k, 4k")
+    )
 
 
 def test_lengths_are_read() -> None:
     assert lengths_of("4K,1000, 10M,1000") == (1000, 4096, 10 * 2**20)
-    for wrong in ("", "4G", "0", "1K,,2K", "-5", "1.5K"):
+    for wrong in ("", "4G", "1K,,2K", "-5", "1.5K"):
         with pytest.raises(ValueError, match="is no length; write for example 1000,4K,10M"):
             lengths_of(wrong)
 
@@ -137,7 +172,8 @@ def test_lengths_are_read() -> None:
         (["perplexity", "RUN", "--lengths", "100K"], "holds 384 tokens; a context of 102,400 needs 102,529"),
         (["perplexity", "RUN", "--text", "nothing"], "nothing.idx does not exist"),
         (["babilong_qa1", "RUN", "--filler", "nowhere"], "filler folder 'nowhere' does not exist"),
-        (["mqar", "RUN", "--lengths", "4K"], "vocabulary of at least"),
+        (["mqar", "RUN", "--lengths", "4K"], "a vocabulary of 272 has ids for 145 tokens; choose --lengths up to that"),
+        (["mqar", "RUN", "--lengths", "0,64"], "0 tokens are of BABILong's tasks alone"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -295,6 +295,21 @@ def test_an_interrupted_run_goes_on(
     assert len(reads) == before
 
 
+def test_a_tag_is_all_of_its_tasks(reader: HuggingFaceReader, folder: Path, tmp_path: Path) -> None:
+    for name in ("choices", "documents"):
+        yaml = (folder / f"{name}.yaml").read_text()
+        (tmp_path / f"{name}.yaml").write_text(f"tag: both\n{yaml}")
+    told = run(["both", "choices"], reader, include_path=tmp_path)
+    assert set(harness.of_task(told, "both")["results"]) == {"choices", "documents"}
+    assert set(harness.of_task(told, "choices")["results"]) == {"choices"}
+    with pytest.raises(ValueError, match="lm-eval measured nothing of endings"):
+        harness.of_task(told, "endings")
+
+
+def test_names_of_theirs_that_are_like_ours_are_known() -> None:
+    assert harness.knows("babilong_qa6") and not harness.knows("niah_singel_1")
+
+
 def test_a_run_of_megatron_answers_alike(saved: Path, reader: HuggingFaceReader, folder: Path) -> None:
     asked = requests(folder, "choices")
     wanted = AtlasLM(reader).loglikelihood(asked, disable_tqdm=True)

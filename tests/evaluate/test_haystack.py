@@ -114,11 +114,15 @@ def test_bad_folders_are_refused(tmp_path, tokenizer: Tokenizer) -> None:
         TextFolder(tmp_path / "none", tokenizer)
     (tmp_path / "data.bin").write_bytes(b"text it is not.")
     (tmp_path / "white.txt").write_text(" \n\n")
-    with pytest.raises(ValueError, match=r"holds no text in files named \*.txt"):
+    with pytest.raises(ValueError, match=r"holds no UTF-8 text in files named \*.txt"):
         TextFolder(tmp_path, tokenizer)
     (tmp_path / "latin.txt").write_bytes("Ein Wörtchen.".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8 text \(byte 5\)"):
+    with pytest.raises(ValueError, match=r"holds no UTF-8 text in"):
         TextFolder(tmp_path, tokenizer)
+    # Beyond the first block too, and before hours of reading, not in them.
+    (tmp_path / "long.txt").write_bytes(b"Some words. " * 6000 + b"\xc3")
+    (tmp_path / "good.txt").write_text("Ein Wörtchen.")
+    assert TextFolder(tmp_path, tokenizer).left_out == [tmp_path / "latin.txt", tmp_path / "long.txt"]
 
 
 def test_hidden_files_are_left_out_and_the_fingerprint_tells_files_apart(tmp_path, tokenizer: Tokenizer) -> None:

@@ -103,7 +103,7 @@ def test_answers_are_learned_in_truncated_windows_and_validated(root: Path, caps
     line[line.index("--data") + 1] = str(data)
     assert finetune.main([*line, "--validation", str(data)]) == 0
     (said,) = [line for line in capsys.readouterr().out.splitlines() if "validation loss" in line]
-    # The same, the last two of the twelve included, by whole readings of the model that came out, whose bfloat16 rounds.
+    # The same, the last two of the twelve included, by whole readings of what came out, whose bfloat16 rounds.
     planned = run.plan(Settings(root / "model", (str(data),), root / "none"), 1)
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
     lost, counted = 0.0, 0
