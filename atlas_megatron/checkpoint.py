@@ -47,6 +47,7 @@ class Position:
 
     step: int = 0
     consumed_samples: int = 0
+    tokens: int = 0  # that the weights have been trained on
     skipped: int = 0  # batches that were passed over for NaN or inf
     returns: int = 0  # times it went back to a checkpoint for them
 
@@ -77,6 +78,16 @@ def latest(run_directory: str | Path) -> tuple[Path | None, list[Path]]:
 def is_whole(folder: Path) -> bool:
     """Whether every file that the marker lists is there in its full size."""
     return integrity.is_marked(folder) and not integrity.wrong_size(folder)
+
+
+def to_resume(run_directory: str | Path) -> tuple[Path | None, list[str]]:
+    """As `newest`, for a run that goes on: damaged checkpoints after it lose their marker, so that none is counted."""
+    folder, wrong = newest(run_directory)
+    if folder and world.rank() == 0:
+        for later in folder_of(run_directory).glob("step_*"):
+            if later.name > folder.name and integrity.is_marked(later):
+                (later / MARKER).unlink()
+    return folder, wrong
 
 
 def newest(run_directory: str | Path) -> tuple[Path | None, list[str]]:
@@ -223,8 +234,10 @@ def restore(folder: Path, config: Config, trained: Trained) -> Position:
     trained.scheduler.load_state_dict(loaded["scheduler"])
     if same_layout:
         _set_random_state(loaded["random"])
-    # Runs from before batches could be skipped have saved no counts.
-    return Position(**{f.name: loaded.get(f.name, f.default) for f in fields(Position)})
+    # Runs from before batches could be skipped, or tokens were counted, have not saved all of it.
+    found = {f.name: loaded.get(f.name, f.default) for f in fields(Position)}
+    found["tokens"] = found["tokens"] or found["step"] * config.train.global_batch * config.model.seq_length
+    return Position(**found)
 
 
 def check_same_model(folder: Path, config: Config) -> None:
@@ -355,13 +368,12 @@ def complete(folder: Path, config: Config, step: int, known: dict[str, str] | No
 
 
 def _drop_old(folder: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints, and what killed processes left half-written."""
+    """Remove all but the newest whole checkpoints, and what killed processes left half-written."""
     found = sorted(folder.glob("step_*"))
-    whole = [path for path in found if path.suffix != ".tmp"]
-    for path in whole[:-keep]:
-        _remove(path)
-    for path in set(found) - set(whole):
-        shutil.rmtree(path)
+    oldest = [path for path in found if integrity.is_marked(path)][-keep:][0]
+    for path in found:
+        if path < oldest or path.suffix == ".tmp":
+            _remove(path)
 
 
 def _remove(folder: Path) -> None:

@@ -277,9 +277,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     memory = tables.get("memory")
     if isinstance(memory, dict) and "preset" in memory:
         tables["memory"] = _preset(memory["preset"]) | memory
-    if any(word.partition("=")[0] == "memory.preset" for word in overrides):
-        last = [word.partition("=")[2] for word in overrides if word.startswith("memory.preset=")][-1]
-        tables["memory"] = tables.get("memory", {}) | _preset(_parse_word(last, str))
+    for section, table in tables.items():
+        _check_key(section)
+        if not isinstance(table, dict):
+            raise ValueError(f"config section {section!r} is {table!r}; write it as a table: [{section}]")
+    presets = [word.partition("=")[2] for word in overrides if word.startswith("memory.preset=")]
+    if presets:
+        tables["memory"] = tables.get("memory", {}) | _preset(_parse_word(presets[-1], str))
     for word in overrides:
         name, equals, value = word.partition("=")
         section, dot, key = name.partition(".")
@@ -388,9 +392,6 @@ def _parse_word(text: str, kind: Any) -> Any:
 def _from_tables(tables: dict[str, Any]) -> Config:
     built = {}
     for section, table in tables.items():
-        _check_key(section)
-        if not isinstance(table, dict):
-            raise ValueError(f"config section {section!r} is {table!r}; write it as a table: [{section}]")
         for key in table:
             _check_key(section, key)
         types = _types(section)

@@ -27,6 +27,7 @@ from atlas_megatron.tokenizer import Tokenizer, load_tokenizer
 
 type SampleSet = GPTDataset | BlendedDataset
 type Batch = dict[str, Tensor]
+VALIDATION_SEED = 1234
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
 # The .idx file, as megatron.core.datasets.indexed_dataset writes it: magic, version, dtype code,
@@ -72,22 +73,26 @@ def _build(
             f"{config.model.vocab_size}; set model.vocab_size={tokenizer.vocab_size} or more"
         )
     validation = sources(config, config.data.validation) if validation_samples else ()
-    core_config = GPTDatasetConfig(
-        random_seed=config.run.seed,
-        sequence_length=config.model.seq_length,
-        blend_per_split=[_core_blend(train), _core_blend(validation), None],
-        path_to_cache=str(_index_cache(config, train + validation)),
-        tokenizer=tokenizer,
-        reset_position_ids=config.data.packed,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-    builder = BlendedMegatronDatasetBuilder(
-        GPTDataset, [train_samples, validation_samples, None], lambda: True, core_config
-    )
-    train_set, validation_set, _ = builder.build()
-    return train_set, validation_set
+
+    def built(split: int, drawn: tuple[Source, ...], samples: int, seed: int) -> SampleSet | None:
+        if not drawn:
+            return None
+        options = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=config.model.seq_length,
+            blend_per_split=[_core_blend(drawn) if place == split else None for place in range(3)],
+            path_to_cache=str(_index_cache(config, train + validation)),
+            tokenizer=tokenizer,
+            reset_position_ids=config.data.packed,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        counts = [samples if place == split else None for place in range(3)]
+        return BlendedMegatronDatasetBuilder(GPTDataset, counts, lambda: True, options).build()[split]
+
+    # Validation of one seed, whatever the run's: losses of several seeds are of the same windows.
+    return built(0, train, train_samples, config.run.seed), built(1, validation, validation_samples, VALIDATION_SEED)
 
 
 def validation_labels(config: Config) -> list[list[int]]:
@@ -215,8 +220,8 @@ def sources(config: Config, words: tuple[str, ...]) -> tuple[Source, ...]:
     return tuple(checked)
 
 
-def _core_blend(drawn: tuple[Source, ...]) -> tuple[list[str], list[float]] | None:
-    return ([source.prefix for source in drawn], [source.weight for source in drawn]) if drawn else None
+def _core_blend(drawn: tuple[Source, ...]) -> tuple[list[str], list[float]]:
+    return [source.prefix for source in drawn], [source.weight for source in drawn]
 
 
 def _index_cache(config: Config, drawn: tuple[Source, ...]) -> Path:

@@ -6,7 +6,8 @@ lowest loss at which their sum is smallest, found on a coarse grid and then on a
 
 The error bars: the points' residuals, times (n / (n - p))^0.5 for p fitted numbers, are drawn anew with replacement
 onto the fitted curve, DRAWS times, and each draw is fitted again; the bars hold the middle 80 % of what came out. With
-few points they are rough, and they know nothing of what other seeds would have done.
+few points they are too narrow: of made-up curves with noise of 0.5 % over a factor of 1,000, the exponent lay within
+in 61, 66 and 71 % of fits of 4, 5 and 8 points. And they know nothing of what other seeds would have done.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ MIDDLE = (0.1, 0.9)
 LEAST_FOR_LINE, LEAST_FOR_OFFSET = 3, 4
 GRID = 64
 SEED = 0
+FARTHEST = 700.0  # of a logarithm that is a number in float64
 # Of C: over less, an exponent is hardly seen.
 NARROW = 10.0
 
@@ -65,10 +67,11 @@ class Fit:
         return interval(drawn)
 
     def where(self, loss: float) -> float | None:
-        """The C at which the curve has this loss; None where it lies at or below E."""
+        """The C at which the curve has this loss; None where it lies at or below E, or too far away for a number."""
         if loss <= self.offset:
             return None
-        return float(self.middle * ((loss - self.offset) / self.at_middle) ** (-1 / self.exponent))
+        far = numpy.log((loss - self.offset) / self.at_middle) / -self.exponent + numpy.log(self.middle)
+        return float(numpy.exp(far)) if abs(far) < FARTHEST else None
 
 
 def interval(drawn: ndarray) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -50,7 +51,7 @@ class Trainer:
         """
         self.config = config
         directory = Path(config.run.directory)
-        resumed, wrong = checkpoint.newest(directory)
+        resumed, wrong = checkpoint.to_resume(directory)
         if resumed:
             checkpoint.check_same_model(resumed, config)
         train = config.train
@@ -74,7 +75,11 @@ class Trainer:
         self.log: RunLog | None = None
         if world.rank() == 0:
             directory.mkdir(parents=True, exist_ok=True)
-            (directory / checkpoint.CONFIG).write_text(to_toml(config), encoding="utf-8")
+            # What a finished run was trained with stays; whoever reads it finds all of it or what was there.
+            if self.position.step < config.train.steps or not (directory / checkpoint.CONFIG).is_file():
+                unnamed = directory / f"{checkpoint.CONFIG}.tmp"
+                unnamed.write_text(to_toml(config), encoding="utf-8")
+                os.replace(unnamed, directory / checkpoint.CONFIG)
             self.log = RunLog(config, self.position.step)
         for line in wrong:
             self._say(line)
@@ -160,13 +165,13 @@ class Trainer:
         if not math.isfinite(grad_norm):
             raise self._diverged(step, *self._bad_gradients(grad_norm))
         self._skipped_in_a_row = 0
-        self._move_on(step=step)
+        self._move_on(step=step, tokens=self.position.tokens + self._speed.tokens_per_step)
         record = {
             "step": step,
             "loss": loss,
             "grad_norm": float(grad_norm),
             "lr": trained.optimizer.param_groups[0]["lr"],
-            "tokens": step * self._speed.tokens_per_step,
+            "tokens": self.position.tokens,
             **self._speed.after(step, time.perf_counter() - start),
         }
         if measures:
@@ -226,13 +231,14 @@ class Trainer:
         """To the weights, moments and schedule of the newest whole checkpoint; the data goes on from here."""
         with self._watchdog.patient():
             self._saver.finish()
-            folder, wrong = checkpoint.newest(self.config.run.directory)
+            folder, wrong = checkpoint.to_resume(self.config.run.directory)
             for line in wrong:
                 self._say(line)
             saved = checkpoint.restore(folder, self.config, self.trained) if folder else Position()
             if not saved.step:
                 raise self._diverged(step, what, where, "there is nothing to go back to")
-        self.position = replace(self.position, step=saved.step, returns=self.position.returns + 1)
+        returns = self.position.returns + 1
+        self.position = replace(self.position, step=saved.step, tokens=saved.tokens, returns=returns)
         self._skipped_in_a_row = 0
         if self.log:
             self.log.rewind(saved.step)

@@ -19,6 +19,28 @@ command_of() {
   echo "$found"
 }
 
+# $1 is section.key=value, and no path with an equals sign in it.
+is_override() {
+  [[ "$1" =~ ^[a-z_0-9]+\.[a-z_0-9]+= ]]
+}
+
+# GPUs that a process started here would see.
+count_gpus() {
+  local entry count=0
+  if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+    # CUDA sees nothing behind an entry that is negative.
+    for entry in ${CUDA_VISIBLE_DEVICES//,/ }; do
+      [[ "$entry" != -* ]] || break
+      count=$((count + 1))
+    done
+    echo "$count"
+  elif command -v nvidia-smi >/dev/null; then
+    { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true
+  else
+    echo 0
+  fi
+}
+
 # The option $1 came with a value.
 has_value() {
   (($2 >= 2)) || refuse "$1 came without a value; see ${0##*/} --help"

@@ -46,8 +46,12 @@ read_words() {
       # What else there is of options, slurm.sh and local.sh know, each with a value.
       --*) has_value "$1" $# && passed+=("$1" "$2") && shift ;;
       run.directory=*) refuse "'$word' would be the directory of every rung; write --runs DIR" ;;
-      *.*=*) overrides+=("$word") ;;
       *)
+        if is_override "$word"; then
+          overrides+=("$word")
+          shift
+          continue
+        fi
         [[ -z "$list" ]] || refuse "'$word' came after the list '$list'; write section.key=value"
         list="$word"
         ;;
@@ -109,7 +113,17 @@ check_rung() {
     check "${rungs[$1]}" "$ROOT/launch/slurm.sh" "${words[@]}" --dry-run
     return
   fi
-  check "${rungs[$1]}" "$(command_of atlas-train)" "${rungs[$1]}" --dry-run ${overrides[@]+"${overrides[@]}"} >/dev/null
+  ((nodes[$1] == 1)) ||
+    refuse "$(basename "${rungs[$1]}" .toml) wants ${nodes[$1]} nodes, and --local is this machine; choose others: --rungs"
+  local processes place
+  processes="$(count_gpus)"
+  for place in "${!passed[@]}"; do
+    [[ "${passed[place]}" != --processes ]] || processes="${passed[place + 1]}"
+  done
+  is_number --processes "$processes" 0 2
+  ((processes > 0)) || processes=1
+  LOCAL_WORLD_SIZE="$processes" check "${rungs[$1]}" "$(command_of atlas-train)" "${rungs[$1]}" --dry-run \
+    "world=$processes" ${overrides[@]+"${overrides[@]}"} >/dev/null
   check "${rungs[$1]}" "$ROOT/launch/local.sh" "${words[@]}" --dry-run
 }
 

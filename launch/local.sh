@@ -15,21 +15,10 @@ Prints the torchrun command, then becomes it. One process a GPU; without a GPU, 
 
 examples:
   launch/local.sh configs/quickstart.toml
-  launch/local.sh configs/quickstart.toml --processes 2 train.steps=50 run.directory=runs/two
+  launch/local.sh configs/quickstart.toml --processes 2 train.micro_batch=2 run.directory=runs/two
   launch/local.sh configs/atlas-340m.toml parallel.tensor=2 parallel.sequence=true
   launch/local.sh configs/atlas-340m.toml --dry-run
 HELP
-}
-
-# GPUs that a process started here would see.
-count_gpus() {
-  if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
-    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ -]' || true
-  elif command -v nvidia-smi >/dev/null; then
-    { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true
-  else
-    echo 0
-  fi
 }
 
 main() {
@@ -41,8 +30,12 @@ main() {
       --processes) has_value "$1" $# && processes="$2" && shift ;;
       --dry-run) dry=1 ;;
       -*) refuse "option '$1' is unknown; see local.sh --help" ;;
-      *.*=*) overrides+=("$1") ;;
       *)
+        if is_override "$1"; then
+          overrides+=("$1")
+          shift
+          continue
+        fi
         [[ -z "$config" ]] || refuse "'$1' came after the config '$config'; write section.key=value"
         config="$1"
         ;;

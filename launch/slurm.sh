@@ -23,7 +23,7 @@ and goes on; after preemption, a lost node or a crash too, from the newest whole
   --container IMAGE       run in it, by pyxis
   --apptainer IMAGE       run in it, by apptainer
   --array KEY=A,B,C       a sweep: one run for each value, each with a run.directory of its own
-  --requeue-limit N       starts in a row that bring no new checkpoint before the job gives up (default 3)
+  --requeue-limit N       restarts in a row that bring no new checkpoint before the job gives up (default 3)
   --save-before SECONDS   how long before the time limit the run saves and requeues (default 300)
   --cpus-per-node N       share nodes, and take this many cores (default: whole nodes)
   --logs DIR              default runs/logs
@@ -34,10 +34,11 @@ Logs: DIR/NAME-JOB.out is the job's own, DIR/NAME-JOB/node-NODE.log all that a n
 DIR/NAME-JOB/start-K/NODE every rank's stdout and stderr by themselves.
 
 examples:
-  launch/slurm.sh configs/atlas-340m.toml --nodes 16 --gpus-per-node 8 --time 24:00:00 --partition gpu
+  launch/slurm.sh configs/atlas-340m.toml --nodes 4 --gpus-per-node 8 --time 24:00:00 --partition gpu
   launch/slurm.sh configs/atlas-340m.toml --nodes 2 --partition gpu --dry-run parallel.tensor=2 parallel.sequence=true
   launch/slurm.sh configs/atlas-170m.toml --nodes 1 --partition gpu --array train.lr=1e-3,3e-3,6e-3
-  launch/slurm.sh configs/quickstart.toml --nodes 2 --gpus-per-node 0 --processes-per-node 2 --partition cpu
+  launch/slurm.sh configs/quickstart.toml --nodes 2 --gpus-per-node 0 --processes-per-node 2 --partition cpu \
+    train.micro_batch=1
 HELP
 }
 
@@ -59,8 +60,12 @@ read_words() {
       --dry-run) dry=1 ;;
       --*) has_value "$word" $# && read_option "$word" "$2" && shift ;;
       -*) refuse "option '$word' is unknown; see slurm.sh --help" ;;
-      *.*=*) overrides+=("$word") ;;
       *)
+        if is_override "$word"; then
+          overrides+=("$word")
+          shift
+          continue
+        fi
         [[ -z "$config" ]] || refuse "'$word' came after the config '$config'; write section.key=value"
         config="$word"
         ;;

@@ -94,7 +94,11 @@ def main(words: Sequence[str] | None = None) -> int:
     overrides = parser.parse_args(words).overrides
     try:
         config = load(CONFIG, overrides)
-        failed = prepare(config) or train.main([str(CONFIG), *overrides])
+        if not config.train.validate_every:
+            raise ValueError("train.validate_every=0 leaves nothing to show at the end; give a number of steps")
+        # Data of one's own is not made anew.
+        ours = config.data.train == load(CONFIG).data.train
+        failed = (prepare(config) if ours else 0) or train.main([str(CONFIG), *overrides])
         if failed:
             return failed
         from atlas_megatron.metrics import read

@@ -140,7 +140,7 @@ def split(reader: HuggingFaceReader, context: str, continuation: str) -> tuple[l
 def requests(folder: Path, name: str) -> list[Instance]:
     """What lm-eval asks for a task."""
     with harness._offline():
-        (task,) = harness._load(harness._manager([name], folder), [name])
+        task = harness._load(harness._manager([name], folder), [name])[name][name]
         task.set_config("num_fewshot", 0)
         task.build_all_requests()
     return task.instances

@@ -49,6 +49,10 @@ def test_a_dry_run_starts_nothing(stubs: Stubs) -> None:
 
 
 def test_locally_one_after_the_other_until_one_fails(stubs: Stubs, short: Path) -> None:
+    refused = stubs.run(LADDER, str(short), "--local")
+    assert refused.returncode == 2 and "large wants 4 nodes, and --local is this machine" in refused.stderr
+    assert refused.stdout == ""
+    short.write_text("small.toml 1\nlarge.toml 1")
     said = stubs.run(LADDER, str(short), "--local", "--processes", "2", "train.steps=5")
     assert said.returncode == 0, said.stderr
     trained = [line for line in said.stdout.splitlines() if line.startswith("torchrun ")]

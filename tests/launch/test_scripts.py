@@ -80,7 +80,10 @@ def test_the_scripts_parse_and_explain_themselves(stubs: Stubs) -> None:
         assert said.returncode == 0 and "examples:" in said.stdout and os.access(script, os.X_OK)
 
 
-@pytest.mark.parametrize(("gpus", "words", "count"), [("", [], 1), ("0,1,2", [], 3), ("", ["--processes", "2"], 2)])
+@pytest.mark.parametrize(
+    ("gpus", "words", "count"),
+    [("", [], 1), ("0,1,2", [], 3), ("", ["--processes", "2"], 2), ("-1", ["--processes", "2"], 2), ("0,-1,2", [], 1)],
+)
 def test_local_says_its_command_and_becomes_it(stubs: Stubs, gpus: str, words: list[str], count: int) -> None:
     said = stubs.run(LOCAL, CONFIG, *words, "run.directory=runs/a b", CUDA_VISIBLE_DEVICES=gpus).stdout.splitlines()
     command = f"torchrun --standalone --nproc-per-node {count} -m atlas_megatron.train {CONFIG} run.directory=runs/a"
@@ -88,6 +91,15 @@ def test_local_says_its_command_and_becomes_it(stubs: Stubs, gpus: str, words: l
     assert said[1].startswith(f"{command} b; threads {8 // count if 8 // count <= 8 else 8}")
     dry = stubs.run(LOCAL, CONFIG, *words, "run.directory=runs/a b", "--dry-run", CUDA_VISIBLE_DEVICES=gpus)
     assert dry.stdout.splitlines() == said[:1]
+
+
+def test_a_configs_path_may_hold_an_equals_sign(stubs: Stubs, tmp_path: Path) -> None:
+    config = tmp_path / "run-train.lr=1e-3" / "config.toml"
+    config.parent.mkdir()
+    config.write_text((ROOT / CONFIG).read_text())
+    for words in ((LOCAL, str(config)), (SLURM, str(config), "--nodes", "1", "--dry-run")):
+        said = stubs.run(words[0], *words[1:], "train.lr=1e-4")
+        assert said.returncode == 0 and f"{config} train.lr=1e-4" in said.stdout, said.stderr
 
 
 def test_slurm_submits_exactly_this(stubs: Stubs, tmp_path: Path) -> None:

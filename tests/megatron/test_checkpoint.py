@@ -138,15 +138,20 @@ def test_a_signal_that_comes_while_the_model_is_built_is_not_lost(
 def test_a_finished_run_says_so(copied: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     config, run = copied
     before = (run / metrics.METRICS).read_text()
-    assert main([str(config), f"run.directory={run}"]) == 0
+    trained_with = (run / checkpoint.CONFIG).read_text()
+    assert main([str(config), f"run.directory={run}", "train.lr=1e-2"]) == 0
     assert f"is done: step {STEPS} of {STEPS}" in capsys.readouterr().out
+    assert (run / checkpoint.CONFIG).read_text() == trained_with
     assert (run / metrics.METRICS).read_text() == before
 
 
 def test_a_longer_run_at_another_rate_goes_on(copied: tuple[Path, Path]) -> None:
     config, run = copied
-    assert main([str(config), f"run.directory={run}", "train.steps=7", "train.lr=1e-3"]) == 0
+    words = ["train.steps=7", "train.lr=1e-3", "train.global_batch=8"]
+    assert main([str(config), f"run.directory={run}", *words]) == 0
     records = metrics.read(run)
+    first, *_, before, last = (record["tokens"] for record in records)
+    assert (before, last) == (STEPS * first, (STEPS + 2) * first)
     assert [record["step"] for record in records] == list(range(1, 8))
     assert records[-1]["lr"] == pytest.approx(1e-4)  # the end of the new schedule
 

@@ -51,6 +51,7 @@ def test_words_override_the_file_and_the_last_word_wins(tmp_path: Path) -> None:
         ("data.train=[1]", "data.train=[1] must be a list of strings"),
         ("steps=3", "'steps=3' is not an override; write section.key=value"),
         ("train.steps", "'train.steps' is not an override"),
+        ("memory.preset", "'memory.preset' is not an override"),
     ],
 )
 def test_a_wrong_word_is_refused_in_one_line(empty: Path, word: str, said: str) -> None:
@@ -66,8 +67,9 @@ def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="did you mean 'steps'"):
         load(path)
     path.write_text("train = 3\n")
-    with pytest.raises(ValueError, match="write it as a table"):
-        load(path)
+    for words in ((), ("train.steps=5",)):
+        with pytest.raises(ValueError, match="write it as a table"):
+            load(path, words)
     path.write_text("[train\n")
     with pytest.raises(ValueError, match="is not a TOML file"):
         load(path)

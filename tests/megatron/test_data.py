@@ -57,6 +57,16 @@ def test_batches_are_next_token_pairs_of_the_sets(folder: Path) -> None:
     assert all(200 <= int(sample["tokens"].min()) for sample in (validation[0], validation[3]))
 
 
+def test_other_seeds_shuffle_the_training_alone(folder: Path) -> None:
+    config = config_of(folder, (f"{folder}/a",))
+    (train, held_out), (other_train, other_held_out) = (
+        build_datasets(dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed)), 40, 8)
+        for seed in (1, 2)
+    )
+    assert [sample["tokens"].tolist() for sample in held_out] == [s["tokens"].tolist() for s in other_held_out]
+    assert [train[n]["tokens"].tolist() for n in range(40)] != [other_train[n]["tokens"].tolist() for n in range(40)]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_go_on_at_any_sample(folder: Path, workers: int) -> None:
     config = config_of(folder, (f"{folder}/a", f"{folder}/b"))

@@ -59,6 +59,20 @@ def test_a_corrupted_shard_is_named_and_the_checkpoint_before_taken(
     assert tiny_run.losses(directory) == tiny_run.losses(root / "run")
 
 
+def test_damaged_checkpoints_ahead_take_no_place(run: tuple[Path, list[str]]) -> None:
+    """Behind two damaged ones a run goes on and keeps one: the one it has just saved, not those."""
+    directory, words = run
+    shutil.copytree(directory / "checkpoints/step_00000004", directory / "checkpoints/step_00000005")
+    for step in (4, 5):
+        flip(next((directory / f"checkpoints/step_{step:08d}").glob("*.distcp")))
+    words = [*words, "checkpoint.keep=1", "checkpoint.every=1", "train.steps=3"]
+    assert main(words) == 0
+    found, wrong = checkpoint.newest(directory)
+    assert found is not None and found.name == "step_00000003"
+    assert steps_saved(directory) == ["step_00000003", "step_00000004", "step_00000005"]
+    assert all("half-written" in line for line in wrong) and len(wrong) == 2
+
+
 def test_where_all_are_damaged_nothing_begins_anew(
     run: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,6 +274,8 @@ def test_after_several_in_a_row_it_goes_back_and_past_them(
     records = metrics.read(directory)
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
     assert (records[-1]["skipped"], records[-1]["returns"]) == (3, 1)
+    # Trained on, not read.
+    assert [r["tokens"] for r in records] == [r["step"] * records[0]["tokens"] for r in records]
 
     restore = checkpoint.restore
 

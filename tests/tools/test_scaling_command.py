@@ -69,6 +69,9 @@ def test_a_known_curve_comes_back_with_its_compute(tmp_path: Path) -> None:
     assert curve.factor == pytest.approx(FACTOR, rel=0.05)
     assert curve.where(float(curve.at(1e13))) == pytest.approx(1e13)
     assert curve.where(OFFSET - 0.1) is None
+    # A flat curve gets there beyond any number.
+    flat = power_law.fit([1e12, 1e13, 1e14], [3.0, 2.999, 2.9985])
+    assert isinstance(flat, power_law.Fit) and flat.where(2.5) is None
 
 
 def test_error_bars_hold_the_truth_and_shrink_with_the_noise() -> None:
