@@ -83,8 +83,8 @@ class Contender:
 MEMORY = {"chunk": 16, "window": 8, "alpha_start": 0.9999}
 CONTENDERS = {
     "gated delta": Contender("gated delta", 16, {}, lr=1e-2, reach=10 * 2**20),
-    "omeganet": Contender("omeganet", 16, {**MEMORY, "eta_sum": 4.0}),
-    "atlas": Contender("atlas", 16, {**MEMORY, "ns_period": 4}, reach=10 * 2**20),
+    "omeganet": Contender("omeganet", 16, {**MEMORY, "eta_sum": 4.0}, reach=10 * 2**20),
+    "atlas": Contender("atlas", 16, {**MEMORY, "ns_period": 4}),
     "titans": Contender("titans", 16, {"chunk": 16, "alpha_start": 0.9999, "eta_sum": 4.0}),
     "sliding window": Contender("sliding window", 64, {}, lr=1e-2, longer=2, reach=10 * 2**20),
     "attention": Contender("attention", 0, {}, lr=1e-2, longer=2, grows=True),
@@ -177,8 +177,8 @@ def score(prediction: str, question: recall.Question) -> dict[str, float]:
 
 def side_by_side(results: record.Record, jobs: dict[str, Callable[[], record.Cell]]) -> None:
     """The cells that are missing, each in a process of its own: its peak of memory is its own. On a GPU one by one."""
-    start, cores = multiprocessing.get_context("spawn"), 1 if torch.cuda.is_available() else os.cpu_count()
-    with ProcessPoolExecutor(cores, start, torch.set_num_threads, (1,), max_tasks_per_child=1) as fresh:
+    start, most = multiprocessing.get_context("spawn"), 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(most, start, torch.set_num_threads, (1,), max_tasks_per_child=1) as fresh:
         running = {fresh.submit(timed, job): name for name, job in jobs.items() if name not in results.cells}
         for done in as_completed(running):
             results.cell(running[done], done.result)
