@@ -209,7 +209,8 @@ def sentences(kinds: Sequence[Kind], against: str) -> list[str]:
             continue
         low, high = found.interval
         clear = "" if low > 0 or high < 0 else " (the error bar holds 0: no difference seen)"
-        by = "" if found.ratio is None else f"; {found.first} has this loss at 1 / {found.ratio:.2f} of the {against}"
+        times = "" if found.ratio is None else f"{1 / found.ratio:.3g} times the {against}"
+        by = f"; {found.first} has this loss at {times}" if times else ""
         said.append(
             f"{found.second} against {found.first} at {symbol} = {found.at:.3g}: {found.difference:+.4f} nats a token "
             f"({low:+.4f} to {high:+.4f}){clear}{by}."
