@@ -37,6 +37,7 @@ from atlas_megatron.parallel.cpu import device
 from atlas_megatron.shards import ShardWriting, checksums_of_own, write_shards
 
 CONFIG = "config.toml"
+SET_ASIDE = "damaged.json"  # the marker of a checkpoint that was found damaged; named back, it counts again
 # What marks a checkpoint of weights from elsewhere: a run starts from it at step 0, with fresh optimizer and schedule.
 WEIGHTS_ONLY = {"weights_only": True}
 
@@ -81,12 +82,12 @@ def is_whole(folder: Path) -> bool:
 
 
 def to_resume(run_directory: str | Path) -> tuple[Path | None, list[str]]:
-    """As `newest`, for a run that goes on: damaged checkpoints after it lose their marker, so that none is counted."""
+    """As `newest`, for a run that goes on: markers of damaged ones after it are set aside: none of them counts."""
     folder, wrong = newest(run_directory)
     if folder and world.rank() == 0:
         for later in folder_of(run_directory).glob("step_*"):
             if later.name > folder.name and integrity.is_marked(later):
-                (later / MARKER).unlink()
+                os.replace(later / MARKER, later / SET_ASIDE)
     return folder, wrong
 
 

@@ -5,6 +5,7 @@ Imports neither torch nor Megatron, so that preparation's worker processes start
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import json
@@ -18,6 +19,7 @@ import pyarrow.parquet as parquet
 
 SUMMARY = "data.json"
 SPLITS = ("train", "validation")
+BYTES_A_READ = 1 << 20
 ROWS_A_READ = 1024  # of a Parquet file
 LARGEST_SOURCE = 200_000  # bytes; one library file larger than this would be most of a held-out split
 
@@ -182,19 +184,24 @@ def standard_library(limit_bytes: int) -> list[Path]:
             files.append(("test" in rooms or "tests" in rooms, file))
     chosen: list[Path] = []
     for _, file in sorted(files):
-        raw = file.read_bytes()
-        if not 0 < len(raw) <= LARGEST_SOURCE or not _is_utf8(raw):
+        size = file.stat().st_size
+        if not 0 < size <= LARGEST_SOURCE or not is_utf8(file):
             continue
-        if len(raw) > limit_bytes:
+        if size > limit_bytes:
             break
         chosen.append(file)
-        limit_bytes -= len(raw)
+        limit_bytes -= size
     return chosen
 
 
-def _is_utf8(raw: bytes) -> bool:
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
+def is_utf8(file: Path) -> bool:
+    """Whether all of a file of any size is UTF-8 text."""
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    with file.open("rb") as source:
+        try:
+            while raw := source.read(BYTES_A_READ):
+                decode(raw)
+            decode(b"", final=True)
+        except UnicodeDecodeError:
+            return False
     return True

@@ -96,9 +96,10 @@ def main(words: Sequence[str] | None = None) -> int:
         config = load(CONFIG, overrides)
         if not config.train.validate_every:
             raise ValueError("train.validate_every=0 leaves nothing to show at the end; give a number of steps")
-        # Data of one's own is not made anew.
+        # Data of one's own is left alone: preparing would replace its folder.
         ours = config.data.train == load(CONFIG).data.train
-        failed = (prepare(config) if ours else 0) or train.main([str(CONFIG), *overrides])
+        failed = prepare(config) if ours else 0
+        failed = failed or train.main([str(CONFIG), *overrides])
         if failed:
             return failed
         from atlas_megatron.metrics import read

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import re
 import textwrap
@@ -14,6 +13,7 @@ from random import Random
 
 import numpy as np
 
+from atlas_megatron.corpus import is_utf8
 from atlas_megatron.evaluate.haystack import PIECE, Filler, Stretch, encode
 from atlas_megatron.tokenizer import Tokenizer
 
@@ -43,7 +43,7 @@ class TextFolder:
             raise ValueError(f"filler folder {str(folder)!r} does not exist; give a folder of text files")
         found = sorted(file for file in self.folder.rglob("*") if self._counts(file))
         # All of them now: a file that is met after hours would cost them.
-        files = [file for file in found if _is_utf8(file)]
+        files = [file for file in found if is_utf8(file)]
         self.left_out = sorted(set(found) - set(files))
         sizes = [file.stat().st_size for file in files]
         self._places = [
@@ -95,18 +95,6 @@ class TextFolder:
             _, dropped = self._blocks.popitem(last=False)
             self._kept -= len(dropped.tokens) if dropped else 0
         return block
-
-
-def _is_utf8(file: Path) -> bool:
-    decode = codecs.getincrementaldecoder("utf-8")().decode
-    with file.open("rb") as source:
-        try:
-            while raw := source.read(16 * BLOCK):
-                decode(raw)
-            decode(b"", final=True)
-        except UnicodeDecodeError:
-            return False
-    return True
 
 
 def _text(file: Path, start: int) -> str:

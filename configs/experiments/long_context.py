@@ -290,7 +290,7 @@ OBSERVED: tuple[str, ...] = (
     not here.""",
     """Memory does not grow but for attention: to a million tokens, and to ten for the two that were read so far, the
     process takes what it takes at 4,096, within 0.5 %. Nor does reading slow down: over all lengths omeganet's speeds
-    lie within 10 % of their mean, atlas's within 12, the others' within 30, without falling. One core of a machine
+    lie within 10 % of their mean, atlas's within 12, the others' within a third, without falling. One core of a machine
     that does other work besides: it varies as much from one reading to the next. At these speeds omeganet and titans
     would read ten million tokens in 40 minutes, atlas in 1.7 hours: not done.""",
 )

@@ -15,7 +15,7 @@ from atlas_megatron.machine import in_nodes
 ROOT = Path(__file__).parents[2]
 SOURCES = ("README.md", "atlas_megatron/train.py", "launch/local.sh", "launch/slurm.sh")
 STARTS = (r"\S*atlas-train", r"launch/local\.sh", r"launch/slurm\.sh", r"torchrun .* atlas_megatron\.train")
-COMMAND = re.compile(rf"^ +((?:{"|".join(STARTS)}) configs/.*)$", re.MULTILINE)
+COMMAND = re.compile(rf"^ +((?:{'|'.join(STARTS)}) configs/.*)$", re.MULTILINE)
 
 
 def documented() -> list[tuple[str, str]]:
