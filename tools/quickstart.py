@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+import torch
+import torch.multiprocessing
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +21,7 @@ import prepare_data
 from atlas_megatron import train
 from atlas_megatron.config import Config, load
 from atlas_megatron.corpus import standard_library
+from atlas_megatron.stopping import SIGNALS
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.toml"
 CORPUS_BYTES = 10_000_000
@@ -30,6 +36,62 @@ def prepare(config: Config) -> int:
     out = Path(config.data.train[0]).parent
     options = ["--train-tokenizer", str(config.model.vocab_size), "--validation", str(HELD_OUT)]
     return prepare_data.main([*files, "--out", str(out), *options])
+
+
+def layout(config: Config, devices: int) -> tuple[int, int]:
+    """(processes, micro-batch): as many replicas as the devices hold and as share the global batch evenly."""
+    parallel, whole = config.parallel, config.train.global_batch
+    model = parallel.tensor * parallel.pipeline * parallel.context
+    replicas = next(n for n in range(max(1, devices // model), 0, -1) if whole % n == 0)
+    return model * replicas, min(config.train.micro_batch, whole // replicas)
+
+
+def _devices() -> int:
+    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+
+
+def train_side_by_side(words: list[str], count: int) -> int:
+    """`atlas-train` with these words in `count` processes of this machine, as torchrun would start them; its status.
+
+    Side by side two cores get far more done than two threads of one process, which wait for each other at every
+    operation. A signal that asks to stop is handed on.
+    """
+    if count == 1:
+        return train.main(words)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    context = torch.multiprocessing.start_processes(
+        _train_one, (count, port, threads, words), nprocs=count, join=False, start_method="spawn"
+    )
+    assert context is not None
+
+    def hand_on(number: int, _: object) -> None:
+        for process in context.processes:
+            os.kill(process.pid, number)
+
+    before = {number: signal.signal(number, hand_on) for number in SIGNALS}
+    try:
+        while not context.join():
+            pass
+    except torch.multiprocessing.ProcessExitedException as ended:
+        return ended.exit_code if ended.exit_code > 0 else 3
+    except KeyboardInterrupt:  # theirs too
+        for process in context.processes:
+            process.join()
+        return 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def _train_one(rank: int, count: int, port: int, threads: int, words: list[str]) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    torch.set_num_threads(threads)
+    sys.exit(train.main(words))
 
 
 def _write_sample(directory: Path) -> Path:
@@ -73,7 +135,8 @@ def _table(config: Config) -> Table:
     table.columns[1].justify = "right"
     table.add_row("parameters", f"{num_params(config):,}")
     table.add_row("tokens seen", f"{records[-1]['tokens']:,}")
-    table.add_row("tokens/s, median", f"{median(record['tokens_per_second'] for record in records):,.0f}")
+    tokens = config.train.global_batch * config.model.seq_length
+    table.add_row("tokens/s, median", f"{median(tokens / record['step_seconds'] for record in records):,.0f}")
     table.add_row("validation bits per byte: this model", f"{validated['validation_bits_per_byte']:.3f}")
     table.add_row("  on the same bytes: unigram model of its tokens", f"{against.unigram:.3f}")
     table.add_row("  on the same bytes: gzip -9", f"{against.gzip:.3f}")
@@ -98,8 +161,10 @@ def main(words: Sequence[str] | None = None) -> int:
             raise ValueError("train.validate_every=0 leaves nothing to show at the end; give a number of steps")
         # Data of one's own is left alone: preparing would replace its folder.
         ours = config.data.train == load(CONFIG).data.train
+        count, micro_batch = layout(config, _devices())
         failed = prepare(config) if ours else 0
-        failed = failed or train.main([str(CONFIG), *overrides])
+        words = [str(CONFIG), *overrides, f"train.micro_batch={micro_batch}"]
+        failed = failed or train_side_by_side(words, count)
         if failed:
             return failed
         from atlas_megatron.metrics import read

@@ -54,8 +54,8 @@ def trained(layout: str, preset: str, start: int, steps: int) -> record.Cell:
         taken_up = _checkpoint(preset, start, steps)
         shutil.copytree(taken_up, directory / "checkpoints" / taken_up.name)
     words = [f"run.directory={directory}", f"memory.preset={preset}", f"train.steps={start + steps}"]
-    words += ["train.lr=1e-3", f"train.warmup_steps={start // 2}", "train.validate_every=0", "train.micro_batch=1"]
-    words += [f"checkpoint.every={start}", "checkpoint.keep=1000", "log.tensorboard=false"]
+    words += ["train.lr=1e-3", f"train.warmup_steps={start // 2}", "train.validate_every=0", "train.global_batch=4"]
+    words += ["train.micro_batch=1", f"checkpoint.every={start}", "checkpoint.keep=1000", "log.tensorboard=false"]
     words += ["train.stats_every=1000000", *changes]
     if preset == "atlas":
         words += [f"memory.ns_period={load(BASE).memory.ns_period}"]  # which the preset would set

@@ -12,12 +12,8 @@ tools/convert_hf.py take it.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import sys
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -66,7 +62,7 @@ STAGES = (
 @dataclass(frozen=True)
 class Contender:
     """size: as training.config_of has it; memory: keys of [memory] that differ from its; longer: times the steps;
-    reach: the longest context that is read, of those of which a quarter of an hour of one core is enough."""
+    reach: the longest context that is read, of those of which an hour of one core is enough."""
 
     mixer: str
     size: int
@@ -83,7 +79,7 @@ class Contender:
 MEMORY = {"chunk": 16, "window": 8, "alpha_start": 0.9999}
 CONTENDERS = {
     "gated delta": Contender("gated delta", 16, {}, lr=1e-2, reach=10 * 2**20),
-    "omeganet": Contender("omeganet", 16, {**MEMORY, "eta_sum": 4.0}),
+    "omeganet": Contender("omeganet", 16, {**MEMORY, "eta_sum": 4.0}, reach=10 * 2**20),
     "atlas": Contender("atlas", 16, {**MEMORY, "ns_period": 4}),
     "titans": Contender("titans", 16, {"chunk": 16, "alpha_start": 0.9999, "eta_sum": 4.0}),
     "sliding window": Contender("sliding window", 64, {}, lr=1e-2, longer=2, reach=10 * 2**20),
@@ -173,21 +169,6 @@ def _ends(steps: int) -> list[int]:
 
 def score(prediction: str, question: recall.Question) -> dict[str, float]:
     return {METRIC: float(prediction.strip() == question.answers[0])}
-
-
-def side_by_side(results: record.Record, jobs: dict[str, Callable[[], record.Cell]]) -> None:
-    """The cells that are missing, each in a process of its own: its peak of memory is its own. On a GPU one by one."""
-    start, most = multiprocessing.get_context("spawn"), 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(most, start, torch.set_num_threads, (1,), max_tasks_per_child=1) as fresh:
-        running = {fresh.submit(timed, job): name for name, job in jobs.items() if name not in results.cells}
-        for done in as_completed(running):
-            results.cell(running[done], done.result)
-
-
-def timed(job: Callable[[], record.Cell]) -> record.Cell:
-    started = time.perf_counter()
-    found = job()
-    return {**found, "seconds": round(time.perf_counter() - started, 2)}
 
 
 def read_and_ask(name: str, runs: Path, length: int, count: int) -> record.Cell:
@@ -306,11 +287,11 @@ def main(words: Sequence[str] | None = None) -> int:
         settings = {"steps": grid.steps, "tokens": grid.tokens, "stages": [asdict(stage) for stage in STAGES]}
         results = record.Record("long_context", asked, {**settings, **training.SETTINGS})
         drop_lost(results, grid, runs)
-        side_by_side(results, {f"{name}, trained": partial(train, name, grid, runs) for name in grid.contenders})
+        record.side_by_side(results, {f"{name}, trained": partial(train, name, grid, runs) for name in grid.contenders})
         # Of all of them the short ones first.
         asked_for = [(n, name) for n in grid.samples for name in grid.contenders if n in lengths_of(name, grid)]
         reads = {f"{name}, {n} tokens": partial(read_and_ask, name, runs, n, grid.samples[n]) for n, name in asked_for}
-        side_by_side(results, reads)
+        record.side_by_side(results, reads)
         draw(results, grid)
         describe(results, grid, () if asked.quick else OBSERVED)
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
@@ -64,6 +69,29 @@ class Record(Results):
         command, made_at = self.content["command"], self.content["commit"]
         made = f"Made by `{command}`, commit {made_at}; numbers in [{name}.json]({name}.json)."
         self.path.with_suffix(".md").write_text("\n\n".join([*said, made]) + "\n", encoding="utf-8")
+
+
+def side_by_side(results: Record, jobs: dict[str, Callable[[], Cell]]) -> None:
+    """The cells that are missing, with the seconds that each took: one to a core, on a GPU one by one.
+
+    Each in a fresh process of one thread, so that its peak of memory is its own; a job is a partial of a module's
+    function. Where one fails, what it raised is raised when those beside it have ended, and no other is begun.
+    """
+    start, most = multiprocessing.get_context("spawn"), 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(most, start, torch.set_num_threads, (1,), max_tasks_per_child=1) as fresh:
+        running = {fresh.submit(_timed, job): name for name, job in jobs.items() if name not in results.cells}
+        try:
+            for done in as_completed(running):
+                results.cell(running[done], done.result)
+        except BaseException:
+            fresh.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _timed(job: Callable[[], Cell]) -> Cell:
+    started = time.perf_counter()
+    found = job()
+    return {**found, "seconds": round(time.perf_counter() - started, 2)}
 
 
 def run(name: str, experiment: Callable[[], None]) -> int:

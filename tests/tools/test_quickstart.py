@@ -1,10 +1,11 @@
-"""The quickstart's own decisions, without its training: whose data it makes, and what it cannot show."""
+"""The quickstart's own decisions, without its training: whose data it makes, what it cannot show, who trains."""
 
 from __future__ import annotations
 
 import pytest
 
 import quickstart
+from atlas_megatron.config import load
 
 
 @pytest.fixture
@@ -12,7 +13,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was called, in order; training ends at once."""
     names: list[str] = []
     monkeypatch.setattr(quickstart, "prepare", lambda config: names.append("prepare") or 0)
-    monkeypatch.setattr(quickstart.train, "main", lambda words: names.append("train") or 3)
+    monkeypatch.setattr(quickstart, "train_side_by_side", lambda words, count: names.append("train") or 3)
     return names
 
 
@@ -28,3 +29,27 @@ def test_data_of_ones_own_are_left_alone(called: list[str], words: list[str], wa
 def test_without_validation_there_is_nothing_to_show(called: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert quickstart.main(["train.validate_every=0"]) == 2
     assert called == [] and capsys.readouterr().err.startswith("quickstart: train.validate_every=0 leaves nothing")
+
+
+@pytest.mark.parametrize(
+    ("words", "devices", "wanted"),
+    [
+        ([], 1, (1, 4)),
+        ([], 2, (2, 2)),
+        ([], 3, (2, 2)),
+        ([], 64, (4, 1)),
+        (["train.global_batch=6", "train.micro_batch=1"], 4, (3, 1)),
+        (["parallel.tensor=2"], 2, (2, 4)),
+        (["parallel.tensor=2"], 1, (2, 4)),
+        (["parallel.tensor=2"], 4, (4, 2)),
+    ],
+)
+def test_replicas_share_the_global_batch(words: list[str], devices: int, wanted: tuple[int, int]) -> None:
+    assert quickstart.layout(load(quickstart.CONFIG, ["train.global_batch=4", *words]), devices) == wanted
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_status_is_that_of_the_processes(count: int, capfd: pytest.CaptureFixture[str]) -> None:
+    words = [str(quickstart.CONFIG), "data.train=nowhere/train", "train.global_batch=4", "train.micro_batch=2"]
+    assert quickstart.train_side_by_side(words, count) == 2
+    assert "nowhere/train" in capfd.readouterr().err
