@@ -98,7 +98,9 @@ class MemoryConfig:
     ns_coefficients: str = "jordan"  # jordan | polar_express
     conv_size: int = 4  # taps of the short convolutions on q, k, v
     gate_rank: int = 32  # of the low-rank pairs behind alpha, eta, theta, gamma
-    alpha_start: float = 0.99  # retention of one token at initialisation
+    # Retention of one token at initialisation. 0 derives it: what was there first fades to a third over seq_length
+    # tokens. Where it fades away a deep memory's output norm divides by next to nothing, and gradients explode.
+    alpha_start: float = 0.0
     theta_start: float = 0.9  # momentum decay at initialisation
     gamma_start: float = 0.5  # Omega gate at initialisation
     # Step size at initialisation; a learned one stays below 10 times it. 0 derives it. Newton-Schulz: 0.01 a token
@@ -108,12 +110,16 @@ class MemoryConfig:
     # feedback, the steps of one token sum to it.
     eta_start: float = 0.0
     eta_sum: float = 0.1
+    # Of a deep memory: the outer gradient also passes through the weights at which inner gradients are taken. That is
+    # exact, and over many chunks of no use: it grows exponentially with them (at 4,096 tokens to norms of 1e9 before
+    # the first step). false: first order, those weights are constants. A linear memory's is always exact.
+    second_order: bool = False
     impl: str = "auto"  # reference | chunked | triton (a GPU) | auto
 
     def rule(self) -> MemoryRule:
         """The part of this section that `atlas_kernels` learns by; raises ValueError where it does not fit together."""
-        names = (f.name for f in fields(MemoryRule))
-        return MemoryRule(**{name: getattr(self, name) for name in names})
+        own = {f.name: getattr(self, f.name) for f in fields(MemoryRule)}
+        return MemoryRule(**{**own, "second_order": self.second_order or self.memory == "linear"})
 
 
 @dataclass(frozen=True)
@@ -342,14 +348,15 @@ def describe() -> str:
 def model_differences(ours: Config, theirs: Config) -> list[str]:
     """The fields, as ``section.key: ours, theirs``, in which two configurations describe different models.
 
-    How a model is run (implementation of the memory, Transformer Engine, pipeline cuts) is not part of what it is.
+    How a model is run (implementation and outer gradient of the memory, Transformer Engine, pipeline cuts) is not part
+    of what it is.
     """
     found = []
     for section in ("model", "memory", "attention", "recurrent", "delta"):
         a, b = getattr(ours, section), getattr(theirs, section)
         for f in fields(a):
             mine, other = getattr(a, f.name), getattr(b, f.name)
-            if f.name in ("impl", "preset", "transformer_engine"):
+            if f.name in ("impl", "preset", "second_order", "transformer_engine"):
                 continue
             if f.name == "pattern":
                 mine, other = mine.replace("|", ""), other.replace("|", "")

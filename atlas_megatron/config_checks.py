@@ -67,7 +67,9 @@ def _check_ranges(config: Config) -> None:
     for key in ("hang_minutes", "straggler_every", "most_skipped", "most_returns"):
         if not getattr(config.resilience, key) >= 0:
             raise ValueError(f"resilience.{key}={getattr(config.resilience, key)} must be 0 or more")
-    for key in ("alpha_start", "theta_start", "gamma_start"):
+    if not 0 <= memory.alpha_start < 1:
+        raise ValueError(f"memory.alpha_start={memory.alpha_start} must be 0 (derived) or lie between 0 and 1")
+    for key in ("theta_start", "gamma_start"):
         if not 0 < getattr(memory, key) < 1:
             raise ValueError(f"memory.{key}={getattr(memory, key)} must lie between 0 and 1, both excluded")
     for key in ("adam_beta1", "adam_beta2"):

@@ -12,9 +12,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from atlas_megatron.config import Config, layers_of
+from atlas_megatron.config import WITH_MEMORY, Config, layers_of
 from atlas_megatron.layer_specs import core_pattern, stack_spec
 from atlas_megatron.mixers import MIXERS
+from atlas_megatron.mixers.memory_layout import anchor_flops
 
 
 def parameter_dtype(config: Config) -> torch.dtype:
@@ -141,10 +142,15 @@ def flops_per_token(config: Config) -> Flops:
     Linears, in x out: 2 in out. Mixers: as each says of itself. MLP: three products with ffn_hidden_size. Then the
     logits. Elementwise work (norms, activations, gates, the optimizer) is left out, as is custom for MFU, and so is
     what an implementation adds: attention computes whole blocks, about twice the keys seen, and the memory
-    recomputes its forward in the backward. training: the backward of a product is two products, so 3 x forward.
+    recomputes its forward in the backward. training: the backward of a product is two products, so 3 x forward; with
+    memory.second_order = false one for those with the weights at which the memory takes its gradients.
     """
     model = config.model
     mlp = (6.0 * model.hidden_size * model.ffn_hidden_size, 0.0)
     layers = [MIXERS[s].flops_per_token(config) if s in MIXERS else mlp for s in layers_of(config)]
     forward = sum(whole for whole, _ in layers) + 2 * model.hidden_size * model.vocab_size
-    return Flops(forward, 3 * forward, 3 * sum(inner for _, inner in layers))
+    memories = sum(symbol in WITH_MEMORY for symbol in layers_of(config))
+    constant = 0.0
+    if memories and not config.memory.rule().second_order:
+        constant = memories * anchor_flops(config.memory, model.seq_length) / model.seq_length
+    return Flops(forward, 3 * forward - constant, 3 * sum(inner for _, inner in layers) - constant)

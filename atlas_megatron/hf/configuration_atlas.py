@@ -34,11 +34,12 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "ns_coefficients": "jordan",
         "conv_size": 4,
         "gate_rank": 32,
-        "alpha_start": 0.99,
+        "alpha_start": 0.0,
         "theta_start": 0.9,
         "gamma_start": 0.5,
         "eta_start": 0.0,
         "eta_sum": 0.1,
+        "second_order": False,
         "impl": "auto",
     },
     "attention": {
@@ -65,7 +66,7 @@ MODEL = (
     "transformer_engine",
 )
 # How a model is run, not what it is.
-RUN = ("impl", "preset", "transformer_engine")
+RUN = ("impl", "preset", "second_order", "transformer_engine")
 
 
 class AtlasConfig(PretrainedConfig):

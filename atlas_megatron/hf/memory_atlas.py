@@ -51,8 +51,8 @@ class AtlasMemory(nn.Module):
         self.rule = rule_of(memory)
         self.epsilon, self.init_std = config.norm_epsilon, config.init_std
         hidden, heads, width = config.hidden_size, memory.heads, memory.heads * memory.head_dim
-        self.gate_starts = gate_starts(memory)
-        gates = sum(map(len, self.gate_starts.values()))
+        self.gate_widths, self.gate_logits = gate_widths(memory), gate_starts(memory, config.seq_length)
+        gates = len(self.gate_logits)
         self.linear_qkvg = nn.Linear(hidden, 4 * width, bias=False)
         self.linear_out = nn.Linear(width, hidden, bias=False)
         self.gate_down = nn.Parameter(torch.empty(memory.gate_rank, hidden))
@@ -68,10 +68,9 @@ class AtlasMemory(nn.Module):
     def start(self) -> dict[str, Tensor]:
         """What this module's own parameters begin with, where no checkpoint gives them."""
         memory = self.memory
-        logits = [logit for values in self.gate_starts.values() for logit in values]
         own = {
             "gate_down": torch.empty(self.gate_down.shape).normal_(std=self.init_std),
-            "gate_bias": torch.tensor(logits).repeat(memory.heads, 1),
+            "gate_bias": torch.tensor(self.gate_logits).repeat(memory.heads, 1),
             "norm_gain": torch.ones(self.norm_gain.shape),
         }
         learned = start_coefficients(memory)
@@ -117,9 +116,9 @@ class AtlasMemory(nn.Module):
         """The gates of every token [B, T, H], at least float32: sigmoids, eta scaled to its bound."""
         memory = self.memory
         logits = wide(self.linear_gates(F.linear(x, self.gate_down))).unflatten(-1, self.gate_bias.shape)
-        sizes = [len(values) for values in self.gate_starts.values()]
+        sizes = list(self.gate_widths.values())
         split = (logits + self.gate_bias).sigmoid().split(sizes, -1)
-        gates = dict(zip(self.gate_starts, split, strict=True))
+        gates = dict(zip(self.gate_widths, split, strict=True))
         eta = gates["eta"].squeeze(-1) * (ETA_HEADROOM * eta_start(memory))
         one = torch.ones_like(eta)
         # Titans: the step scales the gradient that enters the momentum, not the write.
@@ -155,7 +154,8 @@ class AtlasMemory(nn.Module):
 
 def rule_of(memory: SimpleNamespace) -> MemoryRule:
     """What the kernels learn by; raises ValueError where the section does not fit together."""
-    return MemoryRule(**{f.name: getattr(memory, f.name) for f in fields(MemoryRule)})
+    own = {f.name: getattr(memory, f.name) for f in fields(MemoryRule)}
+    return MemoryRule(**{**own, "second_order": memory.second_order or memory.memory == "linear"})
 
 
 def lifted(memory: SimpleNamespace) -> int:
@@ -179,15 +179,22 @@ def start_coefficients(memory: SimpleNamespace) -> Tensor | None:
     return initial_coefficients(memory.feature_map, memory.degree)
 
 
-def gate_starts(memory: SimpleNamespace) -> dict[str, list[float]]:
-    """Start logits of one head's gates, in the order in which a checkpoint has them."""
-    starts = {"alpha": [memory.alpha_start]} if memory.retention else {}
-    starts["eta"] = [1.0 / ETA_HEADROOM]
+def gate_widths(memory: SimpleNamespace) -> dict[str, int]:
+    """How many of each gate one head has, in the order in which a checkpoint has them."""
+    widths = {"alpha": 1} if memory.retention else {}
+    widths["eta"] = 1
     if memory.momentum:
-        starts["theta"] = [memory.theta_start]
+        widths["theta"] = 1
     if memory.omega_gates != "none":
-        starts["gamma"] = [memory.gamma_start] * (memory.window if memory.omega_gates == "pair" else 1)
-    return {name: [math.log(p / (1.0 - p)) for p in values] for name, values in starts.items()}
+        widths["gamma"] = memory.window if memory.omega_gates == "pair" else 1
+    return widths
+
+
+def gate_starts(memory: SimpleNamespace, tokens: int) -> list[float]:
+    """Start logits of one head's gates; a retention that is not given keeps a third over so many tokens."""
+    start = {"alpha": memory.alpha_start or 1.0 - 1.0 / max(2, tokens), "eta": 1.0 / ETA_HEADROOM}
+    start |= {"theta": memory.theta_start, "gamma": memory.gamma_start}
+    return [math.log(start[name] / (1.0 - start[name])) for name, w in gate_widths(memory).items() for _ in range(w)]
 
 
 def eta_start(memory: SimpleNamespace) -> float:

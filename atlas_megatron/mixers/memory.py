@@ -36,6 +36,7 @@ from atlas_megatron.mixers.memory_layout import (
     first_gain,
     gate_count,
     gate_starts,
+    gate_widths,
     lift_flops,
     lifted,
     memory_flops,
@@ -76,7 +77,7 @@ class AtlasMixer(Mixer):
             memory.gate_rank, memory.heads * gate_count(memory), self.config, self.tp_group
         )
         self.linear_out = linears.row(width, hidden, self.config, self.tp_group)
-        self._build_parameters(hidden)
+        self._build_parameters(hidden, settings.model.seq_length)
         check_implementation(memory.impl, self.rule, self._start(ALL), self.config.params_dtype)
         for parameter in (*self.parameters(recurse=False), *self.linear_gates.parameters()):
             parameter.no_weight_decay = True
@@ -104,15 +105,14 @@ class AtlasMixer(Mixer):
         inner = memory_flops(memory, model.seq_length) / model.seq_length + lift_flops(memory)
         return 2 * (5 * model.hidden_size * width + gates + 3 * width * memory.conv_size) + inner, inner
 
-    def _build_parameters(self, d_model: int) -> None:
+    def _build_parameters(self, d_model: int, tokens: int) -> None:
         memory, config = self.memory, self.config
         down = torch.empty(memory.gate_rank, d_model)
         config.init_method(down)
         self.gate_down = self.on_every_rank(down)
 
         self.convolution = self.by_head(initial_taps(memory.heads, memory.head_dim, memory.conv_size))
-        starts = [logit for logits in gate_starts(memory).values() for logit in logits]
-        self.gate_bias = self.by_head(torch.tensor(starts).repeat(memory.heads, 1))
+        self.gate_bias = self.by_head(torch.tensor(gate_starts(memory, tokens)).repeat(memory.heads, 1))
         coefficients = initial_coefficients(memory.feature_map, memory.degree)
         if memory.kernel != "lifted":
             coefficients = torch.ones(1)  # the kernel's scale: exp(scale q . k)
@@ -154,9 +154,8 @@ class AtlasMixer(Mixer):
         memory = self.memory
         logits = self.linear_gates(F.linear(hidden_states, self.gate_down))[0].transpose(0, 1)
         values = (wide(logits).unflatten(-1, self.gate_bias.shape) + self.gate_bias).sigmoid()
-        starts = gate_starts(memory)
-        split = values.split([len(logits) for logits in starts.values()], dim=-1)
-        gates = dict(zip(starts, split, strict=True))
+        widths = gate_widths(memory)
+        gates = dict(zip(widths, values.split(list(widths.values()), dim=-1), strict=True))
         eta = gates["eta"].squeeze(-1) * (ETA_HEADROOM * eta_start(memory))
         one = torch.ones_like(eta)
         if memory.omega_gates == "pair":
@@ -293,7 +292,7 @@ class AtlasMixer(Mixer):
         """How many gates fall into each of HISTOGRAM_BINS bins: eta's over [0, its bound], the others' over [0, 1]."""
         held = {**vars(gates), "eta": gates.gamma if self.memory.step_in_momentum else gates.eta}
         tops = {"eta": ETA_HEADROOM * eta_start(self.memory)}
-        return {f"{name}_histogram": counts(held[name], tops.get(name, 1.0)) for name in gate_starts(self.memory)}
+        return {f"{name}_histogram": counts(held[name], tops.get(name, 1.0)) for name in gate_widths(self.memory)}
 
     def _spectra(self, momentum: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """SPECTRUM_QUANTILES of the singular values of all matrices of a few heads, of the momentum and of what

@@ -55,22 +55,32 @@ def weight_shapes(memory: MemoryConfig) -> tuple[tuple[int, int], ...]:
     return ((width, hidden), *([(hidden, features)] * (2 if memory.memory == "gated_mlp" else 1)))
 
 
-def gate_starts(memory: MemoryConfig) -> dict[str, list[float]]:
-    """Start logits of one head's gates, in the order in which `AtlasMixer` reads them."""
-    starts = {}
-    if memory.retention:
-        starts["alpha"] = [memory.alpha_start]
-    starts["eta"] = [1.0 / ETA_HEADROOM]
+def gate_widths(memory: MemoryConfig) -> dict[str, int]:
+    """How many of each gate one head has, in the order in which `AtlasMixer` reads them."""
+    widths = {"alpha": 1} if memory.retention else {}
+    widths["eta"] = 1
     if memory.momentum:
-        starts["theta"] = [memory.theta_start]
+        widths["theta"] = 1
     if memory.omega_gates != "none":
-        starts["gamma"] = [memory.gamma_start] * (memory.window if memory.omega_gates == "pair" else 1)
-    return {name: [math.log(p / (1.0 - p)) for p in values] for name, values in starts.items()}
+        widths["gamma"] = memory.window if memory.omega_gates == "pair" else 1
+    return widths
+
+
+def alpha_start(memory: MemoryConfig, tokens: int) -> float:
+    """The retention at initialisation, given or derived: what was there first fades to a third over `tokens`."""
+    return memory.alpha_start or 1.0 - 1.0 / max(2, tokens)
+
+
+def gate_starts(memory: MemoryConfig, tokens: int) -> list[float]:
+    """Start logits of one head's gates, of a model for sequences of so many tokens."""
+    start = {"alpha": alpha_start(memory, tokens), "eta": 1.0 / ETA_HEADROOM}
+    start |= {"theta": memory.theta_start, "gamma": memory.gamma_start}
+    return [math.log(start[name] / (1.0 - start[name])) for name, w in gate_widths(memory).items() for _ in range(w)]
 
 
 def gate_count(memory: MemoryConfig) -> int:
     """Gates of one head."""
-    return sum(map(len, gate_starts(memory).values()))
+    return sum(gate_widths(memory).values())
 
 
 def coefficient_count(memory: MemoryConfig) -> int:
@@ -110,6 +120,21 @@ def memory_flops(memory: MemoryConfig, tokens: int) -> float:
             flops += writes * (2 * sources * m * n + newton_schulz_flops(m, n, memory.ns_steps) + 2 * m * n)
             flops += 2 * writes * readers * (m * n + m)
     return flops * memory.heads * tokens / chunk
+
+
+def anchor_flops(memory: MemoryConfig, tokens: int) -> float:
+    """The part of `memory_flops` that meets the weights at which gradients are taken: the factors."""
+    rule = memory.rule()
+    if rule.delta:
+        return 0.0
+    flops, cached = 0.0, 0
+    for start in range(0, tokens, memory.chunk):
+        sources = memory.chunk + (min(memory.window - 1, start) if rule.dual else memory.window - 1)
+        for j, (m, n) in enumerate(weight_shapes(memory)):
+            over_cache = cached * (m + n) if rule.dual and (memory.memory == "linear" or j > 0) else 0
+            flops += 2 * sources * _factor_passes(memory, j) * (m * n + over_cache)
+        cached += sources
+    return flops * memory.heads
 
 
 def _factor_passes(memory: MemoryConfig, j: int) -> int:

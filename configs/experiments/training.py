@@ -24,6 +24,7 @@ from atlas_megatron.presets import PRESETS
 HIDDEN = 64
 FEED_FORWARD = 128
 LAYERS = 2
+ALPHA_START = 0.99
 HEADS = 2  # of a memory; attention divides HIDDEN among as many
 INIT_STD = HIDDEN**-0.5  # linears of 64 inputs keep their scale
 # Zoology's. Output layers are tied: longer embeddings begin by answering every token with itself.
@@ -107,6 +108,8 @@ def _memory(preset: str, size: int) -> MemoryConfig:
     memory = replace(MemoryConfig(), preset=preset, heads=HEADS, head_dim=size, gate_rank=GATE_RANK, **PRESETS[preset])
     # Short sequences: several chunks, and windows shorter than one.
     memory = replace(memory, chunk=min(memory.chunk, CHUNK), window=min(memory.window, WINDOW), eta_sum=ETA_SUM)
+    # Exact gradients and a quick decay, which long sequences do not take, are what the results were made with.
+    memory = replace(memory, second_order=True, alpha_start=ALPHA_START)
     return replace(memory, ns_period=NS_PERIOD) if memory.ns_steps else memory
 
 

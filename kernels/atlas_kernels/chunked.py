@@ -396,7 +396,7 @@ def _chunk_by_chunk(
     qs, read_qs, xs, vs, rs = (t.unbind() for t in vars(whole).values())
 
     def step(n: int, weights: Matrices, momentum: Matrices, anchor: Matrices) -> tuple[Tensor, Matrices, Matrices]:
-        factors = memory.factors(anchor_of(anchor), xs[n], vs[n], rs[n])
+        factors = memory.factors(anchor_of(rule.anchor_of(anchor)), xs[n], vs[n], rs[n])
         reader, leave = writes.advance(n, weights, momentum, factors)
         y = memory.read(reader, qs[n], read_qs[n])
         return y, *leave()

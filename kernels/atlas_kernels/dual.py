@@ -116,6 +116,10 @@ class _Cache:
         """What was there, decayed, and one more block."""
         return _Cache(torch.cat([self.weights * retained, weights], 1), (*self.keys, keys), (*self.values, values))
 
+    def detach(self) -> _Cache:
+        values = tuple(tuple(v.detach() for v in block) for block in self.values)
+        return _Cache(self.weights.detach(), tuple(k.detach() for k in self.keys), values)
+
     def joined(self) -> tuple[Tensor, Matrices]:
         return torch.cat(self.keys, 1), tuple(torch.cat(blocks, 1) for blocks in zip(*self.values, strict=True))
 
@@ -180,10 +184,12 @@ class _Attended(torch.autograd.Function):
         kernel, scores = _scores(ctx.softmax, x, scale, own_weights, cache_weights, keys)
         if ctx.softmax:
             grad = grad / _total(scores)
-        grad_values = torch.bmm(scores.mT, grad)
         grad_scores = torch.bmm(grad, values.mT)
         if ctx.softmax:  # through the sum: what the output itself would give
             grad_scores -= (grad_scores * scores).sum(-1, keepdim=True) / _total(scores)
+        if not any(ctx.needs_input_grad[2:]):
+            return None, torch.bmm(grad_scores.mul_(scores), keys), *[None] * (len(blocks) + 5)
+        grad_values = torch.bmm(scores.mT, grad)
         grad_weights = kernel.mul_(grad_scores)
         grad_logits = grad_scores.mul_(scores)
         grad_x, grad_keys = torch.bmm(grad_logits, keys), torch.bmm(grad_logits.mT, x)
@@ -329,7 +335,8 @@ def _step(
     alphas = retention[..., :1] * alpha[..., :1, None]
     written = (retention * eta.unsqueeze(-2)) @ band  # C
 
-    factors = memory.factors(_DualReader(rule, MatrixReader(matrices), matrices, cache), x, v, r)
+    anchor, seen = rule.anchor_of(matrices), cache if rule.second_order else cache.detach()
+    factors = memory.factors(_DualReader(rule, MatrixReader(anchor), anchor, seen), x, v, r)
     values = tuple(-factors[j][0] for j in dual_layers(rule))
     plain = SourceReader(-written, factors, [(alphas, W) for W in matrices])
     reader = _DualReader(rule, plain, matrices, cache, alphas, (written, x, values))

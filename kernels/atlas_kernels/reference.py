@@ -60,9 +60,7 @@ def inner_loss(rule: MemoryRule, W: Matrices, x: Tensor, v: Tensor, r: Tensor) -
     return 0.5 * (y - v).square().sum(-1) if rule.loss == "l2" else -(y * v).sum(-1)
 
 
-def inner_gradient(
-    rule: MemoryRule, W: Matrices, x: Tensor, v: Tensor, r: Tensor, gamma: Tensor
-) -> Matrices:
+def inner_gradient(rule: MemoryRule, W: Matrices, x: Tensor, v: Tensor, r: Tensor, gamma: Tensor) -> Matrices:
     """sum_i gamma_i d/dW loss(M(x_i), v_i), by hand; each source adds a rank-one matrix. gamma [B, I, H]."""
     e = memory(rule, W, x, r) - v if rule.loss == "l2" else -v  # dloss / dM
 
@@ -119,10 +117,11 @@ def omega_memory_reference(
         position = state.position + t
         if position % rule.chunk == 0:
             A = W  # every gradient of a chunk is taken at its first weights (Eq 16)
+        at = rule.anchor_of(A)
         window = slice(t, t + c)  # sources t-c+1 .. t, counted from the start of the halo
         # Pair gates count backwards from the reader: entry j is source t-j.
         gamma = gates.gamma[:, t].flip(-1).transpose(1, 2) if sources is None else sources[:, window]
-        G = inner_gradient(rule, A, X[:, window], V[:, window], R[:, window], gamma)  # Omega rule (Eq 9)
+        G = inner_gradient(rule, at, X[:, window], V[:, window], R[:, window], gamma)  # Omega rule (Eq 9)
         S = momentum(gates.theta[:, t], S, G) if rule.momentum else G
         W = write(rule, gates.alpha[:, t], gates.eta[:, t], W, S, position)
         y.append(memory(rule, W, q[:, t : t + 1], r_q[:, t : t + 1]))  # read after the write

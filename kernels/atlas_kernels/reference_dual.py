@@ -59,9 +59,10 @@ def _one_head(q, k, v, gates, weights, rule, residual, b: int, h: int) -> Tensor
     first = [Layer(W[h], rule.kernel == "softmax") for W in (weights if rule.memory == "linear" else weights[1:])]
     W1 = None if rule.memory == "linear" else weights[0][h]
     outputs = []
+    anchor: tuple[Tensor | None, list[Layer]] = (W1, first)
     for t in range(q.shape[1]):
         if t % rule.chunk == 0:
-            anchor = (W1, list(first))
+            anchor = (W1, list(first)) if rule.second_order else _constant(W1, first)
         alpha, eta = gates.alpha[b, t, h], gates.eta[b, t, h]
         first = [layer.decayed(alpha) for layer in first]
         W1 = None if W1 is None else alpha * W1
@@ -75,6 +76,17 @@ def _one_head(q, k, v, gates, weights, rule, residual, b: int, h: int) -> Tensor
         r = q[b, t, h] if residual is None else residual[0][b, t, h]
         outputs.append(_memory(rule, W1, first, q[b, t, h], r))
     return torch.stack(outputs)
+
+
+def _constant(W1: Tensor | None, first: list[Layer]) -> tuple[Tensor | None, list[Layer]]:
+    """The same to read, without a gradient."""
+    layers = []
+    for layer in first:
+        constant = Layer(layer.W0.detach(), layer.softmax)
+        constant.a = layer.a.detach() if isinstance(layer.a, Tensor) else layer.a
+        constant.sources = [(c.detach(), d.detach(), x.detach()) for c, d, x in layer.sources]
+        layers.append(constant)
+    return None if W1 is None else W1.detach(), layers
 
 
 def _hidden(rule, first, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -45,6 +45,9 @@ class MemoryRule:
     # lifted: inputs come lifted by a feature map. exponential: they come plain and meet as exp(q . k), in dual form
     # (paper Eqs 22, 23); softmax: the same, divided by the sum of its weights.
     kernel: str = "lifted"
+    # Of the outer gradient: False takes the weights at which inner gradients are taken for constants (first order).
+    # Through them the gradient of a long sequence grows exponentially where a deep memory decays or is written fast.
+    second_order: bool = True
 
     def __post_init__(self) -> None:
         _choose("memory", self.memory, MEMORIES)
@@ -67,6 +70,8 @@ class MemoryRule:
             )
         if self.memory == "linear" and self.norm != "none":
             raise ValueError(f"norm={self.norm!r} belongs to deep memories; memory='linear' takes norm='none'")
+        if self.memory == "linear" and not self.second_order:
+            raise ValueError("second_order=False belongs to deep memories; memory='linear' takes second_order=True")
         if self.dual and (self.ns_steps or self.momentum):
             raise ValueError(
                 f"kernel={self.kernel!r} came with ns_steps={self.ns_steps}, momentum={self.momentum}; its dual form "
@@ -83,6 +88,10 @@ class MemoryRule:
         """Whether this is the (gated) delta rule, which has a chunk form of its own (see delta_rule.py)."""
         online = self.chunk == 1 and self.window == 1 and self.ns_steps == 0 and not self.momentum
         return online and self.memory == "linear" and self.loss == "l2" and not self.dual
+
+    def anchor_of(self, matrices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The weights at which inner gradients are taken, as the outer gradient sees them."""
+        return matrices if self.second_order else tuple(m.detach() for m in matrices)
 
     def writes_at(self, position: int) -> bool:
         """Whether the token at absolute `position` writes to the weights."""

@@ -108,8 +108,7 @@ class SumWrites:
     def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[Reader, Leave]:
         last, outer = self.leaving[n]
         written = tuple(
-            torch.baddbmm(last * W, wide.mT, outer * narrow)
-            for W, (wide, narrow) in zip(weights, factors, strict=True)
+            torch.baddbmm(last * W, wide.mT, outer * narrow) for W, (wide, narrow) in zip(weights, factors, strict=True)
         )
         alphas, sources = self.reads[n]
         return SourceReader(sources, factors, [(alphas, W) for W in weights]), lambda: (written, momentum)

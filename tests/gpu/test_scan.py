@@ -25,6 +25,13 @@ def test_every_rule(memory, norm, loss, momentum):
     compare(small(replace(BASE, memory=memory, norm=norm, loss=loss, momentum=momentum), 2 * CHUNK + 5))
 
 
+@pytest.mark.parametrize("momentum", [True, False], ids=["momentum", "sum"])
+@pytest.mark.parametrize("memory", ["mlp", "gated_mlp"])
+def test_first_order(memory, momentum):
+    rule = replace(BASE, memory=memory, momentum=momentum, second_order=False)
+    compare(small(rule, 2 * CHUNK + 5, pair=momentum))
+
+
 @pytest.mark.parametrize("tokens", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
 @pytest.mark.parametrize("window", [1, 5, CHUNK + 3])
 def test_lengths_and_windows(tokens, window):

@@ -84,7 +84,7 @@ def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
         (["resilience.skips_in_a_row=0"], 1, "resilience.skips_in_a_row=0 must be greater than 0"),
         (["resilience.non_finite=ignore"], 1, "resilience.non_finite='ignore' is unknown; choose one of stop, skip"),
         (["train.warmup_steps=1000"], 1, "must be less than train.steps"),
-        (["memory.alpha_start=1.0"], 1, "memory.alpha_start=1.0 must lie between 0 and 1"),
+        (["memory.alpha_start=1.0"], 1, "memory.alpha_start=1.0 must be 0 .derived. or lie between 0 and 1"),
         (["memory.feature_map=cubic"], 1, "choose one of identity, hadamard"),
         (["memory.feature_map=taylor", "memory.head_dim=128"], 1, "to 8385 features: .* MiB .* use a smaller head_dim"),
         (["memory.feature_map=sketch"], 1, "memory.sketch_width=0 .* for example 512"),

@@ -16,7 +16,7 @@ from atlas_kernels import Gates
 from atlas_megatron import metrics
 from atlas_megatron.mixers import hybrid
 from atlas_megatron.mixers.memory import HISTOGRAM_BINS, counts, singular_values
-from atlas_megatron.mixers.memory_layout import ETA_HEADROOM, eta_start, gate_starts
+from atlas_megatron.mixers.memory_layout import ETA_HEADROOM, eta_start, gate_widths
 from atlas_megatron.presets import PRESETS
 from atlas_megatron.streaming import StreamContext
 from atlas_megatron.train import main
@@ -51,8 +51,8 @@ def test_every_learned_gate_is_counted(memory: Any) -> None:
         mixer(x)
         gates = vars(mixer._gates(x))
     found = {name: value for name, value in mixer.measurements.items() if name.endswith("_histogram")}
-    assert found.keys() == {f"{name}_histogram" for name in gate_starts(memory)}
-    for name in gate_starts(memory):
+    assert found.keys() == {f"{name}_histogram" for name in gate_widths(memory)}
+    for name in gate_widths(memory):
         gate = gates["gamma" if memory.step_in_momentum and name == "eta" else name]
         top = ETA_HEADROOM * eta_start(memory) if name == "eta" else 1.0
         assert found[f"{name}_histogram"].sum() == gate.numel()

@@ -60,6 +60,15 @@ def test_gates_start_where_the_config_says() -> None:
 
 
 @pytest.mark.usefixtures("single_process_megatron")
+def test_retention_starts_by_the_length_of_the_sequences() -> None:
+    config = replace(SMALL, memory=replace(SMALL.memory, alpha_start=0.0), model=replace(SMALL.model, seq_length=200))
+    mixer = build_mixer("M", config)
+    mixer.measure = True
+    mixer(torch.zeros(16, 1, 32))
+    assert mixer.measurements["alpha_mean"].item() == pytest.approx(1 - 1 / 200, rel=1e-5)
+
+
+@pytest.mark.usefixtures("single_process_megatron")
 def test_measurements_agree_with_the_states_they_describe() -> None:
     mixer = build_mixer("M", SMALL)
     mixer(torch.randn(9, 2, 32))

@@ -57,6 +57,7 @@ class Shape:
     L2: bool
     MOMENTUM: bool
     GATED: bool
+    SECOND: bool
     PRODUCTS: triton.language.dtype
     BLOCK_C: int
     BLOCK_I: int
@@ -69,6 +70,7 @@ class Shape:
         pad = lambda n: max(16, triton.next_power_of_2(n))  # noqa: E731
         return Shape(
             *(D, V, hidden, rule.norm == "layer", rule.loss == "l2", rule.momentum, rule.memory == "gated_mlp"),
+            rule.second_order,
             TRITON_DTYPES[products],
             *(pad(C), pad(I), pad(D), pad(V), 0),
         )
@@ -83,6 +85,8 @@ class Shape:
         constants = asdict(replace(self, BLOCK_F=block))
         if kernel == "write":
             del constants["BLOCK_C"]
+        if kernel != "write_backward":
+            del constants["SECOND"]
         if kernel == "read":
             constants["KEEP"] = True
         # One stage: a block's loads are few, and more would cost shared memory that the chunk's factors take.
@@ -104,9 +108,7 @@ class _SegmentScan(torch.autograd.Function):
     """(y, weights, momentum that leave). Matrices: all weights, all anchors, all momenta."""
 
     @staticmethod
-    def forward(
-        ctx, rule, products, q, read_residual, x, v, r, alphas, kappas, sources, last, to_w, to_s, *matrices
-    ):
+    def forward(ctx, rule, products, q, read_residual, x, v, r, alphas, kappas, sources, last, to_w, to_s, *matrices):
         N, G, C, D = q.shape
         I, V = v.shape[-2:]  # noqa: E741
         count = len(matrices) // (3 if rule.momentum else 2)
@@ -196,6 +198,7 @@ def variants() -> list[Variant]:
     rule = MemoryRule(norm="layer", ns_steps=0)
     least = replace(rule, momentum=False, window=1)
     chain = [_variant(kernel, " sum window 1", least) for kernel in ("write", "write_backward")]
+    chain.append(_variant("write_backward", " first order", replace(rule, second_order=False)))
     return [_variant(kernel, "", rule) for kernel in KERNELS] + chain
 
 

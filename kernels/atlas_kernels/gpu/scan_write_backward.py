@@ -114,6 +114,7 @@ def through_factors(
     BLOCK_F: tl.constexpr,
     MOMENTUM: tl.constexpr,
     GATED: tl.constexpr,
+    SECOND: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):
     """From the gradients of what leaves a chunk to those of what enters it and of its factors.
@@ -169,7 +170,6 @@ def through_factors(
             part_z = grad_h * slope + grad_factor * back * curve
         put(parts[0], part_z, i, f, I, F)
         grad_e = add_product(grad_e, grad_back, a1, PRODUCTS)
-        grad_a1 = tl.trans(product(tl.trans(e), grad_back, PRODUCTS))
 
         first = (weights[0], momenta[0], grad_momenta[0])
         second = (weights[1], momenta[1], grad_momenta[1])
@@ -180,10 +180,12 @@ def through_factors(
             second, (grad_w2, grad_s2), f, d, F, D, (read_z, q_w, q_s), last, of_last, MOMENTUM, PRODUCTS
         )
         tl.debug_barrier()
-        if is_first:
-            put(grad_first_pointer, grad_a1, f, c, F, V)
-        else:
-            grad_w1 += grad_a1
+        if SECOND:
+            grad_a1 = tl.trans(product(tl.trans(e), grad_back, PRODUCTS))
+            if is_first:
+                put(grad_first_pointer, grad_a1, f, c, F, V)
+            else:
+                grad_w1 += grad_a1
         put(grad_weights[0], grad_w1, f, c, F, V)
         put(grad_weights[1], grad_w2, f, d, F, D)
         if GATED:
@@ -213,6 +215,7 @@ def through_anchor(
     BLOCK_V: tl.constexpr,
     BLOCK_F: tl.constexpr,
     GATED: tl.constexpr,
+    SECOND: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):
     """From the gradient of o, and of z and up without what passes through o, to the anchor's. Returns grad_x."""
@@ -222,25 +225,26 @@ def through_anchor(
         a1, a2 = tile(anchors[0], f, c, F, V), tile(anchors[1], f, d, F, D)
         h, slope = gelu_slope(product(x, tl.trans(a2), PRODUCTS))
         grad_h = product(grad_o, tl.trans(a1), PRODUCTS)
-        grad_a1, grad_a2 = tile(grad_anchors[0], f, c, F, V), tile(grad_anchors[1], f, d, F, D)
         grad_z = tile(parts[0], i, f, I, F)
         if GATED:
-            a3, grad_a3 = tile(anchors[2], f, d, F, D), tile(grad_anchors[2], f, d, F, D)
+            a3 = tile(anchors[2], f, d, F, D)
             up = product(x, tl.trans(a3), PRODUCTS)
             grad_up = tile(parts[1], i, f, I, F) + grad_h * h
             grad_h *= up
             h *= up
             grad_x = add_product(grad_x, grad_up, a3, PRODUCTS)
-            grad_a3 = add_flipped(grad_a3, tl.trans(x), grad_up, PRODUCTS)
         grad_z += grad_h * slope
         grad_x = add_product(grad_x, grad_z, a2, PRODUCTS)
-        grad_a1 = add_flipped(grad_a1, tl.trans(grad_o), h, PRODUCTS)
-        grad_a2 = add_flipped(grad_a2, tl.trans(x), grad_z, PRODUCTS)
-        tl.debug_barrier()
-        put(grad_anchors[0], grad_a1, f, c, F, V)
-        put(grad_anchors[1], grad_a2, f, d, F, D)
-        if GATED:
-            put(grad_anchors[2], grad_a3, f, d, F, D)
+        if SECOND:
+            grad_a1 = add_flipped(tile(grad_anchors[0], f, c, F, V), tl.trans(grad_o), h, PRODUCTS)
+            grad_a2 = add_flipped(tile(grad_anchors[1], f, d, F, D), tl.trans(x), grad_z, PRODUCTS)
+            if GATED:
+                grad_a3 = add_flipped(tile(grad_anchors[2], f, d, F, D), tl.trans(x), grad_up, PRODUCTS)
+            tl.debug_barrier()
+            put(grad_anchors[0], grad_a1, f, c, F, V)
+            put(grad_anchors[1], grad_a2, f, d, F, D)
+            if GATED:
+                put(grad_anchors[2], grad_a3, f, d, F, D)
     return grad_x
 
 
@@ -298,6 +302,7 @@ def write_backward_kernel(
     L2: tl.constexpr,
     MOMENTUM: tl.constexpr,
     GATED: tl.constexpr,
+    SECOND: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):
     g = tl.program_id(0).to(tl.int64)
@@ -342,7 +347,7 @@ def write_backward_kernel(
         grad_e, grad_x, grad_to_w, grad_to_s, of_last = through_factors(
             anchors, weights, momenta, grad_weights, grad_momenta, grad_first[0], sides, parts,
             (x, e, seen, scores_met), (read_w, read_s, q_w, q_s), (to_w, to_s), last, (grad_e, grad_x), n == 0, C, I,
-            D, V, F, BLOCK_C, BLOCK_I, BLOCK_D, BLOCK_V, BLOCK_F, MOMENTUM, GATED, PRODUCTS,
+            D, V, F, BLOCK_C, BLOCK_I, BLOCK_D, BLOCK_V, BLOCK_F, MOMENTUM, GATED, SECOND, PRODUCTS,
         )  # fmt: skip
         tl.debug_barrier()
 
@@ -363,7 +368,7 @@ def write_backward_kernel(
         grad_anchors = slot_of(grad_w1_pointer, grad_w2_pointer, grad_w3_pointer, slot, D, V, F, GATED)
         grad_x = through_anchor(
             anchors, grad_anchors, parts, x, grad_o, grad_x, I,
-            D, V, F, BLOCK_I, BLOCK_D, BLOCK_V, BLOCK_F, GATED, PRODUCTS,
+            D, V, F, BLOCK_I, BLOCK_D, BLOCK_V, BLOCK_F, GATED, SECOND, PRODUCTS,
         )  # fmt: skip
         put(grad_x_pointer + at * I * D, grad_x, i, d, I, D)
         tl.debug_barrier()
