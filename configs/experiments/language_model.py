@@ -30,7 +30,7 @@ GPU = torch.cuda.is_available()
 BASE = record.ROOT / "configs" / ("experiments/language_model_gpu.toml" if GPU else "quickstart.toml")
 RUNS = record.ROOT / "runs" / "experiments" / "language_model"
 SEEDS = (1, 2)
-STEPS = 20000 if GPU else 150
+STEPS = 20000 if GPU else 120
 # A CPU's few tokens teach more in many small steps, at a lower rate.
 SMALL = () if GPU else ("train.global_batch=4", "train.micro_batch=4", "train.lr=2e-3")
 VALIDATED = 256 if GPU else 88  # sequences; of the quickstart's, half of the held-out text

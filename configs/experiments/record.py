@@ -10,6 +10,7 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
+from atlas_megatron import train
 from atlas_megatron.plotting import STYLE as STYLE
 from atlas_megatron.results import Cell as Cell
 from atlas_megatron.results import Results
@@ -86,6 +88,13 @@ def side_by_side(results: Record, jobs: dict[str, Callable[[], Cell]]) -> None:
         except BaseException:
             fresh.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def train_quietly(words: Sequence[str], directory: Path) -> int:
+    """`atlas-train` with these words, beside others: its lines go to log.txt in its run's directory; its status."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "log.txt").open("a", encoding="utf-8") as lines, redirect_stdout(lines):
+        return train.main(words)
 
 
 def _timed(job: Callable[[], Cell]) -> Cell:

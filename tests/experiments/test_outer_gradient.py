@@ -1,0 +1,43 @@
+"""The outer-gradient experiment: every pair of cells differs in what it compares alone, and its quick form runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "megatron"))
+
+import outer_gradient as experiment
+import tiny_run
+from atlas_megatron.config import load
+
+
+def test_pairs_differ_in_the_order_alone() -> None:
+    jobs = experiment.jobs_of(tuple(experiment.KINDS), experiment.LENGTHS, experiment.STEPS)
+    compared = 0
+    for name, job in jobs.items():
+        words = job.args[1]
+        assert load(experiment.BASE, words).train.global_batch * load(experiment.BASE, words).model.seq_length == 4096
+        if ", exact" in name:
+            other = jobs[name.replace("exact", "first order")].args[1]
+            assert set(words) ^ set(other) == {"memory.second_order=true", "memory.second_order=false"}
+            compared += 1
+    assert compared == len(jobs) // 2
+
+
+@pytest.mark.slow
+def test_quick_leaves_results_and_does_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "BASE", tiny_run.write(tmp_path, "M-*-M-"))
+    monkeypatch.setattr(experiment, "RUNS", tmp_path / "runs")
+    words = ["--quick", "--out", str(tmp_path / "out")]
+    assert experiment.main(words) == 0
+    stored = (tmp_path / "out" / "outer_gradient.json").read_text()
+    cells = json.loads(stored)["cells"]
+    assert len(cells) == 2 * 2 * 2 + 3 and all(cell["finite"] for cell in cells.values())
+    assert (tmp_path / "out" / "outer_gradient.png").read_bytes().startswith(b"\x89PNG")
+    assert "first order" in (tmp_path / "out" / "outer_gradient.md").read_text()
+    assert experiment.main(words) == 0
+    assert (tmp_path / "out" / "outer_gradient.json").read_text() == stored
