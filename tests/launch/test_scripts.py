@@ -196,7 +196,7 @@ def test_the_real_dry_run_is_what_slurm_reads(stubs: Stubs) -> None:
     assert "directory=runs/mine" in said.stdout and "fits: about" in said.stdout
     refused = stubs.run(SLURM, *TWO, "--processes-per-node", "3", "--dry-run", OMP_NUM_THREADS="1")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert "train.global_batch=4 is not a multiple of" in refused.stderr and "nearest: 12" in refused.stderr
+    assert "train.global_batch=8 is not a multiple of" in refused.stderr and "nearest: 12" in refused.stderr
 
 
 def job(stubs: Stubs, *words: str, restarts: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
