@@ -12,7 +12,6 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,6 @@ import torch
 from matplotlib import pyplot
 
 import record
-from atlas_megatron import train
 from atlas_megatron.config import Config, load
 from atlas_megatron.metrics import read
 
@@ -96,12 +94,8 @@ def job_of(variant: str, seed: int, steps: int, more: Sequence[str]) -> partial[
 def trained(base: Path, words: list[str], directory: Path) -> record.Cell:
     """Train one variant; bits per byte of the held-out text, speed and size."""
     words = [*words, f"run.directory={directory}"]
-    directory.mkdir(parents=True, exist_ok=True)
-    log = directory / "log.txt"  # two runs on one screen are hard to read
-    with log.open("a", encoding="utf-8") as lines, redirect_stdout(lines):
-        status = train.main([str(base), *words])
-    if status:
-        raise ValueError(f"the run in {directory} did not train to its end; the lines above and {log} say why")
+    if record.train_quietly([str(base), *words], directory):
+        raise ValueError(f"the run in {directory} did not train to its end; the lines above and its log.txt say why")
     records, config = read(directory), load(base, words)
     last = records[-1]
     # The cell is the result; a run that is asked for again begins again.

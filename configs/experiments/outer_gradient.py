@@ -35,13 +35,13 @@ KINDS = {
 ORDERS = {"exact": "true", "first order": "false"}
 RETENTIONS = {"0.99": "0.99", "1 - 1/length": "0"}
 STEPS = 60
-TOKENS = 4096  # of a step, whatever the length, but for the shortest ones' batches
+TOKENS = 4096  # of a step, whatever the length
 ATTENTION = "attention"
 SMOOTHED = 5  # steps
 
 
 def words_of(length: int, steps: int) -> list[str]:
-    """One sequence of this length at a time, 4,096 tokens a step."""
+    """Steps of TOKENS, of sequences of this length."""
     batch = max(1, TOKENS // length)
     words = [f"model.seq_length={length}", f"train.global_batch={batch}", f"train.micro_batch={batch}"]
     words += [f"train.steps={steps}", f"train.warmup_steps={max(1, steps // 6)}", "train.lr=2e-3"]
@@ -165,6 +165,17 @@ def describe(results: record.Record, kinds: Sequence[str], lengths: Sequence[int
     ]
 
 
+# Of the full grid; the numbers behind it are in the JSON.
+OBSERVED = (
+    """With a retention of 0.99 the exact gradient explodes for every kind, by 1,024 tokens at the latest: the start
+    weights fade away, and the output norm divides by what little is left. A retention that starts by the length mends
+    that for omeganet and titans, and there the exact gradient learns as fast as the first-order one, or 0.04 faster. It
+    does not for atlas, whose orthogonalised writes are large whatever the gradient's size: there only first order
+    learns, and it is ahead of attention as the other two are. First order alone, at a retention of 0.99, is not enough
+    for omeganet and titans either (30 to 80).""",
+)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run what is missing, then draw and describe."""
 
@@ -176,7 +187,10 @@ def main(words: Sequence[str] | None = None) -> int:
         results = record.Record("outer_gradient", asked, {"kinds": kinds, "lengths": lengths, "steps": steps})
         record.side_by_side(results, jobs_of(kinds, lengths, steps))
         draw(results, kinds, lengths)
-        results.write_text("The outer gradient against the length", describe(results, kinds, lengths, steps))
+        observed = () if asked.quick else OBSERVED
+        results.write_text(
+            "The outer gradient against the length", [*describe(results, kinds, lengths, steps), *observed]
+        )
 
     return record.run("outer_gradient", experiment)
 
