@@ -193,9 +193,8 @@ def print_tables(report: dict) -> None:
             floor = f"{seconds * rate / flops:.2f}" if flops else ""
             table.add_row(name, f"{1e3 * seconds:,.0f}", f"{seconds / titans:.2f}", floor)
         console.print(table)
-        console.print(
-            f"matmul rate in the same rounds: {rate / 1e9:.0f} GFLOP/s; floor: 3 x forward FLOPs at it, less what a first-order backward leaves out\n"
-        )
+        console.print(f"matmul rate in the same rounds: {rate / 1e9:.0f} GFLOP/s")
+        console.print("floor: 3 x forward FLOPs at it, less what a first-order backward leaves out\n")
     table = Table("held beyond inputs, outputs, gradients", *(f"T={t} MB" for t in MEMORY_LENGTHS), "ratio")
     for name, by_length in report["held_bytes"].items():
         short, long = (by_length[str(t)] for t in MEMORY_LENGTHS)
