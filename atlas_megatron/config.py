@@ -99,7 +99,8 @@ class MemoryConfig:
     conv_size: int = 4  # taps of the short convolutions on q, k, v
     gate_rank: int = 32  # of the low-rank pairs behind alpha, eta, theta, gamma
     # Retention of one token at initialisation. 0 derives it: what was there first fades to a third over seq_length
-    # tokens. Where it fades away a deep memory's output norm divides by next to nothing, and gradients explode.
+    # tokens, 100 at least. Where it fades away a deep memory's output norm divides by next to nothing, and gradients
+    # explode.
     alpha_start: float = 0.0
     theta_start: float = 0.9  # momentum decay at initialisation
     gamma_start: float = 0.5  # Omega gate at initialisation

@@ -30,6 +30,7 @@ from .place_atlas import Place
 # As in pretraining: a learned step size stays below so many times its start.
 ETA_HEADROOM = 10.0
 W1_GAIN = 0.02
+SHORT = 100  # tokens
 # The start of an orthogonalised write's step, for each token that it stands for.
 STEP, GATED_STEP = 0.01, 0.0015
 
@@ -191,8 +192,8 @@ def gate_widths(memory: SimpleNamespace) -> dict[str, int]:
 
 
 def gate_starts(memory: SimpleNamespace, tokens: int) -> list[float]:
-    """Start logits of one head's gates; a retention that is not given keeps a third over so many tokens."""
-    start = {"alpha": memory.alpha_start or 1.0 - 1.0 / max(2, tokens), "eta": 1.0 / ETA_HEADROOM}
+    """Start logits of one head's gates; a retention that is not given keeps a third over so many tokens, or SHORT."""
+    start = {"alpha": memory.alpha_start or 1.0 - 1.0 / max(SHORT, tokens), "eta": 1.0 / ETA_HEADROOM}
     start |= {"theta": memory.theta_start, "gamma": memory.gamma_start}
     return [math.log(start[name] / (1.0 - start[name])) for name, w in gate_widths(memory).items() for _ in range(w)]
 

@@ -11,6 +11,7 @@ from atlas_megatron.config import MemoryConfig
 # A learned step size may grow to this many times its start: without Newton-Schulz, larger sums of steps diverge.
 ETA_HEADROOM = 10.0
 W1_GAIN = 0.02
+SHORT = 100  # tokens
 # Of an orthogonalised write, for each token that it stands for. A gated memory's hidden width is a product of two
 # written layers: with the step of a plain one its outer gradients explode.
 STEP, GATED_STEP = 0.01, 0.0015
@@ -67,8 +68,9 @@ def gate_widths(memory: MemoryConfig) -> dict[str, int]:
 
 
 def alpha_start(memory: MemoryConfig, tokens: int) -> float:
-    """The retention at initialisation, given or derived: what was there first fades to a third over `tokens`."""
-    return memory.alpha_start or 1.0 - 1.0 / max(2, tokens)
+    """The retention at initialisation, given or derived: what was there first fades to a third over `tokens`, or over
+    SHORT where they are fewer, for models are read further than they were trained."""
+    return memory.alpha_start or 1.0 - 1.0 / max(SHORT, tokens)
 
 
 def gate_starts(memory: MemoryConfig, tokens: int) -> list[float]:
