@@ -159,6 +159,8 @@ def op_members() -> dict[str, MemoryConfig]:
     once = {"ns_period": base.chunk}
     return {
         "omeganet": replace(base, **PRESETS["omeganet"]),
+        # 48 tokens and a halo of 15 are 63 sources, which the kernels pad to 64; 64 and 15 they pad to 128.
+        "omeganet, chunks of 48": replace(base, chunk=48, **PRESETS["omeganet"]),
         "titans": replace(base, **PRESETS["titans"]),
         "atlas, a write a chunk": replace(base, **(PRESETS["atlas"] | once)),
     }

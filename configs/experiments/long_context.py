@@ -62,7 +62,7 @@ STAGES = (
 @dataclass(frozen=True)
 class Contender:
     """size: as training.config_of has it; memory: keys of [memory] that differ from its; longer: times the steps;
-    reach: the longest context that is read, of those of which an hour of one core is enough."""
+    reach: the longest context that is read."""
 
     mixer: str
     size: int
@@ -70,7 +70,7 @@ class Contender:
     lr: float = 5e-3
     longer: int = 1
     grows: bool = False  # what it keeps
-    reach: int = 2**20
+    reach: int = 10 * 2**20
 
 
 # A memory's writes inside a chunk do not see each other: chunks of 64 learned less than half as fast. Without
@@ -78,11 +78,12 @@ class Contender:
 # with a slow decay.
 MEMORY = {"chunk": 16, "window": 8, "alpha_start": 0.9999}
 CONTENDERS = {
-    "gated delta": Contender("gated delta", 16, {}, lr=1e-2, reach=10 * 2**20),
-    "omeganet": Contender("omeganet", 16, {**MEMORY, "eta_sum": 4.0}, reach=10 * 2**20),
     "atlas": Contender("atlas", 16, {**MEMORY, "ns_period": 4}),
+    "omeganet": Contender("omeganet", 16, {**MEMORY, "eta_sum": 4.0}),
+    "omeganet, first order": Contender("omeganet, first order", 16, {**MEMORY, "eta_sum": 4.0}, reach=65536),
     "titans": Contender("titans", 16, {"chunk": 16, "alpha_start": 0.9999, "eta_sum": 4.0}),
-    "sliding window": Contender("sliding window", 64, {}, lr=1e-2, longer=2, reach=10 * 2**20),
+    "gated delta": Contender("gated delta", 16, {}, lr=1e-2),
+    "sliding window": Contender("sliding window", 64, {}, lr=1e-2, longer=2),
     "attention": Contender("attention", 0, {}, lr=1e-2, longer=2, grows=True),
 }
 
@@ -187,7 +188,7 @@ def lengths_of(name: str, grid: Grid) -> list[int]:
 
 
 def folder_of(name: str, runs: Path) -> Path:
-    return runs / name.replace(" ", "_")
+    return runs / name.replace(",", "").replace(" ", "_")
 
 
 def points(results: record.Record, name: str) -> list[Point]:

@@ -55,6 +55,9 @@ FULL = Grid(
         "titans": 8,
         "omeganet": 8,
         "atlas": 8,
+        "titans, first order": 8,
+        "omeganet, first order": 8,
+        "atlas, first order": 8,
     },
     tokens=64,
     short=32,
@@ -79,9 +82,11 @@ def measure(grid: Grid, mixer: str, name: str, seed: int, schedule: Schedule) ->
 
 
 def train_all(results: record.Record, grid: Grid) -> None:
+    jobs = {}
     for task, mixer, seed in product(grid.tasks(), grid.sizes, grid.seeds):
         schedule = replace(grid.schedule, steps=grid.schedule.steps * grid.longer.get(mixer, 1))
-        results.cell(cell_name(mixer, task, seed), partial(measure, grid, mixer, task, seed, schedule))
+        jobs[cell_name(mixer, task, seed)] = partial(measure, grid, mixer, task, seed, schedule)
+    record.side_by_side(results, jobs, fresh=False)
 
 
 def cell_name(mixer: str, task: str, seed: int) -> str:
@@ -148,7 +153,9 @@ def main(words: Sequence[str] | None = None) -> int:
     grid = QUICK if asked.quick else FULL
 
     def experiment() -> None:
-        results = record.Record("mad", asked, {**asdict(grid), **training.SETTINGS})
+        # What the name of a cell says is not asked of the whole: the grid may grow by it.
+        shared = {name: value for name, value in asdict(grid).items() if name not in ("sizes", "seeds")}
+        results = record.Record("mad", asked, {**shared, **training.SETTINGS})
         train_all(results, grid)
         draw(results, grid)
         describe(results, grid, () if asked.quick else OBSERVED)

@@ -66,6 +66,9 @@ FULL = Grid(
         "titans": (8, 16),
         "omeganet": (8, 16),
         "atlas": (8, 16),
+        "titans, first order": (8, 16),
+        "omeganet, first order": (8, 16),
+        "atlas, first order": (8, 16),
     },
     lengths={1: 4, 2: 8, 4: 16, 8: 32, 16: 64},
     shown=(4, 8, 16),
@@ -107,11 +110,13 @@ def cell_name(mixer: str, size: int, rate: float, seed: int) -> str:
 
 
 def train_all(results: record.Record, grid: Grid) -> None:
+    jobs = {}
     for mixer, sizes in grid.sizes.items():
         steps = grid.schedule.steps * grid.longer.get(mixer, 1)
         for size, rate, seed in product(sizes, grid.rates, grid.seeds):
             schedule = replace(grid.schedule, steps=steps, lr=rate)
-            results.cell(cell_name(mixer, size, rate, seed), partial(measure, grid, mixer, size, seed, schedule))
+            jobs[cell_name(mixer, size, rate, seed)] = partial(measure, grid, mixer, size, seed, schedule)
+    record.side_by_side(results, jobs, fresh=False)
 
 
 @dataclass(frozen=True)

@@ -73,20 +73,22 @@ class Record(Results):
         self.path.with_suffix(".md").write_text("\n\n".join([*said, made]) + "\n", encoding="utf-8")
 
 
-def side_by_side(results: Record, jobs: dict[str, Callable[[], Cell]]) -> None:
+def side_by_side(results: Record, jobs: dict[str, Callable[[], Cell]], *, fresh: bool = True) -> None:
     """The cells that are missing, with the seconds that each took: one to a core, on a GPU one by one.
 
-    Each in a fresh process of one thread, so that its peak of memory is its own; a job is a partial of a module's
+    Each in a process of one thread, `fresh` so that its peak of memory is its own; a job is a partial of a module's
     function. Where one fails, what it raised is raised when those beside it have ended, and no other is begun.
     """
     start, most = multiprocessing.get_context("spawn"), 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(most, start, torch.set_num_threads, (1,), max_tasks_per_child=1) as fresh:
-        running = {fresh.submit(_timed, job): name for name, job in jobs.items() if name not in results.cells}
+    with ProcessPoolExecutor(
+        most, start, torch.set_num_threads, (1,), max_tasks_per_child=1 if fresh else None
+    ) as workers:
+        running = {workers.submit(_timed, job): name for name, job in jobs.items() if name not in results.cells}
         try:
             for done in as_completed(running):
                 results.cell(running[done], done.result)
         except BaseException:
-            fresh.shutdown(wait=False, cancel_futures=True)
+            workers.shutdown(wait=False, cancel_futures=True)
             raise
 
 

@@ -24,7 +24,6 @@ from atlas_megatron.presets import PRESETS
 HIDDEN = 64
 FEED_FORWARD = 128
 LAYERS = 2
-ALPHA_START = 0.99
 HEADS = 2  # of a memory; attention divides HIDDEN among as many
 INIT_STD = HIDDEN**-0.5  # linears of 64 inputs keep their scale
 # Zoology's. Output layers are tied: longer embeddings begin by answering every token with itself.
@@ -36,11 +35,17 @@ NS_PERIOD = 2
 # Steps start ten times larger than the default and are bounded as much higher: at that one they end up at the bound.
 ETA_SUM = 1.0
 GATE_RANK = 8
+# Deep memories have exact outer gradients here: with chunks as short as these they can be had, and teach recall better.
+# The trainer's default is of first order.
+FIRST_ORDER = ", first order"
 # What each mixer is: a symbol of `model.pattern` and the memory's preset.
 SYMBOLS = {
     "atlas": ("M", "atlas"),
+    f"atlas{FIRST_ORDER}": ("M", "atlas"),
     "omeganet": ("M", "omeganet"),
+    f"omeganet{FIRST_ORDER}": ("M", "omeganet"),
     "titans": ("M", "titans"),
+    f"titans{FIRST_ORDER}": ("M", "titans"),
     "delta": ("M", "delta"),
     "gated delta": ("G", ""),
     "sliding window": ("*", ""),
@@ -91,7 +96,7 @@ def config_of(mixer: str, size: int, tokens: int, vocabulary: int, *, mlp: bool)
             seq_length=tokens,
             init_std=INIT_STD,
         ),
-        memory=_memory(preset, size),
+        memory=_memory(preset, size, second_order=not mixer.endswith(FIRST_ORDER)),
         delta=DeltaConfig(heads=HEADS, head_dim=size) if symbol == "G" else DeltaConfig(),
         attention=AttentionConfig(
             heads=HEADS, head_dim=HIDDEN // HEADS, window=size if mixer == "sliding window" else tokens
@@ -102,14 +107,13 @@ def config_of(mixer: str, size: int, tokens: int, vocabulary: int, *, mlp: bool)
     return config
 
 
-def _memory(preset: str, size: int) -> MemoryConfig:
+def _memory(preset: str, size: int, *, second_order: bool) -> MemoryConfig:
     if not preset:
         return MemoryConfig()
     memory = replace(MemoryConfig(), preset=preset, heads=HEADS, head_dim=size, gate_rank=GATE_RANK, **PRESETS[preset])
+    memory = replace(memory, second_order=second_order)
     # Short sequences: several chunks, and windows shorter than one.
     memory = replace(memory, chunk=min(memory.chunk, CHUNK), window=min(memory.window, WINDOW), eta_sum=ETA_SUM)
-    # Exact gradients and a quick decay, which long sequences do not take, are what the results were made with.
-    memory = replace(memory, second_order=True, alpha_start=ALPHA_START)
     return replace(memory, ns_period=NS_PERIOD) if memory.ns_steps else memory
 
 

@@ -194,11 +194,14 @@ def _six(weights: list[Tensor], momentum: list[Tensor]) -> tuple[Tensor | None, 
 
 
 def variants() -> list[Variant]:
-    """The kernels of the presets' shape with momentum and a window; the chain's, the slowest, with neither too."""
+    """The kernels of the presets' shape with momentum and a window; the chain's, the slowest, with neither too; and
+    with the longest chunk whose sources need no padding beside 64."""
     rule = MemoryRule(norm="layer", ns_steps=0)
     least = replace(rule, momentum=False, window=1)
     chain = [_variant(kernel, " sum window 1", least) for kernel in ("write", "write_backward")]
     chain.append(_variant("write_backward", " first order", replace(rule, second_order=False)))
+    snug = replace(rule, chunk=48, second_order=False)
+    chain += [_variant(kernel, " first order chunk 48", snug) for kernel in KERNELS]
     return [_variant(kernel, "", rule) for kernel in KERNELS] + chain
 
 
