@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
+import gpu_goals
 import quickstart
 from atlas_kernels import newton_schulz
 from atlas_megatron.config import MemoryConfig, load
@@ -42,9 +43,15 @@ OP = (8, 4096, 16, 64)
 DATA = ROOT / "data/quickstart"
 # name: config, overrides.
 EXACT = ["memory.ns_period=1", "model.seq_length=1024", "train.global_batch=8"]
+WIDE = [
+    *EXACT, "model.hidden_size=2048", "model.ffn_hidden_size=4096", "memory.heads=32", "attention.heads=32",
+    "train.micro_batch=8",
+]  # fmt: skip
 RUNS: dict[str, tuple[str, list[str]]] = {
     "exact ATLAS, 12 layers, 768 wide, F = V": ("atlas-170m", [*EXACT, "memory.expansion=1", "train.micro_batch=8"]),
     "exact ATLAS, 12 layers, 768 wide, F = 2 V": ("atlas-170m", [*EXACT, "memory.expansion=2", "train.micro_batch=8"]),
+    "exact ATLAS, 24 layers, 2048 wide, F = V": ("atlas-340m", [*WIDE, "memory.expansion=1"]),
+    "exact ATLAS, 24 layers, 2048 wide, F = 2 V": ("atlas-340m", [*WIDE, "memory.expansion=2"]),
     "atlas-340m, a write a chunk": ("atlas-340m", ["memory.ns_period=64", "train.global_batch=16"]),
     "atlas-340m, 4K x 8": ("atlas-340m", ["memory.ns_period=64", "train.global_batch=8"]),
     "atlas-340m, 32K x 1": (
@@ -285,9 +292,9 @@ def tests() -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Every figure as a row, and what was not run."""
+    """The goals beside what was measured, every figure as a row, and what was not run."""
     lines = [f"# {report['device']}", "", f"`{report['command']}` at {report['commit']}: {report['tests']}", ""]
-    lines += ["| what | figure |", "|---|---|"]
+    lines += [gpu_goals.table(report["sections"]), "| what | figure |", "|---|---|"]
 
     def rows(name: str, value: Any) -> None:
         if isinstance(value, dict):
@@ -320,12 +327,12 @@ def main() -> int:
         return 1
     report = Report()
     scratch = Path("runs/gpu_check") / str(os.getpid())
-    report.section("Newton-Schulz, 8192 matrices, forward", bench_newton_schulz)
-    report.section("memory op, B=8 T=4096, 16 heads of 64, forward and backward", bench_op)
+    report.section(gpu_goals.NEWTON_SCHULZ, bench_newton_schulz)
+    report.section(gpu_goals.MEMORY_OP, bench_op)
     if not (DATA / "train.bin").is_file():
         quickstart.prepare(load(quickstart.CONFIG))
     report.section("loss of the first steps", lambda: loss_curves(scratch))
-    report.section("training", lambda: bench_training(scratch))
+    report.section(gpu_goals.TRAINING, lambda: bench_training(scratch))
     written = {
         "command": " ".join(["python", "tools/gpu_check.py", *sys.argv[1:]]),
         "commit": commit(),

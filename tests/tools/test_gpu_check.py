@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 import gpu_check
+import gpu_goals
 from atlas_megatron.config import load
 from atlas_megatron.config_checks import validate
 from atlas_megatron.model import num_params
@@ -61,3 +64,28 @@ def test_a_failing_section_leaves_the_others_and_is_named() -> None:
     )
     assert "| second / a / seconds | 0.125 |" in written and "losses" not in written
     assert "| first | not run: RuntimeError: no such kernel |" in written
+
+
+def test_every_goal_finds_its_figure_in_a_report() -> None:
+    run = {"tokens_per_second": 4000.0, "mfu": 0.2, "peak_memory_bytes": 50e9}
+    size = {"share_of_matmul_rate": 0.6, "times_torch_compile": 2.4}
+    seconds = {f"{name}: triton": 0.3 for name in gpu_check.op_members()}
+    sections = {
+        gpu_goals.NEWTON_SCHULZ: {"64 x 64": size, "64 x 256": size},
+        gpu_goals.MEMORY_OP: {"seconds": {**seconds, gpu_goals.GATED_DELTA: 0.04, gpu_goals.TITANS: 0.6}},
+        gpu_goals.TRAINING: {name: run for name in gpu_check.RUNS},
+    }
+    rows = gpu_goals.table(sections).splitlines()[2:]
+    assert len(rows) == len(gpu_goals.GOALS) and not any("not run" in row for row in rows)
+    assert "| exact ATLAS, 24 layers, 2048 wide, F = 2 V, T=1024: tokens/s | at least 3,080 | 4,000 | reached |" in rows
+    assert "| Newton-Schulz 64 x 64: times torch.compile | at least 3 | 2.4 | 0.80 of it |" in rows
+    assert "| omeganet's op: times Gated DeltaNet's seconds | at most 6 | 7.5 | 1.25 of it |" in rows
+    del sections[gpu_goals.TRAINING], seconds
+    missing = [row for row in gpu_goals.table(sections).splitlines() if row.endswith("| not run | |")]
+    assert len(missing) == len(gpu_goals.EXACT) + 3
+
+
+def test_what_the_readme_says_of_the_goals_is_what_was_measured() -> None:
+    report = gpu_check.ROOT / "docs/results/gpu/check.json"
+    sections = json.loads(report.read_text(encoding="utf-8"))["sections"] if report.exists() else {}
+    assert gpu_goals.table(sections) in (gpu_check.ROOT / "kernels/README.md").read_text(encoding="utf-8")
