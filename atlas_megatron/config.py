@@ -111,16 +111,17 @@ class MemoryConfig:
     # feedback, the steps of one token sum to it.
     eta_start: float = 0.0
     eta_sum: float = 0.1
-    # Of a deep memory: the outer gradient also passes through the weights at which inner gradients are taken. That is
-    # exact, and over many chunks of no use: it grows exponentially with them (at 4,096 tokens to norms of 1e9 before
-    # the first step). false: first order, those weights are constants. A linear memory's is always exact.
-    second_order: bool = False
+    # Of a deep memory: the share of the outer gradient that passes through the weights at which inner gradients are
+    # taken. 1 is exact, and over many chunks grows exponentially with them (at 4,096 tokens to norms of 1e9 before the
+    # first step). 0 is first order, those weights are constants: cheaper, and learns recall less well. Between the two
+    # each passage is damped. A linear memory's is always exact.
+    anchor_gradient: float = 0.3
     impl: str = "auto"  # reference | chunked | triton (a GPU) | auto
 
     def rule(self) -> MemoryRule:
         """The part of this section that `atlas_kernels` learns by; raises ValueError where it does not fit together."""
         own = {f.name: getattr(self, f.name) for f in fields(MemoryRule)}
-        return MemoryRule(**{**own, "second_order": self.second_order or self.memory == "linear"})
+        return MemoryRule(**{**own, "anchor_gradient": 1.0 if self.memory == "linear" else self.anchor_gradient})
 
 
 @dataclass(frozen=True)
@@ -357,7 +358,7 @@ def model_differences(ours: Config, theirs: Config) -> list[str]:
         a, b = getattr(ours, section), getattr(theirs, section)
         for f in fields(a):
             mine, other = getattr(a, f.name), getattr(b, f.name)
-            if f.name in ("impl", "preset", "second_order", "transformer_engine"):
+            if f.name in ("impl", "preset", "anchor_gradient", "transformer_engine"):
                 continue
             if f.name == "pattern":
                 mine, other = mine.replace("|", ""), other.replace("|", "")

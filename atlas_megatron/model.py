@@ -143,7 +143,7 @@ def flops_per_token(config: Config) -> Flops:
     logits. Elementwise work (norms, activations, gates, the optimizer) is left out, as is custom for MFU, and so is
     what an implementation adds: attention computes whole blocks, about twice the keys seen, and the memory
     recomputes its forward in the backward. training: the backward of a product is two products, so 3 x forward; with
-    memory.second_order = false one for those with the weights at which the memory takes its gradients.
+    memory.anchor_gradient = 0 one for those with the weights at which the memory takes its gradients.
     """
     model = config.model
     mlp = (6.0 * model.hidden_size * model.ffn_hidden_size, 0.0)
@@ -151,6 +151,6 @@ def flops_per_token(config: Config) -> Flops:
     forward = sum(whole for whole, _ in layers) + 2 * model.hidden_size * model.vocab_size
     memories = sum(symbol in WITH_MEMORY for symbol in layers_of(config))
     constant = 0.0
-    if memories and not config.memory.rule().second_order:
+    if memories and not config.memory.rule().anchor_gradient:
         constant = memories * anchor_flops(config.memory, model.seq_length) / model.seq_length
     return Flops(forward, 3 * forward - constant, 3 * sum(inner for _, inner in layers) - constant)

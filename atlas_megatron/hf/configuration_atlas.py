@@ -39,7 +39,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "gamma_start": 0.5,
         "eta_start": 0.0,
         "eta_sum": 0.1,
-        "second_order": False,
+        "anchor_gradient": 0.3,
         "impl": "auto",
     },
     "attention": {
@@ -66,7 +66,7 @@ MODEL = (
     "transformer_engine",
 )
 # How a model is run, not what it is.
-RUN = ("impl", "preset", "second_order", "transformer_engine")
+RUN = ("impl", "preset", "anchor_gradient", "transformer_engine")
 
 
 class AtlasConfig(PretrainedConfig):

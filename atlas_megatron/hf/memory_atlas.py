@@ -156,7 +156,7 @@ class AtlasMemory(nn.Module):
 def rule_of(memory: SimpleNamespace) -> MemoryRule:
     """What the kernels learn by; raises ValueError where the section does not fit together."""
     own = {f.name: getattr(memory, f.name) for f in fields(MemoryRule)}
-    return MemoryRule(**{**own, "second_order": memory.second_order or memory.memory == "linear"})
+    return MemoryRule(**{**own, "anchor_gradient": 1.0 if memory.memory == "linear" else memory.anchor_gradient})
 
 
 def lifted(memory: SimpleNamespace) -> int:

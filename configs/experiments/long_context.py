@@ -80,8 +80,9 @@ MEMORY = {"chunk": 16, "window": 8, "alpha_start": 0.99999}
 CONTENDERS = {
     "atlas": Contender("atlas", 16, {**MEMORY, "ns_period": 4}),
     "omeganet": Contender("omeganet", 16, {**MEMORY, "eta_sum": 4.0}),
+    "omeganet, damped": Contender("omeganet, damped", 16, {**MEMORY, "eta_sum": 4.0}, reach=65536),
     "omeganet, first order": Contender("omeganet, first order", 16, {**MEMORY, "eta_sum": 4.0}, reach=65536),
-    "titans": Contender("titans", 16, {"chunk": 16, "alpha_start": 0.99999, "eta_sum": 4.0}),
+    "titans": Contender("titans", 16, {"chunk": 16, "alpha_start": 0.99999, "eta_sum": 4.0}, reach=2**20),
     "gated delta": Contender("gated delta", 16, {}, lr=1e-2),
     "sliding window": Contender("sliding window", 64, {}, lr=1e-2, longer=2),
     "attention": Contender("attention", 0, {}, lr=1e-2, longer=2, grows=True),

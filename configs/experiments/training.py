@@ -35,17 +35,14 @@ NS_PERIOD = 2
 # Steps start ten times larger than the default and are bounded as much higher: at that one they end up at the bound.
 ETA_SUM = 1.0
 GATE_RANK = 8
-# Deep memories have exact outer gradients here: with chunks as short as these they can be had, and teach recall better.
-# The trainer's default is of first order.
-FIRST_ORDER = ", first order"
+# Deep memories have exact outer gradients here, which can be had of sequences as short as these. What follows a mixer's
+# name is another share of the gradient through the anchors: the trainer's default, and none.
+SHARES = {", damped": MemoryConfig.anchor_gradient, ", first order": 0.0}
 # What each mixer is: a symbol of `model.pattern` and the memory's preset.
 SYMBOLS = {
     "atlas": ("M", "atlas"),
-    f"atlas{FIRST_ORDER}": ("M", "atlas"),
     "omeganet": ("M", "omeganet"),
-    f"omeganet{FIRST_ORDER}": ("M", "omeganet"),
     "titans": ("M", "titans"),
-    f"titans{FIRST_ORDER}": ("M", "titans"),
     "delta": ("M", "delta"),
     "gated delta": ("G", ""),
     "sliding window": ("*", ""),
@@ -84,9 +81,11 @@ def config_of(mixer: str, size: int, tokens: int, vocabulary: int, *, mlp: bool)
     size: head size K = V of a memory; tokens a query sees of a sliding window; not read by full attention.
     Raises ValueError for an unknown mixer or a size that does not fit.
     """
-    if mixer not in SYMBOLS:
+    suffix = next((suffix for suffix in SHARES if mixer.endswith(suffix)), "")
+    plain = mixer.removesuffix(suffix)
+    if plain not in SYMBOLS:
         raise ValueError(f"mixer={mixer!r} is unknown; choose one of {', '.join(SYMBOLS)}")
-    symbol, preset = SYMBOLS[mixer]
+    symbol, preset = SYMBOLS[plain]
     config = Config(
         model=ModelConfig(
             pattern=(symbol + "-" * mlp) * LAYERS,
@@ -96,7 +95,7 @@ def config_of(mixer: str, size: int, tokens: int, vocabulary: int, *, mlp: bool)
             seq_length=tokens,
             init_std=INIT_STD,
         ),
-        memory=_memory(preset, size, second_order=not mixer.endswith(FIRST_ORDER)),
+        memory=_memory(preset, size, SHARES.get(suffix, 1.0)),
         delta=DeltaConfig(heads=HEADS, head_dim=size) if symbol == "G" else DeltaConfig(),
         attention=AttentionConfig(
             heads=HEADS, head_dim=HIDDEN // HEADS, window=size if mixer == "sliding window" else tokens
@@ -107,11 +106,11 @@ def config_of(mixer: str, size: int, tokens: int, vocabulary: int, *, mlp: bool)
     return config
 
 
-def _memory(preset: str, size: int, *, second_order: bool) -> MemoryConfig:
+def _memory(preset: str, size: int, anchor_gradient: float) -> MemoryConfig:
     if not preset:
         return MemoryConfig()
     memory = replace(MemoryConfig(), preset=preset, heads=HEADS, head_dim=size, gate_rank=GATE_RANK, **PRESETS[preset])
-    memory = replace(memory, second_order=second_order)
+    memory = replace(memory, anchor_gradient=anchor_gradient)
     # Short sequences: several chunks, and windows shorter than one.
     memory = replace(memory, chunk=min(memory.chunk, CHUNK), window=min(memory.window, WINDOW), eta_sum=ETA_SUM)
     return replace(memory, ns_period=NS_PERIOD) if memory.ns_steps else memory

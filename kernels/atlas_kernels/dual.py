@@ -116,9 +116,8 @@ class _Cache:
         """What was there, decayed, and one more block."""
         return _Cache(torch.cat([self.weights * retained, weights], 1), (*self.keys, keys), (*self.values, values))
 
-    def detach(self) -> _Cache:
-        values = tuple(tuple(v.detach() for v in block) for block in self.values)
-        return _Cache(self.weights.detach(), tuple(k.detach() for k in self.keys), values)
+    def map(self, f: Callable[[Tensor], Tensor]) -> _Cache:
+        return _Cache(f(self.weights), tuple(map(f, self.keys)), tuple(tuple(map(f, block)) for block in self.values))
 
     def joined(self) -> tuple[Tensor, Matrices]:
         return torch.cat(self.keys, 1), tuple(torch.cat(blocks, 1) for blocks in zip(*self.values, strict=True))
@@ -335,7 +334,7 @@ def _step(
     alphas = retention[..., :1] * alpha[..., :1, None]
     written = (retention * eta.unsqueeze(-2)) @ band  # C
 
-    anchor, seen = rule.anchor_of(matrices), cache if rule.second_order else cache.detach()
+    anchor, seen = rule.anchor_of(matrices), cache.map(rule.as_anchor)
     factors = memory.factors(_DualReader(rule, MatrixReader(anchor), anchor, seen), x, v, r)
     values = tuple(-factors[j][0] for j in dual_layers(rule))
     plain = SourceReader(-written, factors, [(alphas, W) for W in matrices])

@@ -62,7 +62,7 @@ def _one_head(q, k, v, gates, weights, rule, residual, b: int, h: int) -> Tensor
     anchor: tuple[Tensor | None, list[Layer]] = (W1, first)
     for t in range(q.shape[1]):
         if t % rule.chunk == 0:
-            anchor = (W1, list(first)) if rule.second_order else _constant(W1, first)
+            anchor = _as_anchor(rule, W1, first)
         alpha, eta = gates.alpha[b, t, h], gates.eta[b, t, h]
         first = [layer.decayed(alpha) for layer in first]
         W1 = None if W1 is None else alpha * W1
@@ -78,15 +78,15 @@ def _one_head(q, k, v, gates, weights, rule, residual, b: int, h: int) -> Tensor
     return torch.stack(outputs)
 
 
-def _constant(W1: Tensor | None, first: list[Layer]) -> tuple[Tensor | None, list[Layer]]:
-    """The same to read, without a gradient."""
+def _as_anchor(rule: MemoryRule, W1: Tensor | None, first: list[Layer]) -> tuple[Tensor | None, list[Layer]]:
+    """The same to read, as the outer gradient sees the weights at which inner gradients are taken."""
     layers = []
     for layer in first:
-        constant = Layer(layer.W0.detach(), layer.softmax)
-        constant.a = layer.a.detach() if isinstance(layer.a, Tensor) else layer.a
-        constant.sources = [(c.detach(), d.detach(), x.detach()) for c, d, x in layer.sources]
-        layers.append(constant)
-    return None if W1 is None else W1.detach(), layers
+        same = Layer(rule.as_anchor(layer.W0), layer.softmax)
+        same.a = rule.as_anchor(layer.a)
+        same.sources = [tuple(map(rule.as_anchor, source)) for source in layer.sources]
+        layers.append(same)
+    return None if W1 is None else rule.as_anchor(W1), layers
 
 
 def _hidden(rule, first, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

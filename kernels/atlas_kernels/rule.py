@@ -25,6 +25,19 @@ def _choose(name: str, given: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={given!r} is unknown; choose one of {', '.join(known)}")
 
 
+class _Damped(torch.autograd.Function):
+    """The identity, with a share of its gradient."""
+
+    @staticmethod
+    def forward(ctx, a, share):
+        ctx.share = share
+        return a.view_as(a)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.share * grad, None
+
+
 @dataclass(frozen=True)
 class MemoryRule:
     """How the memory learns at test time (paper Eqs 9, 32, 33; `ns_period` is ours).
@@ -45,9 +58,10 @@ class MemoryRule:
     # lifted: inputs come lifted by a feature map. exponential: they come plain and meet as exp(q . k), in dual form
     # (paper Eqs 22, 23); softmax: the same, divided by the sum of its weights.
     kernel: str = "lifted"
-    # Of the outer gradient: False takes the weights at which inner gradients are taken for constants (first order).
-    # Through them the gradient of a long sequence grows exponentially where a deep memory decays or is written fast.
-    second_order: bool = True
+    # Of the outer gradient: the share that passes through the weights at which inner gradients are taken. 1: exact;
+    # 0: they are constants (first order). Through them the gradient of a long sequence grows exponentially where a
+    # deep memory decays or is written fast: a share in between damps each passage.
+    anchor_gradient: float = 1.0
 
     def __post_init__(self) -> None:
         _choose("memory", self.memory, MEMORIES)
@@ -70,8 +84,12 @@ class MemoryRule:
             )
         if self.memory == "linear" and self.norm != "none":
             raise ValueError(f"norm={self.norm!r} belongs to deep memories; memory='linear' takes norm='none'")
-        if self.memory == "linear" and not self.second_order:
-            raise ValueError("second_order=False belongs to deep memories; memory='linear' takes second_order=True")
+        if not 0 <= self.anchor_gradient <= 1:
+            raise ValueError(f"anchor_gradient={self.anchor_gradient} is a share: 0 (first order) to 1 (exact)")
+        if self.memory == "linear" and self.anchor_gradient != 1:
+            raise ValueError(
+                f"anchor_gradient={self.anchor_gradient} belongs to deep memories; memory='linear' takes 1"
+            )
         if self.dual and (self.ns_steps or self.momentum):
             raise ValueError(
                 f"kernel={self.kernel!r} came with ns_steps={self.ns_steps}, momentum={self.momentum}; its dual form "
@@ -89,9 +107,15 @@ class MemoryRule:
         online = self.chunk == 1 and self.window == 1 and self.ns_steps == 0 and not self.momentum
         return online and self.memory == "linear" and self.loss == "l2" and not self.dual
 
+    def as_anchor(self, a: Tensor) -> Tensor:
+        """The same to read; of its gradient the share `anchor_gradient`."""
+        if self.anchor_gradient == 1:
+            return a
+        return _Damped.apply(a, self.anchor_gradient) if self.anchor_gradient else a.detach()
+
     def anchor_of(self, matrices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The weights at which inner gradients are taken, as the outer gradient sees them."""
-        return matrices if self.second_order else tuple(m.detach() for m in matrices)
+        return tuple(self.as_anchor(m) for m in matrices)
 
     def writes_at(self, position: int) -> bool:
         """Whether the token at absolute `position` writes to the weights."""

@@ -22,10 +22,11 @@ def test_pairs_differ_in_the_order_alone() -> None:
         words = job.args[1]
         assert load(experiment.BASE, words).train.global_batch * load(experiment.BASE, words).model.seq_length == 4096
         if ", exact" in name:
-            other = jobs[name.replace("exact", "first order")].args[1]
-            assert set(words) ^ set(other) == {"memory.second_order=true", "memory.second_order=false"}
-            compared += 1
-    assert compared == len(jobs) // 2
+            for order, share in (("damped", "0.3"), ("first order", "0")):
+                other = jobs[name.replace("exact", order)].args[1]
+                assert set(words) ^ set(other) == {"memory.anchor_gradient=1", f"memory.anchor_gradient={share}"}
+                compared += 1
+    assert compared == len(jobs) - 1 - compared // 2  # all but attention
 
 
 @pytest.mark.slow
@@ -36,7 +37,7 @@ def test_quick_leaves_results_and_does_nothing_twice(tmp_path: Path, monkeypatch
     assert experiment.main(words) == 0
     stored = (tmp_path / "out" / "outer_gradient.json").read_text()
     cells = json.loads(stored)["cells"]
-    assert len(cells) == 2 * 2 * 2 + 3 and all(cell["finite"] for cell in cells.values())
+    assert len(cells) == 2 * 2 * 3 + 4 and all(cell["finite"] for cell in cells.values())
     assert (tmp_path / "out" / "outer_gradient.png").read_bytes().startswith(b"\x89PNG")
     assert "first order" in (tmp_path / "out" / "outer_gradient.md").read_text()
     assert experiment.main(words) == 0

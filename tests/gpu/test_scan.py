@@ -27,8 +27,9 @@ def test_every_rule(memory, norm, loss, momentum):
 
 @pytest.mark.parametrize("momentum", [True, False], ids=["momentum", "sum"])
 @pytest.mark.parametrize("memory", ["mlp", "gated_mlp"])
-def test_first_order(memory, momentum):
-    rule = replace(BASE, memory=memory, momentum=momentum, second_order=False)
+@pytest.mark.parametrize("share", [0, 0.3])
+def test_outer_gradient_in_part_through_the_anchors(memory, momentum, share):
+    rule = replace(BASE, memory=memory, momentum=momentum, anchor_gradient=share)
     compare(small(rule, 2 * CHUNK + 5, pair=momentum))
 
 

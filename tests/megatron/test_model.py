@@ -80,17 +80,18 @@ def test_a_first_order_backward_is_counted_by_what_it_leaves_out(memory: MemoryC
     from atlas_megatron.model import flops_per_token
 
     counted, said = [], []
-    for second_order in (True, False):
-        config = replace(SMALL, memory=replace(memory, second_order=second_order))
+    for share in (1.0, 0.3, 0.0):
+        config = replace(SMALL, memory=replace(memory, anchor_gradient=share))
         config = replace(config, model=replace(SMALL.model, pattern="MM-"))
         model = build(config)
         with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
             model(torch.zeros(1, 32, dtype=torch.int64), None, None).sum().backward()
         counted.append(counter.get_total_flops() / 32)
         said.append(flops_per_token(config).training)
-        assert said[-1] == 3 * flops_per_token(config).forward or not config.memory.rule().second_order
+        assert said[-1] == 3 * flops_per_token(config).forward or not config.memory.rule().anchor_gradient
     # The first chunk's anchor is the start weights, whose sum over sequences is not a product.
-    assert said[0] - said[1] == pytest.approx(counted[0] - counted[1], rel=0.1)
+    assert said[0] - said[2] == pytest.approx(counted[0] - counted[2], rel=0.1)
+    assert (said[0], counted[0]) == (said[1], counted[1])
 
 
 @pytest.mark.usefixtures("single_process_megatron")

@@ -57,7 +57,7 @@ class Shape:
     L2: bool
     MOMENTUM: bool
     GATED: bool
-    SECOND: bool
+    SHARE: float  # of the gradient through the anchor
     PRODUCTS: triton.language.dtype
     BLOCK_C: int
     BLOCK_I: int
@@ -70,7 +70,7 @@ class Shape:
         pad = lambda n: max(16, triton.next_power_of_2(n))  # noqa: E731
         return Shape(
             *(D, V, hidden, rule.norm == "layer", rule.loss == "l2", rule.momentum, rule.memory == "gated_mlp"),
-            rule.second_order,
+            float(rule.anchor_gradient),
             TRITON_DTYPES[products],
             *(pad(C), pad(I), pad(D), pad(V), 0),
         )
@@ -86,7 +86,7 @@ class Shape:
         if kernel == "write":
             del constants["BLOCK_C"]
         if kernel != "write_backward":
-            del constants["SECOND"]
+            del constants["SHARE"]
         if kernel == "read":
             constants["KEEP"] = True
         # One stage: a block's loads are few, and more would cost shared memory that the chunk's factors take.
@@ -199,9 +199,10 @@ def variants() -> list[Variant]:
     rule = MemoryRule(norm="layer", ns_steps=0)
     least = replace(rule, momentum=False, window=1)
     chain = [_variant(kernel, " sum window 1", least) for kernel in ("write", "write_backward")]
-    chain.append(_variant("write_backward", " first order", replace(rule, second_order=False)))
-    snug = replace(rule, chunk=48, second_order=False)
-    chain += [_variant(kernel, " first order chunk 48", snug) for kernel in KERNELS]
+    damped = replace(rule, anchor_gradient=0.3)
+    chain.append(_variant("write_backward", " damped", damped))
+    chain.append(_variant("write_backward", " first order", replace(rule, anchor_gradient=0.0)))
+    chain += [_variant(kernel, " chunk 48", replace(damped, chunk=48)) for kernel in KERNELS]
     return [_variant(kernel, "", rule) for kernel in KERNELS] + chain
 
 

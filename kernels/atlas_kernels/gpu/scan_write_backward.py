@@ -114,7 +114,7 @@ def through_factors(
     BLOCK_F: tl.constexpr,
     MOMENTUM: tl.constexpr,
     GATED: tl.constexpr,
-    SECOND: tl.constexpr,
+    SHARE: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):
     """From the gradients of what leaves a chunk to those of what enters it and of its factors.
@@ -180,8 +180,8 @@ def through_factors(
             second, (grad_w2, grad_s2), f, d, F, D, (read_z, q_w, q_s), last, of_last, MOMENTUM, PRODUCTS
         )
         tl.debug_barrier()
-        if SECOND:
-            grad_a1 = tl.trans(product(tl.trans(e), grad_back, PRODUCTS))
+        if SHARE > 0:
+            grad_a1 = SHARE * tl.trans(product(tl.trans(e), grad_back, PRODUCTS))
             if is_first:
                 put(grad_first_pointer, grad_a1, f, c, F, V)
             else:
@@ -215,7 +215,7 @@ def through_anchor(
     BLOCK_V: tl.constexpr,
     BLOCK_F: tl.constexpr,
     GATED: tl.constexpr,
-    SECOND: tl.constexpr,
+    SHARE: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):
     """From the gradient of o, and of z and up without what passes through o, to the anchor's. Returns grad_x."""
@@ -235,11 +235,11 @@ def through_anchor(
             grad_x = add_product(grad_x, grad_up, a3, PRODUCTS)
         grad_z += grad_h * slope
         grad_x = add_product(grad_x, grad_z, a2, PRODUCTS)
-        if SECOND:
-            grad_a1 = add_flipped(tile(grad_anchors[0], f, c, F, V), tl.trans(grad_o), h, PRODUCTS)
-            grad_a2 = add_flipped(tile(grad_anchors[1], f, d, F, D), tl.trans(x), grad_z, PRODUCTS)
+        if SHARE > 0:
+            grad_a1 = add_flipped(tile(grad_anchors[0], f, c, F, V), tl.trans(grad_o), SHARE * h, PRODUCTS)
+            grad_a2 = add_flipped(tile(grad_anchors[1], f, d, F, D), tl.trans(x), SHARE * grad_z, PRODUCTS)
             if GATED:
-                grad_a3 = add_flipped(tile(grad_anchors[2], f, d, F, D), tl.trans(x), grad_up, PRODUCTS)
+                grad_a3 = add_flipped(tile(grad_anchors[2], f, d, F, D), tl.trans(x), SHARE * grad_up, PRODUCTS)
             tl.debug_barrier()
             put(grad_anchors[0], grad_a1, f, c, F, V)
             put(grad_anchors[1], grad_a2, f, d, F, D)
@@ -302,7 +302,7 @@ def write_backward_kernel(
     L2: tl.constexpr,
     MOMENTUM: tl.constexpr,
     GATED: tl.constexpr,
-    SECOND: tl.constexpr,
+    SHARE: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):
     g = tl.program_id(0).to(tl.int64)
@@ -347,7 +347,7 @@ def write_backward_kernel(
         grad_e, grad_x, grad_to_w, grad_to_s, of_last = through_factors(
             anchors, weights, momenta, grad_weights, grad_momenta, grad_first[0], sides, parts,
             (x, e, seen, scores_met), (read_w, read_s, q_w, q_s), (to_w, to_s), last, (grad_e, grad_x), n == 0, C, I,
-            D, V, F, BLOCK_C, BLOCK_I, BLOCK_D, BLOCK_V, BLOCK_F, MOMENTUM, GATED, SECOND, PRODUCTS,
+            D, V, F, BLOCK_C, BLOCK_I, BLOCK_D, BLOCK_V, BLOCK_F, MOMENTUM, GATED, SHARE, PRODUCTS,
         )  # fmt: skip
         tl.debug_barrier()
 
@@ -368,7 +368,7 @@ def write_backward_kernel(
         grad_anchors = slot_of(grad_w1_pointer, grad_w2_pointer, grad_w3_pointer, slot, D, V, F, GATED)
         grad_x = through_anchor(
             anchors, grad_anchors, parts, x, grad_o, grad_x, I,
-            D, V, F, BLOCK_I, BLOCK_D, BLOCK_V, BLOCK_F, GATED, SECOND, PRODUCTS,
+            D, V, F, BLOCK_I, BLOCK_D, BLOCK_V, BLOCK_F, GATED, SHARE, PRODUCTS,
         )  # fmt: skip
         put(grad_x_pointer + at * I * D, grad_x, i, d, I, D)
         tl.debug_barrier()

@@ -1,4 +1,4 @@
-"""second_order=False: the same memory, and an outer gradient that takes the anchors for constants."""
+"""anchor_gradient under 1: the same memory, and an outer gradient that passes through the anchors in part or not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from atlas_kernels.reference_dual import omega_memory_dual_reference
 from problems import Problem, assert_close, compare, gradients, problem, state_tensors
 
 CHUNK = 8
-FIRST = MemoryRule(window=5, chunk=CHUNK, ns_steps=0, norm="layer", second_order=False)
+FIRST = MemoryRule(window=5, chunk=CHUNK, ns_steps=0, norm="layer", anchor_gradient=0)
+DAMPED = 0.3
 RULES = {
     "sum": replace(FIRST, momentum=False),
     "momentum": FIRST,
@@ -21,6 +22,8 @@ RULES = {
     "dot": replace(FIRST, loss="dot"),
     "orthogonal": replace(FIRST, ns_steps=5, ns_period=4),
     "orthogonal, gated": replace(FIRST, memory="gated_mlp", ns_steps=2, momentum=False),
+    "damped": replace(FIRST, anchor_gradient=DAMPED),
+    "damped, orthogonal, gated": replace(FIRST, memory="gated_mlp", ns_steps=2, ns_period=4, anchor_gradient=DAMPED),
 }
 
 
@@ -58,17 +61,18 @@ def test_the_forward_is_the_same_to_the_bit(rule):
     p = problem(rule, 2 * CHUNK + 5)
     outputs = [
         (y, *s.tensors())
-        for y, s in (replace(p, rule=replace(rule, second_order=b)).run("chunked") for b in (True, False))
+        for y, s in (replace(p, rule=replace(rule, anchor_gradient=a)).run("chunked") for a in (1, DAMPED, 0))
     ]
-    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+    assert all(torch.equal(a, b) for other in outputs[1:] for a, b in zip(outputs[0], other, strict=True))
 
 
 def by_autograd(p: Problem) -> torch.Tensor:
-    """Window 1, no momentum: the inner gradients by autograd at anchors that are constants, the rest with a graph."""
+    """Window 1, no momentum: the inner gradients by autograd at anchors that are in part constants, with a graph."""
     W, outputs = tuple(w.expand(p.q.shape[0], *w.shape) for w in p.weights), []
     for t in range(p.q.shape[1]):
         if t % CHUNK == 0:
-            A = tuple(w.detach().requires_grad_() for w in W)
+            share = p.rule.anchor_gradient
+            A = tuple((share * w + (1 - share) * w.detach()).requires_grad_() for w in W)
         q, k, v = (x[:, t : t + 1] for x in (p.q, p.k, p.v))
         gamma = p.gates.gamma[:, t, :, 0]
         loss = (gamma * inner_loss(p.rule, A, k, v, k)[:, 0]).sum()
@@ -81,21 +85,24 @@ def by_autograd(p: Problem) -> torch.Tensor:
 
 @pytest.mark.parametrize("memory_kind,norm", [("mlp", "layer"), ("gated_mlp", "none")])
 @pytest.mark.parametrize("ns_steps", [0, 3])
-def test_gradients_are_autograds_at_constant_anchors(memory_kind, norm, ns_steps):
+@pytest.mark.parametrize("share", [0, DAMPED])
+def test_gradients_are_autograds_at_anchors_that_are_constant_in_part(memory_kind, norm, ns_steps, share):
     rule = replace(FIRST, memory=memory_kind, norm=norm, window=1, momentum=False, ns_steps=ns_steps)
+    rule = replace(rule, anchor_gradient=share)
     p = problem(rule, 2 * CHUNK + 3)
     leaves = {name: leaf for name, leaf in p.leaves().items() if name != "theta"}
     expected, (ours, _) = by_autograd(p), p.run("chunked")
     found = gradients([ours], leaves)
     assert_close({"y": ours, **found}, {"y": expected, **gradients([expected], leaves)})
-    exact, _ = replace(p, rule=replace(rule, second_order=True)).run("chunked")
+    exact, _ = replace(p, rule=replace(rule, anchor_gradient=1)).run("chunked")
     assert not torch.allclose(gradients([exact], leaves)["k"], found["k"])
 
 
 @pytest.mark.parametrize("memory_kind", ["mlp", "gated_mlp"])
 @pytest.mark.parametrize("kernel", ["exponential", "softmax"])
-def test_the_dual_form(memory_kind, kernel):
-    rule = replace(FIRST, memory=memory_kind, kernel=kernel, momentum=False, window=3, chunk=4)
+@pytest.mark.parametrize("share", [0, DAMPED])
+def test_the_dual_form(memory_kind, kernel, share):
+    rule = replace(FIRST, memory=memory_kind, kernel=kernel, momentum=False, window=3, chunk=4, anchor_gradient=share)
     p = problem(rule, 11, batch=1, heads=2)
     y = omega_memory_dual_reference(p.q, p.k, p.v, p.gates, p.weights, rule, p.residual)
     ours, _ = p.run("chunked")
@@ -114,7 +121,7 @@ def test_packed_documents(rule):
 
 
 def test_what_it_is_for():
-    """Over many chunks of a memory that forgets, the exact gradient explodes, and this one does not."""
+    """Over many chunks of a memory that forgets, the exact gradient explodes, and these do not."""
     torch.manual_seed(0)
     p = problem(replace(FIRST, momentum=False, window=4), 96 * CHUNK, batch=1, heads=1, key=16, value=16, hidden=32)
     with torch.no_grad():
@@ -122,12 +129,18 @@ def test_what_it_is_for():
         p.gates.eta.fill_(0.1 / (4 * CHUNK))
         p.gates.gamma.fill_(1.0)
     sizes = {}
-    for second_order in (True, False):
-        y, _ = replace(p, rule=replace(p.rule, second_order=second_order)).run("chunked")
-        sizes[second_order] = gradients([y], p.leaves())["k"].norm().item()
-    assert sizes[True] > 1e3 * sizes[False], sizes
+    for share in (1, 0.1, 0):
+        y, _ = replace(p, rule=replace(p.rule, anchor_gradient=share)).run("chunked")
+        sizes[share] = gradients([y], p.leaves())["k"].norm().item()
+    assert sizes[1] > 1e3 * max(sizes[0], sizes[0.1]), sizes
 
 
 def test_a_linear_memory_has_no_use_for_it():
-    with pytest.raises(ValueError, match="second_order=False belongs to deep memories"):
-        MemoryRule("linear", second_order=False)
+    with pytest.raises(ValueError, match="anchor_gradient=0 belongs to deep memories"):
+        MemoryRule("linear", anchor_gradient=0)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_it_is_a_share(share):
+    with pytest.raises(ValueError, match=f"anchor_gradient={share} is a share: 0 .first order. to 1 .exact."):
+        MemoryRule(anchor_gradient=share)
