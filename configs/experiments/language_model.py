@@ -60,6 +60,8 @@ def words_of(variant: str, steps: int) -> list[str]:
     short = [f"train.steps={steps}", f"train.warmup_steps={steps // 10}", f"train.validate_every={steps}"]
     short += [f"train.validate_sequences={VALIDATED}", f"checkpoint.every={steps}", "log.tensorboard=false"]
     short += [*SMALL, "train.stats_every=1000000"]  # measuring costs a second read of every memory
+    if not GPU:  # of first order, as the results are: the damped outer gradient came after them
+        short += ["memory.anchor_gradient=0"]
     repeats = load(BASE).model.pattern.count("M-*-M-")
     own = [*short, *(_repeated(word, repeats) for word in VARIANTS[variant])]
     wanted = _parameters(load(BASE, short))
