@@ -84,7 +84,7 @@ def _as_anchor(rule: MemoryRule, W1: Tensor | None, first: list[Layer]) -> tuple
     for layer in first:
         same = Layer(rule.as_anchor(layer.W0), layer.softmax)
         same.a = rule.as_anchor(layer.a)
-        same.sources = [tuple(map(rule.as_anchor, source)) for source in layer.sources]
+        same.sources = [(rule.as_anchor(c), rule.as_anchor(d), rule.as_anchor(x)) for c, d, x in layer.sources]
         layers.append(same)
     return None if W1 is None else rule.as_anchor(W1), layers
 
