@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import quickstart
@@ -49,7 +51,8 @@ def test_replicas_share_the_global_batch(words: list[str], devices: int, wanted:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_the_status_is_that_of_the_processes(count: int, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_status_is_that_of_the_processes(count: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = [str(quickstart.CONFIG), "data.train=nowhere/train", "train.global_batch=4", "train.micro_batch=2"]
+    words.append(f"run.directory={tmp_path}")
     assert quickstart.train_side_by_side(words, count) == 2
     assert "nowhere/train" in capfd.readouterr().err
