@@ -131,9 +131,10 @@ def _draw_loss(axes: Axes, records: list[Record]) -> None:
 
 
 def _draw_positions(axes: Axes, losses: numpy.ndarray, stride: int) -> None:
-    """Positions one stride apart show the same tokens: what those tokens cost on average is taken out of each."""
+    """Positions one stride apart show the same tokens: what these cost in the later half of the context is taken out."""
     whole = losses[: len(losses) // stride * stride].reshape(-1, stride)
-    of_context = (whole - whole.mean(0) + whole.mean()).ravel()
+    late = whole[len(whole) // 2 :]
+    of_context = (whole - late.mean(0) + late.mean()).ravel()
     positions = numpy.arange(1, len(of_context) + 1)
     axes.plot(positions, of_context, color="C0", alpha=0.3, linewidth=0.7, label="each position")
     ends = numpy.unique(numpy.geomspace(1, len(of_context), 24).astype(int))

@@ -225,7 +225,7 @@ def draw(results: record.Record, grid: Grid) -> None:
         for axes, title in zip(panels, titles, strict=True):
             _finish(axes, title)
         panels[1].set_ylim(bottom=0)
-        panels[2].set_ylim(bottom=0)
+        panels[2].set_yscale("log")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
         results.save_figure(figure)
 
@@ -277,7 +277,10 @@ OBSERVED: tuple[str, ...] = (
     titans of 8, 12, 8, then one of 29, 35, 27, on machines whose sums round otherwise. So whether the Omega rule is
     ahead of titans is not told by this. At 65,536 tokens none of them recalled anything: what fades by a third in 4,096
     tokens is gone there, hence the 0.99999 here.""",
-    """SPEED""",
+    """Memory does not grow but for attention: to ten million tokens the process takes what it takes at 4,096, within
+    0.6 %. Nor does reading slow down: over all lengths omeganet's speeds lie within 5 % of their mean, those of atlas,
+    titans and the sliding window within 11, Gated DeltaNet's within 13, its slowest length being the shortest. Ten
+    million tokens took ATLAS 40 minutes, omeganet 14, Gated DeltaNet 3 and the sliding window 2, on a core each.""",
 )
 
 
