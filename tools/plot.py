@@ -131,7 +131,7 @@ def _draw_loss(axes: Axes, records: list[Record]) -> None:
 
 
 def _draw_positions(axes: Axes, losses: numpy.ndarray, stride: int) -> None:
-    """Positions one stride apart show the same tokens: what these cost in the later half of the context is taken out."""
+    """Positions one stride apart show the same tokens: what these cost in the context's later half is taken out."""
     whole = losses[: len(losses) // stride * stride].reshape(-1, stride)
     late = whole[len(whole) // 2 :]
     of_context = (whole - late.mean(0) + late.mean()).ravel()
