@@ -30,7 +30,10 @@ from atlas_megatron.results import commit
 from bench_memory import medians
 
 HEADS, HEAD_DIM, TOKENS, BATCH = 6, 64, 1024, 1
-DOCUMENTS = {"few": (300, 45, 679), "many": (40, 300, 5, 128, 200, 63, 64, 224)}
+# Lengths in a sequence of 1,024 tokens, and four times as long.
+SHORT = {"few": (300, 45, 679), "many": (40, 300, 5, 128, 200, 63, 64, 224)}
+LONG = {"few long": (1207, 180, 2709), "many long": (167, 1200, 20, 512, 800, 252, 256, 889)}
+DOCUMENTS = SHORT | LONG
 
 
 def contender(
@@ -92,13 +95,15 @@ def measure(rounds: int) -> dict[str, dict]:
     lifted_members = {name: memory for name, memory in members.items() if memory.kernel == "lifted"}
     pairs: dict[str, Callable[[], None]] = {}
     for name, memory in lifted_members.items():
-        pairs[name] = contender(memory)
         for kind, lengths in DOCUMENTS.items():
+            tokens = sum(lengths)
             positions = torch.cat([torch.arange(n) for n in lengths]).expand(BATCH, -1)
-            pairs[f"{name}, {kind}"] = contender(memory, positions)
+            pairs[f"{name}, {tokens}"] = contender(memory, tokens=tokens)
+            pairs[f"{name}, {kind}"] = contender(memory, positions, tokens=tokens)
     seconds, _ = medians(pairs, rounds)
     packed = {
-        kind: {name: seconds[f"{name}, {kind}"] / seconds[name] for name in lifted_members} for kind in DOCUMENTS
+        kind: {name: seconds[f"{name}, {kind}"] / seconds[f"{name}, {sum(lengths)}"] for name in lifted_members}
+        for kind, lengths in DOCUMENTS.items()
     }
     return {"seconds": whole, "packed_over_whole": packed}
 
@@ -116,7 +121,7 @@ def main() -> int:
     measured = measure(arguments.rounds)
     base = measured["seconds"]["omeganet"]
     shape = f"T={TOKENS} B={BATCH}, {HEADS} heads of {HEAD_DIM}, float32"
-    table = Table("preset: forward + backward", "ms", "of omeganet", "few documents", "many", title=shape)
+    table = Table("preset: forward + backward", "ms", "of omeganet", *DOCUMENTS, title=shape)
     for name, seconds in measured["seconds"].items():
         packed = [measured["packed_over_whole"][kind].get(name) for kind in DOCUMENTS]
         cost = [f"x {ratio:.2f}" if ratio else "-" for ratio in packed]
