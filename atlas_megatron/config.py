@@ -112,9 +112,9 @@ class MemoryConfig:
     eta_start: float = 0.0
     eta_sum: float = 0.1
     # Of a deep memory: the share of the outer gradient that passes through the weights at which inner gradients are
-    # taken. 1 is exact, and over many chunks grows exponentially with them (at 4,096 tokens to norms of 1e9 before the
-    # first step). 0 is first order, those weights are constants: cheaper, and learns recall less well. Between the two
-    # each passage is damped. A linear memory's is always exact.
+    # taken. 1 is exact, and over many chunks grows exponentially with them (of atlas at 4,096 tokens to a norm of 7e3
+    # before the first step). 0 is first order, those weights are constants: cheaper, and learns recall less well.
+    # Between the two each passage is damped. A linear memory's is always exact.
     anchor_gradient: float = 0.3
     impl: str = "auto"  # reference | chunked | triton (a GPU) | auto
 

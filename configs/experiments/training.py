@@ -37,7 +37,7 @@ ETA_SUM = 1.0
 GATE_RANK = 8
 # Deep memories have exact outer gradients here, which can be had of sequences as short as these. What follows a mixer's
 # name is another share of the gradient through the anchors: the trainer's default, and none.
-SHARES = {", damped": MemoryConfig.anchor_gradient, ", first order": 0.0}
+SHARES = {", damped": 0.3, ", first order": 0.0}
 # What each mixer is: a symbol of `model.pattern` and the memory's preset.
 SYMBOLS = {
     "atlas": ("M", "atlas"),

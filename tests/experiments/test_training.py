@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import training
+from atlas_megatron.config import MemoryConfig
 from atlas_megatron.evaluate.synthetic import NO_ANSWER, Task, compression, mqar
 from atlas_megatron.parallel import cpu
 from atlas_megatron.streaming import StreamContext
@@ -63,6 +64,13 @@ def test_compression_is_read_from_the_last_output_alone() -> None:
     gradient = seen[0].grad
     assert gradient is not None
     assert gradient[:-1].abs().max() == 0 and gradient[-1].abs().max() > 0
+
+
+def test_a_suffix_names_the_share_of_the_outer_gradient() -> None:
+    names = {"atlas": 1.0, "atlas, damped": MemoryConfig.anchor_gradient, "atlas, first order": 0.0}
+    for name, share in names.items():
+        config = training.config_of(name, 8, TOKENS, VOCABULARY, mlp=False)
+        assert (config.memory.preset, config.memory.anchor_gradient) == ("atlas", share)
 
 
 def test_an_unknown_mixer_is_refused() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from atlas_kernels import MemoryRule, chunked, newton_schulz, omega_memory
+from atlas_kernels import MemoryRule, newton_schulz, omega_memory
 from atlas_kernels.reference import inner_loss, memory
 from atlas_kernels.reference_dual import omega_memory_dual_reference
 from problems import Problem, assert_close, compare, gradients, problem, state_tensors
@@ -25,14 +25,6 @@ RULES = {
     "damped": replace(FIRST, anchor_gradient=DAMPED),
     "damped, orthogonal, gated": replace(FIRST, memory="gated_mlp", ns_steps=2, ns_period=4, anchor_gradient=DAMPED),
 }
-
-
-@pytest.fixture(params=["held", "recomputed", "recomputed by chunk"])
-def backward(request, monkeypatch):
-    if request.param != "held":
-        monkeypatch.setattr(chunked, "HELD_BYTES", 0)
-    if request.param == "recomputed by chunk":
-        monkeypatch.setattr(chunked, "SEGMENT_BYTES", 0)
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)

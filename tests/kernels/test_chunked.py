@@ -16,15 +16,6 @@ MEMORIES = [("linear", "none"), ("mlp", "none"), ("mlp", "layer")]
 WRITES = [(0, 1), (1, 1), (5, 1), (5, CHUNK // 4), (5, CHUNK)]  # (ns_steps, ns_period)
 
 
-@pytest.fixture(params=["held", "recomputed", "recomputed by chunk"])
-def backward(request, monkeypatch):
-    """The ways of the backward: the whole graph held, every segment recomputed, and each of its chunks once more."""
-    if request.param != "held":
-        monkeypatch.setattr(chunked, "HELD_BYTES", 0)
-    if request.param == "recomputed by chunk":
-        monkeypatch.setattr(chunked, "SEGMENT_BYTES", 0)
-
-
 @pytest.mark.parametrize("ns_steps,ns_period", WRITES)
 @pytest.mark.parametrize("memory,norm", MEMORIES)
 @pytest.mark.parametrize("pair", [True, False], ids=["pair", "source"])
