@@ -36,8 +36,6 @@ def config_of(kind: str, rung: str, *, quick: bool) -> Config:
     """The rung as this kind of model, in a directory of its own."""
     symbol, preset = KINDS[kind]
     config = ladder.rung(rung, tokens_per_parameter=TOKENS_PER_PARAMETER, symbol=symbol, setting=SETTING)
-    # Of first order, as the results are: the damped outer gradient came after them.
-    config = replace(config, memory=replace(config.memory, anchor_gradient=0.0))
     if preset != config.memory.preset:
         config = replace(config, memory=replace(config.memory, preset=preset, **PRESETS[preset]))
     steps = QUICK_STEPS if quick else config.train.steps
