@@ -102,6 +102,7 @@ class AtlasMemory(nn.Module):
             residual=(q, k) if self.own_residual else None,
             impl=self.memory.impl,
             positions=place.documents,
+            products=qkv.dtype,
         )
         y = F.rms_norm(y, y.shape[-1:], eps=self.epsilon) * self.norm_gain.to(y.dtype)
         y = y.to(branch.dtype) * F.silu(branch.squeeze(-2))

@@ -202,6 +202,7 @@ class AtlasMixer(Mixer):
             residual=(q, k) if self._own_residual() else None,
             impl=self.memory.impl,
             positions=positions,
+            products=self.config.params_dtype,
         )
 
     def blank(self, tokens: tuple[Tensor, ...], heads: slice, position: int | Tensor) -> MemoryState:

@@ -37,6 +37,7 @@ def omega_memory(
     residual: tuple[Tensor, Tensor] | None = None,
     impl: str = "auto",
     positions: Tensor | None = None,
+    products: torch.dtype | None = None,
 ) -> tuple[Tensor, State]:
     """Write every token into the memory and read it back with the token's query (paper Eqs 9, 32, 33).
 
@@ -45,10 +46,12 @@ def omega_memory(
     (gated_mlp), shared by all sequences; not read when `state` is given.
     state: where an earlier call stopped; op(prefix) then op(suffix, state) equals op(whole) at any cut.
     residual: the r of a deep memory for queries and keys, [B, T, H, V] each; None is the lifted input itself (D = V).
-    impl: "reference" (token by token), "chunked" (matrix products), "triton" (the same in GPU kernels, whose products
-    take operands in q's dtype if that is bfloat16 or float16), "auto" (triton where it covers the call, else chunked).
+    impl: "reference" (token by token), "chunked" (matrix products), "triton" (the same in GPU kernels), "auto" (triton
+    where it covers the call, else chunked).
     positions: [B, T] int64 where documents are packed: each token's position in its own document, 0 where one begins
     and the memory is at its start weights again (`weights` is then read even with a state); None: all is one document.
+    products: what the operands of the GPU kernels' products are rounded to, bfloat16, float16 or float32 (not at all);
+    None: q's dtype. A model in bfloat16 whose q is of float32, for it was normalised there, says bfloat16.
 
     Returns y [B, T, H, V] in q's dtype and the state after the last token. Inside, everything is float32, or float64
     where the weights are; differentiable once in every tensor, the state's included.
@@ -80,7 +83,8 @@ def omega_memory(
         state = state.map(cast)
     if positions is None and isinstance(state.position, Tensor):
         positions = state.position[:, None] + torch.arange(q.shape[1], device=q.device)
-    impl = _choose(impl, rule, q, v, weights)
+    products = _operands(q.dtype if products is None else products)
+    impl = _choose(impl, rule, q, v, weights, products)
     gates = Gates(cast(gates.alpha), cast(gates.eta), cast(gates.theta), cast(gates.gamma))
     residual = None if residual is None else (cast(residual[0]), cast(residual[1]))
     arguments = (cast(q), cast(k), cast(v), gates, rule)
@@ -92,7 +96,7 @@ def omega_memory(
     elif impl == "reference":
         y, after = omega_memory_reference(*arguments, state, residual)
     else:
-        kernels = _gpu_kernels(rule, q.dtype) if impl == "triton" else TORCH
+        kernels = _gpu_kernels(rule, products) if impl == "triton" else TORCH
         if positions is not None:
             packed = (tuple(map(cast, weights)), positions)
             y, after = omega_memory_packed(*arguments, state, residual, packed, kernels)
@@ -163,28 +167,35 @@ def read_memory(
 
 
 def check_implementation(
-    impl: str, rule: MemoryRule, weights: tuple[Tensor, ...], dtype: torch.dtype | None = None
+    impl: str, rule: MemoryRule, weights: tuple[Tensor, ...], products: torch.dtype | None = None
 ) -> None:
     """Raise ValueError if `impl` cannot run `rule` with these start weights [H, rows, cols] where they lie.
 
-    dtype: of q, k and v as calls will give them; None: the weights'. What `omega_memory` would say at its first call,
-    before there is one.
+    products: as calls will give it; None: the weights' dtype. What `omega_memory` would say at its first call, before
+    there is one.
     """
     # Weights begin with a layer onto V and end with one from D.
     widths = (weights[-1].shape[-1], weights[0].shape[-2])
-    q, v = (weights[0].new_empty(1, 1, 1, width, dtype=dtype or weights[0].dtype) for width in widths)
+    q, v = (weights[0].new_empty(1, 1, 1, width) for width in widths)
     if impl != "auto":
-        _choose(impl, rule, q, v, weights)
+        _choose(impl, rule, q, v, weights, _operands(weights[0].dtype if products is None else products))
 
 
-def _choose(impl: str, rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Tensor, ...]) -> str:
+def _operands(dtype: torch.dtype) -> torch.dtype:
+    """What operands of products are rounded to, for tensors of this dtype."""
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+
+
+def _choose(
+    impl: str, rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Tensor, ...], products: torch.dtype
+) -> str:
     """The implementation to take; "auto" takes the GPU's kernels on a GPU where they cover the call."""
     if impl not in ("auto", "triton"):
         return impl
     refused: str | None = "is for tensors on a GPU"
     if impl == "triton" or q.is_cuda:
         try:
-            refused = _gpu("scan_coverage").refusal(rule, q, v, weights)
+            refused = _gpu("scan_coverage").refusal(rule, q, v, weights, products)
         except ModuleNotFoundError:
             refused = "needs the atlas_kernels package, which is not installed"
     if impl == "triton":
@@ -198,9 +209,8 @@ def _choose(impl: str, rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Te
     return chosen
 
 
-def _gpu_kernels(rule: MemoryRule, dtype: torch.dtype) -> Kernels:
-    """What replaces torch in the chunk form; dtype: of the inputs as they came, and of the products."""
-    products = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+def _gpu_kernels(rule: MemoryRule, products: torch.dtype) -> Kernels:
+    """What replaces torch in the chunk form."""
     if rule.ns_steps:
         gpu = _gpu("orthogonal_writes")
         # One matrix a write, in the dtype of products, is held, and no iterate.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from atlas_kernels import MemoryRule, chunked, omega_memory, op
-from device_problems import CHUNK, DEVICE, compare, compare_rounded, small
+from device_problems import CHUNK, DEVICE, compare, compare_rounded, rounded, small
 from problems import assert_close, gradients, state_tensors
 
 BASE = MemoryRule(window=5, chunk=CHUNK, ns_steps=0, norm="layer")
@@ -125,8 +125,8 @@ def test_half_precision_products(memory, momentum):
         (BASE, {"hidden": 40}, "F that is a multiple of 16, not F=40"),
         (replace(BASE, chunk=128), {}, "chunk up to 64 and chunk . window - 1 up to 128, not chunk=128, window=5"),
         (replace(BASE, chunk=64, window=66), {}, "not chunk=64, window=66"),
-        (replace(BASE, chunk=64), {}, "in float32 covers chunk . window - 1 up to 64, D and V up to 64, not chunk=64"),
-        (BASE, {"key": 128, "value": 128}, "in float32 covers .*, not chunk=16, window=5, D=128"),
+        (replace(BASE, chunk=64), {}, "float32 products covers chunk . window - 1 up to 64, D and V up to 64, not chunk=64"),
+        (BASE, {"key": 128, "value": 128}, "with float32 products covers .*, not chunk=16, window=5, D=128"),
     ],
 )
 def test_what_no_kernel_covers(rule, sizes, message):
@@ -145,6 +145,20 @@ def test_packed_documents():
         outputs = {"y": y, **state_tensors(state)}
         results.append(outputs | gradients(list(outputs.values()), p.leaves()))
     assert_close(*results)
+
+
+def test_rounded_products_of_float32_inputs():
+    """What a model in bfloat16 asks for: float16 here, where the interpreter is exact."""
+    low, _ = rounded(small(BASE, CHUNK + 5), torch.float16)
+    high = replace(low, q=low.q.float(), k=low.k.float(), v=low.v.float())
+    expected, _ = low.run("triton")
+    found, _ = omega_memory(
+        high.q, high.k, high.v, high.gates, high.weights, BASE, impl="triton", products=torch.float16
+    )
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.half(), expected, rtol=0, atol=0)
+    exact, _ = high.run("triton")
+    assert not torch.equal(found, exact)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
 
 import atlas_megatron.config as megatron
+from atlas_kernels import op
+from atlas_kernels.chunked import TORCH
 from atlas_megatron.config import Config
 from atlas_megatron.hf.configuration_atlas import MODEL, SECTIONS, AtlasConfig
 from atlas_megatron.hf.export import described
@@ -59,6 +61,19 @@ def test_so_in_float32(config: Config) -> None:
     assert found.dtype == torch.float32
     assert error(found, expected) < TOLERANCE[torch.float32]
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_in_bfloat16_both_ask_for_products_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the GPU's kernels, which see q, k and v in float32: they were normalised there."""
+    asked = []
+    monkeypatch.setattr(op, "_gpu_kernels", lambda rule, products: asked.append(products) or TORCH)
+    theirs, ours = twins(settings("M-", impl="triton"), torch.bfloat16)
+    mixer = ours.model.layers[0].mixer
+    mixer.memory = replace(mixer.memory, impl="triton")  # an exported model leaves the choice to where it runs
+    with torch.no_grad():
+        theirs(tokens(), None, None), ours(tokens())
+    assert asked == [torch.bfloat16] * 2
 
 
 @pytest.mark.usefixtures("single_process_megatron")

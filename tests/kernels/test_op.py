@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from atlas_kernels import Gates, MemoryRule, check_implementation, omega_memory
+from atlas_kernels import Gates, MemoryRule, check_implementation, omega_memory, op
+from atlas_kernels.chunked import TORCH
 from problems import problem
 
 RULE = MemoryRule(window=3, chunk=8)
@@ -98,5 +99,24 @@ def test_an_implementation_is_checked_before_its_first_call(monkeypatch):
             check_implementation("triton", rule, weights)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     check_implementation("triton", rule, weights, torch.bfloat16)
-    with pytest.raises(ValueError, match="in float32 covers chunk . window - 1 up to 64.* not chunk=64, window=16"):
+    with pytest.raises(ValueError, match="with float32 products covers chunk . window - 1 up to 64.* not chunk=64"):
         check_implementation("triton", rule, weights)
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "taken"),
+    [
+        (torch.float32, None, torch.float32),
+        (torch.float64, None, torch.float32),
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.float32),
+    ],
+)
+def test_products_are_as_asked_or_as_q(monkeypatch, given, asked, taken):
+    seen = []
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(op, "_gpu_kernels", lambda rule, products: seen.append(products) or TORCH)
+    p = problem(MemoryRule(ns_steps=0, chunk=16, window=4), 5, key=16, value=16, hidden=16, dtype=torch.float32)
+    y, _ = omega_memory(p.q.to(given), p.k, p.v, p.gates, p.weights, p.rule, impl="triton", products=asked)
+    assert seen == [taken] and y.dtype == given

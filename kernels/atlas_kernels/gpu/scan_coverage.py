@@ -19,10 +19,12 @@ SOURCES, SOURCES_FLOAT32 = 128, 64
 SHARED, SHARED_WIDE = 108 << 10, 180 << 10
 
 
-def refusal(rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Tensor, ...]) -> str | None:
+def refusal(
+    rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Tensor, ...], products: torch.dtype
+) -> str | None:
     """Why the kernels do not run this call, in words that follow "impl='triton'"; None if they do.
 
-    q [B, T, H, D], v [B, T, H, V], weights as in `omega_memory`.
+    q [B, T, H, D], v [B, T, H, V], weights as in `omega_memory`; products: bfloat16, float16 or float32.
     """
     if rule.dual or rule.memory == "linear" and not rule.ns_steps:
         return f"covers memory='mlp' and 'gated_mlp' of kernel='lifted', not {rule.memory!r} of {rule.kernel!r}"
@@ -37,9 +39,9 @@ def refusal(rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Tensor, ...])
     key, value = q.shape[-1], v.shape[-1]
     if rule.ns_steps:
         hidden = value if rule.memory == "linear" else weights[0].shape[-1]
-        return _orthogonal_refusal(key, value, hidden, q.dtype)
+        return _orthogonal_refusal(key, value, hidden, products)
     needed, given = SHARED if max(key, value) <= 64 else SHARED_WIDE, _shared_memory(q)
-    return _size_refusal(rule, key, value, weights[0].shape[-1], q.dtype) or (
+    return _size_refusal(rule, key, value, weights[0].shape[-1], products) or (
         f"needs {needed >> 10} KiB of shared memory a block, and this GPU has {given >> 10}" if given < needed else None
     )
 
@@ -51,17 +53,17 @@ def _shared_memory(q: Tensor) -> int:
     return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stubs lack it
 
 
-def _orthogonal_refusal(key: int, value: int, hidden: int, dtype: torch.dtype) -> str | None:
-    most = NARROW if dtype in (torch.bfloat16, torch.float16) else NARROW_FLOAT32
+def _orthogonal_refusal(key: int, value: int, hidden: int, products: torch.dtype) -> str | None:
+    most = NARROW_FLOAT32 if products == torch.float32 else NARROW
     if max(key, value) <= most and hidden <= WIDE:
         return None
     return (
-        f"with ns_steps > 0 covers D and V up to {NARROW} (in float32 up to {NARROW_FLOAT32}) and F up to {WIDE}, not "
-        f"D={key}, V={value}, F={hidden} in {str(dtype).removeprefix('torch.')}"
+        f"with ns_steps > 0 covers D and V up to {NARROW} (with float32 products up to {NARROW_FLOAT32}) and F up to "
+        f"{WIDE}, not D={key}, V={value}, F={hidden} with {str(products).removeprefix('torch.')} products"
     )
 
 
-def _size_refusal(rule: MemoryRule, key: int, value: int, hidden: int, dtype: torch.dtype) -> str | None:
+def _size_refusal(rule: MemoryRule, key: int, value: int, hidden: int, products: torch.dtype) -> str | None:
     if key not in WIDTHS or value not in WIDTHS:
         return f"covers D and V that are multiples of 16 up to {WIDTHS[-1]}, not D={key}, V={value}"
     if hidden % 16:
@@ -72,9 +74,9 @@ def _size_refusal(rule: MemoryRule, key: int, value: int, hidden: int, dtype: to
             f"covers chunk up to {CHUNK} and chunk + window - 1 up to {SOURCES}, not chunk={rule.chunk}, "
             f"window={rule.window}"
         )
-    if dtype not in (torch.bfloat16, torch.float16) and (sources > SOURCES_FLOAT32 or max(key, value) > 64):
+    if products == torch.float32 and (sources > SOURCES_FLOAT32 or max(key, value) > 64):
         return (
-            f"in float32 covers chunk + window - 1 up to {SOURCES_FLOAT32}, D and V up to 64, not "
-            f"chunk={rule.chunk}, window={rule.window}, D={key}, V={value} (bfloat16 inputs go further)"
+            f"with float32 products covers chunk + window - 1 up to {SOURCES_FLOAT32}, D and V up to 64, not "
+            f"chunk={rule.chunk}, window={rule.window}, D={key}, V={value} (bfloat16 products go further)"
         )
     return None
