@@ -168,7 +168,7 @@ def test_a_matrix_and_its_gradient_formed_on_chip(sides, products):
 @pytest.mark.parametrize(
     "sizes,message",
     [
-        ({"key": 80, "value": 80}, "float32 products up to 64. and F up to 512, not D=80, V=80, F=32 with float32 products"),
+        ({"key": 80, "value": 80}, "up to 64. and F up to 512, not D=80, V=80, F=32 with float32 products"),
         ({"hidden": 520}, "F up to 512, not D=16, V=16, F=520"),
     ],
 )

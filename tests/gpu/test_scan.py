@@ -125,7 +125,7 @@ def test_half_precision_products(memory, momentum):
         (BASE, {"hidden": 40}, "F that is a multiple of 16, not F=40"),
         (replace(BASE, chunk=128), {}, "chunk up to 64 and chunk . window - 1 up to 128, not chunk=128, window=5"),
         (replace(BASE, chunk=64, window=66), {}, "not chunk=64, window=66"),
-        (replace(BASE, chunk=64), {}, "float32 products covers chunk . window - 1 up to 64, D and V up to 64, not chunk=64"),
+        (replace(BASE, chunk=64), {}, "float32 products covers chunk . window - 1 up to 64, D and V up to 64, not"),
         (BASE, {"key": 128, "value": 128}, "with float32 products covers .*, not chunk=16, window=5, D=128"),
     ],
 )
