@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from rich.console import Console
 
 import gpu_goals
 import quickstart
-from atlas_kernels import newton_schulz
+from atlas_kernels import gated_norm, newton_schulz, short_convolution
 from atlas_megatron.config import MemoryConfig, load
 from atlas_megatron.mixers.memory_layout import memory_flops
 from atlas_megatron.presets import PRESETS
@@ -201,6 +202,46 @@ def bench_op() -> dict[str, Any]:
     }
 
 
+def edges_of(shape: tuple[int, ...], device: str) -> dict[str, tuple[Callable[[str], object], int]]:
+    """The memory's edges, forward and backward with an `impl`, and the bytes that each has to move: its inputs, outputs
+    and gradients, once."""
+    batch, tokens, heads, size = shape
+    make = lambda *s: torch.randn(*s, device=device, dtype=torch.bfloat16).requires_grad_()  # noqa: E731
+    qkv, taps = make(batch, tokens, heads, 3, size), make(heads, 3 * size, 4)
+    y, gate, gain = torch.randn(shape, device=device).requires_grad_(), make(*shape), make(heads, size)
+    grad = torch.randn(shape, device=device)
+
+    def convolution(impl: str) -> object:
+        return torch.autograd.grad(short_convolution(qkv, taps, None, None, impl)[:3], (qkv, taps), (grad,) * 3)
+
+    def norm(impl: str) -> object:
+        return torch.autograd.grad(gated_norm(y, gate, gain, 1e-5, impl), (y, gate, gain), gate)
+
+    # Forward: in bfloat16, out float32; and the other way, the gate and the result in bfloat16. Backward: what went in,
+    # the result's gradient, the inputs' gradients.
+    return {
+        "q, k, v": (convolution, 3 * grad.numel() * (2 + 4 + 2 + 4 + 2)),
+        "output": (norm, grad.numel() * (4 + 2 + 2 + 4 + 2 + 2 + 4 + 2)),
+    }
+
+
+def bench_edges() -> dict[str, Any]:
+    """The edges at the shape of OP: kernels, torch, torch compiled; the rate of copying a tensor is the floor."""
+    copied, found = torch.empty(2**28, device="cuda", dtype=torch.bfloat16), {}
+    for name, (call, moved) in edges_of(OP, "cuda").items():
+        compiled = torch.compile(call, dynamic=False)
+        contenders: dict[str, Callable[[], object]] = {
+            "kernel": partial(call, "triton"),
+            "torch": partial(call, "torch"),
+            "torch.compile": partial(compiled, "torch"),
+            "copy": copied.clone,
+        }
+        seconds = medians(contenders)
+        rate = 2 * copied.nbytes / seconds["copy"]
+        found[name] = {"seconds": seconds, "bytes": moved, "share_of_copy_rate": moved / rate / seconds["kernel"]}
+    return found
+
+
 def gated_delta() -> Callable[[], object]:
     """flash-linear-attention's Gated DeltaNet at the shape of OP."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
@@ -330,6 +371,7 @@ def main() -> int:
     scratch = Path("runs/gpu_check") / str(os.getpid())
     report.section(gpu_goals.NEWTON_SCHULZ, bench_newton_schulz)
     report.section(gpu_goals.MEMORY_OP, bench_op)
+    report.section("edges of the memory", bench_edges)
     if not (DATA / "train.bin").is_file():
         quickstart.prepare(load(quickstart.CONFIG))
     report.section("loss of the first steps", lambda: loss_curves(scratch))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .configuration_atlas import AtlasConfig
 from .convolution_atlas import ShortConvolution, wide
-from .kernels_atlas import Gates, MemoryRule, State, omega_memory
+from .kernels_atlas import Gates, MemoryRule, State, gated_norm, omega_memory
 from .place_atlas import Place
 
 # Of a head: one for each gate, and the GRU's inside its reset.
@@ -164,8 +164,7 @@ class DeltaNet(nn.Module):
         gates = Gates(alpha=alpha, eta=step, theta=torch.zeros_like(one), gamma=one)
         empty = v.new_zeros(self.heads, self.head_dim, self.head_dim)
         y, after = omega_memory(q, k, v, gates, (empty,), DELTA_RULE, state=held, positions=place.documents)
-        y = F.rms_norm(y, y.shape[-1:], eps=self.epsilon) * self.norm_gain.to(y.dtype)
-        y = y.to(branch.dtype) * F.silu(branch.squeeze(-2))
+        y = gated_norm(y, branch.squeeze(-2), self.norm_gain, self.epsilon)
         return self.linear_out(y.flatten(2)), DeltaState(after, tail)
 
     def log_decay(self, logits: Tensor) -> Tensor | None:

@@ -7,14 +7,17 @@ try:
         MemoryRule,
         MemoryState,
         State,
+        gated_norm,
         initial_coefficients,
         lift,
         lifted_width,
         omega_memory,
         read_memory,
+        short_convolution,
     )
 except ImportError:
     from .dual import DualState  # type: ignore[no-redef]
+    from .edges import gated_norm, short_convolution  # type: ignore[no-redef]
     from .features import initial_coefficients, lift, lifted_width  # type: ignore[no-redef]
     from .op import State, omega_memory, read_memory  # type: ignore[no-redef]
 
@@ -28,9 +31,11 @@ __all__ = [
     "MemoryRule",
     "MemoryState",
     "State",
+    "gated_norm",
     "initial_coefficients",
     "lift",
     "lifted_width",
     "omega_memory",
     "read_memory",
+    "short_convolution",
 ]

@@ -19,6 +19,7 @@ from .kernels_atlas import (
     Gates,
     MemoryRule,
     State,
+    gated_norm,
     initial_coefficients,
     lift,
     lifted_width,
@@ -104,8 +105,7 @@ class AtlasMemory(nn.Module):
             positions=place.documents,
             products=qkv.dtype,
         )
-        y = F.rms_norm(y, y.shape[-1:], eps=self.epsilon) * self.norm_gain.to(y.dtype)
-        y = y.to(branch.dtype) * F.silu(branch.squeeze(-2))
+        y = gated_norm(y, branch.squeeze(-2), self.norm_gain, self.epsilon, self.memory.impl)
         return self.linear_out(y.flatten(2)), AtlasState(after, tail)
 
     def read(self, q: Tensor, state: AtlasState | None) -> Tensor:

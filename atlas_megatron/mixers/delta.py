@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from atlas_kernels import Gates, MemoryRule, MemoryState, State, initial_state, omega_memory
+from atlas_kernels import Gates, MemoryRule, MemoryState, State, gated_norm, initial_state, omega_memory
 from atlas_megatron.config import Config, MemoryConfig
 from atlas_megatron.mixers.base import Mixer, wide
 from atlas_megatron.mixers.convolution import convolved, initial_taps
@@ -68,6 +68,7 @@ class DeltaNet(Mixer):
         delta, hidden = settings.delta, settings.model.hidden_size
         self.head_dim = delta.head_dim
         self.kernel = choose_kernel(delta.impl, self.config.params_dtype, delta.head_dim)
+        self.edges = "chunked" if delta.impl == "chunked" else "auto"
         width = delta.heads * delta.head_dim
         self.linear_qkvg = linears.column(hidden, 4 * width, self.config, self.tp_group)
         self.linear_gates = linears.gates(hidden, delta.heads * self.gates, self.config, self.tp_group)
@@ -99,14 +100,13 @@ class DeltaNet(Mixer):
         projected = self.linear_qkvg(hidden_states)[0].transpose(0, 1)  # Megatron's [T, B, D]: [B, T, D] from here
         qkv, branch = projected.unflatten(-1, (-1, 4, self.head_dim)).split((3, 1), dim=-2)
         before, held = (state.tail, state.memory) if state else (None, None)
-        q, k, v, tail = convolved(qkv, self.convolution, before, positions, self.shards.tokens)
+        q, k, v, tail = convolved(qkv, self.convolution, before, positions, self.shards.tokens, self.edges)
         logits = wide(self.linear_gates(hidden_states)[0].transpose(0, 1)).unflatten(-1, (-1, self.gates))
         log_alpha = self.log_decay(logits)
         tokens = (q, k, v, logits[..., 0].sigmoid(), *(() if log_alpha is None else (log_alpha,)))
         y, memory = self.shards.scan(self, tokens, held, positions, sliced=not self.streamed)
 
-        y = F.rms_norm(y, y.shape[-1:], eps=self.config.layernorm_epsilon) * self.norm_gain.to(y.dtype)
-        y = y.to(branch.dtype) * F.silu(branch.squeeze(-2))
+        y = gated_norm(y, branch.squeeze(-2), self.norm_gain, self.config.layernorm_epsilon, self.edges)
         return self.linear_out(y.flatten(2).transpose(0, 1).contiguous())[0], DeltaState(memory, tail)  # [T, B, D]
 
     def advance(

@@ -18,6 +18,7 @@ from atlas_kernels import (
     MemoryState,
     State,
     check_implementation,
+    gated_norm,
     initial_coefficients,
     initial_state,
     lift,
@@ -135,7 +136,7 @@ class AtlasMixer(Mixer):
         projected = self.linear_qkvg(hidden_states)[0].transpose(0, 1)  # Megatron's [T, B, D]: [B, T, D] from here
         qkv, branch = projected.unflatten(-1, (-1, 4, self.memory.head_dim)).split((3, 1), dim=-2)
         before = state.tail if state else None
-        q, k, v, tail = convolved(qkv, self.convolution, before, positions, self.shards.tokens)
+        q, k, v, tail = convolved(qkv, self.convolution, before, positions, self.shards.tokens, self.memory.impl)
         held = state.memory if state else None
         after: State | None
         if self.silent:
@@ -145,8 +146,7 @@ class AtlasMixer(Mixer):
             sliced = not (self.streamed or self.measure)
             y, after = self.shards.scan(self, tokens, held, positions, sliced=sliced)
 
-        y = F.rms_norm(y, y.shape[-1:], eps=self.config.layernorm_epsilon) * self.norm_gain.to(y.dtype)
-        y = y.to(branch.dtype) * F.silu(branch.squeeze(-2))
+        y = gated_norm(y, branch.squeeze(-2), self.norm_gain, self.config.layernorm_epsilon, self.memory.impl)
         return self.linear_out(y.flatten(2).transpose(0, 1).contiguous())[0], AtlasState(after, tail)  # [T, B, D]
 
     def _gates(self, hidden_states: Tensor) -> Gates:

@@ -1,6 +1,7 @@
 """The ATLAS memory: a deep neural memory that learns, at test time, from a sliding window of the context."""
 
 from .dual import DualState
+from .edges import gated_norm, short_convolution
 from .features import FEATURE_MAPS, initial_coefficients, lift, lifted_width
 from .newton_schulz import newton_schulz
 from .op import State, check_implementation, omega_memory, read_memory
@@ -14,6 +15,7 @@ __all__ = [
     "MemoryState",
     "State",
     "check_implementation",
+    "gated_norm",
     "initial_coefficients",
     "initial_state",
     "lift",
@@ -21,4 +23,5 @@ __all__ = [
     "newton_schulz",
     "omega_memory",
     "read_memory",
+    "short_convolution",
 ]

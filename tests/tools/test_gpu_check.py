@@ -36,6 +36,13 @@ def test_the_timed_memories_run_as_the_benchmark_makes_them() -> None:
         gpu_check.contender(memory, batch=1, tokens=memory.chunk)()
 
 
+def test_the_edges_run_as_they_are_timed() -> None:
+    for call, moved in gpu_check.edges_of((2, 5, 3, 16), "cpu").values():
+        for impl in ("torch", "triton"):
+            call(impl)
+        assert moved >= 2 * 5 * 3 * 16 * 22
+
+
 def test_what_cannot_be_captured_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def graphed(run):
         if run is bad:

@@ -1,0 +1,76 @@
+"""The edges of a memory: what makes q, k and v of a projection, and what its reads go out through (paper Fig 3).
+
+Dims: B batch, T tokens, H heads, K head size, L taps.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def short_convolution(
+    qkv: Tensor, taps: Tensor, before: Tensor | None, positions: Tensor | None = None, impl: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A causal depthwise convolution, SiLU, and length 1 for q and k.
+
+    qkv [B, T, H, 3, K]. taps [H, 3K, L]: the filter of each channel, the newest token's last. before [B, 3HK, L-1]: the
+    inputs before the first token; None: there are none. positions [B, T] int64: each token's in its own document, which
+    a filter does not reach out of; None: all is one. impl: "triton" (one GPU kernel), "auto" (that on a GPU), anything
+    else: torch; float64 is torch's.
+
+    Returns q, k, v [B, T, H, K], at least float32, and what is `before` for the tokens that follow.
+    """
+    reach = taps.shape[-1] - 1
+    if before is None:
+        before = qkv.new_zeros(qkv.shape[0], taps[..., 0].numel(), reach)
+    if gpu := _gpu(qkv, impl):
+        newest = qkv[:, max(0, qkv.shape[1] - reach) :].flatten(2).transpose(1, 2)
+        kept = before[..., before.shape[-1] - (reach - newest.shape[-1]) :]
+        return (*gpu.short_convolution(qkv, taps, before, positions), torch.cat([kept, newest], -1))
+    channels = torch.cat([before, qkv.flatten(2).transpose(1, 2)], -1)
+    filters = taps.flatten(0, 1)
+    if positions is None:
+        mixed = F.conv1d(channels, filters.unsqueeze(1), groups=channels.shape[1])
+    else:
+        mixed = _within_documents(channels, filters, positions.unsqueeze(1))
+    mixed = F.silu(mixed).transpose(1, 2)
+    wide = mixed.to(torch.promote_types(mixed.dtype, torch.float32))
+    q, k, v = wide.unflatten(-1, qkv.shape[2:]).unbind(-2)
+    return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, channels[..., channels.shape[-1] - reach :]
+
+
+def gated_norm(y: Tensor, gate: Tensor, gain: Tensor, epsilon: float, impl: str = "auto") -> Tensor:
+    """RMS norm of every head's read, times its gain and SiLU of the output gate.
+
+    y, gate [B, T, H, K]; gain [H, K]; impl: as for `short_convolution`. Returns [B, T, H, K] in the gate's dtype.
+    """
+    if gpu := _gpu(y, impl):
+        return gpu.gated_norm(y, gate, gain, epsilon)
+    normed = F.rms_norm(y, y.shape[-1:], eps=epsilon) * gain.to(y.dtype)
+    return normed.to(gate.dtype) * F.silu(gate)
+
+
+def _within_documents(channels: Tensor, filters: Tensor, positions: Tensor) -> Tensor:
+    """The same convolution, tap by tap: channels [B, C, L-1+T], filters [C, L], positions [B, 1, T] -> [B, C, T]."""
+    tokens, reach = positions.shape[-1], filters.shape[-1] - 1
+    out = filters[:, reach:] * channels[..., reach:]
+    for back in range(1, reach + 1):
+        earlier = channels[..., reach - back : reach - back + tokens]
+        tap = filters[:, reach - back, None]
+        out = out + tap * earlier * (positions >= back).to(out.dtype)
+    return out
+
+
+def _gpu(x: Tensor, impl: str) -> ModuleType | None:
+    """The Triton kernels where they take this call. By name: this file also travels with an exported model."""
+    if x.dtype == torch.float64 or not (x.is_cuda if impl == "auto" else impl == "triton"):
+        return None
+    try:
+        return importlib.import_module("atlas_kernels.gpu.edges")
+    except ModuleNotFoundError:  # an exported model, where the package is not installed
+        return None
