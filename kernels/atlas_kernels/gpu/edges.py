@@ -1,7 +1,7 @@
 """The edges of a memory, one kernel each way: projection to q, k, v, and read to the output projection's input.
 
 Both are bound by device memory: the floor is their inputs, outputs and gradients, once. Of a channel of one token, in
-bytes, with bfloat16 activations, a bfloat16 gradient of each of them and float32 q, k, v and y:
+bytes, with bfloat16 activations and float32 q, k, v, y and gradients of these:
 
     kernel                           reads                        writes            in torch, by count
     short_convolution                2                            4                 about 30
