@@ -7,7 +7,7 @@ import torch
 
 from atlas_kernels.edges import gated_norm, short_convolution
 from atlas_kernels.gpu import edges
-from device_problems import DEVICE
+from device_problems import BFLOAT16_ON_A_GPU, DEVICE
 from problems import assert_close, relative_rms
 
 # Relative RMS of float16, 11 bits, and bfloat16, 8: torch rounds after every step, the kernels once.
@@ -95,7 +95,8 @@ def test_gated_norm(tokens, width):
     assert out.transpose(0, 1).is_contiguous()  # as the output projection takes it
 
 
-@pytest.mark.parametrize("dtype", HALF_TOLERANCE)
+# Triton's interpreter cuts off where a GPU rounds to bfloat16.
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=BFLOAT16_ON_A_GPU)])
 def test_in_half_precision(dtype):
     """Beside float64 from the same rounded inputs, no worse than torch in half precision."""
     width = 16
