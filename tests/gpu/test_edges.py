@@ -45,8 +45,7 @@ def found(outputs: tuple[torch.Tensor, ...], leaves: dict[str, torch.Tensor]) ->
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
-@pytest.mark.parametrize("taps", [1, 2, 4])
-@pytest.mark.parametrize(("tokens", "width"), [(1, 8), (2, 8), (3, 16), (16, 8), (37, 8), (33, 24)])
+@pytest.mark.parametrize(("tokens", "width", "taps"), [(1, 8, 4), (2, 8, 2), (3, 16, 4), (16, 8, 1), (9, 24, 4)])
 def test_short_convolution(tokens, width, taps, packed):
     x = projected(2, tokens, 3, width, torch.float32)
     filters, before = draw(3, 3 * width, taps), draw(2, 3 * 3 * width, taps - 1)
@@ -83,7 +82,7 @@ def test_inputs_that_are_too_short_to_be_normalised():
     assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize(("tokens", "width"), [(1, 8), (16, 8), (37, 8), (33, 24)])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 8), (16, 8), (9, 24)])
 def test_gated_norm(tokens, width):
     y, x, gain = draw(2, tokens, 3, width), projected(2, tokens, 3, width, torch.float32), draw(3, width)
     leaves = {"y": y, "x": x, "gain": gain}
