@@ -165,6 +165,106 @@ def backward_whole(
 
 
 @triton.jit
+def forward_again(
+    source, matrix, norm, table, trail, work, m, n, M: tl.constexpr, N: tl.constexpr, PRODUCTS: tl.constexpr,
+    STEPS: tl.constexpr, RANKS: tl.constexpr, BLOCKS: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """Every step's X, A and P onto this program's trail; `work` holds the last X in full precision."""
+    rows, inner = tl.arange(0, M), tl.arange(0, M)
+    block, small = grid_of(rows, tl.arange(0, N), N), grid_of(rows, inner, M)
+    AFTER: tl.constexpr = BLOCKS * M * N
+    STEP: tl.constexpr = AFTER + 2 * M * M
+    A = tl.zeros((M, M), tl.float32)
+    for j in tl.range(0, BLOCKS, disable_licm=True):
+        X = columns_of(source, matrix, j, m, n, M, N, PRODUCTS, RANKS) / (norm + EPSILON)
+        x = X.to(PRODUCTS)
+        tl.store(work + j * M * N + block, X)
+        tl.store(trail + j * M * N + block, x)
+        A = tl.dot(x, tl.trans(x), A, input_precision=PRECISION)
+    for step in tl.range(0, STEPS, disable_licm=True):
+        a, b, c = coefficients_of(table, step)
+        here = trail + step * STEP
+        tl.store(here + AFTER + small, A.to(PRODUCTS))
+        # What one thread stored, another may load.
+        tl.debug_barrier()
+        P = (c * sum_of_products(here + AFTER, here + AFTER, (b / c) * A, M, SLICE)).to(PRODUCTS)
+        tl.store(here + AFTER + M * M + small, P)
+        A = tl.zeros((M, M), tl.float32)
+        tl.debug_barrier()
+        if step + 1 < STEPS:
+            for j in tl.range(0, BLOCKS, disable_licm=True):
+                x = tl.load(here + j * M * N + block)
+                X = tl.load(work + j * M * N + block)
+                X = tl.dot(P, x, a * X, input_precision=PRECISION)
+                x = X.to(PRODUCTS)
+                tl.store(work + j * M * N + block, X)
+                tl.store(here + STEP + j * M * N + block, x)
+                A = tl.dot(x, tl.trans(x), A, input_precision=PRECISION)
+
+
+@triton.jit
+def incoming_gradient(
+    incoming, matrix, last, work, m, n, M: tl.constexpr, N: tl.constexpr, PRODUCTS: tl.constexpr,
+    GRADIENT_RANKS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """G of length 1 into `work`; its product with the last step's X, at `last`, and its length (1 where that is 0)."""
+    rows = tl.arange(0, M)
+    block = grid_of(rows, tl.arange(0, N), N)
+    squares = tl.zeros((M,), tl.float32)
+    for j in tl.range(0, BLOCKS, disable_licm=True):
+        G = columns_of(incoming, matrix, j, m, n, M, N, PRODUCTS, GRADIENT_RANKS)
+        tl.store(work + j * M * N + block, G)
+        squares += tl.sum(G * G, 1)
+    size = tl.sqrt(tl.sum(squares, 0))
+    size = tl.where(size > 0, size, 1.0)
+    dP = tl.zeros((M, M), tl.float32)
+    tl.debug_barrier()
+    for j in tl.range(0, BLOCKS, disable_licm=True):
+        G = tl.load(work + j * M * N + block) / size
+        tl.store(work + j * M * N + block, G)
+        x = tl.load(last + j * M * N + block)
+        dP = tl.dot(G.to(PRODUCTS), tl.trans(x), dP, input_precision=PRECISION)
+    return dP, size
+
+
+@triton.jit
+def back_through_steps(
+    dP, table, trail, work, M: tl.constexpr, N: tl.constexpr, PRODUCTS: tl.constexpr, STEPS: tl.constexpr,
+    BLOCKS: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """G in `work` from behind the last step to before the first; its product with the first X."""
+    rows, inner = tl.arange(0, M), tl.arange(0, M)
+    block, small = grid_of(rows, tl.arange(0, N), N), grid_of(rows, inner, M)
+    AFTER: tl.constexpr = BLOCKS * M * N
+    STEP: tl.constexpr = AFTER + 2 * M * M
+    spare = trail + STEPS * STEP
+    for back in tl.range(0, STEPS, disable_licm=True):
+        step = STEPS - 1 - back
+        a, b, c = coefficients_of(table, step)
+        here = trail + step * STEP
+        before = trail + tl.maximum(step - 1, 0) * STEP
+        E = dP + tl.trans(dP)
+        tl.store(spare + small, E.to(PRODUCTS))
+        tl.debug_barrier()
+        D = sum_of_products(spare, here + AFTER, (b / c) * E, M, SLICE)
+        D = sum_of_products(here + AFTER, spare, D, M, SLICE)
+        # Beside P it would spill, so it is read again with every block.
+        d = spare + M * M + small
+        tl.store(d, (c * D).to(PRODUCTS))
+        P = tl.load(here + AFTER + M * M + small)
+        dP = tl.zeros((M, M), tl.float32)
+        tl.debug_barrier()
+        for j in tl.range(0, BLOCKS, disable_licm=True):
+            G = tl.load(work + j * M * N + block)
+            G = tl.dot(P, G.to(PRODUCTS), a * G, input_precision=PRECISION)
+            G = tl.dot(tl.load(d), tl.load(here + j * M * N + block), G, input_precision=PRECISION)
+            tl.store(work + j * M * N + block, G)
+            x = tl.load(before + j * M * N + block)
+            dP = tl.dot(G.to(PRODUCTS), tl.trans(x), dP, input_precision=PRECISION)
+    return dP
+
+
+@triton.jit
 def backward_blocks(
     matrices,
     scales,
@@ -209,7 +309,7 @@ def backward_blocks(
     together, E and D at its end; work float32 [programs, BLOCKS M N], X and then G in full precision; otherwise as
     backward_whole."""
     rows, inner = tl.arange(0, M), tl.arange(0, M)
-    block, small = grid_of(rows, tl.arange(0, N), N), grid_of(rows, inner, M)
+    block = grid_of(rows, tl.arange(0, N), N)
     source = (matrices, stride_matrix, stride_row, stride_column, scales, coefficients, short, long, rank, share)
     incoming = (
         gradients, gradient_stride_matrix, gradient_stride_row, gradient_stride_column, gradient_scales,
@@ -219,7 +319,6 @@ def backward_blocks(
     STEP: tl.constexpr = AFTER + 2 * M * M
     SLICE: tl.constexpr = 32 if M > 32 else 16
     trail += tl.program_id(0).to(tl.int64) * (STEPS * STEP + 2 * M * M)
-    spare = trail + STEPS * STEP
     work += tl.program_id(0).to(tl.int64) * AFTER
     # Not a while: what is hoisted out of one costs the registers that the products need.
     for turn in tl.range(0, TURNS, disable_licm=True):
@@ -227,71 +326,12 @@ def backward_blocks(
         if place < count:
             matrix = place.to(tl.int64)
             norm = tl.load(norms + matrix)
-            A = tl.zeros((M, M), tl.float32)
-            for j in tl.range(0, BLOCKS, disable_licm=True):
-                X = columns_of(source, matrix, j, m, n, M, N, PRODUCTS, RANKS) / (norm + EPSILON)
-                x = X.to(PRODUCTS)
-                tl.store(work + j * M * N + block, X)
-                tl.store(trail + j * M * N + block, x)
-                A = tl.dot(x, tl.trans(x), A, input_precision=PRECISION)
-            for step in tl.range(0, STEPS, disable_licm=True):
-                a, b, c = coefficients_of(table, step)
-                here = trail + step * STEP
-                tl.store(here + AFTER + small, A.to(PRODUCTS))
-                # What one thread stored, another may load.
-                tl.debug_barrier()
-                P = (c * sum_of_products(here + AFTER, here + AFTER, (b / c) * A, M, SLICE)).to(PRODUCTS)
-                tl.store(here + AFTER + M * M + small, P)
-                A = tl.zeros((M, M), tl.float32)
-                tl.debug_barrier()
-                if step + 1 < STEPS:
-                    for j in tl.range(0, BLOCKS, disable_licm=True):
-                        x = tl.load(here + j * M * N + block)
-                        X = tl.load(work + j * M * N + block)
-                        X = tl.dot(P, x, a * X, input_precision=PRECISION)
-                        x = X.to(PRODUCTS)
-                        tl.store(work + j * M * N + block, X)
-                        tl.store(here + STEP + j * M * N + block, x)
-                        A = tl.dot(x, tl.trans(x), A, input_precision=PRECISION)
-
-            squares = tl.zeros((M,), tl.float32)
-            for j in tl.range(0, BLOCKS, disable_licm=True):
-                G = columns_of(incoming, matrix, j, m, n, M, N, PRODUCTS, GRADIENT_RANKS)
-                tl.store(work + j * M * N + block, G)
-                squares += tl.sum(G * G, 1)
-            size = tl.sqrt(tl.sum(squares, 0))
-            size = tl.where(size > 0, size, 1.0)
-            dP = tl.zeros((M, M), tl.float32)
-            tl.debug_barrier()
-            for j in tl.range(0, BLOCKS, disable_licm=True):
-                G = tl.load(work + j * M * N + block) / size
-                tl.store(work + j * M * N + block, G)
-                x = tl.load(trail + (STEPS - 1) * STEP + j * M * N + block)
-                dP = tl.dot(G.to(PRODUCTS), tl.trans(x), dP, input_precision=PRECISION)
-            for back in tl.range(0, STEPS, disable_licm=True):
-                step = STEPS - 1 - back
-                a, b, c = coefficients_of(table, step)
-                here = trail + step * STEP
-                before = trail + tl.maximum(step - 1, 0) * STEP
-                E = dP + tl.trans(dP)
-                tl.store(spare + small, E.to(PRODUCTS))
-                tl.debug_barrier()
-                D = sum_of_products(spare, here + AFTER, (b / c) * E, M, SLICE)
-                D = sum_of_products(here + AFTER, spare, D, M, SLICE)
-                # Beside P it would spill, so it is read again with every block.
-                d = spare + M * M + small
-                tl.store(d, (c * D).to(PRODUCTS))
-                P = tl.load(here + AFTER + M * M + small)
-                dP = tl.zeros((M, M), tl.float32)
-                tl.debug_barrier()
-                for j in tl.range(0, BLOCKS, disable_licm=True):
-                    G = tl.load(work + j * M * N + block)
-                    G = tl.dot(P, G.to(PRODUCTS), a * G, input_precision=PRECISION)
-                    G = tl.dot(tl.load(d), tl.load(here + j * M * N + block), G, input_precision=PRECISION)
-                    tl.store(work + j * M * N + block, G)
-                    x = tl.load(before + j * M * N + block)
-                    dP = tl.dot(G.to(PRODUCTS), tl.trans(x), dP, input_precision=PRECISION)
-            # Of the first step `before` is its own X: the diagonal of what it summed is <dX, X>.
+            forward_again(source, matrix, norm, table, trail, work, m, n, M, N, PRODUCTS, STEPS, RANKS, BLOCKS, SLICE)
+            dP, size = incoming_gradient(
+                incoming, matrix, trail + (STEPS - 1) * STEP, work, m, n, M, N, PRODUCTS, GRADIENT_RANKS, BLOCKS
+            )
+            dP = back_through_steps(dP, table, trail, work, M, N, PRODUCTS, STEPS, BLOCKS, SLICE)
+            # Before the first step stands its own X: the diagonal of what was summed last is <dX, X>.
             radial = tl.sum(tl.sum(tl.where(rows[:, None] == inner[None, :], dP, 0.0), 1), 0)
             radial *= tl.where(norm > 0, (norm + EPSILON) / tl.where(norm > 0, norm, 1.0), 0.0)
             tl.debug_barrier()

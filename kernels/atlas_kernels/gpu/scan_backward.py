@@ -32,6 +32,7 @@ from atlas_kernels.gpu.scan_pieces import (
     add_product,
     column,
     flipped,
+    found_in,
     gelu_slope,
     inner_error,
     jacobian_times,
@@ -39,8 +40,30 @@ from atlas_kernels.gpu.scan_pieces import (
     product,
     put,
     put_flipped,
+    slot_of,
+    source_factors,
     tile,
 )
+
+
+@triton.jit
+def of_both(of_w, of_s, grad, w, s, MOMENTUM: tl.constexpr, PRODUCTS):
+    """The sums of grad W and grad S with these rows' part."""
+    of_w = add_product(of_w, grad, w, PRODUCTS)
+    if MOMENTUM:
+        of_s = add_product(of_s, grad, s, PRODUCTS)
+    return of_w, of_s
+
+
+@triton.jit
+def through_sources(e, grad_read, sources_at, scores_at, grad_sources_at, BLOCK_C, BLOCK_I, PRODUCTS: tl.constexpr):
+    """From the reads' gradient to that of e [I, V], of what the sources' weights have from the scores (put in its
+    place), and of the scores [C, I] in PRODUCTS."""
+    sources, scores = flipped(sources_at, BLOCK_C, BLOCK_I), flipped(scores_at, BLOCK_C, BLOCK_I)
+    grad_e = product(sources * scores, grad_read, PRODUCTS)
+    grad_scores = product(e, tl.trans(grad_read), PRODUCTS)
+    put_flipped(grad_sources_at, grad_scores * scores, BLOCK_C, BLOCK_I)
+    return grad_e, tl.trans((grad_scores * sources).to(PRODUCTS))
 
 
 @triton.jit
@@ -90,8 +113,9 @@ def read_backward_kernel(
     PRODUCTS: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64)
-    before = at + G
-    anchor = tl.where(at < G, at, before)
+    anchors = slot_of(w1_pointer, w2_pointer, w3_pointer, tl.where(at < G, at, at + G), D, V, F, GATED)
+    weights = slot_of(w1_pointer, w2_pointer, w3_pointer, at + G, D, V, F, GATED)
+    momenta = slot_of(s1_pointer, s2_pointer, s3_pointer, at + G, D, V, F, GATED) if MOMENTUM else weights
     t, i, d, c = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     inside = c[None, :] < V
 
@@ -104,56 +128,39 @@ def read_backward_kernel(
 
     v, r = tile(v_pointer + at * I * V, i, c, I, V), tile(r_pointer + at * I * V, i, c, I, V)
     e = inner_error(tile(o_pointer + at * I * V, i, c, I, V), r, v, inside, V, LAYER, L2).to(PRODUCTS)
-    sources = flipped(sources_pointer + at * BLOCK_C * BLOCK_I, BLOCK_C, BLOCK_I)
-    scores = flipped(scores_pointer + at * BLOCK_C * BLOCK_I, BLOCK_C, BLOCK_I)
-    put(grad_e_pointer + at * I * V, product(sources * scores, grad_read, PRODUCTS), i, c, I, V)
-    grad_scores = product(e, tl.trans(grad_read), PRODUCTS)
-    put_flipped(grad_sources_pointer + at * BLOCK_C * BLOCK_I, grad_scores * scores, BLOCK_C, BLOCK_I)
-    grad_scores = tl.trans((grad_scores * sources).to(PRODUCTS))
+    pair = at * BLOCK_C * BLOCK_I
+    sources_at, grad_sources_at = sources_pointer + pair, grad_sources_pointer + pair
+    grad_e, grad_scores = through_sources(
+        e, grad_read, sources_at, scores_pointer + pair, grad_sources_at, BLOCK_C, BLOCK_I, PRODUCTS
+    )
+    put(grad_e_pointer + at * I * V, grad_e, i, c, I, V)
 
     q = tile(q_pointer + at * C * D, t, d, C, D).to(PRODUCTS)
     x = tile(x_pointer + at * I * D, i, d, I, D).to(PRODUCTS)
+    sources = flipped(sources_at, BLOCK_C, BLOCK_I)
     seen = tl.trans((sources * product(x, tl.trans(q), PRODUCTS)).to(PRODUCTS))
     alphas = column(alphas_pointer + at * C, t, C)
-    grad_alphas = tl.zeros([BLOCK_C], tl.float32)
-    of_w = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
-    if MOMENTUM:
-        kappas = column(kappas_pointer + at * C, t, C)
-        grad_kappas = tl.zeros([BLOCK_C], tl.float32)
-        of_s = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    kappas = column(kappas_pointer + at * C, t, C) if MOMENTUM else alphas
+    grad_alphas, grad_kappas = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
+    of_w, of_s = tl.zeros([BLOCK_C, BLOCK_D], tl.float32), tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
     grad_met = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
 
     for start in tl.range(0, F, BLOCK_F, disable_licm=True):
         f = start + tl.arange(0, BLOCK_F)
-        h, slope = gelu_slope(product(x, tl.trans(tile(w2_pointer + anchor * F * D, f, d, F, D)), PRODUCTS))
-        back = product(e, tl.trans(tile(w1_pointer + anchor * F * V, f, c, F, V)), PRODUCTS)
-        w2 = tile(w2_pointer + before * F * D, f, d, F, D)
-        z = alphas * product(q, tl.trans(w2), PRODUCTS)
-        if MOMENTUM:
-            s2 = tile(s2_pointer + before * F * D, f, d, F, D)
-            z += kappas * product(q, tl.trans(s2), PRODUCTS)
-        if GATED:
-            w3 = tile(w3_pointer + before * F * D, f, d, F, D)
-            up = alphas * product(q, tl.trans(w3), PRODUCTS)
-            if MOMENTUM:
-                s3 = tile(s3_pointer + before * F * D, f, d, F, D)
-                up += kappas * product(q, tl.trans(s3), PRODUCTS)
-            factor_up = back * h
-            up = add_product(up, seen, factor_up, PRODUCTS)
-            source_up = product(x, tl.trans(tile(w3_pointer + anchor * F * D, f, d, F, D)), PRODUCTS)
-            h, back = h * source_up, back * source_up
-        factor = back * slope
+        h, factor, factor_up = source_factors(anchors, x, e, f, d, c, F, D, V, GATED, PRODUCTS)
+        z, w2, s2 = found_in(q, weights[1], momenta[1], alphas, kappas, f, d, F, D, MOMENTUM, PRODUCTS)
         act, read_slope = gelu_slope(add_product(z, seen, factor, PRODUCTS))
+        read = act
         if GATED:
+            up, w3, s3 = found_in(q, weights[2], momenta[2], alphas, kappas, f, d, F, D, MOMENTUM, PRODUCTS)
+            up = add_product(up, seen, factor_up, PRODUCTS)
             read = act * up
-        else:
-            read = act
 
-        of_read = product(grad_read, tl.trans(tile(w1_pointer + before * F * V, f, c, F, V)), PRODUCTS)
+        of_read = product(grad_read, tl.trans(tile(weights[0], f, c, F, V)), PRODUCTS)
         grad_alphas += tl.sum(of_read * read, 1)
         grad_h = alphas * of_read
         if MOMENTUM:
-            of_read = product(grad_read, tl.trans(tile(s1_pointer + before * F * V, f, c, F, V)), PRODUCTS)
+            of_read = product(grad_read, tl.trans(tile(momenta[0], f, c, F, V)), PRODUCTS)
             grad_kappas += tl.sum(of_read * read, 1)
             grad_h += kappas * of_read
         grad_h = add_product(grad_h, grad_scores, h, PRODUCTS)
@@ -163,15 +170,11 @@ def read_backward_kernel(
             grad_h *= up
             put(grad_up_pointer + at * C * F, grad_up.to(PRODUCTS), t, f, C, F)
             grad_met = add_product(grad_met, factor_up, tl.trans(grad_up), PRODUCTS)
-            of_w = add_product(of_w, grad_up, w3, PRODUCTS)
-            if MOMENTUM:
-                of_s = add_product(of_s, grad_up, s3, PRODUCTS)
+            of_w, of_s = of_both(of_w, of_s, grad_up, w3, s3, MOMENTUM, PRODUCTS)
         grad_z = grad_h * read_slope
         put(grad_z_pointer + at * C * F, grad_z.to(PRODUCTS), t, f, C, F)
         grad_met = add_product(grad_met, factor, tl.trans(grad_z), PRODUCTS)
-        of_w = add_product(of_w, grad_z, w2, PRODUCTS)
-        if MOMENTUM:
-            of_s = add_product(of_s, grad_z, s2, PRODUCTS)
+        of_w, of_s = of_both(of_w, of_s, grad_z, w2, s2, MOMENTUM, PRODUCTS)
 
     exact = tile(q_pointer + at * C * D, t, d, C, D)
     tl.store(grad_alphas_pointer + at * C + t, grad_alphas + tl.sum(of_w * exact, 1), mask=t < C)
@@ -181,10 +184,9 @@ def read_backward_kernel(
         grad_q += kappas * of_s
     # What this program has put there, other threads of it add to.
     tl.debug_barrier()
-    grad_sources = flipped(grad_sources_pointer + at * BLOCK_C * BLOCK_I, BLOCK_C, BLOCK_I)
-    grad_sources += grad_met * product(x, tl.trans(q), PRODUCTS)
+    grad_sources = flipped(grad_sources_at, BLOCK_C, BLOCK_I) + grad_met * product(x, tl.trans(q), PRODUCTS)
     tl.debug_barrier()
-    put_flipped(grad_sources_pointer + at * BLOCK_C * BLOCK_I, grad_sources, BLOCK_C, BLOCK_I)
-    grad_met *= flipped(sources_pointer + at * BLOCK_C * BLOCK_I, BLOCK_C, BLOCK_I)
+    put_flipped(grad_sources_at, grad_sources, BLOCK_C, BLOCK_I)
+    grad_met *= flipped(sources_at, BLOCK_C, BLOCK_I)
     put(grad_q_pointer + at * C * D, add_product(grad_q, tl.trans(grad_met), x, PRODUCTS), t, d, C, D)
     put(grad_x_pointer + at * I * D, product(grad_met, q, PRODUCTS), i, d, I, D)

@@ -19,9 +19,7 @@ SOURCES, SOURCES_FLOAT32 = 128, 64
 SHARED, SHARED_WIDE = 108 << 10, 180 << 10
 
 
-def refusal(
-    rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Tensor, ...], products: torch.dtype
-) -> str | None:
+def refusal(rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Tensor, ...], products: torch.dtype) -> str | None:
     """Why the kernels do not run this call, in words that follow "impl='triton'"; None if they do.
 
     q [B, T, H, D], v [B, T, H, V], weights as in `omega_memory`; products: bfloat16, float16 or float32.

@@ -26,13 +26,15 @@ from atlas_kernels.gpu.scan_pieces import (
     add_product,
     column,
     flipped,
+    found_in,
     gelu,
-    gelu_slope,
     inner_error,
     normalised,
     product,
     put,
     put_flipped,
+    slot_of,
+    source_factors,
     tile,
 )
 
@@ -75,15 +77,15 @@ def write_kernel(
     while n < N:  # no range: the interpreter takes an argument as its bound only with an older numpy
         at = (n * G + g).to(tl.int64)
         before, after = at + G, at + 2 * G
-        anchor = tl.where(n == 0, at, before)
+        anchors = slot_of(w1_pointer, w2_pointer, w3_pointer, tl.where(n == 0, at, before), D, V, F, GATED)
         x = tile(x_pointer + at * I * D, i, d, I, D)
         o = tl.zeros([BLOCK_I, BLOCK_V], tl.float32)
         for start in tl.range(0, F, BLOCK_F, disable_licm=True):
             f = start + tl.arange(0, BLOCK_F)
-            h = gelu(product(x, tl.trans(tile(w2_pointer + anchor * F * D, f, d, F, D)), PRODUCTS))
+            h = gelu(product(x, tl.trans(tile(anchors[1], f, d, F, D)), PRODUCTS))
             if GATED:
-                h *= product(x, tl.trans(tile(w3_pointer + anchor * F * D, f, d, F, D)), PRODUCTS)
-            o = add_product(o, h, tile(w1_pointer + anchor * F * V, f, c, F, V), PRODUCTS)
+                h *= product(x, tl.trans(tile(anchors[2], f, d, F, D)), PRODUCTS)
+            o = add_product(o, h, tile(anchors[0], f, c, F, V), PRODUCTS)
         put(o_pointer + at * I * V, o, i, c, I, V)
 
         v, r = tile(v_pointer + at * I * V, i, c, I, V), tile(r_pointer + at * I * V, i, c, I, V)
@@ -100,13 +102,7 @@ def write_kernel(
 
         for start in tl.range(0, F, BLOCK_F, disable_licm=True):
             f = start + tl.arange(0, BLOCK_F)
-            h, slope = gelu_slope(product(x, tl.trans(tile(w2_pointer + anchor * F * D, f, d, F, D)), PRODUCTS))
-            back = product(e, tl.trans(tile(w1_pointer + anchor * F * V, f, c, F, V)), PRODUCTS)
-            if GATED:
-                up = product(x, tl.trans(tile(w3_pointer + anchor * F * D, f, d, F, D)), PRODUCTS)
-                back_up = back * h
-                h, back = h * up, back * up
-            back *= slope
+            h, factor, factor_up = source_factors(anchors, x, e, f, d, c, F, D, V, GATED, PRODUCTS)
             w1 = keep * tile(w1_pointer + before * F * V, f, c, F, V)
             w2 = keep * tile(w2_pointer + before * F * D, f, d, F, D)
             if MOMENTUM:
@@ -114,16 +110,16 @@ def write_kernel(
                 s2 = tile(s2_pointer + before * F * D, f, d, F, D)
                 w1, w2 = w1 + push * s1, w2 + push * s2
                 put(s1_pointer + after * F * V, add_flipped(drag * s1, e_to_s, h, PRODUCTS), f, c, F, V)
-                put(s2_pointer + after * F * D, add_flipped(drag * s2, x_to_s, back, PRODUCTS), f, d, F, D)
+                put(s2_pointer + after * F * D, add_flipped(drag * s2, x_to_s, factor, PRODUCTS), f, d, F, D)
             put(w1_pointer + after * F * V, add_flipped(w1, e_to_w, h, PRODUCTS), f, c, F, V)
-            put(w2_pointer + after * F * D, add_flipped(w2, x_to_w, back, PRODUCTS), f, d, F, D)
+            put(w2_pointer + after * F * D, add_flipped(w2, x_to_w, factor, PRODUCTS), f, d, F, D)
             if GATED:
                 w3 = keep * tile(w3_pointer + before * F * D, f, d, F, D)
                 if MOMENTUM:
                     s3 = tile(s3_pointer + before * F * D, f, d, F, D)
                     w3 += push * s3
-                    put(s3_pointer + after * F * D, add_flipped(drag * s3, x_to_s, back_up, PRODUCTS), f, d, F, D)
-                put(w3_pointer + after * F * D, add_flipped(w3, x_to_w, back_up, PRODUCTS), f, d, F, D)
+                    put(s3_pointer + after * F * D, add_flipped(drag * s3, x_to_s, factor_up, PRODUCTS), f, d, F, D)
+                put(w3_pointer + after * F * D, add_flipped(w3, x_to_w, factor_up, PRODUCTS), f, d, F, D)
         # What this chunk wrote, other threads of the program read in the next.
         tl.debug_barrier()
         n += 1
@@ -168,8 +164,9 @@ def read_kernel(
     PRODUCTS: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64)
-    before = at + G
-    anchor = tl.where(at < G, at, before)
+    anchors = slot_of(w1_pointer, w2_pointer, w3_pointer, tl.where(at < G, at, at + G), D, V, F, GATED)
+    weights = slot_of(w1_pointer, w2_pointer, w3_pointer, at + G, D, V, F, GATED)
+    momenta = slot_of(s1_pointer, s2_pointer, s3_pointer, at + G, D, V, F, GATED) if MOMENTUM else weights
     t, i, d, c = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     inside = c[None, :] < V
     q, x = tile(q_pointer + at * C * D, t, d, C, D), tile(x_pointer + at * I * D, i, d, I, D)
@@ -178,31 +175,21 @@ def read_kernel(
     v, r = tile(v_pointer + at * I * V, i, c, I, V), tile(r_pointer + at * I * V, i, c, I, V)
     e = inner_error(tile(o_pointer + at * I * V, i, c, I, V), r, v, inside, V, LAYER, L2)
     alphas = column(alphas_pointer + at * C, t, C)
-    if MOMENTUM:
-        kappas = column(kappas_pointer + at * C, t, C)
+    kappas = column(kappas_pointer + at * C, t, C) if MOMENTUM else alphas
 
     o = tl.zeros([BLOCK_C, BLOCK_V], tl.float32)
     scores = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
     for start in tl.range(0, F, BLOCK_F, disable_licm=True):
         f = start + tl.arange(0, BLOCK_F)
-        h, slope = gelu_slope(product(x, tl.trans(tile(w2_pointer + anchor * F * D, f, d, F, D)), PRODUCTS))
-        back = product(e, tl.trans(tile(w1_pointer + anchor * F * V, f, c, F, V)), PRODUCTS)
-        z = alphas * product(q, tl.trans(tile(w2_pointer + before * F * D, f, d, F, D)), PRODUCTS)
-        if MOMENTUM:
-            z += kappas * product(q, tl.trans(tile(s2_pointer + before * F * D, f, d, F, D)), PRODUCTS)
+        h, factor, factor_up = source_factors(anchors, x, e, f, d, c, F, D, V, GATED, PRODUCTS)
+        z, _, _ = found_in(q, weights[1], momenta[1], alphas, kappas, f, d, F, D, MOMENTUM, PRODUCTS)
+        read = gelu(add_product(z, seen, factor, PRODUCTS))
         if GATED:
-            up = alphas * product(q, tl.trans(tile(w3_pointer + before * F * D, f, d, F, D)), PRODUCTS)
-            if MOMENTUM:
-                up += kappas * product(q, tl.trans(tile(s3_pointer + before * F * D, f, d, F, D)), PRODUCTS)
-            up = add_product(up, seen, back * h, PRODUCTS)
-            source_up = product(x, tl.trans(tile(w3_pointer + anchor * F * D, f, d, F, D)), PRODUCTS)
-            h, back = h * source_up, back * source_up
-            read = gelu(add_product(z, seen, back * slope, PRODUCTS)) * up
-        else:
-            read = gelu(add_product(z, seen, back * slope, PRODUCTS))
-        o = add_product(o, alphas * read, tile(w1_pointer + before * F * V, f, c, F, V), PRODUCTS)
+            up, _, _ = found_in(q, weights[2], momenta[2], alphas, kappas, f, d, F, D, MOMENTUM, PRODUCTS)
+            read *= add_product(up, seen, factor_up, PRODUCTS)
+        o = add_product(o, alphas * read, tile(weights[0], f, c, F, V), PRODUCTS)
         if MOMENTUM:
-            o = add_product(o, kappas * read, tile(s1_pointer + before * F * V, f, c, F, V), PRODUCTS)
+            o = add_product(o, kappas * read, tile(momenta[0], f, c, F, V), PRODUCTS)
         scores = add_product(scores, h, tl.trans(read), PRODUCTS)
 
     sources = flipped(sources_pointer + at * BLOCK_C * BLOCK_I, BLOCK_C, BLOCK_I)

@@ -1,4 +1,4 @@
-"""What the kernels of the memory scan share: tiles, products, the activation, the output norm.
+"""What the kernels of the memory scan share: tiles, products, the activation, the output norm, a hidden block.
 
 Matrices and rows are padded to powers of two with zeros; a padded column of a token stays zero through every piece.
 """
@@ -148,3 +148,40 @@ def inner_error_gradient(o, r, v, grad, inside, V: tl.constexpr, LAYER: tl.const
         else:
             grad_o = tl.zeros_like(grad)
     return grad_o, grad_u
+
+
+@triton.jit
+def slot_of(first, second, third, slot, D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, GATED: tl.constexpr):
+    """Pointers at the matrices of one slot; the second once more for a third that the memory has not."""
+    at_third = second
+    if GATED:
+        at_third = third
+    return first + slot * F * V, second + slot * F * D, at_third + slot * F * D
+
+
+@triton.jit
+def source_factors(anchors, x, e, f, d, c, F, D: tl.constexpr, V: tl.constexpr, GATED: tl.constexpr, PRODUCTS):
+    """What the sources' outer products are made of in the hidden rows f, at the anchor: h, factor, factor_up [I, f].
+
+    h goes with e into W1, factor and factor_up with x into W2 and W3 (without a gate there is no W3).
+    """
+    h, slope = gelu_slope(product(x, tl.trans(tile(anchors[1], f, d, F, D)), PRODUCTS))
+    back = product(e, tl.trans(tile(anchors[0], f, c, F, V)), PRODUCTS)
+    factor_up = back
+    if GATED:
+        up = product(x, tl.trans(tile(anchors[2], f, d, F, D)), PRODUCTS)
+        factor_up = back * h
+        h, back = h * up, back * up
+    return h, back * slope, factor_up
+
+
+@triton.jit
+def found_in(q, w_pointer, s_pointer, alphas, kappas, f, n, F, N: tl.constexpr, MOMENTUM: tl.constexpr, PRODUCTS):
+    """What queries q [C, n] find in rows f of a matrix: alphas q W^T + kappas q S^T [C, f]; and these rows of W and S
+    (of a memory without momentum, W's twice)."""
+    w = tile(w_pointer, f, n, F, N)
+    met, s = alphas * product(q, tl.trans(w), PRODUCTS), w
+    if MOMENTUM:
+        s = tile(s_pointer, f, n, F, N)
+        met += kappas * product(q, tl.trans(s), PRODUCTS)
+    return met, w, s

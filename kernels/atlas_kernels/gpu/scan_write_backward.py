@@ -16,6 +16,7 @@ from atlas_kernels.gpu.scan_pieces import (
     inner_error_gradient,
     product,
     put,
+    slot_of,
     tile,
 )
 
@@ -39,15 +40,6 @@ def of_step(
         grad_factor += to_s * met
         of_narrow = add_product(of_narrow, to_s * factor, grad_s, PRODUCTS)
     return grad_factor, of_narrow, grad_to_w, grad_to_s
-
-
-@triton.jit
-def slot_of(first, second, third, slot, D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, GATED: tl.constexpr):
-    """Pointers at the matrices of one slot; the second once more for a third that the memory has not."""
-    at_third = second
-    if GATED:
-        at_third = third
-    return first + slot * F * V, second + slot * F * D, at_third + slot * F * D
 
 
 @triton.jit
@@ -313,9 +305,8 @@ def write_backward_kernel(
     if MOMENTUM:
         grad_momenta = slot_of(grad_s1_pointer, grad_s2_pointer, grad_s3_pointer, g, D, V, F, GATED)
     grad_first = slot_of(grad_w1_pointer, grad_w2_pointer, grad_w3_pointer, g, D, V, F, GATED)
-    parts = (part_z_pointer + g * I * F, part_z_pointer)
-    if GATED:
-        parts = (part_z_pointer + g * I * F, part_up_pointer + g * I * F)
+    parts = (part_z_pointer + g * I * F, (part_up_pointer if GATED else part_z_pointer) + g * I * F)
+    up_pointer = grad_up_pointer if GATED else grad_z_pointer
     n = N - 1
     while n >= 0:
         at = n * G + g
@@ -340,9 +331,7 @@ def write_backward_kernel(
             last = (tl.load(at_last), tl.load(at_last + 1), tl.load(at_last + 2))
         else:
             last = (tl.load(last_pointer + at), 0.0, 0.0)
-        sides = (h_pointer + at * C * F, grad_z_pointer + at * C * F, grad_z_pointer)
-        if GATED:
-            sides = (h_pointer + at * C * F, grad_z_pointer + at * C * F, grad_up_pointer + at * C * F)
+        sides = (h_pointer + at * C * F, grad_z_pointer + at * C * F, up_pointer + at * C * F)
         grad_e, grad_x = tile(grad_e_pointer + at * I * V, i, c, I, V), tile(grad_x_pointer + at * I * D, i, d, I, D)
         grad_e, grad_x, grad_to_w, grad_to_s, of_last = through_factors(
             anchors, weights, momenta, grad_weights, grad_momenta, grad_first[0], sides, parts,
