@@ -108,7 +108,9 @@ def draw(results: record.Record, grid: Grid) -> None:
             scores = [accuracies(results, grid, mixer, task) for task in tasks]
             heights = [mean(score) if score else 0.0 for score in scores]
             left = numpy.arange(len(tasks)) + (place - (len(grid.sizes) - 1) / 2) * width
-            axes.bar(left, heights, width, color=f"C{place}", label=mixer)
+            plain, suffix = training.plain_of(mixer)
+            colour, hatch = f"C{list(grid.sizes).index(plain)}", "////" if suffix else ""
+            axes.bar(left, heights, width, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=mixer)
         axes.set_xticks(range(len(tasks)), tasks)
         axes.set_ylim(0, 1)
         axes.set_ylabel("accuracy")

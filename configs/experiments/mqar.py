@@ -144,10 +144,12 @@ def draw(results: record.Record, grid: Grid) -> None:
             1, len(grid.shown), figsize=(4 * len(grid.shown), 4), sharey=True, squeeze=False, layout="constrained"
         )
         for axes, pairs in zip(panels[0], grid.shown, strict=True):
-            for place, (mixer, sizes) in enumerate(grid.sizes.items()):
+            for mixer, sizes in grid.sizes.items():
                 points = [found(results, grid, mixer, size) for size in sizes]
                 states, scores = [p.state for p in points], [p.accuracy[pairs] for p in points]
-                axes.plot(states, scores, marker="o", markersize=4, color=f"C{place}", label=mixer)
+                plain, suffix = training.plain_of(mixer)
+                colour, style = f"C{list(grid.sizes).index(plain)}", "--" if suffix else "-"
+                axes.plot(states, scores, style, marker="o", markersize=4, color=colour, label=mixer)
             axes.axhline(1 / pairs, color="grey", linestyle=":", linewidth=1)
             axes.set_xscale("log", base=2)
             axes.set_ylim(-0.02, 1.02)

@@ -75,14 +75,19 @@ class Schedule:
     evaluated: int = 8  # batches of the final measurement
 
 
+def plain_of(mixer: str) -> tuple[str, str]:
+    """A mixer's name without the suffix of SHARES, and that suffix."""
+    suffix = next((suffix for suffix in SHARES if mixer.endswith(suffix)), "")
+    return mixer.removesuffix(suffix), suffix
+
+
 def config_of(mixer: str, size: int, tokens: int, vocabulary: int, *, mlp: bool) -> Config:
     """A model of LAYERS mixers (each followed by a SwiGLU MLP, if asked).
 
     size: head size K = V of a memory; tokens a query sees of a sliding window; not read by full attention.
     Raises ValueError for an unknown mixer or a size that does not fit.
     """
-    suffix = next((suffix for suffix in SHARES if mixer.endswith(suffix)), "")
-    plain = mixer.removesuffix(suffix)
+    plain, suffix = plain_of(mixer)
     if plain not in SYMBOLS:
         raise ValueError(f"mixer={mixer!r} is unknown; choose one of {', '.join(SYMBOLS)}")
     symbol, preset = SYMBOLS[plain]
