@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +72,24 @@ def test_a_failing_section_leaves_the_others_and_is_named() -> None:
     )
     assert "| second / a / seconds | 0.125 |" in written and "losses" not in written
     assert "| first | not run: RuntimeError: no such kernel |" in written
+
+
+def test_runs_that_fail_or_come_too_late_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first, second, *rest = gpu_check.RUNS
+    begun: list[str] = []
+
+    def train(config: str, words: list[str], directory: Path) -> list[dict[str, float]]:
+        assert "memory.impl=triton" in words  # else "auto" might time torch
+        begun.append(config)
+        if len(begun) == 2:
+            raise RuntimeError("took more than 120 s")
+        return [{"tokens_per_second": rate, "mfu": 0.25} for rate in (1.0, 1.0, 1.0, 5.0, 7.0, 9.0)]
+
+    monkeypatch.setattr(gpu_check, "train", train)
+    found = gpu_check.bench_training(tmp_path, lambda: len(begun) == 2)
+    assert found[first] == {"tokens_per_second": 7.0, "mfu": 0.25}
+    assert found[second] == {"not_run": "took more than 120 s"}
+    assert all(found[name] == {"not_run": gpu_check.OVER} for name in rest) and len(begun) == 2
 
 
 def test_every_goal_finds_its_figure_in_a_report() -> None:
