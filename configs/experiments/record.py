@@ -68,8 +68,9 @@ class Record(Results):
         name = self.path.stem
         body = [textwrap.fill(" ".join(paragraph.split()), 110, break_on_hyphens=False) for paragraph in paragraphs]
         said = [f"# {title}", f"![{title}]({name}.png)", *body]
-        command, made_at = self.content["command"], self.content["commit"]
-        made = f"Made by `{command}`, commit {made_at}; numbers in [{name}.json]({name}.json)."
+        commits = sorted({cell["commit"] for cell in self.cells.values()})
+        made_at = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+        made = f"Made by `{self.content['command']}`, {made_at}; numbers in [{name}.json]({name}.json)."
         self.path.with_suffix(".md").write_text("\n\n".join([*said, made]) + "\n", encoding="utf-8")
 
 
