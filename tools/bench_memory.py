@@ -107,8 +107,8 @@ def matmul_once() -> float:
     return time.perf_counter() - start
 
 
-def medians(contenders: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[str, float], float]:
-    """Median seconds of each contender, and the matmul rate in FLOP/s over the same rounds."""
+def timed(contenders: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[str, list[float]], float]:
+    """Seconds of each contender in every round, in turn, and the matmul rate in FLOP/s over the same rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     product = []
     for round_ in range(rounds + 1):  # the first warms up
@@ -119,7 +119,13 @@ def medians(contenders: dict[str, Callable[[], None]], rounds: int) -> tuple[dic
             product.append(matmul_once())
             if round_:
                 seconds[name].append(elapsed)
-    return {n: statistics.median(s) for n, s in seconds.items()}, 2 * 1024**3 / statistics.median(product)
+    return seconds, 2 * 1024**3 / statistics.median(product)
+
+
+def medians(contenders: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[str, float], float]:
+    """As `timed`, the median of each contender's rounds."""
+    seconds, rate = timed(contenders, rounds)
+    return {name: statistics.median(times) for name, times in seconds.items()}, rate
 
 
 def bench_shape(batch: int, tokens: int, rounds: int, with_reference: bool) -> dict:

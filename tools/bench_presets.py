@@ -1,8 +1,8 @@
 """Time every preset's memory beside omeganet's, and packed documents beside one: forward and backward, in turn.
 
 Of a preset with Newton-Schulz the share of the writes is timed apart (the same rule with ns_steps = 0), because the
-iteration is an addition that the preset asks for. Figures are medians over rounds. Documents: few and many in a
-sequence; each one's last chunk is filled up, which is most of what packing costs.
+iteration is an addition that the preset asks for. Figures are medians over rounds, of seconds and of the ratios within
+a round. Documents: few and many in a sequence; each one's last chunk is filled up, which is most of what packing costs.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +28,7 @@ from atlas_megatron.mixers.memory_layout import eta_start, lifted, weight_shapes
 from atlas_megatron.parallel.cpu import flush_denormals
 from atlas_megatron.presets import PRESETS
 from atlas_megatron.results import commit
-from bench_memory import medians
+from bench_memory import timed
 
 HEADS, HEAD_DIM, TOKENS, BATCH = 6, 64, 1024, 1
 # Lengths in a sequence of 1,024 tokens, and four times as long.
@@ -42,15 +43,15 @@ def contender(
     *,
     batch: int = BATCH,
     tokens: int = TOKENS,
-    dtype: torch.dtype = torch.float32,
+    products: torch.dtype = torch.float32,
     device: str = "cpu",
     impl: str = "auto",
 ) -> Callable[[], None]:
-    """Forward and backward of the op on random inputs as the mixer would give them: q, k, v in `dtype`."""
+    """Forward and backward of the op on random inputs as the mixer gives them, float32; `products`: see the op."""
     torch.manual_seed(0)
     shape = (batch, tokens, memory.heads, memory.head_dim)
-    q, k = (F.normalize(torch.randn(shape, device=device), dim=-1).to(dtype) for _ in range(2))
-    v = torch.randn(shape, device=device, dtype=dtype)
+    q, k = (F.normalize(torch.randn(shape, device=device), dim=-1) for _ in range(2))
+    v = torch.randn(shape, device=device)
     eta = torch.full(shape[:3], eta_start(memory), device=device)
     one = torch.ones_like(eta)
     gamma = {
@@ -77,35 +78,42 @@ def contender(
         x, y = (lift(t, memory.feature_map, coefficients, memory.sketch_width) for t in (k, q))
         residual = (q, k) if own_residual else None
         gates = Gates(alpha, eta, theta, gamma)
-        out, _ = omega_memory(y, x, v, gates, tuple(start), rule, residual=residual, impl=impl, positions=positions)
-        out.float().square().mean().backward()
+        given = {"residual": residual, "impl": impl, "positions": positions, "products": products}
+        out, _ = omega_memory(y, x, v, gates, tuple(start), rule, **given)
+        out.square().mean().backward()
 
     return run
 
 
+def ratio(above: list[float], below: list[float]) -> float:
+    """Median of the rounds' ratios: what slows a machine down slows both."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
 def measure(rounds: int) -> dict[str, dict]:
-    """Median seconds of every preset, and of those that can be packed with documents."""
+    """Median seconds of every preset, its ratio to omeganet's, and that of packed documents to one."""
     base = MemoryConfig(heads=HEADS, head_dim=HEAD_DIM)
     members = {name: replace(base, **fields) for name, fields in PRESETS.items()}
     without = {f"{n}, ns_steps=0": replace(m, ns_steps=0) for n, m in members.items() if m.ns_steps}
     members |= without
     # Once a chunk, as the CPU configs write.
     members = {n: replace(m, ns_period=m.chunk) if m.ns_steps else m for n, m in members.items()}
-    whole, _ = medians({name: contender(memory) for name, memory in members.items()}, rounds)
-    lifted_members = {name: memory for name, memory in members.items() if memory.kernel == "lifted"}
-    pairs: dict[str, Callable[[], None]] = {}
-    for name, memory in lifted_members.items():
+    whole, _ = timed({name: contender(memory) for name, memory in members.items()}, rounds)
+    packed: dict[str, dict[str, float]] = {kind: {} for kind in DOCUMENTS}
+    for name, memory in members.items():
+        if memory.kernel != "lifted":
+            continue
         for kind, lengths in DOCUMENTS.items():
             tokens = sum(lengths)
             positions = torch.cat([torch.arange(n) for n in lengths]).expand(BATCH, -1)
-            pairs[f"{name}, {tokens}"] = contender(memory, tokens=tokens)
-            pairs[f"{name}, {kind}"] = contender(memory, positions, tokens=tokens)
-    seconds, _ = medians(pairs, rounds)
-    packed = {
-        kind: {name: seconds[f"{name}, {kind}"] / seconds[f"{name}, {sum(lengths)}"] for name in lifted_members}
-        for kind, lengths in DOCUMENTS.items()
+            pair = {"one": contender(memory, tokens=tokens), "packed": contender(memory, positions, tokens=tokens)}
+            seconds, _ = timed(pair, rounds)
+            packed[kind][name] = ratio(seconds["packed"], seconds["one"])
+    return {
+        "seconds": {name: statistics.median(times) for name, times in whole.items()},
+        "of_omeganet": {name: ratio(times, whole["omeganet"]) for name, times in whole.items()},
+        "packed_over_whole": packed,
     }
-    return {"seconds": whole, "packed_over_whole": packed}
 
 
 def main() -> int:
@@ -119,13 +127,12 @@ def main() -> int:
     arguments = parser.parse_args()
     flush_denormals()
     measured = measure(arguments.rounds)
-    base = measured["seconds"]["omeganet"]
     shape = f"T={TOKENS} B={BATCH}, {HEADS} heads of {HEAD_DIM}, float32"
     table = Table("preset: forward + backward", "ms", "of omeganet", *DOCUMENTS, title=shape)
     for name, seconds in measured["seconds"].items():
         packed = [measured["packed_over_whole"][kind].get(name) for kind in DOCUMENTS]
         cost = [f"x {ratio:.2f}" if ratio else "-" for ratio in packed]
-        table.add_row(name, f"{1e3 * seconds:,.0f}", f"{seconds / base:.2f}", *cost)
+        table.add_row(name, f"{1e3 * seconds:,.0f}", f"{measured['of_omeganet'][name]:.2f}", *cost)
     Console(width=120).print(table)
     report = {
         "command": " ".join(["python", "tools/bench_presets.py", *sys.argv[1:]]),

@@ -188,7 +188,7 @@ def bench_op() -> dict[str, Any]:
     for name, memory in members.items():
         for impl in ("triton", "chunked"):
             contenders[f"{name}: {impl}"] = contender(
-                memory, batch=batch, tokens=tokens, dtype=torch.bfloat16, device="cuda", impl=impl
+                memory, batch=batch, tokens=tokens, products=torch.bfloat16, device="cuda", impl=impl
             )
     contenders |= graphs_of({name: run for name, run in contenders.items() if name != "matmul"})
     for name, peer in (("flash-linear-attention Gated DeltaNet", gated_delta), ("titans-pytorch", titans)):
