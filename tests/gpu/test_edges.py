@@ -115,3 +115,24 @@ def test_in_half_precision(dtype):
         assert error < HALF_TOLERANCE[dtype], f"{name}: relative RMS {error:.1e}"
         assert error <= 1.05 * relative_rms(theirs[name].double(), true), name
     assert ours["0"].dtype == torch.float32 and ours["4"].dtype == dtype
+
+
+@pytest.mark.parametrize("apart", [0, 1, 2], ids=["sequences", "tokens", "heads"])
+def test_offsets_past_two_to_the_31st(apart):
+    """Where the projection lies further apart than int32 counts; untouched pages take no memory."""
+    far, width = 2**31 + 64, 8
+    storage = torch.empty(far + 4096, dtype=torch.float16, device=DEVICE)
+    strides = [1024, 256, 64, width, 1]
+    strides[apart] = far
+    projection = storage.as_strided((2, 2, 2, 4, width), strides)
+    projection.copy_(draw(2, 2, 2, 4, width, dtype=torch.float16).detach())
+    filters, gain, y = draw(2, 3 * width, 4), draw(2, width), draw(2, 2, 2, width)
+    leaf = projection.requires_grad_()
+
+    def run(x: torch.Tensor, impl: str) -> dict[str, torch.Tensor]:
+        mixed = short_convolution(x[..., :3, :], filters.to(x.dtype), None, None, impl)[:3]
+        return found((*mixed, gated_norm(y, x[..., 3, :], gain, 1e-5, impl)), {"x": x, "filters": filters, "y": y})
+
+    expected = run(leaf.detach().double().requires_grad_(), "torch")
+    for name, ours in run(leaf, "triton").items():
+        assert relative_rms(ours.double(), expected[name]) < HALF_TOLERANCE[torch.float16], name
