@@ -114,7 +114,8 @@ class MemoryConfig:
     # Of a deep memory: the share of the outer gradient that passes through the weights at which inner gradients are
     # taken. 1 is exact, and over many chunks grows exponentially with them (of atlas at 4,096 tokens to a norm of 7e3
     # before the first step). 0 is first order, those weights are constants: cheaper, and learns recall less well.
-    # Between the two each passage is damped. A linear memory's is always exact.
+    # Between the two each passage is damped. Without Newton-Schulz 1 can be had where retention starts by the length.
+    # A linear memory's is always exact.
     anchor_gradient: float = 0.3
     impl: str = "auto"  # reference | chunked | triton (a GPU) | auto
 
