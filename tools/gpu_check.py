@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from torch import Tensor
 
 import gpu_goals
 import quickstart
@@ -207,7 +208,7 @@ def bench_op() -> dict[str, Any]:
     }
 
 
-def edges_of(shape: tuple[int, ...], device: str) -> dict[str, tuple[Callable[[str], object], int]]:
+def edges_of(shape: tuple[int, ...], device: str) -> dict[str, tuple[Callable[[str], tuple[Tensor, ...]], int]]:
     """The memory's edges, forward and backward with an `impl`, and the bytes that each has to move: its inputs, outputs
     and gradients, once."""
     batch, tokens, heads, size = shape
@@ -216,10 +217,10 @@ def edges_of(shape: tuple[int, ...], device: str) -> dict[str, tuple[Callable[[s
     y, gate, gain = torch.randn(shape, device=device).requires_grad_(), make(*shape), make(heads, size)
     grad = torch.randn(shape, device=device)
 
-    def convolution(impl: str) -> object:
+    def convolution(impl: str) -> tuple[Tensor, ...]:
         return torch.autograd.grad(short_convolution(qkv, taps, None, None, impl)[:3], (qkv, taps), (grad,) * 3)
 
-    def norm(impl: str) -> object:
+    def norm(impl: str) -> tuple[Tensor, ...]:
         return torch.autograd.grad(gated_norm(y, gate, gain, 1e-5, impl), (y, gate, gain), gate)
 
     # Forward: in bfloat16, out float32; and the other way, the gate and the result in bfloat16. Backward: what went in,

@@ -87,8 +87,8 @@ def kinds_of(results: record.Record, kinds: Sequence[str], rungs: Sequence[str])
 # Of the full ladder; the numbers behind it are in the JSON.
 OBSERVED = (
     """On the two smaller rungs, of at most 301,056 tokens, both memories are ahead of attention by 0.3 to 0.8 nats; on
-    the two larger ones omeganet is by 0.1, and atlas, which writes once a chunk here, behind by less than that.
-    Gradient norms stay below 3.4. Of first order, as these memories were trained before, they ended on the largest rung
+    the two larger ones omeganet is by 0.1, and atlas, which writes once a chunk here, behind by less than that. The
+    memories' gradient norms stay below 3.4. Of first order, as they were trained before, they ended on the largest rung
     at 4.68 and 4.48 (now 4.63 and 4.45); with exact outer gradients and a retention of 0.99 omeganet diverged there
     (6.41, norms of 9e4) and atlas ended at 5.23: see outer_gradient.md. One learning rate for all
     kinds, 2.8e-3.""",

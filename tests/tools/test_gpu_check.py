@@ -38,10 +38,10 @@ def test_the_timed_memories_run_as_the_benchmark_makes_them() -> None:
 
 
 def test_the_edges_run_as_they_are_timed() -> None:
-    for call, moved in gpu_check.edges_of((2, 5, 3, 16), "cpu").values():
-        for impl in ("torch", "triton"):
-            call(impl)
-        assert moved >= 2 * 5 * 3 * 16 * 22
+    """Kernels and torch, every gradient; in bfloat16, which the interpreter cuts off where a GPU rounds."""
+    for call, _ in gpu_check.edges_of((2, 5, 3, 16), "cpu").values():
+        for ours, theirs in zip(call("triton"), call("torch"), strict=True):
+            assert (ours - theirs).float().norm() < 4e-2 * theirs.float().norm()
 
 
 def test_what_cannot_be_captured_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

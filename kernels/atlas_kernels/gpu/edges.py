@@ -172,6 +172,16 @@ def short_convolution_backward_kernel(
 
 
 @triton.jit
+def normed(y_at, gate_at, gain_at, inside, k, epsilon, K: tl.constexpr):
+    """Of a block of tokens: y over its root mean square and the inverse of that, the gate, the gain, in float32."""
+    y = tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
+    gain = tl.load(gain_at, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    inverse = tl.rsqrt(tl.sum(y * y, 1) / K + epsilon)[:, None]
+    return y * inverse, inverse, gate, gain
+
+
+@triton.jit
 def gated_norm_kernel(
     y_pointer,  # [B, T, H, K]
     gate_pointer,  # [B, T, H, K]
@@ -192,13 +202,10 @@ def gated_norm_kernel(
     group = (tl.program_id(0) // blocks).to(tl.int64)
     b, h = group // H, group % H
     t, k = (tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64), tl.arange(0, BLOCK_K)
-    inside = (t < T)[:, None] & (k < K)[None, :]
-    y = tl.load(y_pointer + (((b * T + t) * H + h) * K)[:, None] + k[None, :], mask=inside, other=0.0).to(tl.float32)
+    inside, at = (t < T)[:, None] & (k < K)[None, :], (((b * T + t) * H + h) * K)[:, None] + k[None, :]
     gate_at = gate_pointer + b * stride_b + h * stride_h + (t * stride_t)[:, None] + k[None, :]
-    gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
-    gain = tl.load(gain_pointer + h * K + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-    inverse = tl.rsqrt(tl.sum(y * y, 1) / K + epsilon)[:, None]
-    out = y * inverse * gain * gate * tl.sigmoid(gate)
+    n, _, gate, gain = normed(y_pointer + at, gate_at, gain_pointer + h * K + k, inside, k, epsilon, K)
+    out = n * gain * gate * tl.sigmoid(gate)
     tl.store(out_pointer + (((t * B + b) * H + h) * K)[:, None] + k[None, :], out, mask=inside)
 
 
@@ -226,16 +233,12 @@ def gated_norm_backward_kernel(
     group, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     b, h = group // H, group % H
     t, k = (block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64), tl.arange(0, BLOCK_K)
-    inside = (t < T)[:, None] & (k < K)[None, :]
-    at = (((b * T + t) * H + h) * K)[:, None] + k[None, :]
-    y = tl.load(y_pointer + at, mask=inside, other=0.0).to(tl.float32)
+    inside, at = (t < T)[:, None] & (k < K)[None, :], (((b * T + t) * H + h) * K)[:, None] + k[None, :]
     gate_at = gate_pointer + b * stride_b + h * stride_h + (t * stride_t)[:, None] + k[None, :]
-    gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
-    gain = tl.load(gain_pointer + h * K + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    n, inverse, gate, gain = normed(y_pointer + at, gate_at, gain_pointer + h * K + k, inside, k, epsilon, K)
     grad_at = gradient + (((t * B + b) * H + h) * K)[:, None] + k[None, :]
     grad = tl.load(grad_at, mask=inside, other=0.0).to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(y * y, 1) / K + epsilon)[:, None]
-    n, share = y * inverse, tl.sigmoid(gate)
+    share = tl.sigmoid(gate)
     opened = grad * gate * share
     grad_n = opened * gain
     grad_y = (grad_n - n * (tl.sum(grad_n * n, 1) / K)[:, None]) * inverse
