@@ -95,6 +95,7 @@ class MemoryConfig:
     retention: bool = True  # false: alpha is 1, nothing decays
     ns_steps: int = 5  # k, Newton-Schulz steps; 0 writes the raw momentum
     ns_period: int = 1  # m, tokens between orthogonalised writes (1 is the paper); divides chunk
+    ns_step: str = "last"  # of a write: last (eta of its token) | sum (of the ns_period etas that it stands for)
     ns_coefficients: str = "jordan"  # jordan | polar_express
     conv_size: int = 4  # taps of the short convolutions on q, k, v
     gate_rank: int = 32  # of the low-rank pairs behind alpha, eta, theta, gamma

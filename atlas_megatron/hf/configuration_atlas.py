@@ -31,6 +31,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "retention": True,
         "ns_steps": 5,
         "ns_period": 1,
+        "ns_step": "last",
         "ns_coefficients": "jordan",
         "conv_size": 4,
         "gate_rank": 32,

@@ -22,7 +22,8 @@ def eta_start(memory: MemoryConfig) -> float:
     if memory.eta_start > 0:
         return memory.eta_start
     if memory.ns_steps > 0:
-        return (GATED_STEP if memory.memory == "gated_mlp" else STEP) * memory.ns_period
+        step = GATED_STEP if memory.memory == "gated_mlp" else STEP
+        return step if memory.ns_step == "sum" else step * memory.ns_period
     gradients = memory.window * (1.0 if memory.omega_gates == "none" else memory.gamma_start)
     if memory.momentum:
         gradients /= 1.0 - memory.theta_start

@@ -26,7 +26,15 @@ from .delta_rule import delta_rule, delta_rule_packed
 from .memories import Matrices, MatrixReader, Reader, memory_of, oriented
 from .packing import Packing, pack
 from .rule import Gates, MemoryRule, MemoryState
-from .writes import Coefficients, OrthogonalWriter, OrthogonalWrites, Writes, coefficients_of, writes_of
+from .writes import (
+    Coefficients,
+    OrthogonalWriter,
+    OrthogonalWrites,
+    Writes,
+    coefficients_of,
+    summed_steps,
+    writes_of,
+)
 
 # A call whose whole graph is smaller than this holds it and recomputes nothing.
 HELD_BYTES = 256 << 20
@@ -108,8 +116,12 @@ def omega_memory_chunked(
     if rule.delta:
         return delta_rule(q, k, v, gates, state)
     residual_q, residual_k = residual if residual is not None else (None, None)
-    inputs = Inputs(q, k, v, residual_q, residual_k, gates.alpha, gates.eta, gates.theta, gates.gamma)
-    return _by_segment(rule, state, inputs, kernels=kernels)
+    eta, pending = gates.eta, state.pending
+    if pending is not None:
+        eta, pending = summed_steps(rule, eta, pending, torch.arange(q.shape[1], device=q.device) + state.position)
+    inputs = Inputs(q, k, v, residual_q, residual_k, gates.alpha, eta, gates.theta, gates.gamma)
+    y, after = _by_segment(rule, state, inputs, kernels=kernels)
+    return y, replace(after, pending=pending)
 
 
 def omega_memory_packed(
@@ -136,6 +148,11 @@ def omega_memory_packed(
         residual_q = packing.placed(residual[0])
         sources.append(packing.placed_after(state.residuals, residual[1]))
     halos, inputs = zip(*((s[:, :before], s[:, before:]) for s in sources), strict=True)
+    pending = state.pending
+    if pending is not None:
+        # Before the tokens are placed: what fills up a chunk takes no step, even where a period ends there.
+        steps, pending = summed_steps(rule, gates.eta, pending, positions)
+        gates = replace(gates, eta=steps)
     placed = packing.gates(gates, state.gamma, window)
     own = (placed.alpha, placed.eta, placed.theta, placed.gamma)
     whole = Inputs(packing.placed(q), inputs[0], inputs[1], residual_q, inputs[2] if residual else None, *own)
@@ -159,6 +176,7 @@ def omega_memory_packed(
         residuals=following[2] if residual else None,
         gamma=gamma,
         position=position,
+        pending=pending,
     )
     return packing.taken(y), after
 

@@ -323,9 +323,12 @@ def _check_state(
     for name, given, wanted in (
         ("residuals", state.residuals, residual is not None),
         ("gamma", state.gamma, not gates.pair),
+        ("pending", state.pending, rule.sums_steps),
     ):
         if (given is not None) != wanted:
+            other = {"gamma": "gates", "pending": "steps (rule.ns_step, rule.ns_period)"}.get(name, name)
             raise ValueError(
-                f"state.{name} is {'missing' if wanted else 'present'}; the state comes from a call with other "
-                f"{'gates' if name == 'gamma' else 'residuals'}"
+                f"state.{name} is {'missing' if wanted else 'present'}; the state comes from a call with other {other}"
             )
+    if state.pending is not None:
+        _expect("state.pending", state.pending, (batch, heads), "[B, H]")

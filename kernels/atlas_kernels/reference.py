@@ -86,7 +86,10 @@ def momentum(theta: Tensor, S: Matrices, G: Matrices) -> Matrices:
 
 
 def write(rule: MemoryRule, alpha: Tensor, eta: Tensor, W: Matrices, S: Matrices, position: int) -> Matrices:
-    """M_t = alpha_t M_{t-1} - eta_t NS_k(S_t) (Eq 32); between the writes of `ns_period` only the decay."""
+    """M_t = alpha_t M_{t-1} - eta_t NS_k(S_t) (Eq 32); between the writes of `ns_period` only the decay.
+
+    eta: the token's, or the sum over its period up to it where the rule sums steps.
+    """
     decayed = tuple(alpha[..., None, None] * w for w in W)
     if not rule.writes_at(position):
         return decayed
@@ -113,6 +116,7 @@ def omega_memory_reference(
     sources = None if state.gamma is None else torch.cat([state.gamma, gates.gamma], 1)
 
     W, S, A, y = state.weights, state.momentum, state.anchor, []
+    pending = state.pending
     for t in range(T):
         position = state.position + t
         if position % rule.chunk == 0:
@@ -123,7 +127,10 @@ def omega_memory_reference(
         gamma = gates.gamma[:, t].flip(-1).transpose(1, 2) if sources is None else sources[:, window]
         G = inner_gradient(rule, at, X[:, window], V[:, window], R[:, window], gamma)  # Omega rule (Eq 9)
         S = momentum(gates.theta[:, t], S, G) if rule.momentum else G
-        W = write(rule, gates.alpha[:, t], gates.eta[:, t], W, S, position)
+        eta = gates.eta[:, t] if pending is None else pending + gates.eta[:, t]
+        W = write(rule, gates.alpha[:, t], eta, W, S, position)
+        if pending is not None:
+            pending = torch.zeros_like(eta) if rule.writes_at(position) else eta
         y.append(memory(rule, W, q[:, t : t + 1], r_q[:, t : t + 1]))  # read after the write
 
     last = slice(T, T + c - 1)
@@ -136,5 +143,6 @@ def omega_memory_reference(
         residuals=None if state.residuals is None else R[:, last],
         gamma=None if sources is None else sources[:, last],
         position=state.position + T,
+        pending=pending,
     )
     return torch.cat(y, 1), after

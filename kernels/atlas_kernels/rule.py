@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ MEMORIES = ("linear", "mlp", "gated_mlp")
 LOSSES = ("l2", "dot")
 KERNELS = ("lifted", "exponential", "softmax")
 NORMS = ("none", "layer")
+STEPS = ("last", "sum")
 ACTIVATIONS = ("gelu",)
 
 
@@ -52,6 +54,8 @@ class MemoryRule:
     momentum: bool = True  # False: S_t = G_t, whatever theta says
     ns_steps: int = 5  # k: Newton-Schulz steps of a write; 0 writes the momentum itself
     ns_period: int = 1  # m: an orthogonalised write at every m-th token of a chunk
+    # The step of such a write: eta of its token ("last"), or the sum of eta over the m tokens that it stands for.
+    ns_step: str = "last"
     ns_coefficients: str = "jordan"
     activation: str = "gelu"
     norm: str = "none"  # layer: a gainless LayerNorm on the memory's output
@@ -69,6 +73,7 @@ class MemoryRule:
         _choose("norm", self.norm, NORMS)
         _choose("activation", self.activation, ACTIVATIONS)
         _choose("kernel", self.kernel, KERNELS)
+        _choose("ns_step", self.ns_step, STEPS)
         _choose("ns_coefficients", self.ns_coefficients, tuple(COEFFICIENTS))
         for name in ("window", "chunk", "ns_period"):
             if getattr(self, name) < 1:
@@ -107,6 +112,11 @@ class MemoryRule:
         online = self.chunk == 1 and self.window == 1 and self.ns_steps == 0 and not self.momentum
         return online and self.memory == "linear" and self.loss == "l2" and not self.dual
 
+    @property
+    def sums_steps(self) -> bool:
+        """Whether a write takes the steps of tokens before its own, so that a state has some pending."""
+        return self.ns_step == "sum" and self.ns_period > 1
+
     def as_anchor(self, a: Tensor) -> Tensor:
         """The same to read; of its gradient the share `anchor_gradient`."""
         if self.anchor_gradient == 1:
@@ -119,7 +129,11 @@ class MemoryRule:
 
     def writes_at(self, position: int) -> bool:
         """Whether the token at absolute `position` writes to the weights."""
-        return position % self.chunk % self.ns_period == self.ns_period - 1
+        return self.since_write(position) == self.ns_period - 1
+
+    def since_write(self, position: Any) -> Any:
+        """Tokens of the period that the token at `position` lies in, before it; a number or a tensor of them."""
+        return position % self.chunk % self.ns_period
 
 
 def _nearest_divisor(n: int, wanted: int) -> int:
@@ -161,7 +175,8 @@ class MemoryState:
     weights at the start of the chunk that `position` lies in). keys [B, W-1, H, D], values and
     residuals [B, W-1, H, V]: the lifted halo, zero where the sequence had not begun (a zero source
     contributes nothing). gamma [B, W-1, H]: with `source` gates only. position: tokens read of the sequence, or
-    [B] of each row's own document, after a call with packed documents.
+    [B] of each row's own document, after a call with packed documents. pending [B, H]: with `ns_step="sum"` and a
+    period of several tokens, the sum of eta since the last write.
     """
 
     weights: tuple[Tensor, ...]
@@ -172,13 +187,14 @@ class MemoryState:
     residuals: Tensor | None
     gamma: Tensor | None
     position: int | Tensor
+    pending: Tensor | None = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> MemoryState:
         """The state with `fn` applied to every tensor (a cast, a copy to another device)."""
         weights, momentum, anchor = (tuple(fn(m) for m in matrices) for matrices in self.matrices())
-        residuals = None if self.residuals is None else fn(self.residuals)
-        gamma = None if self.gamma is None else fn(self.gamma)
-        return MemoryState(weights, momentum, anchor, fn(self.keys), fn(self.values), residuals, gamma, self.position)
+        residuals, gamma, pending = (None if t is None else fn(t) for t in (self.residuals, self.gamma, self.pending))
+        halo = (fn(self.keys), fn(self.values), residuals, gamma)
+        return MemoryState(weights, momentum, anchor, *halo, self.position, pending)
 
     def detach(self) -> MemoryState:
         return self.map(Tensor.detach)
@@ -188,10 +204,12 @@ class MemoryState:
         return self.weights, self.momentum, self.anchor
 
     def carried(self, rule: MemoryRule) -> tuple[Tensor, ...]:
-        """Of `tensors`, what the others do not follow from: no momentum without one, no anchor at a chunk's border."""
+        """Of `tensors`, what the others do not follow from: no momentum without one, no anchor at a chunk's border,
+        no steps right after a write."""
         halo = tuple(t for t in (self.keys, self.values, self.residuals, self.gamma) if t is not None)
         momentum = self.momentum if rule.momentum else ()
-        return (*self.weights, *momentum, *(() if self._at_border(rule) else self.anchor), *halo)
+        steps = () if self.pending is None or self._has_written(rule) else (self.pending,)
+        return (*self.weights, *momentum, *(() if self._at_border(rule) else self.anchor), *halo, *steps)
 
     def resumed(self, rule: MemoryRule, carried: tuple[Tensor, ...]) -> MemoryState:
         """The state of `carried`; self has its shapes and its position, and no momentum where the rule has none."""
@@ -202,15 +220,20 @@ class MemoryState:
         keys, values = next(rest), next(rest)
         residuals = None if self.residuals is None else next(rest)
         gamma = None if self.gamma is None else next(rest)
-        return MemoryState(weights, momentum, anchor, keys, values, residuals, gamma, self.position)
+        pending = self.pending if self.pending is None or self._has_written(rule) else next(rest)
+        return MemoryState(weights, momentum, anchor, keys, values, residuals, gamma, self.position, pending)
 
     def _at_border(self, rule: MemoryRule) -> bool:
         """Whether the next token begins a chunk, in every row, as far as is known without asking a device."""
         return isinstance(self.position, int) and self.position % rule.chunk == 0
 
+    def _has_written(self, rule: MemoryRule) -> bool:
+        """Whether no token has come since the last write, in every row, as far as is known without asking a device."""
+        return isinstance(self.position, int) and rule.since_write(self.position) == 0
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor of the state, in the order of its fields."""
-        optional = (t for t in (self.keys, self.values, self.residuals, self.gamma) if t is not None)
+        optional = (t for t in (self.keys, self.values, self.residuals, self.gamma, self.pending) if t is not None)
         return (*self.weights, *self.momentum, *self.anchor, *optional)
 
 
@@ -235,4 +258,5 @@ def initial_state(
         residuals=zeros(batch, halo, heads, values.shape[-1]) if residuals else None,
         gamma=zeros(batch, halo, heads) if source_gates else None,
         position=0,
+        pending=zeros(batch, heads) if rule.sums_steps else None,
     )

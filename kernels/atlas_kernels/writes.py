@@ -7,8 +7,10 @@ With the gradients' factors u_i x_i^T, all taken at the chunk's start weights, a
     M_t = alphas_t W_0 - sum_i C[t,i] u_i x_i^T                   C = TA @ diag(eta) @ Gm         SumWrites
     M_t = alphas_t W_0 - sum_s TA[t,s] eta_s NS(S_s)              s: the writes of `ns_period`    OrthogonalWrites
 
-Both are built once for the N chunks of a segment. Matrices are kept as [G, wide, narrow] (see memories.py); scalar
-factors go to the narrow side. Dims: G = B x H, C tokens of a chunk, I sources (tokens and halo), K writes of a chunk.
+where the steps eta_s are sums already, if the rule sums them (`summed_steps`). All are built once for the N chunks of a
+segment. Matrices are kept as [G, wide, narrow] (see memories.py); scalar factors go to the narrow side.
+
+Dims: G = B x H, C tokens of a chunk, I sources (tokens and halo), K writes of a chunk.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reads
@@ -200,3 +203,20 @@ def writes_of(
         return orthogonal(rule, alpha, eta, theta, band, at)
     of = coefficients_of(rule, alpha, eta, theta, band)
     return RawWrites(of) if rule.momentum else SumWrites(of)
+
+
+def summed_steps(rule: MemoryRule, eta: Tensor, pending: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token the sum of eta over its period, up to it: what a write takes as its step where the rule sums them.
+
+    eta [B, T, H]; pending [B, H]: the sum since the last write before these tokens; positions [B, T] or [T]: of each
+    token in its document. Returns the sums [B, T, H] and what is pending after them [B, H].
+    """
+    since = rule.since_write(positions).expand(eta.shape[:2])
+    place = torch.arange(eta.shape[1], device=eta.device)
+    # In double precision: a period's sum is a difference of two sums over the whole sequence.
+    totals = F.pad(eta.double().cumsum(1), (0, 0, 1, 0))
+    before = totals.gather(1, (place - since).clamp(min=0).unsqueeze(-1).expand_as(eta))
+    begun = (since > place).unsqueeze(-1).to(eta.dtype)  # the period began before these tokens
+    sums = (totals[:, 1:] - before).to(eta.dtype) + begun * pending.unsqueeze(1)
+    written = since[:, -1:] == rule.ns_period - 1
+    return sums, sums[:, -1].masked_fill(written, 0.0)

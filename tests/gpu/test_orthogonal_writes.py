@@ -36,6 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:Runt
         {"memory": "gated_mlp", "ns_period": CHUNK},
         {"memory": "linear", "norm": "none", "ns_coefficients": "polar_express"},
         {"momentum": False, "window": 3},
+        {"ns_step": "sum"},
         {"anchor_gradient": 0},
         {"anchor_gradient": 0.3},
     ],

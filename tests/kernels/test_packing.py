@@ -11,6 +11,7 @@ RULES = {
     "sum": MemoryRule("mlp", window=5, chunk=CHUNK, momentum=False, ns_steps=0, norm="layer"),
     "momentum": MemoryRule("gated_mlp", window=5, chunk=CHUNK, ns_steps=0, norm="layer"),
     "orthogonal": MemoryRule("mlp", window=5, chunk=CHUNK, ns_period=4, norm="layer"),
+    "summed steps": MemoryRule("mlp", window=5, chunk=CHUNK, ns_steps=3, ns_period=4, ns_step="sum"),
     "wide window": MemoryRule("linear", "dot", window=CHUNK + 5, chunk=CHUNK, ns_steps=0),
     "online": MemoryRule("mlp", window=1, chunk=CHUNK, ns_steps=0, norm="layer"),
     "delta": MemoryRule("linear", window=1, chunk=1, momentum=False, ns_steps=0),

@@ -1,0 +1,257 @@
+"""What the recipe search tries and the project does not have: `recipe_rows.py` names these as a row's trial.
+
+Each changes the running process, which trains one model and ends. They take whole chunks alone, as training brings
+them, and are held to nothing: what wins is written into `atlas_kernels` with its tests, and leaves this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from atlas_kernels import memories, op
+from atlas_kernels.chunked import Kernels
+from atlas_kernels.layer_norm import layer_norm
+from atlas_kernels.memories import Factors, Matrices, Mlp, Reader
+from atlas_kernels.newton_schulz import newton_schulz
+from atlas_kernels.rule import MemoryRule
+from atlas_kernels.writes import Leave, OrthogonalWrites, SourceReader, decay_matrix
+from atlas_megatron.mixers import memory as mixer
+from atlas_megatron.mixers import memory_layout
+
+DECAYS_ALL, DECAYS_W1 = (True, True, True), (True, False, False)
+
+
+class Trial(OrthogonalWrites):
+    """`OrthogonalWrites` with its parts as methods: what a matrix's momentum becomes, and what the weights do then."""
+
+    # Whether each matrix is written (and decays): W1, W2, W3.
+    written: tuple[bool, ...] = DECAYS_ALL
+
+    def __init__(
+        self, rule: MemoryRule, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor, writes: list[int]
+    ) -> None:
+        self.period = rule.ns_period
+        eta, band = self.weighed(eta, band)
+        super().__init__(rule, alpha, eta, theta, band, writes)
+        self.raw = self.provisional(alpha, eta, theta, band)
+
+    def weighed(self, eta: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
+        """The step of each token (those of writing ones count) and the Omega gates."""
+        return eta, band
+
+    def provisional(self, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor) -> tuple[Tensor, ...] | None:
+        """What each token reads of its period's sources besides, [G, C, I] a chunk."""
+        return None
+
+    def direction(self, j: int, momentum: Tensor) -> Tensor:
+        """What is written of matrix j's momentum [G, K, wide, narrow], without its step."""
+        return newton_schulz(momentum, self.rule.ns_steps, self.rule.ns_coefficients)
+
+    def settled(self, j: int, new: Tensor, old: Tensor) -> Tensor:
+        """The weights that leave a chunk."""
+        return new
+
+    def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[Reader, Leave]:
+        alphas = [self.of_weights[n] if w else torch.ones_like(self.of_weights[n]) for w in self.written]
+        directions, written, moved = [], [], []
+        for j, (W, S, (wide, narrow)) in enumerate(zip(weights, momentum, factors, strict=True)):
+            formed = self.thetas[n] * S.unsqueeze(1) + wide.mT.unsqueeze(1) @ (self.sums[n] * narrow.unsqueeze(1))
+            new = formed[:, : len(self.writes)]
+            O = self.direction(j, new) if self.written[j] else torch.zeros_like(new)  # noqa: E741
+            directions.append(O)
+            after = alphas[j][:, -1:] * W + torch.einsum("gk,gkmn->gmn", self.of_writes[n][:, -1], O)
+            written.append(self.settled(j, after, W))
+            moved.append(formed[:, -1])
+        raw = None if self.raw is None else SourceReader(self.raw[n], factors, [() for _ in weights])
+        reader = _TrialReader(alphas, self.of_writes[n], self.writes, weights, tuple(directions), raw)
+        return reader, lambda: (tuple(written), tuple(moved))
+
+
+class _TrialReader:
+    """As the reader of `OrthogonalWrites`, with a decay of each matrix's own and provisional sources."""
+
+    def __init__(
+        self,
+        alphas: list[Tensor],
+        of_writes: Tensor,
+        writes: list[int],
+        weights: Matrices,
+        directions: Matrices,
+        raw: SourceReader | None,
+    ) -> None:
+        self.alphas, self.of_writes, self.first = alphas, of_writes, writes[0]
+        self.weights, self.directions, self.raw = weights, directions, raw
+
+    def widen(self, j: int, x: Tensor) -> Tensor:
+        out = self._read(j, x, self.weights[j].mT, self.directions[j].mT)
+        if self.raw is None:
+            return out
+        wide, narrow = self.raw.factors[j]
+        return out + (self.raw.sources * (x @ narrow.mT)) @ wide
+
+    def narrow(self, j: int, h: Tensor) -> Tensor:
+        out = self._read(j, h, self.weights[j], self.directions[j])
+        if self.raw is None:
+            return out
+        wide, narrow = self.raw.factors[j]
+        return out + (self.raw.sources * (h @ wide.mT)) @ narrow
+
+    def _read(self, j: int, x: Tensor, weights: Tensor, directions: Tensor) -> Tensor:
+        out = self.alphas[j] * torch.bmm(x, weights)
+        seen = torch.einsum(
+            "gck,gkcm->gcm", self.of_writes[:, self.first :], x[:, None, self.first :] @ directions
+        )
+        return torch.cat([out[:, : self.first], out[:, self.first :] + seen], 1)
+
+
+class Summed(Trial):
+    """3: a write's step is the sum of its period's etas."""
+
+    def weighed(self, eta: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
+        whole = eta.unflatten(-1, (-1, self.period)).sum(-1, keepdim=True)
+        return whole.expand(*whole.shape[:-1], self.period).flatten(-2), band
+
+
+class Weighed(Summed):
+    """3 and 4: and eta weighs the gradients of its token's window inside the momentum."""
+
+    def weighed(self, eta: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
+        return super().weighed(eta, band)[0], band * eta.unsqueeze(-1)
+
+
+class Steepest(Summed):
+    """10: times the nuclear norm <NS(S), S>, steepest descent in the spectral norm."""
+
+    def direction(self, j: int, momentum: Tensor) -> Tensor:
+        written = super().direction(j, momentum)
+        return written * (written * momentum).sum((-2, -1), keepdim=True) / UNIT
+
+
+class Sized(Summed):
+    """10: times the momentum's Frobenius norm."""
+
+    def direction(self, j: int, momentum: Tensor) -> Tensor:
+        return super().direction(j, momentum) * momentum.norm(dim=(-2, -1), keepdim=True) / UNIT
+
+
+class Saturating(Summed):
+    """4: times |S| / (|S| + UNIT): a weak momentum is written weakly."""
+
+    def direction(self, j: int, momentum: Tensor) -> Tensor:
+        size = momentum.norm(dim=(-2, -1), keepdim=True)
+        return super().direction(j, momentum) * (size / (size + UNIT))
+
+
+class Clipped(Summed):
+    """10: no Newton-Schulz: the momentum, its Frobenius norm at most 1 (4 where the rule's own is about that)."""
+
+    def direction(self, j: int, momentum: Tensor) -> Tensor:
+        return momentum * (MOST / momentum.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).clamp(max=1.0)
+
+
+class Tall(Summed):
+    """8: Muon's scale, sqrt(max(1, rows / cols)) of W2 [F, D]."""
+
+    def direction(self, j: int, momentum: Tensor) -> Tensor:
+        rows, cols = momentum.shape[-2:]
+        return super().direction(j, momentum) * (1.0 if j == 0 else max(1.0, rows / cols) ** 0.5)
+
+
+class LastLayer(Summed):
+    """11: W2 is the outer loop's; tokens write W1."""
+
+    written = DECAYS_W1
+
+
+class Bounded(Summed):
+    """6: after each chunk every hidden unit's weights get the length back that they had."""
+
+    def settled(self, j: int, new: Tensor, old: Tensor) -> Tensor:
+        return new * (old.norm(dim=-1, keepdim=True) / new.norm(dim=-1, keepdim=True).clamp(min=1e-7))
+
+
+class Provisional(Summed):
+    """5: until its period's write, a token reads the period's raw gradients."""
+
+    share = 0.03
+
+    def provisional(self, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor) -> tuple[Tensor, ...] | None:
+        tokens = torch.arange(alpha.shape[-1], device=alpha.device)
+        period = tokens // self.period
+        same = (period[:, None] == period[None, :]) & (tokens % self.period != self.period - 1)[:, None]
+        # eta is the whole period's step here; a raw write takes its token's part of it.
+        steps = decay_matrix(alpha) * -(self.share / self.period * eta).unsqueeze(-2) * same
+        return (steps @ (decay_matrix(theta) * same) @ band).unbind()
+
+
+# The size of momentum that counts as one.
+UNIT, MOST = 10.0, 4.0
+WRITERS: dict[str, type[Trial]] = {
+    "last": Trial, "summed": Summed, "weighed": Weighed, "steepest": Steepest, "sized": Sized,
+    "saturating": Saturating, "clipped": Clipped, "tall": Tall, "last layer": LastLayer, "bounded": Bounded,
+    "provisional": Provisional,
+}  # fmt: skip
+
+
+def read_norm() -> None:
+    """1: a layer norm on what is read, not in the inner loss."""
+    memories.Mlp.output = lambda self, o, r: r + layer_norm(o)  # type: ignore[method-assign]
+
+
+def no_residual() -> None:
+    """8: M(x) = W1 act(W2 x)."""
+
+    def error(self: Mlp, anchor: Reader, h: Tensor, v: Tensor, r: Tensor) -> Tensor:
+        return anchor.narrow(0, h) - v
+
+    memories.Mlp.error = error  # type: ignore[method-assign]
+    memories.Mlp.output = lambda self, o, r: o  # type: ignore[method-assign]
+
+
+def next_value() -> None:
+    """Convolutions start so that a token's value lies under the key of the token before it."""
+    drawn = mixer.initial_taps
+
+    def shifted(heads: int, head_dim: int, size: int) -> Tensor:
+        taps = drawn(heads, head_dim, size)
+        q, k, v = taps.view(heads, 3, head_dim, size).unbind(1)
+        for part, back in ((q, 1), (k, 2), (v, 1)):
+            part.mul_(0.2)[..., size - back] += 1.0
+        return torch.stack([q, k, v], 1).view_as(taps)
+
+    mixer.initial_taps = shifted
+
+
+def own_value() -> None:
+    """As `next_value`, with key and value of the same token."""
+    drawn = mixer.initial_taps
+
+    def newest(heads: int, head_dim: int, size: int) -> Tensor:
+        taps = drawn(heads, head_dim, size).mul_(0.2)
+        taps[..., -1] += 1.0
+        return taps
+
+    mixer.initial_taps = newest
+
+
+def large_start() -> None:
+    """8: W1 starts at the scale of any linear layer."""
+    memory_layout.W1_GAIN = 1.0
+
+
+PATCHES: dict[str, Callable[[], None]] = {
+    "read norm": read_norm, "no residual": no_residual, "next value": next_value, "own value": own_value,
+    "large start": large_start,
+}  # fmt: skip
+
+
+def install(names: str) -> None:
+    """Take trials, by names joined with " + ", in this process. Raises KeyError for an unknown one."""
+    for name in names.split(" + "):
+        if name in PATCHES:
+            PATCHES[name]()
+        else:
+            op.TORCH = Kernels(orthogonal=WRITERS[name])
