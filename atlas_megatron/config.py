@@ -97,6 +97,9 @@ class MemoryConfig:
     ns_period: int = 1  # m, tokens between orthogonalised writes (1 is the paper); divides chunk
     ns_step: str = "last"  # of a write: last (eta of its token) | sum (of the ns_period etas that it stands for)
     ns_coefficients: str = "jordan"  # jordan | polar_express
+    # Writing and forgetting follow one gate w that can be exactly 0: eta is its bound times w, alpha its gate to the
+    # power w. What is not worth a write is not forgotten over; train.write_budget makes it ask for zeros.
+    write_gate: bool = False
     conv_size: int = 4  # taps of the short convolutions on q, k, v
     gate_rank: int = 32  # of the low-rank pairs behind alpha, eta, theta, gamma
     # Retention of one token at initialisation. 0 derives it: what was there first fades to a third over seq_length
@@ -177,6 +180,9 @@ class TrainConfig:
     # sm_89); the memory's gates, its inner loop and its state never do.
     fp8: str = ""
     fp8_recipe: str = "delayed"  # delayed | tensorwise | blockwise (sm_90) | mxfp8 (sm_100): how FP8 is scaled
+    # Of memories with memory.write_gate: how much the mean of sqrt(w + 1e-4) counts beside the loss (which is reported
+    # without it). It rises to that over the first quarter of the steps.
+    write_budget: float = 0.0
     recompute: bool = False  # recompute each layer's activations in the backward
     deterministic: bool = False  # two runs of one layout are bit-equal on a GPU too; refuses what cannot be
     validate_every: int = 100  # steps; 0 never

@@ -61,7 +61,10 @@ def _check_ranges(config: Config) -> None:
         for key in keys:
             if not getattr(section, key) > 0:
                 raise ValueError(f"{name}.{key}={getattr(section, key)} must be greater than 0")
-    for key in ("warmup_steps", "weight_decay", "clip_grad", "validate_every", "validate_sequences", "min_lr"):
+    for key in (
+        *("warmup_steps", "weight_decay", "clip_grad", "validate_every", "validate_sequences", "min_lr"),
+        "write_budget",
+    ):
         if not getattr(train, key) >= 0:
             raise ValueError(f"train.{key}={getattr(train, key)} must be 0 or more")
     for key in ("hang_minutes", "straggler_every", "most_skipped", "most_returns"):
@@ -223,6 +226,16 @@ def _check_memory(config: Config) -> None:
         raise ValueError(
             f"memory.step_in_momentum=true came with omega_gates={memory.omega_gates!r}, momentum="
             f"{str(memory.momentum).lower()}; the step then takes gamma's place: set omega_gates='none', momentum=true"
+        )
+    if memory.write_gate and memory.ns_period > 1 and memory.ns_step != "sum":
+        raise ValueError(
+            f"memory.write_gate=true with ns_period={memory.ns_period}, ns_step={memory.ns_step!r}: one token's gate "
+            "would decide for its whole period; set memory.ns_step='sum'"
+        )
+    if config.train.write_budget and not memory.write_gate:
+        raise ValueError(
+            f"train.write_budget={config.train.write_budget} with memory.write_gate=false, which has no gate that "
+            "keeps to it; set memory.write_gate=true, or train.write_budget=0"
         )
     if memory.kernel != "lifted" and memory.feature_map != "identity":
         raise ValueError(

@@ -37,6 +37,7 @@ from atlas_megatron.stopping import StopSignals
 from atlas_megatron.stragglers import Stragglers
 from atlas_megatron.validation import Validation
 from atlas_megatron.watchdog import Watchdog
+from atlas_megatron.write_budget import set_budget
 
 
 class Trainer:
@@ -151,6 +152,7 @@ class Trainer:
         for chunk in trained.chunks:
             chunk.zero_grad_buffer()
         trained.optimizer.zero_grad()
+        set_budget(trained.chunks, self.config, step, len(batches))
         outputs = self._run(batches, forward_only=False)
         loss, stop = self._agree([output["loss"] for output in outputs])
         # Also where this stage has no memory: all processes gather.

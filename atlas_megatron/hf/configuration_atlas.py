@@ -33,6 +33,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "ns_period": 1,
         "ns_step": "last",
         "ns_coefficients": "jordan",
+        "write_gate": False,
         "conv_size": 4,
         "gate_rank": 32,
         "alpha_start": 0.0,

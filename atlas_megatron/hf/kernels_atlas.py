@@ -13,7 +13,10 @@ try:
         lifted_width,
         omega_memory,
         read_memory,
+        retained,
         short_convolution,
+        write_gate,
+        write_logit,
     )
 except ImportError:
     from .dual import DualState  # type: ignore[no-redef]
@@ -24,6 +27,7 @@ except ImportError:
     # transformers copies those siblings that a file names in this form; writes.py names this one in another.
     from .reads import widen  # noqa: F401
     from .rule import Gates, MemoryRule, MemoryState  # type: ignore[no-redef]
+    from .write_gate import retained, write_gate, write_logit  # type: ignore[no-redef]
 
 __all__ = [
     "DualState",
@@ -37,5 +41,8 @@ __all__ = [
     "lifted_width",
     "omega_memory",
     "read_memory",
+    "retained",
     "short_convolution",
+    "write_gate",
+    "write_logit",
 ]

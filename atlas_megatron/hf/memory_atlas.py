@@ -25,6 +25,9 @@ from .kernels_atlas import (
     lifted_width,
     omega_memory,
     read_memory,
+    retained,
+    write_gate,
+    write_logit,
 )
 from .place_atlas import Place
 
@@ -118,9 +121,14 @@ class AtlasMemory(nn.Module):
         """The gates of every token [B, T, H], at least float32: sigmoids, eta scaled to its bound."""
         memory = self.memory
         logits = wide(self.linear_gates(F.linear(x, self.gate_down))).unflatten(-1, self.gate_bias.shape)
+        logits = logits + self.gate_bias
         sizes = list(self.gate_widths.values())
-        split = (logits + self.gate_bias).sigmoid().split(sizes, -1)
-        gates = dict(zip(self.gate_widths, split, strict=True))
+        gates = dict(zip(self.gate_widths, logits.sigmoid().split(sizes, -1), strict=True))
+        if memory.write_gate:
+            raw = dict(zip(self.gate_widths, logits.split(sizes, -1), strict=True))
+            gates["eta"] = write_gate(raw["eta"])
+            if memory.retention:
+                gates["alpha"] = retained(raw["alpha"], gates["eta"])
         eta = gates["eta"].squeeze(-1) * (ETA_HEADROOM * eta_start(memory))
         one = torch.ones_like(eta)
         # Titans: the step scales the gradient that enters the momentum, not the write.
@@ -129,6 +137,9 @@ class AtlasMemory(nn.Module):
             gamma = gates["gamma"]
         elif memory.omega_gates == "source":
             gamma = gates["gamma"].squeeze(-1)
+        if memory.write_gate and memory.ns_steps:
+            # Newton-Schulz gives every momentum the same size: what writes little must be little in it.
+            gamma = gamma * (gates["eta"] if gamma.dim() == 4 else gates["eta"].squeeze(-1))
         return Gates(
             alpha=gates["alpha"].squeeze(-1) if memory.retention else one,
             eta=step,
@@ -194,9 +205,14 @@ def gate_widths(memory: SimpleNamespace) -> dict[str, int]:
 
 def gate_starts(memory: SimpleNamespace, tokens: int) -> list[float]:
     """Start logits of one head's gates; a retention that is not given keeps a third over so many tokens, or SHORT."""
-    start = {"alpha": memory.alpha_start or 1.0 - 1.0 / max(SHORT, tokens), "eta": 1.0 / ETA_HEADROOM}
-    start |= {"theta": memory.theta_start, "gamma": memory.gamma_start}
-    return [math.log(start[name] / (1.0 - start[name])) for name, w in gate_widths(memory).items() for _ in range(w)]
+    step, kept = 1.0 / ETA_HEADROOM, memory.alpha_start or 1.0 - 1.0 / max(SHORT, tokens)
+    if memory.write_gate:
+        kept **= ETA_HEADROOM  # a token then keeps a^w, and w starts at `step`
+    start = {"alpha": kept, "eta": step, "theta": memory.theta_start, "gamma": memory.gamma_start}
+    logits = {name: math.log(share / (1.0 - share)) for name, share in start.items()}
+    if memory.write_gate:
+        logits["eta"] = write_logit(step)
+    return [logits[name] for name, width in gate_widths(memory).items() for _ in range(width)]
 
 
 def eta_start(memory: SimpleNamespace) -> float:

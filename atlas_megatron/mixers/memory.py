@@ -17,6 +17,7 @@ from atlas_kernels import (
     Gates,
     MemoryState,
     State,
+    budgeted,
     check_implementation,
     gated_norm,
     initial_coefficients,
@@ -25,6 +26,8 @@ from atlas_kernels import (
     newton_schulz,
     omega_memory,
     read_memory,
+    retained,
+    write_gate,
 )
 from atlas_megatron.config import Config
 from atlas_megatron.mixers.base import Mixer, wide
@@ -70,6 +73,7 @@ class AtlasMixer(Mixer):
     def build(self, settings: Config, linears: MixerLinears, groups: ProcessGroupCollection) -> None:
         memory, hidden = settings.memory, settings.model.hidden_size
         self.memory = memory
+        self.write_budget = 0.0  # of the loss, for each token's write gate; the trainer sets it
         self.silent = False  # set it for whole sequences, and the memory stays at its start weights: reads, no writes
         self.rule = memory.rule()
         width = memory.heads * memory.head_dim
@@ -153,9 +157,14 @@ class AtlasMixer(Mixer):
         """The gates of every token [B, T, H], at least float32: sigmoids, eta scaled to its bound."""
         memory = self.memory
         logits = self.linear_gates(F.linear(hidden_states, self.gate_down))[0].transpose(0, 1)
-        values = (wide(logits).unflatten(-1, self.gate_bias.shape) + self.gate_bias).sigmoid()
+        logits = wide(logits).unflatten(-1, self.gate_bias.shape) + self.gate_bias
         widths = gate_widths(memory)
-        gates = dict(zip(widths, values.split(list(widths.values()), dim=-1), strict=True))
+        gates = dict(zip(widths, logits.sigmoid().split(list(widths.values()), dim=-1), strict=True))
+        if memory.write_gate:
+            raw = dict(zip(widths, logits.split(list(widths.values()), dim=-1), strict=True))
+            gates["eta"] = budgeted(write_gate(raw["eta"]), self.write_budget)
+            if memory.retention:
+                gates["alpha"] = retained(raw["alpha"], gates["eta"])
         eta = gates["eta"].squeeze(-1) * (ETA_HEADROOM * eta_start(memory))
         one = torch.ones_like(eta)
         if memory.omega_gates == "pair":
@@ -164,6 +173,9 @@ class AtlasMixer(Mixer):
             gamma = gates["gamma"].squeeze(-1)
         else:
             gamma = eta if memory.step_in_momentum else one
+        if memory.write_gate and memory.ns_steps:
+            # Newton-Schulz gives every momentum the same size: what writes little must be little in it.
+            gamma = gamma * (gates["eta"] if gamma.dim() == 4 else gates["eta"].squeeze(-1))
         return Gates(
             alpha=gates["alpha"].squeeze(-1) if memory.retention else one,
             eta=one if memory.step_in_momentum else eta,
@@ -274,6 +286,8 @@ class AtlasMixer(Mixer):
         found: dict[str, Tensor] = {}
         for name, gate in vars(gates).items():
             found[f"{name}_mean"], found[f"{name}_std"] = gate.mean(), gate.std(correction=0)
+        if self.memory.write_gate:
+            found["unwritten"] = ((gates.gamma if self.memory.step_in_momentum else gates.eta) == 0).float().mean()
         found["memory_norm"] = _mean_norm(after.weights)
         if isinstance(after, MemoryState):
             found["momentum_norm"] = _mean_norm(after.momentum)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from atlas_kernels import lifted_width
+from atlas_kernels import lifted_width, write_logit
 from atlas_kernels.newton_schulz import GRAM_STEPS
 from atlas_megatron.config import MemoryConfig
 
@@ -76,9 +76,14 @@ def alpha_start(memory: MemoryConfig, tokens: int) -> float:
 
 def gate_starts(memory: MemoryConfig, tokens: int) -> list[float]:
     """Start logits of one head's gates, of a model for sequences of so many tokens."""
-    start = {"alpha": alpha_start(memory, tokens), "eta": 1.0 / ETA_HEADROOM}
-    start |= {"theta": memory.theta_start, "gamma": memory.gamma_start}
-    return [math.log(start[name] / (1.0 - start[name])) for name, w in gate_widths(memory).items() for _ in range(w)]
+    step, kept = 1.0 / ETA_HEADROOM, alpha_start(memory, tokens)
+    if memory.write_gate:
+        kept **= ETA_HEADROOM  # a token then keeps a^w, and w starts at `step`
+    start = {"alpha": kept, "eta": step, "theta": memory.theta_start, "gamma": memory.gamma_start}
+    logits = {name: math.log(share / (1.0 - share)) for name, share in start.items()}
+    if memory.write_gate:
+        logits["eta"] = write_logit(step)
+    return [logits[name] for name, width in gate_widths(memory).items() for _ in range(width)]
 
 
 def gate_count(memory: MemoryConfig) -> int:

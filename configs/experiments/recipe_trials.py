@@ -101,9 +101,7 @@ class _TrialReader:
 
     def _read(self, j: int, x: Tensor, weights: Tensor, directions: Tensor) -> Tensor:
         out = self.alphas[j] * torch.bmm(x, weights)
-        seen = torch.einsum(
-            "gck,gkcm->gcm", self.of_writes[:, self.first :], x[:, None, self.first :] @ directions
-        )
+        seen = torch.einsum("gck,gkcm->gcm", self.of_writes[:, self.first :], x[:, None, self.first :] @ directions)
         return torch.cat([out[:, : self.first], out[:, self.first :] + seen], 1)
 
 

@@ -6,6 +6,7 @@ from .features import FEATURE_MAPS, initial_coefficients, lift, lifted_width
 from .newton_schulz import newton_schulz
 from .op import State, check_implementation, omega_memory, read_memory
 from .rule import Gates, MemoryRule, MemoryState, initial_state
+from .write_gate import budgeted, retained, write_gate, write_logit
 
 __all__ = [
     "FEATURE_MAPS",
@@ -14,6 +15,7 @@ __all__ = [
     "MemoryRule",
     "MemoryState",
     "State",
+    "budgeted",
     "check_implementation",
     "gated_norm",
     "initial_coefficients",
@@ -23,5 +25,8 @@ __all__ = [
     "newton_schulz",
     "omega_memory",
     "read_memory",
+    "retained",
     "short_convolution",
+    "write_gate",
+    "write_logit",
 ]

@@ -29,6 +29,8 @@ PATTERNS = {
     "taylor": settings("M-", feature_map="taylor"),
     "sketch": settings("M-", feature_map="sketch", sketch_width=24, degree=3),
     "source gates": settings("M-A-", omega_gates="source", **CALM),
+    "write gate": settings("M-A-", write_gate=True, ns_step="sum"),
+    "write gate, titans": settings("M-", preset="titans", write_gate=True),
     "softmax": settings("M-C-", preset="dot", window=5, kernel="softmax"),
 }
 PATTERNS |= {preset: settings("M-", preset=preset) for preset in PRESETS}

@@ -12,6 +12,7 @@ from torch import Tensor
 from atlas_kernels import Gates, MemoryState, omega_memory
 from atlas_megatron.config import MemoryConfig
 from atlas_megatron.mixers.base import Documents
+from atlas_megatron.mixers.memory_layout import gate_widths
 from atlas_megatron.presets import PRESETS
 from single_mixer import build_mixer
 from small_model import SMALL
@@ -22,6 +23,7 @@ MEMORIES = {
     "taylor": replace(SMALL.memory, feature_map="taylor"),
     "sketch": replace(SMALL.memory, feature_map="sketch", sketch_width=16),
     "softmax": replace(SMALL.memory, **PRESETS["swdt"] | {"kernel": "softmax"}),
+    "write gate": replace(SMALL.memory, write_gate=True, ns_step="sum"),
     "linear": replace(SMALL.memory, memory="linear", norm="none", feature_map="identity"),
 }
 
@@ -58,6 +60,26 @@ def test_gates_start_where_the_config_says() -> None:
     for name, start in (("alpha", 0.97), ("theta", 0.8), ("gamma", 0.3), ("eta", 0.05)):
         assert mixer.measurements[f"{name}_mean"].item() == pytest.approx(start, rel=1e-5)
         assert mixer.measurements[f"{name}_std"].item() == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["atlas", "omeganet", "titans"])
+@pytest.mark.usefixtures("single_process_megatron")
+def test_a_write_gate_keeps_what_it_does_not_write(preset: str) -> None:
+    memory = replace(SMALL.memory, **{**PRESETS[preset], "write_gate": True, "ns_step": "sum", "alpha_start": 0.97})
+    memory = replace(memory, eta_start=0.05, ns_period=4 if memory.ns_steps else 1)
+    mixer = build_mixer("M", replace(SMALL, memory=memory))
+    mixer.measure = True
+    mixer(torch.zeros(16, 1, 32))
+    # It starts where a model without the gate does.
+    assert mixer.measurements["alpha_mean"].item() == pytest.approx(0.97, rel=1e-5)
+    step = "gamma_mean" if memory.step_in_momentum else "eta_mean"
+    assert mixer.measurements[step].item() == pytest.approx(0.05, rel=1e-5)
+    assert mixer.measurements["unwritten"] == 0
+    with torch.no_grad():
+        mixer.gate_bias[:, list(gate_widths(memory)).index("eta")] = -30.0
+    mixer(torch.randn(16, 1, 32))
+    assert mixer.measurements["unwritten"] == 1 and mixer.measurements["alpha_mean"] == 1
+    assert torch.allclose(mixer.measurements["memory_norm"], mixer.measurements["start_norm"], rtol=1e-6)
 
 
 @pytest.mark.usefixtures("single_process_megatron")
@@ -141,14 +163,17 @@ def test_rotary_attention_depends_on_distance_alone_even_far_out() -> None:
         torch.testing.assert_close(score(start), score(0), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("preset", ["omeganet", "titans", "atlas"])
+@pytest.mark.parametrize("preset", ["omeganet", "titans", "atlas", "atlas, write gate"])
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
 @pytest.mark.usefixtures("single_process_megatron")
 def test_the_kernels_make_the_same_layer(preset: str, packed: bool) -> None:
     """From convolution to output gate, in Triton (interpreted without a GPU) and in torch in float64: every gradient.
 
     In float32 torch itself is off by up to 2e-5: reads are small beside what they are normalised to."""
+    preset, _, gate = preset.partition(", ")
     memory = replace(SMALL.memory, **{"preset": preset, **PRESETS[preset]})
+    if gate:
+        memory = replace(memory, write_gate=True, ns_step="sum")
     memory = replace(memory, heads=2, head_dim=16, window=5, chunk=16, ns_period=4 if memory.ns_steps else 1)
     x = torch.randn(21, 2, 32)
     documents = Documents(torch.stack([torch.arange(21) % 9, torch.arange(21)])) if packed else None
