@@ -152,7 +152,8 @@ class Trainer:
         for chunk in trained.chunks:
             chunk.zero_grad_buffer()
         trained.optimizer.zero_grad()
-        set_budget(trained.chunks, self.config, step, len(batches))
+        tokens = len(batches) * train.micro_batch * self.config.model.seq_length
+        set_budget(trained.chunks, self.config, step, tokens)
         outputs = self._run(batches, forward_only=False)
         loss, stop = self._agree([output["loss"] for output in outputs])
         # Also where this stage has no memory: all processes gather.

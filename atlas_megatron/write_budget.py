@@ -10,23 +10,21 @@ from atlas_megatron.mixers.memory import AtlasMixer
 RISE = 0.25  # share of the steps over which the budget rises: what nothing reads yet should not be forbidden at once
 
 
-def weight_of_token(config: Config, step: int, count: int) -> float:
-    """What sqrt(w + FLOOR) of one gate of one token counts in a micro-batch of step `step` (from 1), one of `count`, so
-    that a step's sum over all of them is train.write_budget x the mean over gates, layers and tokens.
+def weight_of_token(config: Config, step: int, tokens: int) -> float:
+    """What sqrt(w + FLOOR) of one gate of one token counts in step `step` (from 1), so that the sum over the step's
+    `tokens` of a replica is train.write_budget x the mean over gates, layers and tokens.
 
     Core averages gradients over replicas and over the shards of a sequence, which are parts of one mean.
     """
-    train, memory = config.train, config.memory
     layers = sum(symbol in WITH_MEMORY for symbol in layers_of(config))
-    risen = min(1.0, step / max(1.0, RISE * train.steps))
-    gates = train.micro_batch * config.model.seq_length * memory.heads * layers * count
-    return train.write_budget * risen * config.parallel.context / gates
+    risen = min(1.0, step / max(1.0, RISE * config.train.steps))
+    return config.train.write_budget * risen * config.parallel.context / (tokens * config.memory.heads * layers)
 
 
-def set_budget(chunks: list[MegatronModule], config: Config, step: int, count: int) -> None:
-    """Tell the memories of these stages what a written token counts in the `count` micro-batches of this step."""
+def set_budget(chunks: list[MegatronModule], config: Config, step: int, tokens: int) -> None:
+    """Tell the memories of these stages what a written token counts in this step; arguments as above."""
     if not config.train.write_budget:
         return
-    weight = weight_of_token(config, step, count)
+    weight = weight_of_token(config, step, tokens)
     for memory in (m for chunk in chunks for m in chunk.modules() if isinstance(m, AtlasMixer)):
         memory.write_budget = weight

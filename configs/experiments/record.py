@@ -64,14 +64,18 @@ class Record(Results):
         pyplot.close(figure)
 
     def write_text(self, title: str, paragraphs: Sequence[str]) -> None:
-        """The text, beside the JSON: what was seen, and the command that shows it again."""
+        """The text, beside the JSON: what was seen, and the command that shows it again. A table stays as it is."""
         name = self.path.stem
-        body = [textwrap.fill(" ".join(paragraph.split()), 110, break_on_hyphens=False) for paragraph in paragraphs]
+        body = [paragraph if paragraph.startswith("|") else _filled(paragraph) for paragraph in paragraphs]
         said = [f"# {title}", f"![{title}]({name}.png)", *body]
         commits = sorted({cell["commit"] for cell in self.cells.values()})
         made_at = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
         made = f"Made by `{self.content['command']}`, {made_at}; numbers in [{name}.json]({name}.json)."
         self.path.with_suffix(".md").write_text("\n\n".join([*said, made]) + "\n", encoding="utf-8")
+
+
+def _filled(paragraph: str) -> str:
+    return textwrap.fill(" ".join(paragraph.split()), 110, break_on_hyphens=False)
 
 
 def side_by_side(results: Record, jobs: dict[str, Callable[[], Cell]], *, fresh: bool = True) -> None:

@@ -23,6 +23,7 @@ from atlas_megatron.model import build_chunks
 from atlas_megatron.parallel import world
 from atlas_megatron.presets import PRESETS
 from atlas_megatron.shards import write_shards
+from atlas_megatron.write_budget import set_budget
 
 LAYERS = 6
 SEQUENCES = 4
@@ -73,10 +74,13 @@ LAYOUTS = {
 MEMORY = Config(
     model=ModelConfig(pattern="M-*-M-", hidden_size=32, ffn_hidden_size=48, vocab_size=64, seq_length=32, init_std=0.1),
     memory=MemoryConfig(
-        heads=4, head_dim=8, expansion=2, gate_rank=6, **{**PRESETS["omeganet"], "window": 5, "chunk": 8}
+        **{**PRESETS["omeganet"], "window": 5, "chunk": 8},
+        **{"heads": 4, "head_dim": 8, "expansion": 2, "gate_rank": 6, "write_gate": True},
     ),
     attention=AttentionConfig(heads=4, head_dim=8, window=12),
-    train=TrainConfig(micro_batch=1, global_batch=SEQUENCES, validate_every=0),
+    train=TrainConfig(
+        steps=8, warmup_steps=0, micro_batch=1, global_batch=SEQUENCES, validate_every=0, write_budget=0.5
+    ),
 )
 # MAG, MAC, full attention with persistent tokens, an exponential kernel, an output layer of its own.
 HYBRID = replace(
@@ -85,7 +89,9 @@ HYBRID = replace(
     memory=replace(MEMORY.memory, **{**PRESETS["dot"], "window": 5}),
     attention=replace(MEMORY.attention, persistent=2, segment=8),
 )
-ATLAS = replace(MEMORY, memory=replace(MEMORY.memory, **{**PRESETS["atlas"], "window": 5, "ns_period": 4}))
+ATLAS = replace(
+    MEMORY, memory=replace(MEMORY.memory, **{**PRESETS["atlas"], "window": 5, "ns_period": 4, "ns_step": "sum"})
+)
 BASES = {"memory": MEMORY, "hybrid": HYBRID, "atlas": ATLAS}
 
 
@@ -141,6 +147,7 @@ def _steps(
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         batches = _batches(config, step)
+        set_budget(chunks, config, step + 1, len(batches) * config.model.seq_length)
         losses = get_forward_backward_func()(
             forward_step_func=_forward_step,
             data_iterator=[iter(batches) for _ in wrapped],
