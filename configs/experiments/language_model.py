@@ -95,7 +95,7 @@ def trained(base: Path, words: list[str], directory: Path) -> record.Cell:
     """Train one variant; bits per byte of the held-out text, speed and size."""
     words = [*words, f"run.directory={directory}"]
     if record.train_quietly([str(base), *words], directory):
-        raise ValueError(f"the run in {directory} did not train to its end; the lines above and its log.txt say why")
+        raise ValueError(f"the run in {directory} did not train to its end; its log.txt says why")
     records, config = read(directory), load(base, words)
     last = records[-1]
     # The cell is the result; a run that is asked for again begins again.

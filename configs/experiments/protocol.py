@@ -17,7 +17,7 @@ from statistics import mean, median
 import recipe_trials
 import record
 from atlas_megatron.config import Config, load
-from atlas_megatron.metrics import read
+from atlas_megatron.metrics import METRICS, read
 
 QUARTER = 4  # of the tokens, where rates are compared
 
@@ -80,7 +80,8 @@ def trained(base: Path, words: list[str], directory: Path, trial: str = "") -> r
     if trial:
         recipe_trials.install(trial)
     status = record.train_quietly([str(base), *words, f"run.directory={directory}"], directory)
-    records, config = read(directory), load(base, words)
+    records = read(directory) if (directory / METRICS).is_file() else []
+    config = load(base, words)
     found: record.Cell = {"bits_per_byte": None, "parameters": parameters(config), "words": words, "trial": trial}
     if records:
         found["largest_gradient_norm"] = round(max(r["grad_norm"] for r in records), 3)

@@ -1,7 +1,8 @@
 """What the recipe search tries and the project does not have: `recipe_rows.py` names these as a row's trial.
 
 Each changes the running process, which trains one model and ends. They take whole chunks alone, as training brings
-them, and are held to nothing: what wins is written into `atlas_kernels` with its tests, and leaves this file.
+them, and steps that are summed (ns_step = sum); nothing holds them. What wins is written into `atlas_kernels` with its
+tests, and leaves this file.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Trial(OrthogonalWrites):
         self.raw = self.provisional(alpha, eta, theta, band)
 
     def weighed(self, eta: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
-        """The step of each token (those of writing ones count) and the Omega gates."""
+        """The step of each token (those of writing ones count; sums over their periods) and the Omega gates."""
         return eta, band
 
     def provisional(self, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor) -> tuple[Tensor, ...] | None:
@@ -105,22 +106,16 @@ class _TrialReader:
         return torch.cat([out[:, : self.first], out[:, self.first :] + seen], 1)
 
 
-class Summed(Trial):
-    """3: a write's step is the sum of its period's etas."""
+class Weighed(Trial):
+    """3 and 4: each token's eta weighs the gradients of its window inside the momentum, too."""
 
     def weighed(self, eta: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
-        whole = eta.unflatten(-1, (-1, self.period)).sum(-1, keepdim=True)
-        return whole.expand(*whole.shape[:-1], self.period).flatten(-2), band
+        sums = eta.unflatten(-1, (-1, self.period))
+        own = torch.cat([sums[..., :1], sums.diff(dim=-1)], -1).flatten(-2)
+        return eta, band * own.unsqueeze(-1)
 
 
-class Weighed(Summed):
-    """3 and 4: and eta weighs the gradients of its token's window inside the momentum."""
-
-    def weighed(self, eta: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
-        return super().weighed(eta, band)[0], band * eta.unsqueeze(-1)
-
-
-class Steepest(Summed):
+class Steepest(Trial):
     """10: times the nuclear norm <NS(S), S>, steepest descent in the spectral norm."""
 
     def direction(self, j: int, momentum: Tensor) -> Tensor:
@@ -128,14 +123,14 @@ class Steepest(Summed):
         return written * (written * momentum).sum((-2, -1), keepdim=True) / UNIT
 
 
-class Sized(Summed):
+class Sized(Trial):
     """10: times the momentum's Frobenius norm."""
 
     def direction(self, j: int, momentum: Tensor) -> Tensor:
         return super().direction(j, momentum) * momentum.norm(dim=(-2, -1), keepdim=True) / UNIT
 
 
-class Saturating(Summed):
+class Saturating(Trial):
     """4: times |S| / (|S| + UNIT): a weak momentum is written weakly."""
 
     def direction(self, j: int, momentum: Tensor) -> Tensor:
@@ -143,14 +138,14 @@ class Saturating(Summed):
         return super().direction(j, momentum) * (size / (size + UNIT))
 
 
-class Clipped(Summed):
+class Clipped(Trial):
     """10: no Newton-Schulz: the momentum, its Frobenius norm at most 1 (4 where the rule's own is about that)."""
 
     def direction(self, j: int, momentum: Tensor) -> Tensor:
         return momentum * (MOST / momentum.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).clamp(max=1.0)
 
 
-class Tall(Summed):
+class Tall(Trial):
     """8: Muon's scale, sqrt(max(1, rows / cols)) of W2 [F, D]."""
 
     def direction(self, j: int, momentum: Tensor) -> Tensor:
@@ -158,20 +153,20 @@ class Tall(Summed):
         return super().direction(j, momentum) * (1.0 if j == 0 else max(1.0, rows / cols) ** 0.5)
 
 
-class LastLayer(Summed):
+class LastLayer(Trial):
     """11: W2 is the outer loop's; tokens write W1."""
 
     written = DECAYS_W1
 
 
-class Bounded(Summed):
+class Bounded(Trial):
     """6: after each chunk every hidden unit's weights get the length back that they had."""
 
     def settled(self, j: int, new: Tensor, old: Tensor) -> Tensor:
         return new * (old.norm(dim=-1, keepdim=True) / new.norm(dim=-1, keepdim=True).clamp(min=1e-7))
 
 
-class Provisional(Summed):
+class Provisional(Trial):
     """5: until its period's write, a token reads the period's raw gradients."""
 
     share = 0.03
@@ -180,15 +175,15 @@ class Provisional(Summed):
         tokens = torch.arange(alpha.shape[-1], device=alpha.device)
         period = tokens // self.period
         same = (period[:, None] == period[None, :]) & (tokens % self.period != self.period - 1)[:, None]
-        # eta is the whole period's step here; a raw write takes its token's part of it.
-        steps = decay_matrix(alpha) * -(self.share / self.period * eta).unsqueeze(-2) * same
+        whole = eta[..., self.period - 1 :: self.period].repeat_interleave(self.period, -1)
+        steps = decay_matrix(alpha) * -(self.share / self.period * whole).unsqueeze(-2) * same
         return (steps @ (decay_matrix(theta) * same) @ band).unbind()
 
 
 # The size of momentum that counts as one.
 UNIT, MOST = 10.0, 4.0
 WRITERS: dict[str, type[Trial]] = {
-    "last": Trial, "summed": Summed, "weighed": Weighed, "steepest": Steepest, "sized": Sized,
+    "weighed": Weighed, "steepest": Steepest, "sized": Sized,
     "saturating": Saturating, "clipped": Clipped, "tall": Tall, "last layer": LastLayer, "bounded": Bounded,
     "provisional": Provisional,
 }  # fmt: skip
@@ -223,25 +218,13 @@ def next_value() -> None:
     mixer.initial_taps = shifted
 
 
-def own_value() -> None:
-    """As `next_value`, with key and value of the same token."""
-    drawn = mixer.initial_taps
-
-    def newest(heads: int, head_dim: int, size: int) -> Tensor:
-        taps = drawn(heads, head_dim, size).mul_(0.2)
-        taps[..., -1] += 1.0
-        return taps
-
-    mixer.initial_taps = newest
-
-
 def large_start() -> None:
     """8: W1 starts at the scale of any linear layer."""
     memory_layout.W1_GAIN = 1.0
 
 
 PATCHES: dict[str, Callable[[], None]] = {
-    "read norm": read_norm, "no residual": no_residual, "next value": next_value, "own value": own_value,
+    "read norm": read_norm, "no residual": no_residual, "next value": next_value,
     "large start": large_start,
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,9 @@ def side_by_side(results: Record, jobs: dict[str, Callable[[], Cell]], *, fresh:
 
 
 def train_quietly(words: Sequence[str], directory: Path) -> int:
-    """`atlas-train` with these words, beside others: its lines go to log.txt in its run's directory; its status."""
+    """`atlas-train` with these words, beside others: all its lines go to log.txt in its run's directory; its status."""
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "log.txt").open("a", encoding="utf-8") as lines, redirect_stdout(lines):
+    with (directory / "log.txt").open("a", encoding="utf-8") as lines, redirect_stdout(lines), redirect_stderr(lines):
         return train.main(words)
 
 

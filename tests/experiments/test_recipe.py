@@ -1,0 +1,72 @@
+"""The recipe search: rows that are valid and of one size, failures that are rows, cells that are kept."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "megatron"))
+
+import protocol
+import recipe
+import recipe_trials
+import tiny_run
+from atlas_megatron.config import load
+from atlas_megatron.config_checks import validate
+from atlas_megatron.model import num_params
+from recipe_rows import SCREEN
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(recipe, "BASE", tiny_run.write(tmp_path, "M-M-"))
+    monkeypatch.setattr(recipe, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(recipe, "prepare_bytes", lambda: None)
+    return tmp_path
+
+
+def test_every_row_is_valid_asks_something_and_has_the_first_ones_parameters() -> None:
+    of = protocol.Protocol(recipe.BASE, (), 100, (), (1,), recipe.RUNS)
+    first = next(iter(SCREEN.values()))
+    wanted = num_params(load(recipe.BASE, of.words_of(first, first, 100, 1, None)))
+    for name, row in SCREEN.items():
+        config = load(recipe.BASE, of.words_of(row, first, 100, 1, None))
+        validate(config, world_size=1)
+        assert row.asks and num_params(config) == pytest.approx(wanted, rel=0.01), name
+
+
+def test_every_trial_is_known_and_tried() -> None:
+    named = {part for row in SCREEN.values() if row.trial for part in row.trial.split(" + ")}
+    assert named == (set(recipe_trials.WRITERS) | set(recipe_trials.PATCHES))
+
+
+def test_quick_leaves_a_table_and_does_nothing_twice(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--quick", "--out", str(tiny / "out")]
+    assert recipe.main(words) == 0
+    cells = json.loads((tiny / "out" / "recipe.json").read_text())["cells"]
+    assert set(cells) == {protocol.seed_cell(recipe.STAGE, name, 1) for name in recipe.QUICK}
+    text = (tiny / "out" / "recipe.md").read_text()
+    assert all(f"| {name} |" in text for name in recipe.QUICK) and "asks" in text
+    assert (tiny / "out" / "recipe.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(protocol, "trained", None)
+    assert recipe.main(words) == 0
+
+
+def test_a_run_that_meets_nan_is_a_row(tiny: Path) -> None:
+    """And what the configuration refuses; the cells beside it stay."""
+    base = recipe.BASE
+    words = ["train.steps=4", "train.warmup_steps=1", "train.validate_every=4", "checkpoint.every=4"]
+    wild = protocol.trained(base, [*words, "train.lr=1e30", "train.clip_grad=0"], tiny / "wild")
+    assert wild["bits_per_byte"] is None and wild["wrong"].startswith("status 1: ")
+    assert "loss is nan, first seen in output of layer 1 (memory)" in wild["wrong"]
+    refused = protocol.trained(base, [*words, "memory.theta_start=1.5"], tiny / "refused")
+    assert refused["bits_per_byte"] is None and "theta_start=1.5 must lie between" in refused["wrong"]
+
+
+def test_signs_and_rates() -> None:
+    assert protocol.apart([1.0, 2.0], [1.5, 2.5]) == (0.5, "every seed")
+    assert protocol.apart([1.0, 2.0], [1.5, 1.5]) == (0.0, "seeds disagree")
+    assert protocol.apart([1.0, None], [None, 2.0]) is None
