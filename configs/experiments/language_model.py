@@ -1,153 +1,133 @@
-"""Language modelling at equal parameters and tokens: the paper's ablations (its Table 6) and the baselines.
+"""Language modelling at equal parameters and tokens: ATLAS beside every member, the paper's ablations, the baselines.
 
-Every variant is configs/quickstart.toml with a few keys changed, trained by `atlas-train` on the quickstart's corpus
-(run `make quickstart` first, or tools/prepare_data.py), two side by side on two cores; the MLPs are widened or narrowed
-until each has the first variant's parameters. Reported: bits per byte of the held-out text after the last step, for
-every seed. Where there is a GPU, configs/experiments/language_model_gpu.toml is the base instead, with its own data and
-steps.
+Every contender is configs/quickstart.toml with a few keys changed, trained by `atlas-train` on the quickstart's corpus
+(run `make quickstart` first, or tools/prepare_data.py), two side by side on two cores, with MLPs as wide as makes it
+equal to the first in parameters. Each trains at three learning rates for a quarter of the tokens; at the best of them
+from three seeds. Reported: bits per byte of the held-out text after the last step, and whether a difference has one
+sign in every seed. Where there is a GPU, configs/experiments/language_model_gpu.toml is the base instead, with its own
+data and steps.
+
+On two cores the whole of it takes about ten hours. A cell is kept as it ends; interrupt it and call it again.
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
 import torch
 from matplotlib import pyplot
 
+import protocol
 import record
-from atlas_megatron.config import Config, load
-from atlas_megatron.metrics import read
+from atlas_megatron.config import load
+from protocol import Contender, Protocol
 
 GPU = torch.cuda.is_available()
 BASE = record.ROOT / "configs" / ("experiments/language_model_gpu.toml" if GPU else "quickstart.toml")
 RUNS = record.ROOT / "runs" / "experiments" / "language_model"
+STAGE = "members"
 SEEDS = (1, 2, 3)
-STEPS = 20000 if GPU else 120
-# A CPU's few tokens teach more in many small steps, at a lower rate.
-SMALL = () if GPU else ("train.global_batch=4", "train.micro_batch=4", "train.lr=2e-3")
-VALIDATED = 256 if GPU else 88  # sequences; of the quickstart's, half of the held-out text
-# What each variant changes; the first is what the others are compared with and sized by. A pattern of three blocks is
-# repeated as often as the base's.
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "atlas": (),
-    "without Muon (OmegaNet)": ("memory.preset=omeganet",),
-    "c = 1": ("memory.window=1",),
-    "without phi": ("memory.feature_map=identity",),
-    "linear memory": ("memory.memory=linear", "memory.norm=none"),
-    "gated memory (atlas++)": ("memory.memory=gated_mlp",),
-    "MAG": ("model.pattern=A-A-A-",),
-    "MAL": ("model.pattern=M-*-M-*-",),
-    "MAC": ("model.pattern=C-C-C-",),
-    "titans": ("memory.preset=titans",),
-    "attention (Transformer++)": ("model.pattern=F-F-F-",),
-    "sliding window": ("model.pattern=*-*-*-",),
-    "DeltaNet": ("model.pattern=D-*-D-",),
-    "Gated DeltaNet": ("model.pattern=G-*-G-",),
-    "GRU": ("model.pattern=R-*-R-",),
-    "LSTM": ("model.pattern=L-*-L-",),
+STEPS = 20000 if GPU else 1000
+RATES = (1e-3, 2e-3, 4e-3) if GPU else (1.5e-3, 3e-3, 6e-3)
+VALIDATED = 256 if GPU else 176  # sequences; of the quickstart's, all of the held-out text
+# Measuring costs a second read of every memory.
+WORDS = (f"train.validate_sequences={VALIDATED}", "train.stats_every=1000000", "log.tensorboard=false")
+# The first is what the others are compared with and sized by. A pattern of three blocks is repeated as often as the
+# base's. ATLAS stands here with several periods: beside OmegaNet, which writes at every token, a write a chunk reads
+# its own chunk late.
+CONTENDERS: dict[str, Contender] = {
+    "atlas": Contender(asks="a write a chunk of 64"),
+    "OmegaNet": Contender(("memory.preset=omeganet",), "without Muon; a write a token"),
+    "titans": Contender(("memory.preset=titans",), "a write a token"),
+    "Gated DeltaNet": Contender(("model.pattern=G-*-G-", "delta.head_dim=32"), "baseline"),
+    "attention (Transformer++)": Contender(("model.pattern=F-F-F-",), "baseline"),
+    "sliding window": Contender(("model.pattern=*-*-*-",), "baseline"),
+    "DeltaNet": Contender(("model.pattern=D-*-D-", "delta.head_dim=32"), "baseline"),
+    "atlas, a write every 16": Contender(("memory.ns_period=16",), "the period"),
+    "c = 1": Contender(("memory.window=1",), "the paper's Table 6"),
+    "without phi": Contender(("memory.feature_map=identity",), "the paper's Table 6"),
+    "linear memory": Contender(("memory.memory=linear", "memory.norm=none"), "the paper's Table 6"),
+    "atlas++": Contender(("memory.memory=gated_mlp",), "the paper's gated memory"),
 }
 QUICK = ("atlas", "attention (Transformer++)")
 
 
-def words_of(variant: str, steps: int) -> list[str]:
-    """The changes of a variant, its MLPs as wide as makes it equal to the first in parameters."""
-    short = [f"train.steps={steps}", f"train.warmup_steps={steps // 10}", f"train.validate_every={steps}"]
-    short += [f"train.validate_sequences={VALIDATED}", f"checkpoint.every={steps}", "log.tensorboard=false"]
-    short += [*SMALL, "train.stats_every=1000000"]  # measuring costs a second read of every memory
-    repeats = load(BASE).model.pattern.count("M-*-M-")
-    own = [*short, *(_repeated(word, repeats) for word in VARIANTS[variant])]
-    wanted = _parameters(load(BASE, short))
-    config = load(BASE, own)
-    one, two = (_parameters(_with_mlp(config, width)) for width in (8, 16))
-    width = max(8, round(8 + (wanted - one) / ((two - one) / 8)))
-    return [*own, f"model.ffn_hidden_size={width}"]
+def contenders(names: Sequence[str]) -> dict[str, Contender]:
+    """Those named, their patterns repeated to the base's length."""
+    times = load(BASE).model.pattern.count("M-*-M-")
+
+    def repeated(word: str) -> str:
+        key, _, value = word.partition("=")
+        return f"{key}={value * times}" if key == "model.pattern" else word
+
+    return {n: Contender(tuple(map(repeated, CONTENDERS[n].words)), CONTENDERS[n].asks) for n in names}
 
 
-def _repeated(word: str, times: int) -> str:
-    key, _, value = word.partition("=")
-    return f"{key}={value * times}" if key == "model.pattern" else word
-
-
-def _parameters(config: Config) -> int:
-    from atlas_megatron.model import num_params
-
-    return num_params(config)
-
-
-def _with_mlp(config: Config, width: int) -> Config:
-    return replace(config, model=replace(config.model, ffn_hidden_size=width))
-
-
-def job_of(variant: str, seed: int, steps: int, more: Sequence[str]) -> partial[record.Cell]:
-    """What trains one variant from one seed; it has all that it needs, for another process."""
-    name = "".join(letter if letter.isalnum() else "_" for letter in variant)
-    directory = RUNS / f"{name}_{seed}_{steps}"
-    return partial(trained, BASE, [*words_of(variant, steps), f"run.seed={seed}", *more], directory)
-
-
-def trained(base: Path, words: list[str], directory: Path) -> record.Cell:
-    """Train one variant; bits per byte of the held-out text, speed and size."""
-    words = [*words, f"run.directory={directory}"]
-    if record.train_quietly([str(base), *words], directory):
-        raise ValueError(f"the run in {directory} did not train to its end; its log.txt says why")
-    records, config = read(directory), load(base, words)
-    last = records[-1]
-    # The cell is the result; a run that is asked for again begins again.
-    shutil.rmtree(directory / "checkpoints")
-    return {
-        "bits_per_byte": last["validation_bits_per_byte"],
-        "loss": last["validation_loss"],
-        "parameters": _parameters(config),
-        "tokens": last["tokens"],
-        "tokens_per_second": round(median(r["tokens_per_second"] for r in records)),
-        "changes": words[:-1],
-    }
-
-
-def draw(results: record.Record, variants: Sequence[str], seeds: Sequence[int]) -> None:
-    """One row a variant: every seed a dot, their mean a line."""
-    figure, axes = pyplot.subplots(figsize=(7.5, 0.32 * len(variants) + 1.3), layout="constrained")
-    for row, variant in enumerate(variants):
-        found = [results.cells[f"{variant}, seed {seed}"]["bits_per_byte"] for seed in seeds]
+def draw(results: record.Record, names: Sequence[str], seeds: Sequence[int]) -> None:
+    """One row a contender: every seed a dot, their mean a line."""
+    figure, axes = pyplot.subplots(figsize=(7.5, 0.32 * len(names) + 1.3), layout="constrained")
+    for row, name in enumerate(names):
+        found = [b for b in protocol.reached(results, STAGE, name, seeds) if b is not None]
         axes.plot(found, [row] * len(found), "o", color="C0", alpha=0.6, markersize=4)
-        axes.plot([mean(found)] * 2, [row - 0.3, row + 0.3], color="C0", linewidth=2)
-    axes.set_yticks(range(len(variants)), variants)
+        if found:
+            axes.plot([mean(found)] * 2, [row - 0.3, row + 0.3], color="C0", linewidth=2)
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("validation bits per byte (dots: seeds)")
     results.save_figure(figure)
 
 
-def describe(results: record.Record, variants: Sequence[str], seeds: Sequence[int]) -> list[str]:
+def table(results: record.Record, names: Sequence[str], comparison: Protocol) -> str:
+    """Every contender: its rates, its seeds, and what it is apart from the first."""
+    head = (
+        "contender",
+        "asks",
+        "at each rate, a quarter of the tokens",
+        "rate",
+        "by seed",
+        "mean",
+        "against the first",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    base = protocol.reached(results, STAGE, names[0], comparison.seeds)
+    for name in names:
+        cells = [results.cells.get(protocol.rate_cell(STAGE, name, rate), {}) for rate in comparison.rates]
+        rates = ", ".join(_said(cell.get("bits_per_byte"), cell) for cell in cells)
+        rate = protocol.best_rate(results, STAGE, name, comparison)
+        reached = protocol.reached(results, STAGE, name, comparison.seeds)
+        seeds = [results.cells.get(protocol.seed_cell(STAGE, name, seed), {}) for seed in comparison.seeds]
+        known = [b for b in reached if b is not None]
+        apart = protocol.apart(base, reached) if name != names[0] else None
+        against = f"{apart[0]:+.3f}, {apart[1]}" if apart else ""
+        by_seed = ", ".join(_said(b, cell) for b, cell in zip(reached, seeds, strict=True))
+        average = f"{mean(known):.3f}" if known else ""
+        chosen = "" if rate is None else f"{rate:g}"
+        lines.append(f"| {name} | {CONTENDERS[name].asks} | {rates} | {chosen} | {by_seed} | {average} | {against} |")
+    return "\n".join(lines)
+
+
+def _said(reached: float | None, cell: record.Cell) -> str:
+    return cell.get("wrong", "not run") if reached is None else f"{reached:.3f}"
+
+
+def describe(results: record.Record, names: Sequence[str], comparison: Protocol) -> None:
     """What was seen, from the numbers."""
-    by_variant = {v: [results.cells[f"{v}, seed {s}"]["bits_per_byte"] for s in seeds] for v in variants}
-    base = by_variant[variants[0]]
-    spread = max(max(found) - min(found) for found in by_variant.values())
-    better, worse, unclear = [], [], []
-    for variant in variants[1:]:
-        apart = [b - a for a, b in zip(base, by_variant[variant], strict=True)]
-        said = f"{variant} {mean(apart):+.3f}"
-        (better if max(apart) < 0 else worse if min(apart) > 0 else unclear).append(said)
-    first = results.cells[f"{variants[0]}, seed {seeds[0]}"]
-    return [
-        f"{variants[0]}: {mean(base):.3f} bits per byte after {first['tokens']:,} tokens, {first['parameters']:,} "
-        f"parameters; every variant has as many within {_largest_gap(results):.1%}. Seeds of one variant differ by "
-        f"{spread:.3f} at most.",
-        f"Against it, bits per byte with the same seed: better with every seed: {', '.join(better) or 'none'}; worse "
-        f"with every seed: {', '.join(worse) or 'none'}; seeds disagree: {', '.join(unclear) or 'none'}.",
-        "So few tokens say how fast each variant begins to learn, not where it would end; the paper's order (Table 6, "
-        "760M parameters, 30B tokens) is another question, for which the same variants lie ready at a GPU's size.",
-    ]
-
-
-def _largest_gap(results: record.Record) -> float:
-    counts = [cell["parameters"] for cell in results.cells.values()]
-    return max(abs(count / counts[0] - 1) for count in counts)
+    config = load(BASE)
+    tokens = comparison.steps * config.train.global_batch * config.model.seq_length
+    results.write_text(
+        "Language modelling at equal parameters and tokens",
+        [
+            f"Bits per byte of held-out text after {tokens:,} tokens in {comparison.steps:,} steps, "
+            f"{protocol.parameters(config):,} parameters, equal within 1 %. Each contender trained at the rates "
+            f"{', '.join(f'{rate:g}' for rate in comparison.rates)} for a quarter of the tokens (first seed), and at "
+            f"the best of them from seeds {', '.join(map(str, comparison.seeds))}. A difference counts where it has "
+            "one sign in every seed; it is the contender's minus the first's, so less than nothing is better.",
+            table(results, names, comparison),
+        ],
+    )
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -155,19 +135,17 @@ def main(words: Sequence[str] | None = None) -> int:
 
     def experiment() -> None:
         asked = record.options("language_model", __doc__ or "", words)
-        variants = QUICK if asked.quick else tuple(VARIANTS)
-        seeds, steps = ((1,), 3) if asked.quick else (SEEDS, STEPS)
-        more = ["train.validate_sequences=4"] if asked.quick else []
+        names = QUICK if asked.quick else tuple(CONTENDERS)
         if not Path(f"{load(BASE).data.train[0]}.idx").is_file():
             raise ValueError(f"{load(BASE).data.train[0]}.idx is missing; run make quickstart once, which prepares it")
-        settings = {"steps": steps, "small": SMALL, "seeds": seeds, "variants": {v: VARIANTS[v] for v in variants}}
+        more = (*WORDS, "train.validate_sequences=4") if asked.quick else WORDS
+        seeds, steps, rates = ((1,), 12, RATES[:2]) if asked.quick else (SEEDS, STEPS, RATES)
+        comparison = Protocol(BASE, more, steps, rates, seeds, RUNS)
+        settings = {"steps": steps, "rates": rates, "words": WORDS, "base": BASE.read_text(encoding="utf-8")}
         results = record.Record("language_model", asked, settings)
-        # Seed by seed: an interrupted run has compared everything at least once.
-        names = [(seed, variant) for seed in seeds for variant in variants]
-        jobs = {f"{variant}, seed {seed}": job_of(variant, seed, steps, more) for seed, variant in names}
-        record.side_by_side(results, jobs)
-        draw(results, variants, seeds)
-        results.write_text("Language modelling at equal parameters and tokens", describe(results, variants, seeds))
+        protocol.compare(results, STAGE, comparison, contenders(names))
+        draw(results, names, seeds)
+        describe(results, names, comparison)
 
     return record.run("language_model", experiment)
 

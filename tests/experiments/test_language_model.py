@@ -1,9 +1,10 @@
-"""The language-model experiment: equal sizes, cells that are kept, a picture and a paragraph."""
+"""The language-model experiment: equal sizes, cells that are kept, a picture and a table."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import language_model
 import tiny_run
 from atlas_megatron.config import load
 from atlas_megatron.model import num_params
+from protocol import Protocol
 
 
 @pytest.fixture
@@ -23,43 +25,37 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-class NoJobs:
-    """Stands in for the processes when all cells are there."""
-
-    def __init__(self, *_: object, **__: object) -> None: ...
-
-    def __enter__(self) -> NoJobs:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def submit(self, *_: object) -> None:
-        raise AssertionError("a cell that is there was asked for again")
-
-
-def test_every_variant_has_the_first_ones_parameters() -> None:
+def test_every_contender_has_the_first_ones_parameters() -> None:
+    of = Protocol(language_model.BASE, (), 100, (), (1,), language_model.RUNS)
     wanted = num_params(load(language_model.BASE))
-    for variant in language_model.VARIANTS:
-        config = load(language_model.BASE, language_model.words_of(variant, 100))
-        assert num_params(config) == pytest.approx(wanted, rel=1e-3), variant
+    every = language_model.contenders(tuple(language_model.CONTENDERS))
+    for name, contender in every.items():
+        config = load(of.base, of.words_of(contender, next(iter(every.values())), 100, 1, 1e-3))
+        assert num_params(config) == pytest.approx(wanted, rel=1e-3), name
+        assert config.train.lr == 1e-3 and config.run.seed == 1
 
 
 def test_a_gpu_sized_base_repeats_the_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         language_model, "BASE", language_model.record.ROOT / "configs/experiments/language_model_gpu.toml"
     )
-    words = language_model.words_of("MAG", 100)
-    assert "model.pattern=" + "A-" * 12 in words
-    test_every_variant_has_the_first_ones_parameters()
+    words = language_model.contenders(("Gated DeltaNet",))["Gated DeltaNet"].words
+    assert "model.pattern=" + "G-*-G-" * 4 in words
+    test_every_contender_has_the_first_ones_parameters()
 
 
-def test_quick_leaves_results_and_does_nothing_twice(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quick_leaves_results_and_does_nothing_twice(tiny: Path, no_more_jobs: Callable[[], None]) -> None:
     words = ["--quick", "--out", str(tiny / "out")]
     assert language_model.main(words) == 0
     cells = json.loads((tiny / "out" / "language_model.json").read_text())["cells"]
-    assert len(cells) == len(language_model.QUICK)
-    assert cells["atlas, seed 1"]["parameters"] == num_params(load(language_model.BASE))
+    # Two rates for a quarter of the steps, and a seed at the better one.
+    assert len(cells) == 3 * len(language_model.QUICK)
+    seed = cells["members: atlas, seed 1"]
+    assert seed["parameters"] == num_params(load(language_model.BASE))
+    better = min(language_model.RATES[:2], key=lambda r: cells[f"members: atlas, lr {r:g}"]["bits_per_byte"])
+    assert f"train.lr={better}" in seed["words"] and seed["tokens"] > cells["members: atlas, lr 0.003"]["tokens"]
     assert (tiny / "out" / "language_model.png").read_bytes().startswith(b"\x89PNG")
-    assert "bits per byte" in (tiny / "out" / "language_model.md").read_text()
-    monkeypatch.setattr(language_model.record, "ProcessPoolExecutor", NoJobs)
+    text = (tiny / "out" / "language_model.md").read_text()
+    assert "one sign in every seed" in text and "| attention (Transformer++) | baseline |" in text
+    no_more_jobs()
     assert language_model.main(words) == 0

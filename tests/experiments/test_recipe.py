@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_every_trial_is_known_and_tried() -> None:
     assert named == (set(recipe_trials.WRITERS) | set(recipe_trials.PATCHES))
 
 
-def test_quick_leaves_a_table_and_does_nothing_twice(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quick_leaves_a_table_and_does_nothing_twice(tiny: Path, no_more_jobs: Callable[[], None]) -> None:
     words = ["--quick", "--out", str(tiny / "out")]
     assert recipe.main(words) == 0
     cells = json.loads((tiny / "out" / "recipe.json").read_text())["cells"]
@@ -51,7 +52,7 @@ def test_quick_leaves_a_table_and_does_nothing_twice(tiny: Path, monkeypatch: py
     text = (tiny / "out" / "recipe.md").read_text()
     assert all(f"| {name} |" in text for name in recipe.QUICK) and "asks" in text
     assert (tiny / "out" / "recipe.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(protocol, "trained", None)
+    no_more_jobs()
     assert recipe.main(words) == 0
 
 
