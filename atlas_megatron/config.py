@@ -78,7 +78,9 @@ class MemoryConfig:
     preset: str = ""
     memory: str = "mlp"  # linear | mlp | gated_mlp
     loss: str = "l2"  # l2 | dot
-    norm: str = "layer"  # none | layer: LayerNorm on the memory's output
+    # none | layer: LayerNorm on the memory's output. Deep memories without Newton-Schulz diverge without it; with
+    # Newton-Schulz it costs bits and makes outer gradients explode (docs/results/recipe.md).
+    norm: str = "none"
     activation: str = "gelu"
     heads: int = 4
     head_dim: int = 64  # K = V
@@ -102,9 +104,9 @@ class MemoryConfig:
     write_gate: bool = False
     conv_size: int = 4  # taps of the short convolutions on q, k, v
     gate_rank: int = 32  # of the low-rank pairs behind alpha, eta, theta, gamma
-    # Retention of one token at initialisation. 0 derives it: what was there first fades to a third over seq_length
-    # tokens, 100 at least. Where it fades away a deep memory's output norm divides by next to nothing, and gradients
-    # explode.
+    # Retention of one token at initialisation. 0 derives it. Newton-Schulz: 0.99, which at its step keeps the outer
+    # gradient over any number of chunks near one. None: what was there first fades to a third over seq_length tokens,
+    # 100 at least; where it fades away the output norm divides by next to nothing, and gradients explode.
     alpha_start: float = 0.0
     theta_start: float = 0.9  # momentum decay at initialisation
     gamma_start: float = 0.5  # Omega gate at initialisation
@@ -116,11 +118,9 @@ class MemoryConfig:
     eta_start: float = 0.0
     eta_sum: float = 0.1
     # Of a deep memory: the share of the outer gradient that passes through the weights at which inner gradients are
-    # taken. 1 is exact, and over many chunks grows exponentially with them (of atlas at 4,096 tokens to a norm of 7e3
-    # before the first step). 0 is first order, those weights are constants: cheaper, and learns recall less well.
-    # Between the two each passage is damped. Without Newton-Schulz 1 can be had where retention starts by the length.
-    # A linear memory's is always exact.
-    anchor_gradient: float = 0.3
+    # taken. 1 is exact; where a recipe of one's own makes it explode, less of it damps each passage. 0 is first order,
+    # those weights are constants: cheaper, and learns recall less well. A linear memory's is always exact.
+    anchor_gradient: float = 1.0
     impl: str = "auto"  # reference | chunked | triton (a GPU) | auto
 
     def rule(self) -> MemoryRule:

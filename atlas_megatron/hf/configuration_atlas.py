@@ -14,7 +14,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "preset": "",
         "memory": "mlp",
         "loss": "l2",
-        "norm": "layer",
+        "norm": "none",
         "activation": "gelu",
         "heads": 4,
         "head_dim": 64,
@@ -41,7 +41,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "gamma_start": 0.5,
         "eta_start": 0.0,
         "eta_sum": 0.1,
-        "anchor_gradient": 0.3,
+        "anchor_gradient": 1.0,
         "impl": "auto",
     },
     "attention": {

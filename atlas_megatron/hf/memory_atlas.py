@@ -37,6 +37,7 @@ W1_GAIN = 0.02
 SHORT = 100  # tokens
 # The start of an orthogonalised write's step, for each token that it stands for.
 STEP, GATED_STEP = 0.01, 0.0015
+RETENTION = 0.99  # where a retention beside it starts
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class AtlasMemory(nn.Module):
         learned = start_coefficients(memory)
         self.coefficients = None if learned is None else nn.Parameter(torch.empty(heads, len(learned)))
         self.norm_gain = nn.Parameter(torch.empty(heads, memory.head_dim))
+        self.write_view = nn.Parameter(torch.empty(heads, 2 * memory.head_dim)) if memory.write_gate else None
         matrices = [nn.Parameter(torch.empty(heads, *shape)) for shape in weight_shapes(memory)]
         self.start_first, self.start_second, self.start_gate = (matrices + [None, None])[:3]  # type: ignore[list-item]
 
@@ -78,6 +80,8 @@ class AtlasMemory(nn.Module):
             "gate_bias": torch.tensor(self.gate_logits).repeat(memory.heads, 1),
             "norm_gain": torch.ones(self.norm_gain.shape),
         }
+        if self.write_view is not None:
+            own["write_view"] = torch.zeros(self.write_view.shape)
         learned = start_coefficients(memory)
         if learned is not None:
             own["coefficients"] = learned.repeat(memory.heads, 1)
@@ -99,7 +103,7 @@ class AtlasMemory(nn.Module):
             self.lifted(q),
             self.lifted(k, key=True),
             v,
-            self.gates(x),
+            self.gates(x, k, v),
             self.start_weights(),
             self.rule,
             state=held,
@@ -117,8 +121,11 @@ class AtlasMemory(nn.Module):
         held, residual = state.memory if state else None, q if self.own_residual else None
         return read_memory(self.lifted(q), self.start_weights(), self.rule, held, residual)
 
-    def gates(self, x: Tensor) -> Gates:
-        """The gates of every token [B, T, H], at least float32: sigmoids, eta scaled to its bound."""
+    def gates(self, x: Tensor, k: Tensor, v: Tensor) -> Gates:
+        """The gates of every token [B, T, H], at least float32: sigmoids, eta scaled to its bound.
+
+        k, v [B, T, H, K]: what a token would write, which its write gate sees.
+        """
         memory = self.memory
         logits = wide(self.linear_gates(F.linear(x, self.gate_down))).unflatten(-1, self.gate_bias.shape)
         logits = logits + self.gate_bias
@@ -126,7 +133,8 @@ class AtlasMemory(nn.Module):
         gates = dict(zip(self.gate_widths, logits.sigmoid().split(sizes, -1), strict=True))
         if memory.write_gate:
             raw = dict(zip(self.gate_widths, logits.split(sizes, -1), strict=True))
-            gates["eta"] = write_gate(raw["eta"])
+            seen = (torch.cat([k, v], -1) * wide(self.write_view)).sum(-1, keepdim=True)
+            gates["eta"] = write_gate(raw["eta"] + seen)
             if memory.retention:
                 gates["alpha"] = retained(raw["alpha"], gates["eta"])
         eta = gates["eta"].squeeze(-1) * (ETA_HEADROOM * eta_start(memory))
@@ -204,8 +212,10 @@ def gate_widths(memory: SimpleNamespace) -> dict[str, int]:
 
 
 def gate_starts(memory: SimpleNamespace, tokens: int) -> list[float]:
-    """Start logits of one head's gates; a retention that is not given keeps a third over so many tokens, or SHORT."""
-    step, kept = 1.0 / ETA_HEADROOM, memory.alpha_start or 1.0 - 1.0 / max(SHORT, tokens)
+    """Start logits of one head's gates. A retention that is not given is RETENTION with Newton-Schulz; without, it
+    keeps a third over so many tokens, or SHORT."""
+    derived = RETENTION if memory.ns_steps else 1.0 - 1.0 / max(SHORT, tokens)
+    step, kept = 1.0 / ETA_HEADROOM, memory.alpha_start or derived
     if memory.write_gate:
         kept **= ETA_HEADROOM  # a token then keeps a^w, and w starts at `step`
     start = {"alpha": kept, "eta": step, "theta": memory.theta_start, "gamma": memory.gamma_start}

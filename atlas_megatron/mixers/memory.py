@@ -97,6 +97,7 @@ class AtlasMixer(Mixer):
             + memory.gate_rank * (hidden + heads * gates)
             + heads * gates  # gate biases
             + heads * coefficient_count(memory)
+            + (2 * width if memory.write_gate else 0)  # its view of key and value
             + width  # norm after
             + heads * sum(rows * cols for rows, cols in weight_shapes(memory))
         )
@@ -123,6 +124,9 @@ class AtlasMixer(Mixer):
             coefficients = torch.ones(1)  # the kernel's scale: exp(scale q . k)
         self.coefficients = None if coefficients is None else self.by_head(coefficients.repeat(memory.heads, 1))
         self.norm_gain = self.by_head(torch.ones(memory.heads, memory.head_dim))
+        # The hidden state of a first layer is one token: what to write is told by the convolved key and value.
+        view = torch.zeros(memory.heads, 2 * memory.head_dim)
+        self.write_view = self.by_head(view) if memory.write_gate else None
 
         (rows, cols), *over_input = weight_shapes(memory)
         std = first_gain(memory) * cols**-0.5
@@ -146,15 +150,18 @@ class AtlasMixer(Mixer):
         if self.silent:
             y, after = self.read(q, state), held
         else:
-            tokens = (q, k, v, *vars(self._gates(hidden_states)).values())
+            tokens = (q, k, v, *vars(self._gates(hidden_states, k, v)).values())
             sliced = not (self.streamed or self.measure)
             y, after = self.shards.scan(self, tokens, held, positions, sliced=sliced)
 
         y = gated_norm(y, branch.squeeze(-2), self.norm_gain, self.config.layernorm_epsilon, self.memory.impl)
         return self.linear_out(y.flatten(2).transpose(0, 1).contiguous())[0], AtlasState(after, tail)  # [T, B, D]
 
-    def _gates(self, hidden_states: Tensor) -> Gates:
-        """The gates of every token [B, T, H], at least float32: sigmoids, eta scaled to its bound."""
+    def _gates(self, hidden_states: Tensor, k: Tensor, v: Tensor) -> Gates:
+        """The gates of every token [B, T, H], at least float32: sigmoids, eta scaled to its bound.
+
+        k, v [B, T, H, K]: what a token would write, which its write gate sees.
+        """
         memory = self.memory
         logits = self.linear_gates(F.linear(hidden_states, self.gate_down))[0].transpose(0, 1)
         logits = wide(logits).unflatten(-1, self.gate_bias.shape) + self.gate_bias
@@ -162,7 +169,8 @@ class AtlasMixer(Mixer):
         gates = dict(zip(widths, logits.sigmoid().split(list(widths.values()), dim=-1), strict=True))
         if memory.write_gate:
             raw = dict(zip(widths, logits.split(list(widths.values()), dim=-1), strict=True))
-            gates["eta"] = budgeted(write_gate(raw["eta"]), self.write_budget)
+            seen = (torch.cat([k, v], -1) * wide(self.write_view)).sum(-1, keepdim=True)
+            gates["eta"] = budgeted(write_gate(raw["eta"] + seen), self.write_budget)
             if memory.retention:
                 gates["alpha"] = retained(raw["alpha"], gates["eta"])
         eta = gates["eta"].squeeze(-1) * (ETA_HEADROOM * eta_start(memory))

@@ -15,6 +15,9 @@ SHORT = 100  # tokens
 # Of an orthogonalised write, for each token that it stands for. A gated memory's hidden width is a product of two
 # written layers: with the step of a plain one its outer gradients explode.
 STEP, GATED_STEP = 0.01, 0.0015
+# Of a token beside it. A chunk multiplies the outer gradient by about RETENTION^chunk (1 + kappa STEP chunk): with
+# these two below one, whatever the chunk.
+RETENTION = 0.99
 
 
 def eta_start(memory: MemoryConfig) -> float:
@@ -69,9 +72,10 @@ def gate_widths(memory: MemoryConfig) -> dict[str, int]:
 
 
 def alpha_start(memory: MemoryConfig, tokens: int) -> float:
-    """The retention at initialisation, given or derived: what was there first fades to a third over `tokens`, or over
-    SHORT where they are fewer, for models are read further than they were trained."""
-    return memory.alpha_start or 1.0 - 1.0 / max(SHORT, tokens)
+    """The retention at initialisation, given or derived. With Newton-Schulz RETENTION. Without: what was there first
+    fades to a third over `tokens`, or over SHORT where they are fewer, for models are read further than they were
+    trained."""
+    return memory.alpha_start or (RETENTION if memory.ns_steps else 1.0 - 1.0 / max(SHORT, tokens))
 
 
 def gate_starts(memory: MemoryConfig, tokens: int) -> list[float]:

@@ -1,19 +1,13 @@
 """What the recipe search compares: every hypothesis a row, by name.
 
-`ATLAS` is the recipe that the rows of the screen change in one place each; its own words are what won.
+The first row is the recipe that the others change in one place each: the preset, with the defaults that won.
 """
 
 from __future__ import annotations
 
 from protocol import Contender
 
-# Exact outer gradients for every member: no recipe that needs damping is one.
-EXACT = "memory.anchor_gradient=1"
-ATLAS = (
-    *("memory.preset=atlas", "memory.norm=none", "memory.alpha_start=0.99", EXACT),
-    *("memory.theta_start=0.97", "memory.ns_step=sum"),
-)
-CHUNK = 32  # of the screen's base, and its period
+ATLAS = ("memory.preset=atlas",)
 
 
 def _atlas(*words: str, asks: str, trial: str = "") -> Contender:
@@ -21,25 +15,23 @@ def _atlas(*words: str, asks: str, trial: str = "") -> Contender:
 
 
 def _member(preset: str, *words: str, asks: str = "the member as it is") -> Contender:
-    return Contender((f"memory.preset={preset}", EXACT, *words), asks)
+    return Contender((f"memory.preset={preset}", *words), asks)
 
 
 SCREEN: dict[str, Contender] = {
     "atlas": _atlas(asks="the recipe that the others change"),
     # Members and baselines.
     "omeganet": _member("omeganet"),
-    "omeganet, a write a chunk": _member(
-        "omeganet", "memory.window=1", asks="5: control, without a window; its writes are read at every token"
-    ),
+    "omeganet, c = 1": _member("omeganet", "memory.window=1", asks="5: control, without a window"),
     "titans": _member("titans"),
-    "atlas++": Contender(("memory.preset=atlas++", *ATLAS[1:]), "the member as it is"),
+    "atlas++": _member("atlas++"),
     "Gated DeltaNet": Contender(("model.pattern=G-G-",), "baseline"),
     "DeltaNet": Contender(("model.pattern=D-D-",), "baseline"),
     "attention": Contender(("model.pattern=F-F-",), "baseline"),
     # 1: norm and start.
     "norm = layer": _atlas("memory.norm=layer", asks="1: an output norm, as the members without Newton-Schulz have"),
     "norm = layer, as shipped before": Contender(
-        ("memory.preset=atlas", "memory.norm=layer", "memory.alpha_start=0", "memory.anchor_gradient=0.3"),
+        ("memory.preset=atlas", "memory.norm=layer", "memory.alpha_start=0.99609375", "memory.anchor_gradient=0.3"),
         "1: the recipe before this search: retention 1 - 1/length, damped gradient, the step of the last token",
     ),
     "norm on the read": _atlas(asks="1: a norm on what is read, not in the inner loss", trial="read norm"),
@@ -49,26 +41,36 @@ SCREEN: dict[str, Contender] = {
     "retention 0.95": _atlas("memory.alpha_start=0.95", asks="2"),
     "retention 0.98": _atlas("memory.alpha_start=0.98", asks="2"),
     "retention 0.998": _atlas("memory.alpha_start=0.998", asks="2"),
-    "step 0.001": _atlas("memory.eta_start=0.001", asks="2: a tenth of the step"),
-    "step 0.003": _atlas("memory.eta_start=0.003", asks="2: a third of the step"),
-    "step 0.03": _atlas("memory.eta_start=0.03", asks="2: three times the step"),
+    "step 0.03": _atlas("memory.eta_start=0.03", asks="2: a tenth of the step"),
+    "step 0.1": _atlas("memory.eta_start=0.1", asks="2: a third of the step"),
+    "step 1": _atlas("memory.eta_start=1.0", asks="2: three times the step"),
     # 3 and 4: what a write stands for.
-    "the last token's step": _atlas("memory.ns_step=last", asks="3: the step of a write is its token's"),
-    "steps weigh gradients": _atlas(asks="3, 4: each token's step weighs its gradient too", trial="weighed"),
-    "momentum decay 0.9": _atlas("memory.theta_start=0.9", asks="3: of 32 tokens the last ten are written"),
+    "the sum of a period's steps": _atlas("memory.ns_step=sum", asks="3: a write takes the steps it stands for"),
+    "momentum decay 0.97": _atlas("memory.theta_start=0.97", asks="3: of 32 tokens more than the last ten are written"),
     "momentum decay 0.99": _atlas("memory.theta_start=0.99", asks="3"),
+    "sum, momentum decay 0.97": _atlas("memory.ns_step=sum", "memory.theta_start=0.97", asks="3: both"),
+    "steps weigh gradients": _atlas(
+        "memory.ns_step=sum", asks="3, 4: each token's step weighs its gradient too", trial="weighed"
+    ),
     "without momentum": _atlas("memory.momentum=false", asks="3: only the last window is written"),
     "step x |S| / (|S| + 10)": _atlas(asks="4: a weak momentum is written weakly", trial="saturating"),
+    "floor 1": _atlas(asks="4: singular values below 1 are written as they are, those above as ones", trial="floor 1"),
+    "floor 3": _atlas(asks="4", trial="floor 3"),
+    "floor 10": _atlas(asks="4", trial="floor 10"),
     # 5: a token cannot read its own chunk.
-    "provisional writes": _atlas(asks="5: raw writes are read until the chunk's own", trial="provisional"),
+    "provisional writes": _atlas(
+        "memory.ns_step=sum", asks="5: raw writes are read until the chunk's own", trial="provisional"
+    ),
     "period 8": _atlas("memory.ns_period=8", asks="5: four writes a chunk"),
     "chunk 16": _atlas("memory.chunk=16", "memory.ns_period=16", asks="5: shorter chunks, a write each"),
     "chunk 8": _atlas("memory.chunk=8", "memory.ns_period=8", asks="5: shorter chunks, a write each"),
     # 6: bounded memories.
     "rows keep their length": _atlas(asks="6: in place of drift", trial="large start + bounded"),
     # 7: the write gate.
-    "write gate": _atlas("memory.write_gate=true", asks="7: without a budget"),
-    "write gate, budget 0.01": _atlas("memory.write_gate=true", "train.write_budget=0.01", asks="7"),
+    "write gate": _atlas("memory.write_gate=true", "memory.ns_step=sum", asks="7: without a budget"),
+    "write gate, budget 0.01": _atlas(
+        "memory.write_gate=true", "memory.ns_step=sum", "train.write_budget=0.01", asks="7"
+    ),
     # 8: starts and sizes.
     "without residual": _atlas(asks="8: M(x) = W1 act(W2 x)", trial="no residual"),
     "W1 starts large": _atlas(asks="8: at a linear layer's scale", trial="large start"),
@@ -86,6 +88,9 @@ SCREEN: dict[str, Contender] = {
     "F = V": _atlas("memory.expansion=1", asks="8"),
     "F = 4 V": _atlas("memory.expansion=4", asks="8"),
     "2 heads of 64": _atlas("memory.heads=2", "memory.head_dim=64", asks="8"),
+    "values of length 1": _atlas(asks="8: as the keys and the residual", trial="unit values"),
+    "keys without SiLU": _atlas(asks="8: keys that share no mean", trial="linear keys"),
+    "both": _atlas(asks="8", trial="unit values + linear keys"),
     "a value under the key before": _atlas(asks="the next token's value under this key", trial="next value"),
     # 10: magnitude after Newton-Schulz.
     "x nuclear norm": _atlas(asks="10: steepest descent in the spectral norm", trial="steepest"),

@@ -1,22 +1,25 @@
 """What the recipe search tries and the project does not have: `recipe_rows.py` names these as a row's trial.
 
 Each changes the running process, which trains one model and ends. They take whole chunks alone, as training brings
-them, and steps that are summed (ns_step = sum); nothing holds them. What wins is written into `atlas_kernels` with its
+them, and nothing holds them. What wins is written into `atlas_kernels` with its
 tests, and leaves this file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from atlas_kernels import memories, op
 from atlas_kernels.chunked import Kernels
 from atlas_kernels.layer_norm import layer_norm
 from atlas_kernels.memories import Factors, Matrices, Mlp, Reader
-from atlas_kernels.newton_schulz import newton_schulz
+from atlas_kernels.newton_schulz import direct_form, newton_schulz, schedule
 from atlas_kernels.rule import MemoryRule
 from atlas_kernels.writes import Leave, OrthogonalWrites, SourceReader, decay_matrix
 from atlas_megatron.mixers import memory as mixer
@@ -138,6 +141,27 @@ class Saturating(Trial):
         return super().direction(j, momentum) * (size / (size + UNIT))
 
 
+class Floored(Trial):
+    """4: S / max(|S|_F, floor) enters the iteration, which multiplies what is small by 3.44 a step: singular values
+    well under `corner` are written as they are (in units of it), those above it as ones."""
+
+    corner = 1.0
+
+    def direction(self, j: int, momentum: Tensor) -> Tensor:
+        table = schedule(self.rule.ns_steps, self.rule.ns_coefficients)
+        floor = self.corner * prod(a for a, _, _ in table)
+        X = momentum / momentum.norm(dim=(-2, -1), keepdim=True).clamp(min=floor)
+        return direct_form(X.mT, table).mT
+
+
+class FlooredAt3(Floored):
+    corner = 3.0
+
+
+class FlooredAt10(Floored):
+    corner = 10.0
+
+
 class Clipped(Trial):
     """10: no Newton-Schulz: the momentum, its Frobenius norm at most 1 (4 where the rule's own is about that)."""
 
@@ -184,7 +208,8 @@ class Provisional(Trial):
 UNIT, MOST = 10.0, 4.0
 WRITERS: dict[str, type[Trial]] = {
     "weighed": Weighed, "steepest": Steepest, "sized": Sized,
-    "saturating": Saturating, "clipped": Clipped, "tall": Tall, "last layer": LastLayer, "bounded": Bounded,
+    "saturating": Saturating, "floor 1": Floored, "floor 3": FlooredAt3, "floor 10": FlooredAt10,
+    "clipped": Clipped, "tall": Tall, "last layer": LastLayer, "bounded": Bounded,
     "provisional": Provisional,
 }  # fmt: skip
 
@@ -223,9 +248,37 @@ def large_start() -> None:
     memory_layout.W1_GAIN = 1.0
 
 
+def _edges(change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Change q, k and v of length 1, 1 and any, as the memory gets them."""
+    convolved = mixer.convolved
+
+    def changed(*arguments: Any) -> tuple[Tensor, ...]:
+        q, k, v, tail = convolved(*arguments)
+        return (*change(q, k, v), tail)
+
+    mixer.convolved = changed  # type: ignore[assignment]
+
+
+def unit_values() -> None:
+    """8: values of length 1, as the keys and the residual are."""
+    _edges(lambda q, k, v: (q, k, F.normalize(v, dim=-1)))
+
+
+def linear_keys() -> None:
+    """No SiLU on q and k: it leaves all keys one large mean, and their gradients with it."""
+
+    def convolved(qkv: Tensor, taps: Tensor, tail: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+        channels = F.pad(qkv.flatten(2).transpose(1, 2), (taps.shape[-1] - 1, 0))
+        mixed = F.conv1d(channels, taps.flatten(0, 1).unsqueeze(1), groups=channels.shape[1]).transpose(1, 2)
+        q, k, v = mixed.unflatten(-1, qkv.shape[2:]).unbind(-2)
+        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), F.silu(v), channels[..., channels.shape[-1] - 3 :]
+
+    mixer.convolved = convolved  # type: ignore[assignment]
+
+
 PATCHES: dict[str, Callable[[], None]] = {
-    "read norm": read_norm, "no residual": no_residual, "next value": next_value,
-    "large start": large_start,
+    "read norm": read_norm, "no residual": no_residual, "next value": next_value, "unit values": unit_values,
+    "linear keys": linear_keys, "large start": large_start,
 }  # fmt: skip
 
 
