@@ -88,6 +88,10 @@ def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
         (["memory.feature_map=cubic"], 1, "choose one of identity, hadamard"),
         (["memory.feature_map=taylor", "memory.head_dim=128"], 1, "to 8385 features: .* MiB .* use a smaller head_dim"),
         (["memory.feature_map=sketch"], 1, "memory.sketch_width=0 .* for example 512"),
+        (["memory.write_gate=true", "memory.ns_period=16"], 1, "one token's gate would decide .*ns_step='sum'"),
+        (["train.write_budget=0.1"], 1, "has no gate that keeps to it; set memory.write_gate=true"),
+        (["memory.write_gate=true", "train.write_budget=-1"], 1, "train.write_budget=-1.0 must be 0 or more"),
+        (["memory.ns_step=mean"], 1, r"\[memory\] ns_step='mean' is unknown; choose one of last, sum"),
         (["memory.kernel=exponential"], 1, r"\[memory\] kernel='exponential' came with ns_steps=5"),
         (["memory.preset=dot", "memory.feature_map=hadamard"], 1, "that kernel lifts by itself"),
         (["memory.step_in_momentum=true"], 1, "takes gamma's place"),
@@ -130,6 +134,17 @@ def test_every_field_is_explained() -> None:
             assert f"  {key}: " in text
 
 
+def test_a_saved_configuration_of_before_is_the_model_that_it_was(tmp_path: Path, empty: Path) -> None:
+    """A checkpoint lists all keys of its time. Keys that came later mean what was done then."""
+    later = ("ns_step", "write_gate", "write_budget")
+    saved = to_toml(load(empty, ["memory.preset=atlas", "memory.norm=layer", "memory.ns_period=16"]))
+    kept = [line for line in saved.splitlines() if not line.startswith(later)]
+    (tmp_path / "config.toml").write_text("\n".join(kept))
+    before = load(tmp_path / "config.toml")
+    assert (before.memory.ns_step, before.memory.write_gate, before.train.write_budget) == ("last", False, 0.0)
+    assert (before.memory.norm, before.memory.preset) == ("layer", "atlas")
+
+
 def test_another_model_is_told_by_its_fields(empty: Path) -> None:
     ours = load(empty)
     same = load(empty, ["memory.impl=reference", "model.pattern=M-M-|*-M-", "parallel.pipeline=2", "train.lr=1e-4"])
@@ -155,7 +170,7 @@ def test_the_quickstart_is_the_whole_model() -> None:
     config = load(CONFIGS / "quickstart.toml")
     validate(config, 1)
     memory = config.memory
-    assert (memory.memory, memory.norm, memory.window, memory.omega_gates) == ("mlp", "layer", 16, "pair")
+    assert (memory.memory, memory.norm, memory.window, memory.omega_gates) == ("mlp", "none", 16, "pair")
     assert (memory.momentum, memory.ns_steps, memory.feature_map, memory.degree) == (True, 5, "hadamard", 2)
     assert config.model.pattern.count("*") == 1
 
