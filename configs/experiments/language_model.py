@@ -134,7 +134,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Train what is missing, then draw and describe."""
 
     def experiment() -> None:
-        asked = record.options("language_model", __doc__ or "", words)
+        asked = record.options("language_model", __doc__ or "", words, reports=True)
         names = QUICK if asked.quick else tuple(CONTENDERS)
         if not Path(f"{load(BASE).data.train[0]}.idx").is_file():
             raise ValueError(f"{load(BASE).data.train[0]}.idx is missing; run make quickstart once, which prepares it")
@@ -143,7 +143,8 @@ def main(words: Sequence[str] | None = None) -> int:
         comparison = Protocol(BASE, more, steps, rates, seeds, RUNS)
         settings = {"steps": steps, "rates": rates, "words": WORDS, "base": BASE.read_text(encoding="utf-8")}
         results = record.Record("language_model", asked, settings)
-        protocol.compare(results, STAGE, comparison, contenders(names))
+        if not asked.report:
+            protocol.compare(results, STAGE, comparison, contenders(names))
         draw(results, names, seeds)
         describe(results, names, comparison)
 

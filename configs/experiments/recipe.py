@@ -82,7 +82,8 @@ def table(results: record.Record, names: Sequence[str], seeds: Sequence[int]) ->
     return "\n".join([*lines, *(line for _, line in sorted(rows, key=lambda row: row[0]))])
 
 
-def describe(results: record.Record, names: Sequence[str], seeds: Sequence[int], steps: int) -> None:
+def describe(results: record.Record, names: Sequence[str], seeds: Sequence[int], steps: int, rows: int) -> None:
+    """The table of what is there, of so many rows."""
     config = load(BASE)
     tokens = steps * config.train.global_batch * config.model.seq_length
     results.write_text(
@@ -91,27 +92,33 @@ def describe(results: record.Record, names: Sequence[str], seeds: Sequence[int],
             f"Bits per byte of held-out Python sources after {tokens:,} bytes, models of "
             f"{protocol.parameters(config):,} parameters (within 1 %), pattern {config.model.pattern}, sequences of "
             f"{config.model.seq_length}, one learning rate; seeds {', '.join(map(str, seeds))}. A number in the second "
-            "column is a hypothesis of the search; the words of each row are in the JSON.",
+            f"column is a hypothesis of the search; the words of each row are in the JSON. {_missing(names, rows)}",
             table(results, names, seeds),
         ],
     )
+
+
+def _missing(names: Sequence[str], rows: int) -> str:
+    return f"{rows - len(names)} of {rows} rows have not been trained yet." if len(names) < rows else ""
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Train what is missing, then draw and describe."""
 
     def experiment() -> None:
-        asked = record.options("recipe", __doc__ or "", words)
+        asked = record.options("recipe", __doc__ or "", words, reports=True)
         names = QUICK if asked.quick else tuple(SCREEN)
         seeds, steps = ((1,), 3) if asked.quick else (SEEDS, STEPS)
         contenders = {name: SCREEN[name] for name in names}
-        prepare_bytes()
         # Not the rows: the search grows by them.
         results = record.Record("recipe", asked, {"steps": steps, "base": BASE.read_text(encoding="utf-8")})
         more = ("train.validate_sequences=8",) if asked.quick else ()
-        protocol.compare(results, STAGE, Protocol(BASE, more, steps, (), seeds, RUNS), contenders)
-        draw(results, names, seeds)
-        describe(results, names, seeds, steps)
+        if not asked.report:
+            prepare_bytes()
+            protocol.compare(results, STAGE, Protocol(BASE, more, steps, (), seeds, RUNS), contenders)
+        trained = [n for n in names if any(protocol.seed_cell(STAGE, n, seed) in results.cells for seed in seeds)]
+        draw(results, trained, seeds)
+        describe(results, trained, seeds, steps, len(names))
 
     return record.run("recipe", experiment)
 

@@ -33,10 +33,11 @@ class Options:
 
     quick: bool
     out: Path
+    report: bool = False
 
 
-def options(name: str, description: str, words: Sequence[str] | None) -> Options:
-    """Read the command line of configs/experiments/<name>.py."""
+def options(name: str, description: str, words: Sequence[str] | None, *, reports: bool = False) -> Options:
+    """Read the command line of configs/experiments/<name>.py; reports: whether it can describe a part of its cells."""
     parser = argparse.ArgumentParser(
         prog=f"{name}.py",
         description=description,
@@ -45,9 +46,11 @@ def options(name: str, description: str, words: Sequence[str] | None) -> Options
     )
     parser.add_argument("--quick", action="store_true", help="a tiny grid, a minute or two; into runs/experiments")
     parser.add_argument("--out", type=Path, help="folder of the results (docs/results, with --quick runs/experiments)")
+    if reports:
+        parser.add_argument("--report", action="store_true", help="train nothing: draw and describe what is there")
     given = parser.parse_args(words)
     default = ROOT / ("runs/experiments" if given.quick else "docs/results")
-    return Options(given.quick, given.out or default)
+    return Options(given.quick, given.out or default, reports and given.report)
 
 
 class Record(Results):

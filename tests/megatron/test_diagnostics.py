@@ -107,7 +107,7 @@ def test_a_silent_memory_neither_steps_nor_decays(memory: Any, symbol: str, monk
         atlas.silent = False
         assert torch.equal(mixer(x)[0], spoken)
         own = atlas._gates
-        monkeypatch.setattr(atlas, "_gates", lambda hidden: holding(own(hidden)))
+        monkeypatch.setattr(atlas, "_gates", lambda *given: holding(own(*given)))
         torch.testing.assert_close(silent, mixer(x)[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(silent, pieces, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(silent, spoken, rtol=1e-4, atol=1e-5)
@@ -128,7 +128,7 @@ def test_a_silent_memory_reads_its_start_weights_also_in_packed_documents() -> N
         assert after.memory is None
         torch.testing.assert_close(read(asked[0], learned), read(asked[0], None), rtol=0, atol=0)
         mixer.silent, own = False, mixer._gates
-        mixer._gates = lambda hidden: holding(own(hidden))
+        mixer._gates = lambda *given: holding(own(*given))
         torch.testing.assert_close(silent, mixer.mix(x, None, positions)[0], rtol=1e-4, atol=1e-5)
 
 

@@ -83,12 +83,13 @@ def test_a_write_gate_keeps_what_it_does_not_write(preset: str) -> None:
 
 
 @pytest.mark.usefixtures("single_process_megatron")
-def test_retention_starts_by_the_length_of_the_sequences() -> None:
-    config = replace(SMALL, memory=replace(SMALL.memory, alpha_start=0.0), model=replace(SMALL.model, seq_length=200))
-    mixer = build_mixer("M", config)
-    mixer.measure = True
-    mixer(torch.zeros(16, 1, 32))
-    assert mixer.measurements["alpha_mean"].item() == pytest.approx(1 - 1 / 200, rel=1e-5)
+def test_retention_starts_by_the_writes_or_by_the_length_of_the_sequences() -> None:
+    for preset, start in (("atlas", 0.99), ("omeganet", 1 - 1 / 200)):
+        memory = replace(SMALL.memory, **PRESETS[preset], alpha_start=0.0)
+        mixer = build_mixer("M", replace(SMALL, memory=memory, model=replace(SMALL.model, seq_length=200)))
+        mixer.measure = True
+        mixer(torch.zeros(16, 1, 32))
+        assert mixer.measurements["alpha_mean"].item() == pytest.approx(start, rel=1e-5)
 
 
 @pytest.mark.usefixtures("single_process_megatron")
