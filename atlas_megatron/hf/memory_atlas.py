@@ -133,6 +133,7 @@ class AtlasMemory(nn.Module):
         gates = dict(zip(self.gate_widths, logits.sigmoid().split(sizes, -1), strict=True))
         if memory.write_gate:
             raw = dict(zip(self.gate_widths, logits.split(sizes, -1), strict=True))
+            assert self.write_view is not None
             seen = (torch.cat([k, v], -1) * wide(self.write_view)).sum(-1, keepdim=True)
             gates["eta"] = write_gate(raw["eta"] + seen)
             if memory.retention:

@@ -169,6 +169,7 @@ class AtlasMixer(Mixer):
         gates = dict(zip(widths, logits.sigmoid().split(list(widths.values()), dim=-1), strict=True))
         if memory.write_gate:
             raw = dict(zip(widths, logits.split(list(widths.values()), dim=-1), strict=True))
+            assert self.write_view is not None
             seen = (torch.cat([k, v], -1) * wide(self.write_view)).sum(-1, keepdim=True)
             gates["eta"] = budgeted(write_gate(raw["eta"] + seen), self.write_budget)
             if memory.retention:

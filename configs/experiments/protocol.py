@@ -148,5 +148,7 @@ def apart(ours: Sequence[float | None], theirs: Sequence[float | None]) -> tuple
     pairs = [b - a for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
     if not pairs:
         return None
+    if len(pairs) == 1:
+        return pairs[0], "one seed"
     one_sign = all(d > 0 for d in pairs) or all(d < 0 for d in pairs)
     return mean(pairs), "every seed" if one_sign else "seeds disagree"

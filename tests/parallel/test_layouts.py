@@ -132,7 +132,7 @@ def test_newton_schulz_rounds_no_worse_spread_than_disturbed(starts: Path) -> No
     (one, *others), _ = gradients(starts, "atlas", names, torch.float32)
     reruns = [gradients(starts, "atlas", ["one"], torch.float32, disturbed=seed)[0][0] for seed in (1, 2, 3)]
     noise = max(rms(rerun[parameter], value) for rerun in reruns for parameter, value in one.items())
-    assert noise > TOLERANCE / 10  # else float32 would do for ATLAS too
+    assert 0 < noise < TOLERANCE  # without an output norm Newton-Schulz blows little up
     for name, found in zip(names[1:], others, strict=True):
         worst = max(rms(value, one[parameter]) for parameter, value in found.items())
         assert worst < 3 * noise, f"{name}: {worst:.1e}, disturbed {noise:.1e}"
