@@ -15,8 +15,8 @@ SHORT = 100  # tokens
 # Of an orthogonalised write, for each token that it stands for. A gated memory's hidden width is a product of two
 # written layers: with the step of a plain one its outer gradients explode.
 STEP, GATED_STEP = 0.01, 0.0015
-# Of a token beside it. A chunk multiplies the outer gradient by about RETENTION^chunk (1 + kappa STEP chunk): with
-# these two below one, whatever the chunk.
+# Of a token beside it. A chunk multiplies the outer gradient by about RETENTION^chunk (1 + kappa STEP chunk): these two
+# keep that near one, whatever the chunk.
 RETENTION = 0.99
 
 

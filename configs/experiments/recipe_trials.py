@@ -163,7 +163,7 @@ class FlooredAt10(Floored):
 
 
 class Clipped(Trial):
-    """10: no Newton-Schulz: the momentum, its Frobenius norm at most 1 (4 where the rule's own is about that)."""
+    """10: no Newton-Schulz: the momentum, its Frobenius norm at most MOST, about that of an orthogonal one."""
 
     def direction(self, j: int, momentum: Tensor) -> Tensor:
         return momentum * (MOST / momentum.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).clamp(max=1.0)
