@@ -22,7 +22,7 @@ from matplotlib import pyplot
 
 import protocol
 import record
-from atlas_megatron.config import load
+from atlas_megatron.config import WITH_MEMORY, has, load
 from protocol import Contender, Protocol
 
 GPU = torch.cuda.is_available()
@@ -35,6 +35,7 @@ RATES = (1e-3, 2e-3, 4e-3) if GPU else (1.5e-3, 3e-3, 6e-3)
 VALIDATED = 256 if GPU else 176  # sequences; of the quickstart's, all of the held-out text
 # Measuring costs a second read of every memory.
 WORDS = (f"train.validate_sequences={VALIDATED}", "train.stats_every=1000000", "log.tensorboard=false")
+SILENCED = "train.validate_silenced=true"  # what the memories contribute
 # The first is what the others are compared with and sized by. A pattern of three blocks is repeated as often as the
 # base's. ATLAS stands here with several periods: beside OmegaNet, which writes at every token, a write a chunk reads
 # its own chunk late.
@@ -63,7 +64,11 @@ def contenders(names: Sequence[str]) -> dict[str, Contender]:
         key, _, value = word.partition("=")
         return f"{key}={value * times}" if key == "model.pattern" else word
 
-    return {n: Contender(tuple(map(repeated, CONTENDERS[n].words)), CONTENDERS[n].asks) for n in names}
+    def words_of(name: str) -> tuple[str, ...]:
+        own = tuple(map(repeated, CONTENDERS[name].words))
+        return (*own, SILENCED) if has(load(BASE, own).model.pattern, WITH_MEMORY) else own
+
+    return {n: Contender(words_of(n), CONTENDERS[n].asks) for n in names}
 
 
 def draw(results: record.Record, names: Sequence[str], seeds: Sequence[int]) -> None:

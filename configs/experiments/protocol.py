@@ -7,6 +7,7 @@ them from every seed. A run that meets NaN, or that the configuration refuses, i
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +19,10 @@ import recipe_trials
 import record
 from atlas_megatron.config import Config, load
 from atlas_megatron.metrics import METRICS, read
+from atlas_megatron.validation import POSITION_LOSS
 
 QUARTER = 4  # of the tokens, where rates are compared
+BIN = 16  # positions of the context whose loss a cell keeps as one mean
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,11 @@ def trained(base: Path, words: list[str], directory: Path, trial: str = "") -> r
         said = (directory / "log.txt").read_text(encoding="utf-8").strip().splitlines()
         return found | {"wrong": f"status {status}: {said[-1] if said else 'no word'}"}
     last = records[-1]
+    if "validation_loss_silenced" in last:
+        found["loss_silenced"] = last["validation_loss_silenced"]
+    if (directory / POSITION_LOSS).is_file():
+        loss = json.loads((directory / POSITION_LOSS).read_text(encoding="utf-8"))["loss"]
+        found["loss_by_position"] = [round(mean(loss[at : at + BIN]), 4) for at in range(0, len(loss), BIN)]
     # The cell is the result; a run that is asked for again begins again.
     shutil.rmtree(directory)
     return found | {

@@ -44,6 +44,11 @@ SCREEN: dict[str, Contender] = {
     "step 0.03": _atlas("memory.eta_start=0.03", asks="2: a tenth of the step"),
     "step 0.1": _atlas("memory.eta_start=0.1", asks="2: a third of the step"),
     "step 1": _atlas("memory.eta_start=1.0", asks="2: three times the step"),
+    "heads remember 25 to 1600 tokens": _atlas(
+        asks="2: a head starts with a retention of its own, and a step as much smaller as it is nearer one",
+        trial="spans of 25 to 1600",
+    ),
+    "heads remember 50 to 400 tokens": _atlas(asks="2", trial="spans of 50 to 400"),
     # 3 and 4: what a write stands for.
     "the sum of a period's steps": _atlas("memory.ns_step=sum", asks="3: a write takes the steps it stands for"),
     "momentum decay 0.97": _atlas("memory.theta_start=0.97", asks="3: of 32 tokens more than the last ten are written"),
@@ -90,8 +95,14 @@ SCREEN: dict[str, Contender] = {
     "2 heads of 64": _atlas("memory.heads=2", "memory.head_dim=64", asks="8"),
     "values of length 1": _atlas(asks="8: as the keys and the residual", trial="unit values"),
     "keys without SiLU": _atlas(asks="8: keys that share no mean", trial="linear keys"),
-    "both": _atlas(asks="8", trial="unit values + linear keys"),
+    "both": _atlas(asks="8", trial="linear keys + unit values"),
     "a value under the key before": _atlas(asks="the next token's value under this key", trial="next value"),
+    "keys start as queries": _atlas(asks="8: starts", trial="keys as queries"),
+    "keys start as the queries before": _atlas(
+        asks="8: the memory starts by answering what followed a query", trial="late keys"
+    ),
+    "keys start as the queries before, half the heads": _atlas(asks="8", trial="late keys of half the heads"),
+    "copies at the start": _atlas(asks="8: and the answer starts as the token that followed", trial="copy start"),
     # 10: magnitude after Newton-Schulz.
     "x nuclear norm": _atlas(asks="10: steepest descent in the spectral norm", trial="steepest"),
     "x Frobenius norm": _atlas(asks="10", trial="sized"),

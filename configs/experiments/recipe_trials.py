@@ -7,6 +7,7 @@ tests, and leaves this file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from math import prod
 from typing import Any
@@ -24,6 +25,7 @@ from atlas_kernels.rule import MemoryRule
 from atlas_kernels.writes import Leave, OrthogonalWrites, SourceReader, decay_matrix
 from atlas_megatron.mixers import memory as mixer
 from atlas_megatron.mixers import memory_layout
+from atlas_megatron.mixers.memory import AtlasMixer
 
 DECAYS_ALL, DECAYS_W1 = (True, True, True), (True, False, False)
 
@@ -243,6 +245,78 @@ def next_value() -> None:
     mixer.initial_taps = shifted
 
 
+def _starts(change: Callable[[AtlasMixer], None]) -> None:
+    """Change a memory layer's weights as they are drawn."""
+    build = AtlasMixer.build
+
+    def changed(self: AtlasMixer, *arguments: Any) -> None:
+        build(self, *arguments)
+        with torch.no_grad():
+            change(self)
+
+    AtlasMixer.build = changed  # type: ignore[method-assign]
+
+
+def _late_keys(self: AtlasMixer, heads: slice) -> None:
+    width = self.memory.head_dim
+    rows = self.linear_qkvg.weight.view(-1, 4, width, self.linear_qkvg.weight.shape[-1])[heads]
+    rows[:, 1] = rows[:, 0]
+    taps = self.convolution.view(-1, 3, width, self.convolution.shape[-1])[heads]
+    taps[:, 1, :, :-1], taps[:, 1, :, -1] = taps[:, 0, :, 1:], 0.0
+
+
+def late_keys() -> None:
+    """A key starts as the query of the token before it: the memory starts by answering what followed a query."""
+    _starts(lambda self: _late_keys(self, slice(None)))
+
+
+def copy_start() -> None:
+    """As `late_keys`, and what is read starts as the token that the value was: values of the token alone, the output
+    matrix the transpose of theirs."""
+
+    def copying(self: AtlasMixer) -> None:
+        _late_keys(self, slice(None))
+        width = self.memory.head_dim
+        values = self.linear_qkvg.weight.view(-1, 4, width, self.linear_qkvg.weight.shape[-1])[:, 2]
+        self.linear_out.weight.copy_(values.flatten(0, 1).T)
+        taps = self.convolution.view(-1, 3, width, self.convolution.shape[-1])[:, 2]
+        taps.mul_(0.2)[..., -1] += 1.0
+
+    _starts(copying)
+
+
+def late_keys_half() -> None:
+    """As `late_keys`, for every second head."""
+    _starts(lambda self: _late_keys(self, slice(None, None, 2)))
+
+
+def keys_as_queries() -> None:
+    """Keys start as queries."""
+
+    def tied(self: AtlasMixer) -> None:
+        width = self.memory.head_dim
+        rows = self.linear_qkvg.weight.view(-1, 4, width, self.linear_qkvg.weight.shape[-1])
+        rows[:, 1] = rows[:, 0]
+        taps = self.convolution.view(-1, 3, width, self.convolution.shape[-1])
+        taps[:, 1] = taps[:, 0]
+
+    _starts(tied)
+
+
+def spread(*spans: float) -> Callable[[], None]:
+    """2: heads that start by remembering so many tokens each, and write the less the longer they do."""
+
+    def started(self: AtlasMixer) -> None:
+        places = list(memory_layout.gate_widths(self.memory))
+        for head, bias in enumerate(self.gate_bias):
+            span = spans[head % len(spans)]
+            step = 1 / (1 - memory_layout.RETENTION) / span / memory_layout.ETA_HEADROOM
+            bias[places.index("alpha")] = math.log(span - 1)
+            bias[places.index("eta")] = math.log(step / (1 - step))
+
+    return lambda: _starts(started)
+
+
 def large_start() -> None:
     """8: W1 starts at the scale of any linear layer."""
     memory_layout.W1_GAIN = 1.0
@@ -278,7 +352,9 @@ def linear_keys() -> None:
 
 PATCHES: dict[str, Callable[[], None]] = {
     "read norm": read_norm, "no residual": no_residual, "next value": next_value, "unit values": unit_values,
-    "linear keys": linear_keys, "large start": large_start,
+    "linear keys": linear_keys, "large start": large_start, "late keys": late_keys,
+    "spans of 25 to 1600": spread(25, 100, 400, 1600), "spans of 50 to 400": spread(50, 100, 200, 400),
+    "copy start": copy_start, "late keys of half the heads": late_keys_half, "keys as queries": keys_as_queries,
 }  # fmt: skip
 
 
