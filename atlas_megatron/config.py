@@ -103,6 +103,9 @@ class MemoryConfig:
     # power w. What is not worth a write is not forgotten over; train.write_budget makes it ask for zeros.
     write_gate: bool = False
     conv_size: int = 4  # taps of the short convolutions on q, k, v
+    # Keys start as the query of the token before them: a memory begins by answering what followed its query, and
+    # learns to recall sooner (docs/results/mqar.md). False: as they are drawn.
+    late_keys: bool = True
     gate_rank: int = 32  # of the low-rank pairs behind alpha, eta, theta, gamma
     # Retention of one token at initialisation. 0 derives it. Newton-Schulz: 0.99, which at its step keeps the outer
     # gradient over any number of chunks near one. None: what was there first fades to a third over seq_length tokens,
@@ -156,6 +159,7 @@ class DeltaConfig:
     heads: int = 4
     head_dim: int = 64  # K = V
     conv_size: int = 4  # taps of the short convolutions on q, k, v
+    late_keys: bool = False  # as memory.late_keys; the delta rules of the literature start without
     # auto: flash-linear-attention for bfloat16 on a GPU where it is installed, else chunked, the kernels of the memory.
     impl: str = "auto"  # fla | chunked | auto
 

@@ -83,6 +83,12 @@ def _check_ranges(config: Config) -> None:
     for key in ("devices_per_node", "context_slices"):
         if getattr(config.parallel, key) < 0:
             raise ValueError(f"parallel.{key}={getattr(config.parallel, key)} must be 0 (found out) or more")
+    for name, section, symbols in (("memory", memory, WITH_MEMORY), ("delta", config.delta, WITH_DELTA)):
+        if section.late_keys and section.conv_size == 1 and has(model.pattern, symbols):
+            raise ValueError(
+                f"{name}.late_keys=true with {name}.conv_size=1, whose keys see no token before their own; set "
+                f"{name}.late_keys=false, or more taps"
+            )
     if memory.eta_start < 0:
         raise ValueError(f"memory.eta_start={memory.eta_start} must be 0 (derived) or more")
     if train.min_lr > train.lr:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_atlas import AtlasConfig
-from .convolution_atlas import ShortConvolution, wide
+from .convolution_atlas import ShortConvolution, late_key_starts, wide
 from .kernels_atlas import Gates, MemoryRule, State, gated_norm, omega_memory
 from .place_atlas import Place
 
@@ -139,6 +139,7 @@ class DeltaNet(nn.Module):
         super().__init__()
         delta, hidden = config.section("delta"), config.hidden_size
         self.heads, self.head_dim, self.epsilon = delta.heads, delta.head_dim, config.norm_epsilon
+        self.late_keys = delta.late_keys
         width = delta.heads * delta.head_dim
         self.linear_qkvg = nn.Linear(hidden, 4 * width, bias=False)
         self.linear_gates = nn.Linear(hidden, delta.heads * self.gates, bias=False)
@@ -147,7 +148,8 @@ class DeltaNet(nn.Module):
         self.norm_gain = nn.Parameter(torch.empty(delta.heads, delta.head_dim))
 
     def start(self) -> dict[str, Tensor]:
-        return {"norm_gain": torch.ones(self.norm_gain.shape)}
+        late = late_key_starts(self.linear_qkvg, self.convolution) if self.late_keys else {}
+        return {"norm_gain": torch.ones(self.norm_gain.shape), **late}
 
     def forward(self, x: Tensor, state: DeltaState | None, place: Place) -> tuple[Tensor, DeltaState]:
         """[B, T, hidden] -> [B, T, hidden] and the state after."""

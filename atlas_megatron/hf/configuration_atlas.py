@@ -35,6 +35,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "ns_coefficients": "jordan",
         "write_gate": False,
         "conv_size": 4,
+        "late_keys": True,
         "gate_rank": 32,
         "alpha_start": 0.0,
         "theta_start": 0.9,
@@ -53,7 +54,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "segment": 128,
     },
     "recurrent": {"heads": 4, "head_dim": 64},
-    "delta": {"heads": 4, "head_dim": 64, "conv_size": 4, "impl": "auto"},
+    "delta": {"heads": 4, "head_dim": 64, "conv_size": 4, "late_keys": False, "impl": "auto"},
 }
 # The [model] section's keys lie flat in the configuration.
 MODEL = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .kernels_atlas import short_convolution
+from .kernels_atlas import late_keys, short_convolution
 
 
 class ShortConvolution(nn.Module):
@@ -33,3 +33,10 @@ class ShortConvolution(nn.Module):
 def wide(x: Tensor) -> Tensor:
     """At least float32: gates near 1 and small steps of an inner loop do not survive bfloat16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def late_key_starts(projection: nn.Linear, convolution: ShortConvolution) -> dict[str, Tensor]:
+    """What `late_keys` makes of a layer's parameters as they were drawn, by their names in it."""
+    taps = convolution.weight.detach()
+    rows, filters = late_keys(projection.weight.detach().unflatten(0, (len(taps), 4, -1)), taps)
+    return {"linear_qkvg.weight": rows.flatten(0, 2), "convolution.weight": filters}

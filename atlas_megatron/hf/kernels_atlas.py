@@ -9,6 +9,7 @@ try:
         State,
         gated_norm,
         initial_coefficients,
+        late_keys,
         lift,
         lifted_width,
         omega_memory,
@@ -20,7 +21,7 @@ try:
     )
 except ImportError:
     from .dual import DualState  # type: ignore[no-redef]
-    from .edges import gated_norm, short_convolution  # type: ignore[no-redef]
+    from .edges import gated_norm, late_keys, short_convolution  # type: ignore[no-redef]
     from .features import initial_coefficients, lift, lifted_width  # type: ignore[no-redef]
     from .op import State, omega_memory, read_memory  # type: ignore[no-redef]
 
@@ -37,6 +38,7 @@ __all__ = [
     "State",
     "gated_norm",
     "initial_coefficients",
+    "late_keys",
     "lift",
     "lifted_width",
     "omega_memory",

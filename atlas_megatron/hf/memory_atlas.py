@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_atlas import AtlasConfig
-from .convolution_atlas import ShortConvolution, wide
+from .convolution_atlas import ShortConvolution, late_key_starts, wide
 from .kernels_atlas import (
     Gates,
     MemoryRule,
@@ -91,6 +91,8 @@ class AtlasMemory(nn.Module):
         for name, shape, gain in zip(("start_second", "start_gate"), over_input, (1.0, first[1] ** 0.5), strict=False):
             drawn = [nn.init.orthogonal_(torch.empty(*shape)) for _ in range(memory.heads)]
             own[name] = torch.stack(drawn) * gain
+        if memory.late_keys:
+            own |= late_key_starts(self.linear_qkvg, self.convolution)
         return own
 
     def forward(self, x: Tensor, state: AtlasState | None, place: Place) -> tuple[Tensor, AtlasState]:

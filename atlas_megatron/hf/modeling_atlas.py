@@ -85,7 +85,7 @@ class AtlasPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
         elif hasattr(module, "start"):
             for name, value in module.start().items():  # type: ignore[operator]
-                init.copy_(getattr(module, name), value)
+                init.copy_(module.get_parameter(name), value)
 
     def load_memory(self, path: str | Path) -> AtlasCache:
         """A memory that `AtlasCache.save_memory` wrote, for this model's `past_key_values`.

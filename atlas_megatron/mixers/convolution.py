@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from atlas_kernels import short_convolution
+from atlas_kernels import late_keys, short_convolution
 from atlas_megatron.parallel.context import ALONE, Chain
 
 
@@ -33,3 +33,12 @@ def initial_taps(heads: int, head_dim: int, size: int) -> Tensor:
     """Filters of the q, k and v channels of each head, [H, 3K, size], uniform as torch draws a convolution's."""
     bound = size**-0.5
     return torch.empty(heads, 3 * head_dim, size).uniform_(-bound, bound)
+
+
+@torch.no_grad()
+def start_late_keys(projection: nn.Module, taps: nn.Parameter) -> None:
+    """`late_keys` of a layer as it was drawn, this rank's heads: a projection to q, k, v and output gate by head."""
+    weight = projection.get_parameter("weight")
+    rows, filters = late_keys(weight.unflatten(0, (len(taps), 4, -1)), taps)
+    weight.copy_(rows.flatten(0, 2))
+    taps.copy_(filters)

@@ -24,7 +24,7 @@ from torch import Tensor
 from atlas_kernels import Gates, MemoryRule, MemoryState, State, gated_norm, initial_state, omega_memory
 from atlas_megatron.config import Config, MemoryConfig
 from atlas_megatron.mixers.base import Mixer, wide
-from atlas_megatron.mixers.convolution import convolved, initial_taps
+from atlas_megatron.mixers.convolution import convolved, initial_taps, start_late_keys
 from atlas_megatron.mixers.linears import MixerLinears
 from atlas_megatron.mixers.memory_layout import memory_flops
 from atlas_megatron.presets import PRESETS
@@ -74,6 +74,8 @@ class DeltaNet(Mixer):
         self.linear_gates = linears.gates(hidden, delta.heads * self.gates, self.config, self.tp_group)
         self.linear_out = linears.row(width, hidden, self.config, self.tp_group)
         self.convolution = self.by_head(initial_taps(delta.heads, delta.head_dim, delta.conv_size))
+        if delta.late_keys:
+            start_late_keys(self.linear_qkvg, self.convolution)
         self.norm_gain = self.by_head(torch.ones(delta.heads, delta.head_dim))
         for parameter in self.parameters(recurse=False):
             parameter.no_weight_decay = True  # type: ignore[attr-defined]

@@ -31,7 +31,7 @@ from atlas_kernels import (
 )
 from atlas_megatron.config import Config
 from atlas_megatron.mixers.base import Mixer, wide
-from atlas_megatron.mixers.convolution import convolved, initial_taps
+from atlas_megatron.mixers.convolution import convolved, initial_taps, start_late_keys
 from atlas_megatron.mixers.linears import MixerLinears
 from atlas_megatron.mixers.memory_layout import (
     ETA_HEADROOM,
@@ -118,6 +118,8 @@ class AtlasMixer(Mixer):
         self.gate_down = self.on_every_rank(down)
 
         self.convolution = self.by_head(initial_taps(memory.heads, memory.head_dim, memory.conv_size))
+        if memory.late_keys:
+            start_late_keys(self.linear_qkvg, self.convolution)
         self.gate_bias = self.by_head(torch.tensor(gate_starts(memory, tokens)).repeat(memory.heads, 1))
         coefficients = initial_coefficients(memory.feature_map, memory.degree)
         if memory.kernel != "lifted":

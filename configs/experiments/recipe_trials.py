@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import atlas_kernels
 from atlas_kernels import memories, op
 from atlas_kernels.chunked import Kernels
 from atlas_kernels.layer_norm import layer_norm
@@ -258,20 +259,14 @@ def _starts(change: Callable[[AtlasMixer], None]) -> None:
 
 
 def _late_keys(self: AtlasMixer, heads: slice) -> None:
-    width = self.memory.head_dim
-    rows = self.linear_qkvg.weight.view(-1, 4, width, self.linear_qkvg.weight.shape[-1])[heads]
-    rows[:, 1] = rows[:, 0]
-    taps = self.convolution.view(-1, 3, width, self.convolution.shape[-1])[heads]
-    taps[:, 1, :, :-1], taps[:, 1, :, -1] = taps[:, 0, :, 1:], 0.0
-
-
-def late_keys() -> None:
-    """A key starts as the query of the token before it: the memory starts by answering what followed a query."""
-    _starts(lambda self: _late_keys(self, slice(None)))
+    rows = self.linear_qkvg.weight.unflatten(0, (len(self.convolution), 4, -1))[heads]
+    changed, taps = atlas_kernels.late_keys(rows, self.convolution[heads])
+    rows.copy_(changed)
+    self.convolution[heads] = taps
 
 
 def copy_start() -> None:
-    """As `late_keys`, and what is read starts as the token that the value was: values of the token alone, the output
+    """`late_keys`, and what is read starts as the token that the value was: values of the token alone, the output
     matrix the transpose of theirs."""
 
     def copying(self: AtlasMixer) -> None:
@@ -286,7 +281,7 @@ def copy_start() -> None:
 
 
 def late_keys_half() -> None:
-    """As `late_keys`, for every second head."""
+    """`late_keys`, for every second head."""
     _starts(lambda self: _late_keys(self, slice(None, None, 2)))
 
 
@@ -352,7 +347,7 @@ def linear_keys() -> None:
 
 PATCHES: dict[str, Callable[[], None]] = {
     "read norm": read_norm, "no residual": no_residual, "next value": next_value, "unit values": unit_values,
-    "linear keys": linear_keys, "large start": large_start, "late keys": late_keys,
+    "linear keys": linear_keys, "large start": large_start,
     "spans of 25 to 1600": spread(25, 100, 400, 1600), "spans of 50 to 400": spread(50, 100, 200, 400),
     "copy start": copy_start, "late keys of half the heads": late_keys_half, "keys as queries": keys_as_queries,
 }  # fmt: skip

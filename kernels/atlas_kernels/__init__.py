@@ -1,7 +1,7 @@
 """The ATLAS memory: a deep neural memory that learns, at test time, from a sliding window of the context."""
 
 from .dual import DualState
-from .edges import gated_norm, short_convolution
+from .edges import gated_norm, late_keys, short_convolution
 from .features import FEATURE_MAPS, initial_coefficients, lift, lifted_width
 from .newton_schulz import newton_schulz
 from .op import State, check_implementation, omega_memory, read_memory
@@ -20,6 +20,7 @@ __all__ = [
     "gated_norm",
     "initial_coefficients",
     "initial_state",
+    "late_keys",
     "lift",
     "lifted_width",
     "newton_schulz",

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+OWN_TOKEN = 0.2
+
 
 def short_convolution(
     qkv: Tensor, taps: Tensor, before: Tensor | None, positions: Tensor | None = None, impl: str = "auto"
@@ -42,6 +44,23 @@ def short_convolution(
     wide = mixed.to(torch.promote_types(mixed.dtype, torch.float32))
     q, k, v = wide.unflatten(-1, qkv.shape[2:]).unbind(-2)
     return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, channels[..., channels.shape[-1] - reach :]
+
+
+def late_keys(projection: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
+    """A start in which the key of a token is the query of the token before it, so that a memory begins by answering
+    what followed its query, and has not to find this by training.
+
+    projection [H, 3 or more, K, D]: drawn rows of q, k and more; taps [H, 3K, L]: drawn filters, L > 1. Returns both
+    with the keys' changed: their rows are the queries', their filters the queries' one token later. Of its own token a
+    key has OWN_TOKEN of what was drawn: a first token has no other, and its key is brought to length 1.
+    """
+    queries, drawn = (part for part in taps.unflatten(1, (3, -1)).unbind(1)[:2])
+    late = torch.cat([queries[..., 1:], OWN_TOKEN * drawn[..., -1:]], -1)
+    channels = taps.unflatten(1, (3, -1)).clone()
+    channels[:, 1] = late
+    rows = projection.clone()
+    rows[:, 1] = rows[:, 0]
+    return rows, channels.flatten(1, 2)
 
 
 def gated_norm(y: Tensor, gate: Tensor, gain: Tensor, epsilon: float, impl: str = "auto") -> Tensor:

@@ -14,6 +14,7 @@ from atlas_kernels.chunked import TORCH
 from atlas_megatron.config import Config
 from atlas_megatron.hf.configuration_atlas import MODEL, SECTIONS, AtlasConfig
 from atlas_megatron.hf.export import described
+from atlas_megatron.hf.modeling_atlas import AtlasModel
 from atlas_megatron.presets import PRESETS
 from twins import CALM, settings, tokens, twins
 
@@ -98,6 +99,16 @@ def test_the_configuration_is_megatrons() -> None:
     whole = Config()
     sections = AtlasConfig().sections()
     assert sections == {name: asdict(getattr(whole, name)) for name in ("model", *SECTIONS)}
+
+
+def test_a_new_models_keys_start_late_as_megatrons_do() -> None:
+    model = AtlasModel(AtlasConfig(pattern="M-G-", vocab_size=64, hidden_size=32, delta={"heads": 2, "head_dim": 16}))
+    for mixer, late in ((model.layers[0].mixer, True), (model.layers[2].mixer, False)):
+        taps = mixer.convolution.weight
+        q, k = mixer.linear_qkvg.weight.unflatten(0, (len(taps), 4, -1)).unbind(1)[:2]
+        queries, keys = taps.unflatten(1, (3, -1)).unbind(1)[:2]
+        assert torch.equal(q, k) is late
+        assert torch.equal(queries[..., 1:], keys[..., :-1]) is late
 
 
 def test_a_configuration_comes_back_from_json() -> None:

@@ -92,6 +92,8 @@ def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
         (["train.write_budget=0.1"], 1, "has no gate that keeps to it; set memory.write_gate=true"),
         (["memory.write_gate=true", "train.write_budget=-1"], 1, "train.write_budget=-1.0 must be 0 or more"),
         (["memory.ns_step=mean"], 1, r"\[memory\] ns_step='mean' is unknown; choose one of last, sum"),
+        (["memory.conv_size=1"], 1, "keys see no token before their own; set memory.late_keys=false"),
+        (["model.pattern=G-", "delta.conv_size=1", "delta.late_keys=true"], 1, "set delta.late_keys=false"),
         (["memory.kernel=exponential"], 1, r"\[memory\] kernel='exponential' came with ns_steps=5"),
         (["memory.preset=dot", "memory.feature_map=hadamard"], 1, "that kernel lifts by itself"),
         (["memory.step_in_momentum=true"], 1, "takes gamma's place"),

@@ -51,6 +51,19 @@ def test_a_token_sees_nothing_after_it(symbol: str) -> None:
     assert not torch.allclose(y[19], z[19])
 
 
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("symbol", ["M", "G"])
+@pytest.mark.usefixtures("single_process_megatron")
+def test_keys_start_late_where_the_config_says(symbol: str, late: bool) -> None:
+    memory, delta = replace(SMALL.memory, late_keys=late), replace(SMALL.delta, late_keys=late)
+    mixer = build_mixer(symbol, replace(SMALL, memory=memory, delta=delta))
+    heads = len(mixer.convolution)
+    q, k = mixer.linear_qkvg.weight.unflatten(0, (heads, 4, -1)).unbind(1)[:2]
+    queries, keys = mixer.convolution.unflatten(1, (3, -1)).unbind(1)[:2]
+    assert torch.equal(q, k) is late
+    assert torch.equal(queries[..., 1:], keys[..., :-1]) is late
+
+
 @pytest.mark.usefixtures("single_process_megatron")
 def test_gates_start_where_the_config_says() -> None:
     memory = replace(SMALL.memory, alpha_start=0.97, theta_start=0.8, gamma_start=0.3, eta_start=0.05)
