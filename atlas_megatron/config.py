@@ -185,8 +185,10 @@ class TrainConfig:
     fp8: str = ""
     fp8_recipe: str = "delayed"  # delayed | tensorwise | blockwise (sm_90) | mxfp8 (sm_100): how FP8 is scaled
     # Of memories with memory.write_gate: how much the mean of sqrt(w + 1e-4) counts beside the loss (which is reported
-    # without it). It rises to that over the first quarter of the steps.
+    # without it). It rises to that over the first quarter of the steps, and from half of them on to
+    # late_write_budget, where that is not 0: by then what is read is known, and the rest can be left unwritten.
     write_budget: float = 0.0
+    late_write_budget: float = 0.0
     recompute: bool = False  # recompute each layer's activations in the backward
     deterministic: bool = False  # two runs of one layout are bit-equal on a GPU too; refuses what cannot be
     validate_every: int = 100  # steps; 0 never

@@ -63,7 +63,7 @@ def _check_ranges(config: Config) -> None:
                 raise ValueError(f"{name}.{key}={getattr(section, key)} must be greater than 0")
     for key in (
         *("warmup_steps", "weight_decay", "clip_grad", "validate_every", "validate_sequences", "min_lr"),
-        "write_budget",
+        *("write_budget", "late_write_budget"),
     ):
         if not getattr(train, key) >= 0:
             raise ValueError(f"train.{key}={getattr(train, key)} must be 0 or more")
@@ -237,6 +237,10 @@ def _check_memory(config: Config) -> None:
         raise ValueError(
             f"memory.write_gate=true with ns_period={memory.ns_period}, ns_step={memory.ns_step!r}: one token's gate "
             "would decide for its whole period; set memory.ns_step='sum'"
+        )
+    if config.train.late_write_budget and not config.train.write_budget:
+        raise ValueError(
+            f"train.late_write_budget={config.train.late_write_budget} rises from train.write_budget=0; set that too"
         )
     if config.train.write_budget and not memory.write_gate:
         raise ValueError(

@@ -91,6 +91,7 @@ def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
         (["memory.write_gate=true", "memory.ns_period=16"], 1, "one token's gate would decide .*ns_step='sum'"),
         (["train.write_budget=0.1"], 1, "has no gate that keeps to it; set memory.write_gate=true"),
         (["memory.write_gate=true", "train.write_budget=-1"], 1, "train.write_budget=-1.0 must be 0 or more"),
+        (["train.late_write_budget=0.5"], 1, "rises from train.write_budget=0; set that too"),
         (["memory.ns_step=mean"], 1, r"\[memory\] ns_step='mean' is unknown; choose one of last, sum"),
         (["memory.conv_size=1"], 1, "keys see no token before their own; set memory.late_keys=false"),
         (["model.pattern=G-", "delta.conv_size=1", "delta.late_keys=true"], 1, "set delta.late_keys=false"),
