@@ -81,6 +81,9 @@ SCREEN: dict[str, Contender] = {
     # 8: starts and sizes.
     "without residual": _atlas(asks="8: M(x) = W1 act(W2 x)", trial="no residual"),
     "W1 starts large": _atlas(asks="8: at a linear layer's scale", trial="large start"),
+    "W2 starts 2 times as large": _atlas(asks="8: hidden units that bend", trial="W2 x 2"),
+    "W2 starts 4 times as large": _atlas(asks="8", trial="W2 x 4"),
+    "W2 starts 8 times as large": _atlas(asks="8", trial="W2 x 8"),
     "sqrt(rows / cols) scale": _atlas(asks="8: Muon's scale of W2's update", trial="tall"),
     "3 Newton-Schulz steps": _atlas("memory.ns_steps=3", asks="8"),
     "polar express": _atlas("memory.ns_coefficients=polar_express", asks="8"),

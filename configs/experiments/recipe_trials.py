@@ -312,6 +312,12 @@ def spread(*spans: float) -> Callable[[], None]:
     return lambda: _starts(started)
 
 
+def second(gain: float) -> Callable[[], None]:
+    """8: W2 starts so many times orthogonal: with keys of length 1 hidden units then leave the activation's middle,
+    where it is a line."""
+    return lambda: _starts(lambda self: self.start_second.mul_(gain))  # type: ignore[union-attr,arg-type,return-value]
+
+
 def large_start() -> None:
     """8: W1 starts at the scale of any linear layer."""
     memory_layout.W1_GAIN = 1.0
@@ -349,6 +355,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "read norm": read_norm, "no residual": no_residual, "next value": next_value, "unit values": unit_values,
     "linear keys": linear_keys, "large start": large_start,
     "spans of 25 to 1600": spread(25, 100, 400, 1600), "spans of 50 to 400": spread(50, 100, 200, 400),
+    "W2 x 2": second(2.0), "W2 x 4": second(4.0), "W2 x 8": second(8.0),
     "copy start": copy_start, "late keys of half the heads": late_keys_half, "keys as queries": keys_as_queries,
 }  # fmt: skip
 
