@@ -81,6 +81,9 @@ SCREEN: dict[str, Contender] = {
     # 8: starts and sizes.
     "without residual": _atlas(asks="8: M(x) = W1 act(W2 x)", trial="no residual"),
     "W1 starts large": _atlas(asks="8: at a linear layer's scale", trial="large start"),
+    "Omega gates start at the own gradient": _atlas(asks="2: as an online rule", trial="own gradient first"),
+    "Omega gates start at the own gradient, 0.1": _atlas(asks="2", trial="own gradient first, 0.1"),
+    "momentum decay 0.3": _atlas("memory.theta_start=0.3", asks="3: a write of few tokens"),
     "W2 starts 2 times as large": _atlas(asks="8: hidden units that bend", trial="W2 x 2"),
     "W2 starts 4 times as large": _atlas(asks="8", trial="W2 x 4"),
     "W2 starts 8 times as large": _atlas(asks="8", trial="W2 x 8"),

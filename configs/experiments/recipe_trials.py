@@ -312,6 +312,18 @@ def spread(*spans: float) -> Callable[[], None]:
     return lambda: _starts(started)
 
 
+def own_first(others: float) -> Callable[[], None]:
+    """2: the Omega gates start at one half for a token's own gradient and near nothing for the others of its window:
+    the rule starts as an online one and learns to widen."""
+
+    def started(self: AtlasMixer) -> None:
+        window = self.memory.window
+        self.gate_bias[:, -window:] = math.log(others / (1 - others))
+        self.gate_bias[:, -window] = 0.0
+
+    return lambda: _starts(started)
+
+
 def second(gain: float) -> Callable[[], None]:
     """8: W2 starts so many times orthogonal: with keys of length 1 hidden units then leave the activation's middle,
     where it is a line."""
@@ -355,6 +367,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "read norm": read_norm, "no residual": no_residual, "next value": next_value, "unit values": unit_values,
     "linear keys": linear_keys, "large start": large_start,
     "spans of 25 to 1600": spread(25, 100, 400, 1600), "spans of 50 to 400": spread(50, 100, 200, 400),
+    "own gradient first": own_first(0.02), "own gradient first, 0.1": own_first(0.1),
     "W2 x 2": second(2.0), "W2 x 4": second(4.0), "W2 x 8": second(8.0),
     "copy start": copy_start, "late keys of half the heads": late_keys_half, "keys as queries": keys_as_queries,
 }  # fmt: skip
