@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--warmup", type=int, metavar="STEPS", help="in which the learning rate rises (default: 0)")
     add("--weight-decay", type=float, help="(default: 0.1)")
     add("--clip", type=float, help="largest norm of the gradients, 0 for any (default: 1)")
+    add("--write-budget", type=float, help="of memories with write gates, beside the loss (default: 0)")
     add("--seed", type=int, help="of the order of the data (default: 0)")
     add(
         "--bf16",

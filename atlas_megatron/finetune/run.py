@@ -14,7 +14,7 @@ import torch
 
 from atlas_megatron.finetune.examples import Examples, Loader, collate
 from atlas_megatron.finetune.segments import SegmentReader
-from atlas_megatron.finetune.settings import Settings, check, read_deepspeed, read_model
+from atlas_megatron.finetune.settings import Settings, check, check_budget, read_deepspeed, read_model
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
 from atlas_megatron.hf.export import INDEX
 from atlas_megatron.hf.folders import new_folder
@@ -75,6 +75,7 @@ def plan(settings: Settings, devices: int) -> Plan:
     """Check everything that can be wrong, and read the data. Raises ValueError."""
     check(settings, devices)
     config = read_model(settings.model)
+    check_budget(settings, config)
     deepspeed = read_deepspeed(settings.deepspeed) if settings.deepspeed else None
     loader = Loader(settings, config)
     train = loader.load(settings.data)
@@ -115,6 +116,7 @@ def finetune(run: Plan) -> Path:
         data_collator=collate,
         callbacks=[progress],
         detach_every=settings.detach_every,
+        write_budget=settings.write_budget,
         identity=run.identity(),
     )
     _silence_printer(trainer)

@@ -41,6 +41,7 @@ class Settings:
     warmup: int = 0
     weight_decay: float = 0.1
     clip: float = 1.0
+    write_budget: float = 0.0
     seed: int = 0
     bf16: bool = False
     save_every: int = 100
@@ -94,7 +95,7 @@ def check(settings: Settings, world_size: int) -> None:
 
 def _check_numbers(settings: Settings) -> None:
     at_least = {"length": 0, "segment": 0, "detach_every": 0, "steps": 0, "warmup": 0, "batch": 1, "micro_batch": 1}
-    at_least |= {"save_every": 1, "validate_every": 1, "log_every": 1, "keep": 2, "weight_decay": 0, "clip": 0}
+    at_least |= {"save_every": 1, "validate_every": 1, "log_every": 1, "keep": 2, "weight_decay": 0, "clip": 0, "write_budget": 0}
     for name, least in at_least.items():
         if getattr(settings, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; give {least} or more")
@@ -128,6 +129,21 @@ def read_model(folder: Path) -> AtlasConfig:
     if not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
         raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; restore its weights, or export it again")
     return AtlasConfig.from_dict(said)
+
+
+def check_budget(settings: Settings, config: AtlasConfig) -> None:
+    """Raise ValueError where --write-budget finds no gate to keep to it."""
+    if not settings.write_budget:
+        return
+    if not config.section("memory").write_gate:
+        raise ValueError(
+            f"--write-budget is {settings.write_budget}, and the model in {settings.model} has no write gates to keep "
+            "to it (memory.write_gate); leave it out"
+        )
+    if "write_budget" not in (settings.model / "memory_atlas.py").read_text(encoding="utf-8"):
+        raise ValueError(
+            f"the code in {settings.model} is older than --write-budget; export it again with tools/convert_hf.py"
+        )
 
 
 def read_deepspeed(file: Path) -> dict[str, Any]:

@@ -40,9 +40,11 @@ class StateTrainer(Trainer):
     model: SegmentReader
     control: Any
 
-    def __init__(self, *, detach_every: int, identity: dict[str, Any], **given: Any) -> None:
-        """identity: what a checkpoint's run is told from others by."""
+    def __init__(self, *, detach_every: int, write_budget: float, identity: dict[str, Any], **given: Any) -> None:
+        """write_budget: as train.write_budget, from the first step on. identity: what a checkpoint's run is told from
+        others by."""
         super().__init__(**given)
+        self.write_budget = write_budget
         self.detach_every, self.identity = detach_every, identity
         self.tokens_read = 0  # by all processes since the start, padding included
 
@@ -55,6 +57,7 @@ class StateTrainer(Trainer):
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         total, memory = torch.zeros((), device=self.args.device), None
         pieces = list(self._pieces(inputs))
+        self._set_budget(sum(tokens.numel() for _, tokens, _ in pieces))
         for number, (window, tokens, targets) in enumerate(pieces, start=1):
             last = number == len(pieces)
             # As Trainer says it of the micro-batches before a step's last.
@@ -76,6 +79,16 @@ class StateTrainer(Trainer):
                 "smaller --lr, a longer --warmup or a smaller --clip"
             )
         return total
+
+    def _set_budget(self, tokens: int) -> None:
+        """Tell the memories what a written token of this micro-batch counts, padding included: the mean over gates,
+        layers and tokens counts write_budget. Processes average their gradients, micro-batches add theirs."""
+        if not self.write_budget:
+            return
+        memories = [m for m in self.model.modules() if getattr(m, "write_view", None) is not None]
+        gates = sum(len(memory.write_view) for memory in memories) * tokens
+        for memory in memories:
+            memory.write_budget = self.write_budget / (gates * self.args.gradient_accumulation_steps)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The loss of a held-out token, over all of them; where processes cannot share them out, some count twice."""

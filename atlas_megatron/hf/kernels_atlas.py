@@ -7,6 +7,7 @@ try:
         MemoryRule,
         MemoryState,
         State,
+        budgeted,
         gated_norm,
         initial_coefficients,
         late_keys,
@@ -28,7 +29,7 @@ except ImportError:
     # transformers copies those siblings that a file names in this form; writes.py names this one in another.
     from .reads import widen  # noqa: F401
     from .rule import Gates, MemoryRule, MemoryState  # type: ignore[no-redef]
-    from .write_gate import retained, write_gate, write_logit  # type: ignore[no-redef]
+    from .write_gate import budgeted, retained, write_gate, write_logit  # type: ignore[no-redef]
 
 __all__ = [
     "DualState",
@@ -36,6 +37,7 @@ __all__ = [
     "MemoryRule",
     "MemoryState",
     "State",
+    "budgeted",
     "gated_norm",
     "initial_coefficients",
     "late_keys",

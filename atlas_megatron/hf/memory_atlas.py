@@ -19,6 +19,7 @@ from .kernels_atlas import (
     Gates,
     MemoryRule,
     State,
+    budgeted,
     gated_norm,
     initial_coefficients,
     lift,
@@ -55,6 +56,7 @@ class AtlasMemory(nn.Module):
         super().__init__()
         self.memory = memory = config.section("memory")
         self.rule = rule_of(memory)
+        self.write_budget = 0.0  # of the loss, for each token's write gate; a trainer sets it
         self.epsilon, self.init_std = config.norm_epsilon, config.init_std
         hidden, heads, width = config.hidden_size, memory.heads, memory.heads * memory.head_dim
         self.gate_widths, self.gate_logits = gate_widths(memory), gate_starts(memory, config.seq_length)
@@ -137,7 +139,7 @@ class AtlasMemory(nn.Module):
             raw = dict(zip(self.gate_widths, logits.split(sizes, -1), strict=True))
             assert self.write_view is not None
             seen = (torch.cat([k, v], -1) * wide(self.write_view)).sum(-1, keepdim=True)
-            gates["eta"] = write_gate(raw["eta"] + seen)
+            gates["eta"] = budgeted(write_gate(raw["eta"] + seen), self.write_budget)
             if memory.retention:
                 gates["alpha"] = retained(raw["alpha"], gates["eta"])
         eta = gates["eta"].squeeze(-1) * (ETA_HEADROOM * eta_start(memory))

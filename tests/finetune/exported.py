@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,10 +24,10 @@ def sized(config: Config) -> Config:
     return replace(config, model=replace(config.model, vocab_size=VOCABULARY))
 
 
-def exported(folder: Path, pattern: str = "M-*-", dtype: torch.dtype = torch.float32) -> Path:
+def exported(folder: Path, pattern: str = "M-*-", dtype: torch.dtype = torch.float32, **memory: Any) -> Path:
     """An exported folder, whole, in `folder`/model."""
     with checkpoints.one_process():
-        source = checkpoints.save(sized(settings(pattern, **CALM)), folder / "checkpoint", dtype=dtype)
+        source = checkpoints.save(sized(settings(pattern, **CALM, **memory)), folder / "checkpoint", dtype=dtype)
     train_tokenizer(["".join(LINES)], VOCABULARY, source)
     return export.export(source, folder / "model")
 

@@ -97,6 +97,22 @@ def test_a_run_goes_on_to_the_same_end(root: Path, tuned: Path, capsys: pytest.C
     assert all(torch.equal(value, weights(tuned)[name]) for name, value in weights(root / "ended").items())
 
 
+def test_a_budget_closes_write_gates(tmp_path: Path) -> None:
+    """In the same steps; and that of a step does not hang on the size of its micro-batches."""
+    exported.exported(tmp_path, "M-", write_gate=True, ns_step="sum")
+    exported.text(tmp_path)
+    closed = {}
+    for name, given in {
+        "none": {},
+        "budget": {"write_budget": 20},
+        "in parts": {"write_budget": 20, "micro_batch": 2},
+    }.items():
+        assert finetune.main(words(tmp_path, tmp_path / name, **given)) == 0
+        closed[name] = weights(tmp_path / name)["model.layers.0.mixer.gate_bias"][:, 1]  # of eta, after alpha
+    assert (closed["budget"] < closed["none"] - 1e-3).all()
+    torch.testing.assert_close(closed["in parts"], closed["budget"], rtol=1e-3, atol=1e-4)
+
+
 def test_answers_are_learned_in_truncated_windows_and_validated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +205,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "schedule": ({"schedule": "step"}, "--schedule 'step' is unknown; one of cosine"),
     "bfloat16 alone": ({"bf16": None}, "--bf16 needs --deepspeed"),
     "no DeepSpeed configuration": ({"deepspeed": "none.json"}, "--deepspeed none.json cannot be read"),
+    "a budget for no gates": ({"write_budget": 0.1}, "--write-budget is 0.1, and the model .* has no write gates"),
     "devices": ({"devices": 2}, "--devices is of --dry-run"),
 }
 
