@@ -95,7 +95,8 @@ def check(settings: Settings, world_size: int) -> None:
 
 def _check_numbers(settings: Settings) -> None:
     at_least = {"length": 0, "segment": 0, "detach_every": 0, "steps": 0, "warmup": 0, "batch": 1, "micro_batch": 1}
-    at_least |= {"save_every": 1, "validate_every": 1, "log_every": 1, "keep": 2, "weight_decay": 0, "clip": 0, "write_budget": 0}
+    at_least |= {"save_every": 1, "validate_every": 1, "log_every": 1, "keep": 2, "weight_decay": 0, "clip": 0}
+    at_least |= {"write_budget": 0}
     for name, least in at_least.items():
         if getattr(settings, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; give {least} or more")
