@@ -85,8 +85,9 @@ class StateTrainer(Trainer):
         layers and tokens counts write_budget. Processes average their gradients, micro-batches add theirs."""
         if not self.write_budget:
             return
-        memories = [m for m in self.model.modules() if getattr(m, "write_view", None) is not None]
-        gates = sum(len(memory.write_view) for memory in memories) * tokens
+        # By their names: the model's code is the folder's.
+        memories: list[Any] = [m for m in self.model.modules() if getattr(m, "write_view", None) is not None]
+        gates = tokens * sum(memory.write_view.shape[0] for memory in memories)
         for memory in memories:
             memory.write_budget = self.write_budget / (gates * self.args.gradient_accumulation_steps)
 
