@@ -19,7 +19,7 @@ from rich.table import Table
 import plot
 import prepare_data
 from atlas_megatron import train
-from atlas_megatron.config import Config, load
+from atlas_megatron.config import WITH_MEMORY, Config, has, load
 from atlas_megatron.corpus import standard_library
 from atlas_megatron.stopping import SIGNALS
 
@@ -28,6 +28,7 @@ CORPUS_BYTES = 10_000_000
 HELD_OUT = 0.04  # share of files
 PROMPT_TOKENS = 128
 NEW_TOKENS = 128
+SILENCED = "train.validate_silenced=true"  # validate without writes too: what the memories contribute
 
 
 def prepare(config: Config) -> int:
@@ -125,7 +126,7 @@ def _write_sample(directory: Path) -> Path:
 
 def _table(config: Config) -> Table:
     from atlas_megatron.baselines import baselines
-    from atlas_megatron.metrics import mean_measurements, read
+    from atlas_megatron.metrics import mean_measurements, read, silenced_difference
     from atlas_megatron.model import num_params
 
     records = read(config.run.directory)
@@ -140,6 +141,9 @@ def _table(config: Config) -> Table:
     table.add_row("validation bits per byte: this model", f"{validated['validation_bits_per_byte']:.3f}")
     table.add_row("  on the same bytes: unigram model of its tokens", f"{against.unigram:.3f}")
     table.add_row("  on the same bytes: gzip -9", f"{against.gzip:.3f}")
+    contributes = silenced_difference(validated)
+    if contributes is not None:
+        table.add_row("  with the memories silenced, change in nats a token", f"{contributes:+.4f}")
     for name, value in mean_measurements(records).items():
         if name.endswith(("_mean", "_norm")):
             table.add_row(f"{name.replace('_', ' ')} over the memory layers", f"{value:.4g}")
@@ -163,7 +167,8 @@ def main(words: Sequence[str] | None = None) -> int:
         ours = config.data.train == load(CONFIG).data.train
         count, micro_batch = layout(config, _devices())
         failed = prepare(config) if ours else 0
-        words = [str(CONFIG), *overrides, f"train.micro_batch={micro_batch}"]
+        silenced = [SILENCED] if has(config.model.pattern, WITH_MEMORY) else []
+        words = [str(CONFIG), *silenced, *overrides, f"train.micro_batch={micro_batch}"]
         failed = failed or train_side_by_side(words, count)
         if failed:
             return failed
