@@ -97,7 +97,8 @@ CONTENDERS = {
     "atlas": Contender("atlas", 16, {**ATLAS, **GATED}, budget=BUDGET),
     "omeganet": Contender("omeganet", 16, {**OMEGANET, **GATED}, budget=BUDGET),
     "titans": Contender("titans", 16, {**TITANS, **GATED}, budget=BUDGET),
-    "atlas, no gate": Contender("atlas", 16, ATLAS, reach=2**20),
+    # Its writes do not get smaller: with 0.99999 gradients are not finite at the first sequences of 1,024 tokens.
+    "atlas, no gate": Contender("atlas", 16, {**ATLAS, "alpha_start": 0.999}, reach=2**20),
     "omeganet, no gate": Contender("omeganet", 16, OMEGANET, reach=2**20),
     "gated delta": Contender("gated delta", 16, lr=1e-2),
     "gated delta, late keys": Contender("gated delta", 16, delta={"late_keys": True}, lr=1e-2),
@@ -147,7 +148,10 @@ def config_of(contender: Contender, steps: int, seed: int) -> Config:
 
 
 def train(name: str, seed: int, grid: Grid, runs: Path) -> record.Cell:
-    """Train a contender and leave its checkpoint; its last training accuracy of each stage."""
+    """Train a contender and leave its checkpoint; its last training accuracy of each stage.
+
+    Where a gradient is not finite the cell says so, and nothing is left to read.
+    """
     contender, folder = CONTENDERS[name], folder_of(name, seed, runs)
     language.write_tokenizer(folder / "tokenizer")
     config = config_of(contender, grid.steps * contender.longer, seed)
@@ -156,18 +160,21 @@ def train(name: str, seed: int, grid: Grid, runs: Path) -> record.Cell:
         run=replace(config.run, directory=str(folder)),
         data=replace(config.data, tokenizer=str(folder / "tokenizer")),
     )
-    with training.one_process(config):
-        asked = training.Asked(config, Task(language.batch, language.VOCABULARY, PATTERN_TOKENS))
-        found = _train(asked, config, contender, grid.tokens)
-        checkpoint.save_weights(asked.model, config)
-    return {
-        **found,
+    about = {
         "contender": name,
         "seed": seed,
         "parameters": num_params(config),
         "state_floats": training.state_floats(config),
         "settings": asdict(contender),
     }
+    with training.one_process(config):
+        asked = training.Asked(config, Task(language.batch, language.VOCABULARY, PATTERN_TOKENS))
+        try:
+            found = _train(asked, config, contender, grid.tokens)
+        except ArithmeticError as error:
+            return {"wrong": str(error), **about}
+        checkpoint.save_weights(asked.model, config)
+    return {**found, **about}
 
 
 def _train(asked: training.Asked, config: Config, contender: Contender, tokens: int) -> dict[str, Any]:
@@ -248,8 +255,10 @@ def read_cell(name: str, seed: int, length: int) -> str:
     return f"{name}, seed {seed}, {length} tokens"
 
 
-def reads_of(name: str, seed: int, grid: Grid) -> list[int]:
-    """Lengths that a contender's model of this seed reads."""
+def reads_of(results: record.Record, name: str, seed: int, grid: Grid) -> list[int]:
+    """Lengths that a contender's model of this seed reads: none, where training failed."""
+    if "wrong" in results.cells.get(trained_cell(name, seed), {}):
+        return []
     return [n for n in lengths_of(name, grid) if n <= grid.all_seeds or seed == grid.seeds[0]]
 
 
@@ -262,7 +271,8 @@ def points(results: record.Record, name: str) -> list[Point]:
 def drop_lost(results: record.Record, grid: Grid, runs: Path) -> None:
     """The cells of models that have lengths to read yet and whose checkpoint is gone: they are trained anew."""
     for name, seed in product(grid.contenders, grid.seeds):
-        own = [trained_cell(name, seed), *(read_cell(name, seed, length) for length in reads_of(name, seed, grid))]
+        lengths = reads_of(results, name, seed, grid)
+        own = [trained_cell(name, seed), *(read_cell(name, seed, length) for length in lengths)]
         kept = (folder_of(name, seed, runs) / "checkpoints").is_dir()
         if any(cell not in results.cells for cell in own) and not kept:
             for cell in own:
@@ -300,10 +310,12 @@ def _finish(axes: Axes, title: str) -> None:
 
 
 def describe(results: record.Record, grid: Grid, observed: Sequence[str]) -> None:
-    said = []
+    said: list[str] = []
+    failed: list[str] = []
     for name in grid.contenders:
-        cells = [results.cells[cell] for seed in grid.seeds if (cell := trained_cell(name, seed)) in results.cells]
-        found = points(results, name)
+        trained = [results.cells[cell] for seed in grid.seeds if (cell := trained_cell(name, seed)) in results.cells]
+        cells, found = [cell for cell in trained if "wrong" not in cell], points(results, name)
+        failed.extend(f"{name}, seed {cell['seed']}: {cell['wrong']}" for cell in trained if "wrong" in cell)
         if not cells or not found:
             continue
         recalled = [f"{100 * p.mean:.0f}" for p in found] + [""] * (len(grid.samples) - len(found))
@@ -331,6 +343,7 @@ def describe(results: record.Record, grid: Grid, observed: Sequence[str]) -> Non
             "fastest, on one core. *unwritten*: percent of filler at which a layer's write gate is exactly zero, of "
             "the worst seed.",
             "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *said]),
+            *([f"Not trained to the end: {'; '.join(failed)}."] if failed else []),
             *observed,
         ],
     )
@@ -359,9 +372,8 @@ def main(words: Sequence[str] | None = None) -> int:
             for seed in grid.seeds:
                 jobs = {trained_cell(name, seed): partial(train, name, seed, grid, runs) for name in grid.contenders}
                 record.side_by_side(results, jobs)
-                asked_for = [
-                    (n, name) for n in grid.samples for name in grid.contenders if n in reads_of(name, seed, grid)
-                ]
+                lengths = {name: reads_of(results, name, seed, grid) for name in grid.contenders}
+                asked_for = [(n, name) for n in grid.samples for name in grid.contenders if n in lengths[name]]
                 reads = {
                     read_cell(name, seed, n): partial(read_and_ask, name, seed, runs, n, grid.samples[n])
                     for n, name in asked_for
