@@ -12,6 +12,7 @@ EPSILON = 1e-7
 # Steps on one Gram matrix. Its rounding is as large as singular values of 2e-4 squared, and the jordan steps blow what
 # is small up by 3.4 each: five on one Gram matrix leave 40 times the error of the direct form in float32, two no more.
 GRAM_STEPS = 2
+HALF = (torch.float16, torch.bfloat16)
 
 # One (a, b, c) a step; the last one repeats.
 COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
@@ -49,11 +50,19 @@ def newton_schulz(S: Tensor, steps: int, coefficients: str = "jordan") -> Tensor
     """NS_k(S), differentiable once; NS_0 is the identity and NS_k(0) = 0.
 
     S [..., m, n] of any floating dtype; the result has its shape and dtype. Iterates on the side with fewer rows,
-    on the Gram matrix alone where the other side is at least 1.5 times longer (same result, fewer FLOPs).
+    on the Gram matrix alone where the other side is at least 1.5 times longer (same result, fewer FLOPs). Half
+    precision is computed in float32 and rounded once, and autocast is left out of it.
     """
     table = schedule(steps, coefficients)
     if not table:
         return S
+    if S.dtype in HALF:
+        # Squares of float16 overflow from 256 on, and a Gram matrix of half precision rounds away what the steps of
+        # the schedule are to lift.
+        return newton_schulz(S.float(), steps, coefficients).to(S.dtype)
+    if not S.is_meta and torch.is_autocast_enabled(S.device.type):
+        with torch.autocast(S.device.type, enabled=False):
+            return newton_schulz(S, steps, coefficients)
     if S.shape[-2] > S.shape[-1]:
         return newton_schulz(S.mT, steps, coefficients).mT
     X = _Normalised.apply(S)

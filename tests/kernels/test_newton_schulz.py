@@ -71,6 +71,36 @@ def test_polar_express_needs_fewer_steps_than_jordan():
     assert error["polar_express"] < 0.02 < error["jordan"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(32, 64), (40, 8), (16, 16)])
+def test_half_precision_is_float32_rounded_once(dtype, shape):
+    """At sizes whose squares overflow float16; bad ones are as exact as good ones."""
+    for size in (1e-3, 1.0, 1e3, 6e4):
+        for S in (normal(2, *shape), normal(2, *shape) * 0.03 ** torch.arange(shape[1], dtype=torch.float64)):
+            S = (S / S.abs().max() * size).to(dtype).requires_grad_()
+            exact = S.detach().float().requires_grad_()
+            out, true = newton_schulz(S, 5), newton_schulz(exact, 5)
+            assert out.dtype == dtype and out.abs().max() > 0.1
+            torch.testing.assert_close(out, true.to(dtype), rtol=0, atol=0)
+            weight = normal(2, *shape, seed=3).to(dtype)
+            gradients = torch.autograd.grad(out, S, weight)[0], torch.autograd.grad(true, exact, weight.float())[0]
+            torch.testing.assert_close(gradients[0], gradients[1].to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_autocast_changes_nothing(dtype):
+    S = (normal(3, 8, 20) * 1000).to(dtype)
+    expected = newton_schulz(S, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = newton_schulz(S, 5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_shapes_are_known_without_numbers(dtype):
+    assert newton_schulz(torch.empty(2, 5, 3, dtype=dtype, device="meta"), 5).shape == (2, 5, 3)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradient(shape):
     S = normal(2, *shape).requires_grad_()
