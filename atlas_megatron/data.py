@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +23,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from atlas_megatron.config import Config
+from atlas_megatron.data_order import TrainingOrder
 from atlas_megatron.parallel.cpu import device
 from atlas_megatron.tokenizer import Tokenizer, load_tokenizer
 
-type SampleSet = GPTDataset | BlendedDataset
+type SampleSet = GPTDataset | BlendedDataset | TrainingOrder
 type Batch = dict[str, Tensor]
 VALIDATION_SEED = 1234
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -53,7 +55,8 @@ def build_datasets(config: Config, train_samples: int, validation_samples: int) 
     """Build the train and validation sets through Megatron-Core; call it on every rank.
 
     Sequences hold `model.seq_length` tokens and one more for the last label. The sets repeat their
-    sources as often as the samples asked for need. No validation set or samples: None in its place.
+    sources as often as the samples asked for need; the training set's order is the same for any number of them.
+    No validation set or samples: None in its place.
     Every rank builds both, so that all ranks of a tensor or pipeline group see one batch.
     Raises ValueError for data that cannot be trained on, on every rank alike and before any
     collective call.
@@ -74,13 +77,13 @@ def _build(
         )
     validation = sources(config, config.data.validation) if validation_samples else ()
 
-    def built(split: int, drawn: tuple[Source, ...], samples: int, seed: int) -> SampleSet | None:
-        if not drawn:
-            return None
+    def built(split: int, drawn: tuple[Source, ...], samples: int | None, seed: int) -> Any:
+        prefixes = [source.prefix for source in drawn]
+        blended = (prefixes, [source.weight for source in drawn] if samples else None)
         options = GPTDatasetConfig(
             random_seed=seed,
             sequence_length=config.model.seq_length,
-            blend_per_split=[_core_blend(drawn) if place == split else None for place in range(3)],
+            blend_per_split=[blended if place == split else None for place in range(3)],
             path_to_cache=str(_index_cache(config, train + validation)),
             tokenizer=tokenizer,
             reset_position_ids=config.data.packed,
@@ -91,8 +94,11 @@ def _build(
         counts = [samples if place == split else None for place in range(3)]
         return BlendedMegatronDatasetBuilder(GPTDataset, counts, lambda: True, options).build()[split]
 
+    # One pass over each: how they repeat and blend does not hang on the number of samples.
+    passes = [built(0, (source,), None, config.run.seed) for source in train]
+    order = TrainingOrder(passes, [source.weight for source in train], config.run.seed, train_samples)
     # Validation of one seed, whatever the run's: losses of several seeds are of the same windows.
-    return built(0, train, train_samples, config.run.seed), built(1, validation, validation_samples, VALIDATION_SEED)
+    return order, built(1, validation, validation_samples, VALIDATION_SEED) if validation else None
 
 
 def validation_labels(config: Config) -> list[list[int]]:
@@ -220,10 +226,6 @@ def sources(config: Config, words: tuple[str, ...]) -> tuple[Source, ...]:
     return tuple(checked)
 
 
-def _core_blend(drawn: tuple[Source, ...]) -> tuple[list[str], list[float]]:
-    return [source.prefix for source in drawn], [source.weight for source in drawn]
-
-
 def _index_cache(config: Config, drawn: tuple[Source, ...]) -> Path:
     """The folder of Megatron's sample indices for exactly these files.
 
@@ -248,8 +250,7 @@ class Batches(Iterator[Batch]):
     The position is `consumed_samples`, counted over all ranks: rank r of R takes samples
     ``[n + r m, n + (r + 1) m)`` of each ``R m`` (m = train.micro_batch). So a resumed run, also
     one with another number of ranks, goes on at the very next sample. What is left at the end of
-    the set and fills no micro-batch on every rank is not read. endless: at its end the set begins again, after its
-    last whole train.global_batch.
+    the set and fills no micro-batch on every rank is not read. endless: a TrainingOrder is read on behind its length.
     Context-parallel ranks each take their shard of every sequence.
     Yields int64 ``tokens``, ``labels``, ``position_ids`` and float32 ``loss_mask``, each
     ``[micro_batch, tokens of a shard]``, and ``counted``, a micro-batch's sum of the whole loss mask, on this rank's
@@ -267,8 +268,7 @@ class Batches(Iterator[Batch]):
         self._samples_per_batch = micro_batch * ranks
         left = range(consumed_samples, len(dataset) - self._samples_per_batch + 1, self._samples_per_batch)
         starts: Iterable[int] = itertools.count(consumed_samples, self._samples_per_batch) if endless else left
-        period = len(dataset) // config.train.global_batch * config.train.global_batch if endless else len(dataset)
-        own = ([(start + rank * micro_batch + n) % period for n in range(micro_batch)] for start in starts)
+        own = ([start + rank * micro_batch + n for n in range(micro_batch)] for start in starts)
         self._device = device()
         self._left = len(left)
         self._batches = iter(
