@@ -209,6 +209,7 @@ class Provisional(Trial):
 
 # The size of momentum that counts as one.
 UNIT, MOST = 10.0, 4.0
+SILU_IS_ONE = 1.2785
 WRITERS: dict[str, type[Trial]] = {
     "weighed": Weighed, "steepest": Steepest, "sized": Sized,
     "saturating": Saturating, "floor 1": Floored, "floor 3": FlooredAt3, "floor 10": FlooredAt10,
@@ -278,6 +279,16 @@ def copy_start() -> None:
         taps.mul_(0.2)[..., -1] += 1.0
 
     _starts(copying)
+
+
+def open_gate() -> None:
+    """The output gate starts where SiLU is one: with gates around zero a read begins with a random sign."""
+    gated = mixer.gated_norm
+
+    def opened(y: Tensor, gate: Tensor, *rest: Any) -> Tensor:
+        return gated(y, gate + SILU_IS_ONE, *rest)
+
+    mixer.gated_norm = opened
 
 
 def late_keys_half() -> None:
@@ -370,6 +381,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "own gradient first": own_first(0.02), "own gradient first, 0.1": own_first(0.1),
     "W2 x 2": second(2.0), "W2 x 4": second(4.0), "W2 x 8": second(8.0),
     "copy start": copy_start, "late keys of half the heads": late_keys_half, "keys as queries": keys_as_queries,
+    "open gate": open_gate,
 }  # fmt: skip
 
 
