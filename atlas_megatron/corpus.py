@@ -49,6 +49,9 @@ class Summary:
     tokenizer: str
     vocab_size: int
     splits: dict[str, SplitSummary]
+    # `Tokenizer.fingerprint` of it: data and models are of one tokenizer where theirs are equal. Empty: not known.
+    tokenizer_fingerprint: str = ""
+    skipped: int = 0  # bad records that were gone past
 
     def write(self, folder: Path) -> None:
         (folder / SUMMARY).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")

@@ -73,7 +73,7 @@ def prepare(inputs: Sequence[str], out: Path, options: Options, advance: Advance
         tokenizer = load_tokenizer(folder)
         splits = _write_splits(files, built, tokenizer, options, advance)
         kept = str(out / "tokenizer") if options.train_vocab else folder
-        summary = Summary(mark, kept, tokenizer.vocab_size, splits)
+        summary = Summary(mark, kept, tokenizer.vocab_size, splits, tokenizer.fingerprint)
         summary.write(built)
         if out.exists():
             os.rename(out, Path(scratch) / "old")

@@ -5,6 +5,7 @@ Imports neither torch nor Megatron, so that preparation's worker processes start
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 from collections import OrderedDict, deque
@@ -12,17 +13,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
-END_OF_TEXT = "<|endoftext|>"
-# Names that tokenizers in the wild give their end-of-document token, tried in this order when
-# tokenizer_config.json names none.
-KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+from atlas_megatron.declared_tokens import END_OF_TEXT, added_tokens, end_of_document
+from atlas_megatron.older_tokenizers import converted
+
 BYTE_ALPHABET = 256
 
 
@@ -35,17 +36,25 @@ class Tokenizer:
     decode: Callable[[Sequence[int]], str]  # keeps special tokens
     vocab_size: int  # largest token id + 1
     eod: int  # end-of-document token
+    describe: Callable[[], str] = str  # all that its ids depend on, in words that are equal for equal tokenizers
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, Any]:
         """What Megatron's index cache keys on: nothing of an index depends on anything else."""
         return OrderedDict(vocab_size=self.vocab_size, eod=self.eod)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides which ids a text becomes, and of the end token: equal wherever its files lie."""
+        return hashlib.sha256(f"{self.eod}\n{self.describe()}".encode()).hexdigest()
+
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Read a local Hugging Face tokenizer folder.
 
-    Raises ValueError when the folder is missing, unreadable, or names no end-of-document token.
+    What its tokenizer.json remembers of other uses does not act: truncation, padding, dropout. A folder without
+    tokenizer.json is converted by transformers. Raises ValueError when the folder is missing, unreadable, or names no
+    end-of-document token.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -53,17 +62,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"tokenizer folder {str(folder)!r} does not exist; give a folder that holds tokenizer.json, "
             "or train one with tools/prepare_data.py --train-tokenizer"
         )
-    if (path / "tokenizer.json").is_file():
-        return _load_fast(path)
-    return _load_transformers(path)
-
-
-def _load_fast(path: Path) -> Tokenizer:
-    file = path / "tokenizer.json"
-    try:
-        backend = Backend.from_file(str(file))
-    except Exception as error:  # `tokenizers` raises bare Exception for every malformed file
-        raise ValueError(f"{file} is not a tokenizer ({error}); restore the file or train a new tokenizer") from error
+    backend = _read_backend(path) if has_tokenizer_json(path) else converted(path)
+    _add_declared(backend, path)
+    # A tokenizer.json remembers how somebody used it: sentence models cut at 512 tokens and pad.
+    backend.no_truncation()
+    backend.no_padding()
+    for chance in ("dropout", "alpha", "nbest_size"):
+        if getattr(backend.model, chance, None) is not None:
+            setattr(backend.model, chance, None)
     # Text that happens to spell a special token is text, not the end of a document.
     backend.encode_special_tokens = True
     vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -74,56 +80,43 @@ def _load_fast(path: Path) -> Tokenizer:
     def decode(ids: Sequence[int]) -> str:
         return backend.decode(list(ids), skip_special_tokens=False)
 
-    return Tokenizer(str(path), encode, decode, max(vocabulary.values()) + 1, _end_of_document(path, vocabulary))
+    def describe() -> str:
+        said = json.loads(backend.to_str())
+        # What comes before and after a text in other uses, and how a text is written, leave the ids as they are.
+        kept = {name: said[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+        return json.dumps(kept, sort_keys=True)
+
+    end = end_of_document(path, vocabulary)
+    return Tokenizer(str(path), encode, decode, max(vocabulary.values()) + 1, end, describe)
 
 
-def _load_transformers(path: Path) -> Tokenizer:
+def has_tokenizer_json(folder: Path) -> bool:
+    """Whether a folder holds the form that the tokenizers package reads."""
+    return (folder / "tokenizer.json").is_file()
+
+
+def _read_backend(path: Path) -> Backend:
+    file = path / "tokenizer.json"
     try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ValueError(
-            f"{path} holds no tokenizer.json, and reading it otherwise needs the transformers package; "
-            "install it with: pip install -e '.[hf]' -c constraints.txt"
-        ) from error
-    try:
-        backend = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a tokenizer folder ({reason}); give one with tokenizer.json") from error
-    if backend.eos_token_id is None:
-        raise ValueError(_no_end(path))
-
-    def encode(text: str) -> list[int]:
-        return backend.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-    def decode(ids: Sequence[int]) -> str:
-        return backend.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    return Tokenizer(str(path), encode, decode, max(backend.get_vocab().values()) + 1, backend.eos_token_id)
+        return Backend.from_str(file.read_text(encoding="utf-8-sig"))
+    except OSError:
+        raise
+    except Exception as error:  # `tokenizers` raises bare Exception for every malformed file
+        raise ValueError(f"{file} is not a tokenizer ({error}); restore the file or train a new tokenizer") from error
 
 
-def _end_of_document(path: Path, vocabulary: dict[str, int]) -> int:
-    """The id of the end-of-document token: tokenizer_config.json's eos_token, else a known name."""
-    names: tuple[str, ...] = KNOWN_ENDS
-    config = path / "tokenizer_config.json"
-    if config.is_file():
-        try:
-            named = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{config} is not a JSON object ({error}); restore the file") from error
-        if named is not None:
-            names = (named["content"] if isinstance(named, dict) else named,)
-    for name in names:
-        if name in vocabulary:
-            return vocabulary[name]
-    raise ValueError(_no_end(path))
-
-
-def _no_end(path: Path) -> str:
-    return (
-        f"tokenizer {path} names no end-of-document token that its vocabulary holds; "
-        'add "eos_token" to its tokenizer_config.json'
-    )
+def _add_declared(backend: Backend, path: Path) -> None:
+    """Tokens that older folders keep beside the vocabulary. Raises ValueError where they would get other ids."""
+    for number, token in sorted(added_tokens(path).items()):
+        content = token["content"]
+        if content and backend.token_to_id(content) is None:
+            add = backend.add_special_tokens if token.get("special") else backend.add_tokens
+            add([AddedToken(**token)])
+            if backend.token_to_id(content) != number:
+                raise ValueError(
+                    f"tokenizer {path} lists {content!r} as token {number}, which would follow "
+                    f"{backend.get_vocab_size() - 1} tokens; restore its files"
+                )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:

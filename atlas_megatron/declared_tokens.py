@@ -1,0 +1,81 @@
+"""What a tokenizer's folder declares beside its vocabulary: the token that ends a document, and tokens added later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+END_OF_TEXT = "<|endoftext|>"
+# Names that tokenizers in the wild give their end-of-document token, tried in this order when no file declares one.
+KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
+CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+# Files of a model that name the end by its number.
+BY_NUMBER = ("generation_config.json", "config.json")
+
+
+def end_of_document(folder: Path, vocabulary: Mapping[str, int]) -> int:
+    """The id of the token that ends a document, as transformers finds it.
+
+    special_tokens_map.json goes before tokenizer_config.json unless the latter lists its tokens. Then follow
+    generation_config.json and config.json with the first of their `eos_token_id`, and at last a known name.
+    Raises ValueError where a declared token is not in the vocabulary, or there is none.
+    """
+    config, special = read_object(folder / CONFIG), read_object(folder / SPECIAL)
+    ordered = (config, special) if "added_tokens_decoder" in config else (special, config)
+    for said in ordered:
+        named = said.get("eos_token")
+        if named is not None:
+            name = named.get("content") if isinstance(named, dict) else named
+            if not isinstance(name, str) or name not in vocabulary:
+                raise ValueError(no_end(folder))
+            return vocabulary[name]
+    ids = set(vocabulary.values())
+    for file in BY_NUMBER:
+        number = read_object(folder / file).get("eos_token_id")
+        first = number[0] if isinstance(number, list) and number else number
+        if type(first) is int:
+            if first not in ids:
+                raise ValueError(f"{folder / file} says eos_token_id {first}, which is no token; correct the file")
+            return first
+    for name in KNOWN_ENDS:
+        if name in vocabulary:
+            return vocabulary[name]
+    raise ValueError(no_end(folder))
+
+
+def added_tokens(folder: Path) -> dict[int, dict[str, Any]]:
+    """The tokens that tokenizer_config.json and added_tokens.json list, by their ids, as arguments of an AddedToken."""
+    found: dict[int, dict[str, Any]] = {}
+    listed = read_object(folder / CONFIG).get("added_tokens_decoder")
+    for number, token in (listed if isinstance(listed, dict) else {}).items():
+        if not (str(number).isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str)):
+            raise ValueError(f"{folder / CONFIG}: added_tokens_decoder holds {number!r}: {token!r}; restore the file")
+        flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+        found[int(number)] = {name: token[name] for name in flags if name in token}
+    for content, number in read_object(folder / ADDED).items():
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{folder / ADDED} gives {content!r} the id {number!r}; restore the file")
+        found.setdefault(number, {"content": content})
+    return found
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no file. Raises ValueError where it is none."""
+    if not file.is_file():
+        return {}
+    try:
+        said = json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not a JSON object ({error}); restore the file") from error
+    if not isinstance(said, dict):
+        raise ValueError(f"{file} is not a JSON object but {type(said).__name__}; restore the file")
+    return said
+
+
+def no_end(folder: Path) -> str:
+    return (
+        f"tokenizer {folder} names no end-of-document token that its vocabulary holds; "
+        f'add "eos_token" to its {CONFIG}'
+    )
