@@ -34,6 +34,8 @@ from atlas_megatron.model import build_model
 from atlas_megatron.optimizer import allocate_moments, load_moments, true_offsets
 from atlas_megatron.parallel import world
 from atlas_megatron.parallel.cpu import device
+from atlas_megatron.provenance import Provenance
+from atlas_megatron.safe_loading import load_common, load_sharded
 from atlas_megatron.shards import ShardWriting, checksums_of_own, write_shards
 
 CONFIG = "config.toml"
@@ -128,8 +130,9 @@ class Saver:
     `finish` or the next `save` has seen every process's part written.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, provenance: Provenance | None = None) -> None:
+        """provenance: what the run is trained with; None: what the configuration names when it is saved."""
+        self._config, self._provenance = config, provenance
         self._pending: _Pending | None = None
 
     def save(self, trained: Trained, position: Position) -> Path:
@@ -178,7 +181,7 @@ class Saver:
                 own = checksums_of_own(pending.temporary)
             known = {name: value for sums in world.gathered(own) for name, value in sums.items()}
             if world.rank() == 0:
-                complete(pending.temporary, self._config, pending.step, known)
+                complete(pending.temporary, self._config, pending.step, known, self._provenance)
                 # Of a run that went back behind it.
                 if pending.folder.exists():
                     _remove(pending.folder)
@@ -355,16 +358,19 @@ def _set_random_state(state: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
 
 
-def complete(folder: Path, config: Config, step: int, known: dict[str, str] | None = None) -> None:
+def complete(
+    folder: Path,
+    config: Config,
+    step: int,
+    known: dict[str, str] | None = None,
+    provenance: Provenance | None = None,
+) -> None:
     """Add what makes the checkpoint stand alone, and the marker, and bring it all to the disk.
 
     known: checksums of files in it, for those that are there already; the others are computed.
     """
     (folder / CONFIG).write_text(to_toml(config), encoding="utf-8")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        source = Path(config.data.tokenizer) / name
-        if config.data.tokenizer and source.is_file():
-            shutil.copyfile(source, folder / name)
+    (provenance or Provenance.of(config)).write(folder)
     integrity.mark(folder, step, known or {})
 
 

@@ -230,6 +230,9 @@ class DataConfig:
     validation: tuple[str, ...] = ()
     tokenizer: str = ""  # folder with tokenizer.json
     workers: int = 0  # loader processes
+    # Train although the data were made with another tokenizer than data.tokenizer, and resume although the tokenizer or
+    # the training data are others than the checkpoint's. Other data are read from their first sequence on.
+    allow_change: bool = False
     # Documents of one sequence do not see each other: memories, convolutions and attention begin anew at each.
     packed: bool = False
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from atlas_megatron.config import Config
+from atlas_megatron.corpus import Summary
 from atlas_megatron.data_order import TrainingOrder
 from atlas_megatron.parallel.cpu import device
 from atlas_megatron.tokenizer import Tokenizer, load_tokenizer
@@ -76,6 +77,9 @@ def _build(
             f"{config.model.vocab_size}; set model.vocab_size={tokenizer.vocab_size} or more"
         )
     validation = sources(config, config.data.validation) if validation_samples else ()
+    if not config.data.allow_change:
+        for source in train + validation:
+            _check_tokenizer_of(source.prefix, tokenizer)
 
     def built(split: int, drawn: tuple[Source, ...], samples: int | None, seed: int) -> Any:
         prefixes = [source.prefix for source in drawn]
@@ -99,6 +103,32 @@ def _build(
     order = TrainingOrder(passes, [source.weight for source in train], config.run.seed, train_samples)
     # Validation of one seed, whatever the run's: losses of several seeds are of the same windows.
     return order, built(1, validation, validation_samples, VALIDATION_SEED) if validation else None
+
+
+def _check_tokenizer_of(prefix: str, tokenizer: Tokenizer) -> None:
+    """Raise ValueError where the data.json beside a set names another tokenizer than the run's."""
+    summary = Summary.read(Path(prefix).parent)
+    if summary is None or Path(prefix).name not in summary.splits:
+        return
+    made_with, told = _fingerprint_of(summary, Path(prefix).parent), tokenizer.fingerprint
+    # Of a tokenizer that is gone its size is left.
+    if made_with == told or (not made_with and summary.vocab_size == tokenizer.vocab_size):
+        return
+    raise ValueError(
+        f"{prefix} was made with another tokenizer ({summary.tokenizer}, {summary.vocab_size} tokens) than "
+        f"data.tokenizer={tokenizer.folder} ({tokenizer.vocab_size} tokens); set data.tokenizer to that one, prepare "
+        "the data with this one, or set data.allow_change=true to train all the same"
+    )
+
+
+def _fingerprint_of(summary: Summary, folder: Path) -> str:
+    """Of the tokenizer that a folder of data was made with; empty where neither it nor its files are known."""
+    if summary.tokenizer_fingerprint:
+        return summary.tokenizer_fingerprint
+    # One that was trained on the data lies beside them, wherever they are by now.
+    own = folder / "tokenizer"
+    named = own if own.is_dir() and Path(summary.tokenizer).name == "tokenizer" else Path(summary.tokenizer)
+    return load_tokenizer(named).fingerprint if named.is_dir() else ""
 
 
 def validation_labels(config: Config) -> list[list[int]]:

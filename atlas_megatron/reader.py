@@ -171,12 +171,15 @@ def open_reader(path: str | Path) -> Reader:
             raise ValueError(f"{path} holds a model of type {kind!r}; give an exported atlas model or a run")
         return HuggingFaceReader(folder)
     from atlas_megatron.checkpoint import load_checkpoint, to_read
+    from atlas_megatron.provenance import own_tokenizer
 
     checkpoint = to_read(folder)
     # Before it is read: a run that trains on may drop it meanwhile.
     weights = Weights(checkpoint, integrity.digest(checkpoint))
+    # The one that it was trained with, not what may lie by now where data.tokenizer points, seen from here.
+    tokenizer = own_tokenizer(checkpoint)
     model, config = load_checkpoint(checkpoint)
-    return MegatronReader(model, config, load_tokenizer(config.data.tokenizer), weights)
+    return MegatronReader(model, config, tokenizer or load_tokenizer(config.data.tokenizer), weights)
 
 
 def _growth(pattern: str, attention: Mapping[str, Any], memory: Mapping[str, Any]) -> float:

@@ -32,6 +32,7 @@ from atlas_megatron.optimizer import build_optimizer, gradient_norm, wrap
 from atlas_megatron.parallel import world
 from atlas_megatron.parallel.context import settle
 from atlas_megatron.parallel.cpu import device
+from atlas_megatron.provenance import Provenance, refusal
 from atlas_megatron.run_lock import RunLock
 from atlas_megatron.stopping import StopSignals
 from atlas_megatron.stragglers import Stragglers
@@ -58,12 +59,18 @@ class Trainer:
         train = config.train
         sequences = train.validate_sequences if train.validate_every else 0
         train_set, validation_set = build_datasets(config, train.steps * train.global_batch, sequences)
+        provenance = Provenance.of(config)
+        changes = provenance.changes_since(resumed) if resumed else []
+        if resumed and changes and not config.data.allow_change:
+            raise ValueError(refusal(resumed, config, changes))
         self.trained = _build(config)
         self._validation = Validation(
             config, validation_set, self.trained.chunks, partial(self._run, forward_only=True)
         )
         self.position = checkpoint.restore(resumed, config, self.trained) if resumed else Position()
-        self._saver = checkpoint.Saver(config)
+        if "data" in changes:
+            self.position = replace(self.position, consumed_samples=0)
+        self._saver = checkpoint.Saver(config, provenance)
         self._batches = Batches(train_set, config, self.position.consumed_samples, endless=True)
         self._speed = Speed(config, flops_per_token(config).training, torch.distributed.get_world_size())
         self._has_memory = has(config.model.pattern, WITH_MEMORY)
@@ -86,6 +93,8 @@ class Trainer:
             self._say(line)
         if resumed:
             self._say(f"resumed from {resumed}")
+        if changes:
+            self._say(f"another {' and other '.join(changes)} than before, as data.allow_change=true allows")
 
     def train(self) -> bool:
         """Train to the last step; False where SIGTERM or SIGUSR1 ended it before, with a checkpoint.
