@@ -97,7 +97,7 @@ class Trainer:
             self._say(f"another {' and other '.join(changes)} than before, as data.allow_change=true allows")
 
     def train(self) -> bool:
-        """Train to the last step; False where SIGTERM or SIGUSR1 ended it before, with a checkpoint.
+        """Train to the last step; False where SIGTERM, SIGUSR1 or Ctrl-C ended it before, with a checkpoint.
 
         Raises NonFiniteError, with step and layer, where NaN or inf appears and is not, or not any more, passed over:
         nothing is saved from then on; and LostProcessError where another process ended.
@@ -111,6 +111,7 @@ class Trainer:
 
     def _train(self) -> bool:
         every, last = self.config.checkpoint.every, self.config.train.steps
+        self._signals.can_save = True
         while self.position.step < last:
             step = self.position.step + 1
             record, stop = self._step(step)

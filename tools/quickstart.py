@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -70,18 +71,16 @@ def train_side_by_side(words: list[str], count: int) -> int:
 
     def hand_on(number: int, _: object) -> None:
         for process in context.processes:
-            os.kill(process.pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)
 
-    before = {number: signal.signal(number, hand_on) for number in SIGNALS}
+    # Ctrl-C too: they save first, and each counts it once though the terminal has sent it to them as well.
+    before = {number: signal.signal(number, hand_on) for number in (*SIGNALS, signal.SIGINT)}
     try:
         while not context.join():
             pass
     except torch.multiprocessing.ProcessExitedException as ended:
         return ended.exit_code if ended.exit_code > 0 else 3
-    except KeyboardInterrupt:  # theirs too
-        for process in context.processes:
-            process.join()
-        return 130
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
