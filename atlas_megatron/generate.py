@@ -52,11 +52,11 @@ class Speaker:
 
     def read(self, file: TextIO) -> int:
         """Read a text to its end, in constant memory; the number of its tokens."""
-        from atlas_megatron.reader import pieces
+        from atlas_megatron.pieces import pieces
 
         waiting: list[int] = []
         count = 0
-        for piece in pieces(file):
+        for piece in pieces(file, self.reader.tokenizer.encode):
             waiting += self.reader.tokenizer.encode(piece)
             while len(waiting) >= self.segment:
                 self._take(waiting[: self.segment])
@@ -67,7 +67,7 @@ class Speaker:
 
     def speak(self, tokens: int) -> Iterator[tuple[int, str]]:
         """Up to `tokens` (id, text) of the continuation; ends with the end of the document."""
-        from atlas_megatron.reader import Spoken
+        from atlas_megatron.pieces import Spoken
         from atlas_megatron.streaming import sample
 
         spoken, sampling = Spoken(self.reader.tokenizer), self.sampling
@@ -145,7 +145,7 @@ def _run(asked: argparse.Namespace) -> int:
     elif asked.prompt_file == "-":
         read = speaker.read(sys.stdin)
     else:
-        with open(asked.prompt_file, encoding="utf-8", errors="replace") as file:
+        with open(asked.prompt_file, encoding="utf-8-sig", errors="replace") as file:
             read = speaker.read(file)
     if not read:
         raise ValueError("the prompt holds no token; give at least one character")

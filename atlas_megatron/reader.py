@@ -9,11 +9,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,15 +20,12 @@ from torch import Tensor
 from atlas_megatron import integrity
 from atlas_megatron.config import WITH_MEMORY, Config
 from atlas_megatron.parallel.cpu import flush_denormals
+from atlas_megatron.pieces import Spoken as Spoken  # what a reader's text goes through, in and out
+from atlas_megatron.pieces import pieces as pieces
 from atlas_megatron.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
-
-BLOCK = 1 << 16  # characters of a file at a time
-# Where a byte-level tokenizer always cuts: before a space between two words.
-BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
-LONGEST_UNCUT = 16 * BLOCK
 
 
 @dataclass(frozen=True)
@@ -192,35 +188,3 @@ def _growth(pattern: str, attention: Mapping[str, Any], memory: Mapping[str, Any
         sources = (memory["chunk"] + memory["window"] - 1) / memory["chunk"]
         numbers += sum(pattern.count(symbol) for symbol in WITH_MEMORY) * source * sources
     return 4 * numbers
-
-
-def pieces(file: TextIO) -> Iterator[str]:
-    """The text of a file in pieces that a byte-level tokenizer encodes as it would the whole, one after the other."""
-    rest = ""
-    while block := file.read(BLOCK):
-        rest += block
-        cuts = [match.start() for match in BETWEEN_WORDS.finditer(rest, max(0, len(rest) - BLOCK))]
-        if cuts or len(rest) > LONGEST_UNCUT:
-            cut = cuts[-1] if cuts else len(rest)
-            yield rest[:cut]
-            rest = rest[cut:]
-    if rest:
-        yield rest
-
-
-class Spoken:
-    """Tokens to text as they come: what is given out never ends inside a character."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._decode = tokenizer.decode
-        self._said: list[int] = []  # the last token given out: some tokenizers drop the space before a first word
-        self._pending: list[int] = []
-
-    def add(self, token: int) -> str:
-        """The text that this token completes; empty while a character is unfinished."""
-        self._pending.append(token)
-        text = self._decode(self._said + self._pending)[len(self._decode(self._said)) :]
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._pending) < 4:
-            return ""
-        self._said, self._pending = self._pending[-1:], []
-        return text

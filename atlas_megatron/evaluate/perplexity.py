@@ -20,7 +20,8 @@ from torch import Tensor
 
 from atlas_megatron.corpus import fingerprint
 from atlas_megatron.evaluate.reading import SEGMENT, PeakMemory, check_room, segments, watched
-from atlas_megatron.reader import Reader, pieces
+from atlas_megatron.pieces import pieces
+from atlas_megatron.reader import Reader
 from atlas_megatron.results import Cell
 from atlas_megatron.tokenizer import Tokenizer
 
@@ -48,8 +49,8 @@ def from_file(path: Path, tokenizer: Tokenizer, most: int) -> Text:
     """The first `most` tokens of a text file. Raises ValueError where it is not UTF-8."""
     found: list[int] = []
     try:
-        with path.open(encoding="utf-8") as file:
-            for piece in pieces(file):
+        with path.open(encoding="utf-8-sig") as file:
+            for piece in pieces(file, tokenizer.encode):
                 found += tokenizer.encode(piece)
                 if len(found) >= most:
                     break

@@ -16,8 +16,7 @@ import tiny_run
 from atlas_megatron import reader as readers
 from atlas_megatron.generate import Sampling, Speaker, main
 from atlas_megatron.hf.export import export
-from atlas_megatron.reader import Spoken, open_reader, pieces
-from atlas_megatron.tokenizer import load_tokenizer, train_tokenizer
+from atlas_megatron.reader import open_reader
 
 
 @pytest.fixture(scope="module")
@@ -35,26 +34,6 @@ def generate(*words: str, given: str = "") -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "atlas_megatron.generate", *words],
         input=given, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-
-
-def test_text_in_pieces_is_tokens_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Path(readers.__file__).read_text(encoding="utf-8") + "naïve  café\n\n\tend " * 20
-    train_tokenizer([source], 400, tmp_path / "tokenizer")
-    encode = load_tokenizer(tmp_path / "tokenizer").encode
-    monkeypatch.setattr(readers, "BLOCK", 100)
-    parts = list(pieces(io.StringIO(source)))
-    assert len(parts) > 20 and "".join(parts) == source
-    assert [token for part in parts for token in encode(part)] == encode(source)
-
-
-def test_text_is_given_out_in_whole_characters(tmp_path: Path) -> None:
-    text = "the naïve café — 東京 🙂 end"
-    train_tokenizer(["a plain text of ascii alone"], 260, tmp_path / "tokenizer")
-    tokenizer = load_tokenizer(tmp_path / "tokenizer")
-    spoken = Spoken(tokenizer)
-    said = [spoken.add(token) for token in tokenizer.encode(text)]
-    assert "".join(said) == text and "\N{REPLACEMENT CHARACTER}" not in "".join(said)
-    assert "" in said  # a character of several bytes is several tokens here
 
 
 class Counting:
