@@ -10,15 +10,15 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
@@ -27,7 +27,7 @@ from megatron.core.transformer import MegatronModule
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
-from atlas_megatron import integrity
+from atlas_megatron import integrity, step_folders
 from atlas_megatron.config import Config, ParallelConfig, load, model_differences, to_toml
 from atlas_megatron.integrity import MARKER
 from atlas_megatron.model import build_model
@@ -70,9 +70,11 @@ def folder_of(run_directory: str | Path) -> Path:
 
 def latest(run_directory: str | Path) -> tuple[Path | None, list[Path]]:
     """The newest whole checkpoint, and the half-written ones that are newer than it."""
+    parent = folder_of(run_directory)
+    found = step_folders.checkpoints(parent) + step_folders.unfinished(parent)
     skipped: list[Path] = []
-    for folder in sorted(folder_of(run_directory).glob("step_*"), reverse=True):
-        if folder.suffix != ".tmp" and is_whole(folder):
+    for folder in sorted(found, key=lambda path: (step_folders.step_of(path), path.name), reverse=True):
+        if folder.suffix != step_folders.UNFINISHED and is_whole(folder):
             return folder, skipped
         skipped.append(folder)
     return None, skipped
@@ -87,8 +89,8 @@ def to_resume(run_directory: str | Path) -> tuple[Path | None, list[str]]:
     """As `newest`, for a run that goes on: markers of damaged ones after it are set aside: none of them counts."""
     folder, wrong = newest(run_directory)
     if folder and world.rank() == 0:
-        for later in folder_of(run_directory).glob("step_*"):
-            if later.name > folder.name and integrity.is_marked(later):
+        for later in step_folders.checkpoints(folder_of(run_directory)):
+            if step_folders.step_of(later) > step_folders.step_of(folder) and integrity.is_marked(later):
                 os.replace(later / MARKER, later / SET_ASIDE)
     return folder, wrong
 
@@ -99,12 +101,35 @@ def newest(run_directory: str | Path) -> tuple[Path | None, list[str]]:
     Every process of the world, if there is one, calls it: each reads its share. Raises ValueError where checkpoints
     that were whole are all damaged now: to begin anew would cost the run.
     """
+    found: Found | None = None
+    while found is None:
+        found = _examined(folder_of(run_directory))
+    if found.folder is None and found.damaged:
+        raise ValueError(
+            f"no checkpoint of {run_directory} is left undamaged ({'; '.join(found.damaged)}); bring the files back "
+            f"from a copy, or, to begin at step 0, remove {folder_of(run_directory)}"
+        )
+    return found.folder, found.wrong
+
+
+class Found(NamedTuple):
+    """The newest undamaged checkpoint, if any; lines on what is wrong with those after it, the damaged ones besides."""
+
+    folder: Path | None
+    wrong: list[str]
+    damaged: list[str]
+
+
+def _examined(parent: Path) -> Found | None:
+    """What there is; None where one was removed meanwhile, as a run that trains on does: then there is a newer one."""
     joined = torch.distributed.is_initialized()
     share, shares = (world.rank(), torch.distributed.get_world_size()) if joined else (0, 1)
     # What the first process sees: a shared disk may show others an older state.
-    folders = sorted(folder_of(run_directory).glob("step_*"), reverse=True)
+    folders = [*step_folders.unfinished(parent), *step_folders.checkpoints(parent)]
+    folders.sort(key=step_folders.step_of, reverse=True)
     (found,) = world.from_first([[(folder, integrity.is_marked(folder)) for folder in folders]])
-    wrong, damaged = [], []
+    wrong: list[str] = []
+    damaged: list[str] = []
     for folder, marked in found:
         if not marked:
             wrong.append(f"skipped the half-written checkpoint {folder}")
@@ -112,15 +137,13 @@ def newest(run_directory: str | Path) -> tuple[Path | None, list[str]]:
         (bad,) = world.from_first([integrity.wrong_size(folder) if share == 0 else ""])
         bad = bad or next(filter(None, world.gathered(integrity.wrong_content(folder, share, shares))), "")
         if not bad:
-            return folder, wrong
+            return Found(folder, wrong, damaged)
+        (gone,) = world.from_first([not integrity.is_marked(folder)])
+        if gone:
+            return None
         damaged.append(f"{folder}: {bad}")
         wrong.append(f"skipped the damaged checkpoint {damaged[-1]}")
-    if damaged:
-        raise ValueError(
-            f"no checkpoint of {run_directory} is left undamaged ({'; '.join(damaged)}); bring the files back from a "
-            f"copy, or, to begin at step 0, remove {folder_of(run_directory)}"
-        )
-    return None, wrong
+    return Found(None, wrong, damaged)
 
 
 class Saver:
@@ -141,7 +164,7 @@ class Saver:
         Raises OSError, with what to do, where the disk does not take it, or the one before; what was saved stays.
         """
         self.finish()
-        folder = folder_of(self._config.run.directory) / f"step_{position.step:08d}"
+        folder = folder_of(self._config.run.directory) / step_folders.name_of(position.step)
         pending = _Pending(folder, position.step)
         if world.rank() == 0:
             shutil.rmtree(pending.temporary, ignore_errors=True)
@@ -182,9 +205,8 @@ class Saver:
             known = {name: value for sums in world.gathered(own) for name, value in sums.items()}
             if world.rank() == 0:
                 complete(pending.temporary, self._config, pending.step, known, self._provenance)
-                # Of a run that went back behind it.
-                if pending.folder.exists():
-                    _remove(pending.folder)
+                # One may be there of a run that went back behind it.
+                step_folders.make_room(pending.folder)
                 os.rename(pending.temporary, pending.folder)
                 integrity.sync(pending.folder.parent)
                 _drop_old(pending.folder.parent, self._config.checkpoint.keep)
@@ -201,7 +223,7 @@ class _Pending:
 
     @property
     def temporary(self) -> Path:
-        return self.folder.with_suffix(".tmp")
+        return self.folder.with_suffix(step_folders.UNFINISHED)
 
     @contextmanager
     def complaints(self) -> Iterator[None]:
@@ -218,7 +240,7 @@ def restore(folder: Path, config: Config, trained: Trained) -> Position:
     Raises ValueError where the checkpoint is of another model.
     """
     check_same_model(folder, config)
-    common = dist_checkpointing.load_common_state_dict(str(folder))
+    common = load_common(folder)
     if common.keys() >= WEIGHTS_ONLY.keys():
         _load_parameters(folder, _named(trained.chunks))
         trained.optimizer.reload_model_params()
@@ -229,7 +251,7 @@ def restore(folder: Path, config: Config, trained: Trained) -> Position:
     if not same_layout:
         # Random streams belong to a shard; shards of another layout start theirs from the seed.
         del state["random"]
-    loaded = dist_checkpointing.load(state, str(folder))
+    loaded = load_sharded(state, folder)
     for name, chunk in _named(trained.chunks).items():
         chunk.load_state_dict(loaded["model"][name])
     load_moments(trained.optimizer, loaded["optimizer"], config)
@@ -264,9 +286,26 @@ def to_read(run_directory: str | Path) -> Path:
     return folder
 
 
+def read_newest[T](run_directory: str | Path, read: Callable[[Path], T]) -> T:
+    """What `read` makes of the newest whole checkpoint, in a single process.
+
+    A run that trains on may remove it meanwhile: then of the newer one that is there instead. Raises as `to_read` and
+    `read` do.
+    """
+    while True:
+        folder = to_read(run_directory)
+        try:
+            return read(folder)
+        except (OSError, ValueError):
+            if integrity.is_marked(folder):
+                raise
+
+
 def load_model(run_directory: str | Path, parallel: ParallelConfig | None = None) -> tuple[MegatronModule, Config]:
     """The model of the run's newest whole checkpoint, as `load_checkpoint`."""
-    return load_checkpoint(to_read(run_directory), parallel)
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        return load_checkpoint(to_read(run_directory), parallel)
+    return read_newest(run_directory, lambda folder: load_checkpoint(folder, parallel))
 
 
 def load_checkpoint(folder: Path, parallel: ParallelConfig | None = None) -> tuple[MegatronModule, Config]:
@@ -288,14 +327,14 @@ def load_checkpoint(folder: Path, parallel: ParallelConfig | None = None) -> tup
 def save_weights(model: MegatronModule, config: Config) -> Path:
     """Make a model's weights the checkpoint of step 0 of config.run.directory, replacing one that is there; in a
     single process. A run starts from it with fresh optimizer and schedule."""
-    folder = folder_of(config.run.directory) / f"step_{0:08d}"
-    temporary = folder.with_suffix(".tmp")
+    folder = folder_of(config.run.directory) / step_folders.name_of(0)
+    temporary = folder.with_suffix(step_folders.UNFINISHED)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     # Under one name, as an import has it: parameters are found by their own.
     write_shards({"model": model.sharded_state_dict(metadata=_sharding())} | WEIGHTS_ONLY, temporary)
     complete(temporary, config, 0)
-    shutil.rmtree(folder, ignore_errors=True)
+    step_folders.make_room(folder)
     os.rename(temporary, folder)
     return folder
 
@@ -303,7 +342,7 @@ def save_weights(model: MegatronModule, config: Config) -> Path:
 def _load_parameters(folder: Path, chunks: dict[str, MegatronModule]) -> None:
     """The parameters of these stages. Raises ValueError where the checkpoint has not all of them."""
     state = {name: chunk.sharded_state_dict(metadata=_sharding()) for name, chunk in chunks.items()}
-    loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.IGNORE_ALL)
+    loaded = load_sharded(state, folder, StrictHandling.IGNORE_ALL)
     for name, chunk in chunks.items():
         # Beside its weight a linear keeps a state of its own (FP8's scales), which weights from elsewhere come without.
         found = chunk.load_state_dict(loaded[name], strict=False)
@@ -371,22 +410,18 @@ def complete(
     """
     (folder / CONFIG).write_text(to_toml(config), encoding="utf-8")
     (provenance or Provenance.of(config)).write(folder)
-    integrity.mark(folder, step, known or {})
+    integrity.mark(folder, {"step": step}, known or {})
 
 
 def _drop_old(folder: Path, keep: int) -> None:
     """Remove all but the newest whole checkpoints, and what killed processes left half-written."""
-    found = sorted(folder.glob("step_*"))
-    oldest = [path for path in found if integrity.is_marked(path)][-keep:][0]
+    found = step_folders.checkpoints(folder)
+    oldest = [path for path in found if integrity.is_marked(path)][:keep][-1]
     for path in found:
-        if path < oldest or path.suffix == ".tmp":
-            _remove(path)
-
-
-def _remove(folder: Path) -> None:
-    # First what makes it whole: killed in between, it is half-written and not damaged.
-    (folder / MARKER).unlink(missing_ok=True)
-    shutil.rmtree(folder)
+        if step_folders.step_of(path) < step_folders.step_of(oldest):
+            step_folders.remove(path)
+    for path in step_folders.unfinished(folder):
+        step_folders.remove(path)
 
 
 def _not_saved(temporary: Path, step: int, error: BaseException) -> OSError:

@@ -6,14 +6,19 @@ read as streams, about 1.2 GB/s on one quiet core of a CPU; each process reads i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import zlib
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 MARKER = "complete.json"
+LARGEST_MARKER = 64 << 20  # bytes; of a hundred thousand files it has twenty million
+# What file systems say of a call that they do not offer.
+NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EBADF)
 BLOCK = 1 << 22  # bytes read at a time
 
 
@@ -31,32 +36,69 @@ def checksums(files: Iterable[Path]) -> dict[str, str]:
     return {file.name: checksum(file) for file in files}
 
 
+def read_marker(folder: Path, name: str = MARKER) -> dict[str, Any]:
+    """What a marker says: `files`, sizes by name; `crc32`, checksums by name, empty where it is from before there were
+    any; and whatever else was given to `mark`.
+
+    Raises ValueError where it is of another form, OSError where it cannot be read.
+    """
+    file = folder / name
+    size = file.stat().st_size
+    if size > LARGEST_MARKER:
+        raise ValueError(f"{size:,} bytes are more than any marker has")
+    try:
+        said = json.loads(file.read_bytes())
+    except RecursionError as error:
+        raise ValueError("it is nested without end") from error
+    if not isinstance(said, dict):
+        raise ValueError(f"it holds a {type(said).__name__}, not an object")
+    files, sums = said.get("files"), said.setdefault("crc32", {})
+    if not isinstance(files, dict) or not all(type(size) is int and size >= 0 for size in files.values()):
+        raise ValueError("its files are not sizes by name")
+    if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
+        raise ValueError("its crc32 are not checksums by name")
+    for path in (*files, *sums):
+        inner = PurePosixPath(path)
+        if inner.is_absolute() or ".." in inner.parts or "\0" in path:
+            raise ValueError(f"it names {path!r}, which is not beside it")
+    return said
+
+
 def digest(folder: Path) -> str:
-    """What tells a marked checkpoint's bytes from all others, from the checksums in its marker."""
-    marker = json.loads((folder / MARKER).read_text())
-    return hashlib.sha256(json.dumps([marker["files"], marker.get("crc32")], sort_keys=True).encode()).hexdigest()
+    """What tells a marked checkpoint's bytes from all others, from the checksums in its marker. Raises as
+    `read_marker`."""
+    marker = read_marker(folder)
+    return hashlib.sha256(json.dumps([marker["files"], marker["crc32"] or None], sort_keys=True).encode()).hexdigest()
 
 
-def mark(folder: Path, step: int, known: dict[str, str]) -> None:
-    """Bring a checkpoint's files to the disk, then the marker that makes it whole.
+def mark(folder: Path, says: dict[str, Any], known: dict[str, str], name: str = MARKER) -> None:
+    """Bring a checkpoint's files to the disk, then the marker that makes it whole, and that also says `says`.
 
     known: checksums of its files that are there already; the others are computed here.
     """
-    files = sorted(folder.iterdir())
-    for file in files:
-        sync(file)
-    sums = known | checksums(file for file in files if file.name not in known)
-    sizes = {file.name: file.stat().st_size for file in files}
-    (folder / MARKER).write_text(json.dumps({"step": step, "files": sizes, "crc32": sums}, indent=1))
-    sync(folder / MARKER)
+    paths = sorted(path for path in folder.rglob("*") if path.name != name)
+    for path in paths:
+        sync(path)
+    files = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
+    sums = {path: known[path] if path in known else checksum(file) for path, file in files.items()}
+    sizes = {path: file.stat().st_size for path, file in files.items()}
+    unnamed = folder / f"{name}.tmp"
+    unnamed.write_text(json.dumps(says | {"files": sizes, "crc32": sums}, indent=1))
+    sync(unnamed)
+    os.replace(unnamed, folder / name)
     sync(folder)
 
 
 def sync(path: Path) -> None:
     """Bring a file, or the names in a folder, to the disk."""
+    folder = path.is_dir()
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Many network and FUSE file systems do not take it of a folder.
+        if not folder or error.errno not in NOT_OFFERED:
+            raise
     finally:
         os.close(descriptor)
 
@@ -66,35 +108,37 @@ def is_marked(folder: Path) -> bool:
     return folder.suffix == "" and (folder / MARKER).is_file()
 
 
-def wrong_size(folder: Path) -> str:
+def wrong_size(folder: Path, name: str = MARKER) -> str:
     """What is wrong with a marked checkpoint, as far as names and sizes tell; empty where nothing is."""
     try:
-        sizes = json.loads((folder / MARKER).read_text())["files"]
-        for name, size in sizes.items():
-            file = folder / name
+        files = read_marker(folder, name)["files"]
+        if not files:
+            return f"{name} lists no files"
+        for path, size in files.items():
+            file = folder / path
             if not file.is_file():
-                return f"{name} is missing"
+                return f"{path} is missing"
             if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size} of {size} bytes"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        return f"{MARKER} cannot be read ({error})"
+                return f"{path} has {file.stat().st_size} of {size} bytes"
+    except (OSError, ValueError) as error:
+        return f"{name} cannot be read ({error})"
     return ""
 
 
-def wrong_content(folder: Path, share: int = 0, shares: int = 1) -> str:
+def wrong_content(folder: Path, share: int = 0, shares: int = 1, name: str = MARKER) -> str:
     """What is wrong with the bytes of every `shares`-th file from number `share` on; empty where nothing is.
 
     Checkpoints written before there were checksums have nothing to be compared with.
     """
     try:
-        sums = json.loads((folder / MARKER).read_text()).get("crc32", {})
-    except OSError as error:
-        return f"{MARKER} cannot be read ({error.strerror})"
-    for name in sorted(sums)[share::shares]:
+        sums = read_marker(folder, name)["crc32"]
+    except (OSError, ValueError) as error:
+        return f"{name} cannot be read ({error})"
+    for path in sorted(sums)[share::shares]:
         try:
-            found = checksum(folder / name)
+            found = checksum(folder / path)
         except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-        if found != sums[name]:
-            return f"{name} is not what was written: its checksum is {found}, not {sums[name]}"
+            return f"{path} cannot be read ({error.strerror})"
+        if found != sums[path]:
+            return f"{path} is not what was written: its checksum is {found}, not {sums[path]}"
     return ""

@@ -7,6 +7,7 @@ whether the file's time changes is read from it, never what it says: clocks of m
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -28,6 +29,8 @@ BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 # Two processes can find the same stale lock: after this long, the file says which of them it is.
 SETTLE_SECONDS = 1.0
+# What exFAT and many network and FUSE file systems say of a hard link; EMLINK: a file may have no second name.
+NO_LINKS = (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.EXDEV)
 
 
 class LostLockError(ConnectionError):
@@ -53,6 +56,10 @@ class Holder:
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.started}"
+
+    def text(self) -> str:
+        """As the file has it."""
+        return json.dumps(asdict(self), indent=1)
 
     def lives(self) -> bool | None:
         """Whether the process is there; None where that cannot be looked up from here."""
@@ -124,13 +131,26 @@ class RunLock:
             os.link(written, self._path)
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            return self._create_in_place()
         finally:
             written.unlink()
         return True
 
+    def _create_in_place(self) -> bool:
+        """The same where the file system has no hard links: for a moment others may read half of it, and wait."""
+        try:
+            with self._path.open("x", encoding="utf-8") as file:
+                file.write(self._own.text())
+        except FileExistsError:
+            return False
+        return True
+
     def _write(self) -> Path:
         written = self._path.with_name(f"{NAME}.{self._own.token}")
-        written.write_text(json.dumps(asdict(self._own), indent=1))
+        written.write_text(self._own.text(), encoding="utf-8")
         return written
 
     def _take_over(self, say: Callable[[str], None]) -> bool:
@@ -148,7 +168,8 @@ class RunLock:
             lives = _is_touched(self._path, before)
         if lives:
             raise ValueError(
-                f"{self._path.parent} is in use by {holder}; let it end or stop it, or choose another run.directory"
+                f"{self._path.parent} is in use by {holder or 'another process'}; let it end or stop it, or choose "
+                "another run.directory"
             )
         if _read(self._path) != holder:
             return False
@@ -170,9 +191,11 @@ class RunLock:
 def _read(path: Path) -> Holder | None:
     """Who holds a lock; None where there is none, or nothing that can be read."""
     try:
-        return Holder(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        holder = Holder(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
+    words = (holder.host, holder.started, holder.kernel, holder.ticks, holder.token)
+    return holder if type(holder.pid) is int and all(isinstance(word, str) for word in words) else None
 
 
 def _touched(path: Path) -> int | None:

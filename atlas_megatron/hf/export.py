@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_imports
@@ -27,6 +26,7 @@ from atlas_megatron.hf import modeling_atlas
 from atlas_megatron.hf.configuration_atlas import SECTIONS, AtlasConfig
 from atlas_megatron.hf.folders import check_shapes, copy_tokenizer, listing, new_folder
 from atlas_megatron.hf.names import EMBEDDING, OUTPUT, Name, parameters_of
+from atlas_megatron.safe_loading import load_tensors, read_metadata
 
 SHARD_SIZE = 2 << 30  # bytes; an export holds about two shards in memory, one read and one written
 # Where `trust_remote_code` finds the classes.
@@ -53,7 +53,7 @@ class Source:
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """These parameters, by their Megatron names, whole."""
         tensors = {name: torch.empty(self.rows[name], dtype=self.dtype) for name in names}
-        load(tensors, storage_reader=FileSystemReader(str(self.folder)), no_dist=True)
+        load_tensors(tensors, self.folder)
         return tensors
 
 
@@ -63,7 +63,10 @@ def export(source: Path, target: Path, shard_size: int = SHARD_SIZE) -> Path:
     Raises ValueError where the source is no whole checkpoint, its tensors are not those of its configuration, its
     tokenizer is larger than its vocabulary, or the target exists.
     """
-    read = read_source(source)
+    return _of(source, lambda folder: _export(_source_at(folder), target, shard_size))
+
+
+def _export(read: Source, target: Path, shard_size: int) -> Path:
     with new_folder(target) as folder:
         end = copy_tokenizer(read.folder, folder, read.config.vocab_size)
         _write_configuration(read, folder, end)
@@ -95,9 +98,12 @@ def code_files() -> list[Path]:
 def read_source(source: Path) -> Source:
     """What is at `source`: a run or a checkpoint. Raises ValueError where it is neither, or not what its configuration
     says."""
-    folder = _checkpoint_at(source)
+    return _of(source, _source_at)
+
+
+def _source_at(folder: Path) -> Source:
     config = described(megatron.load(folder / checkpoint.CONFIG))
-    stored = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    stored = read_metadata(folder).state_dict_metadata
     tensors = {
         name: entry
         for name, entry in stored.items()
@@ -123,15 +129,16 @@ def described(config: megatron.Config) -> AtlasConfig:
     return AtlasConfig(**keys)
 
 
-def _checkpoint_at(source: Path) -> Path:
+def _of[T](source: Path, read: Callable[[Path], T]) -> T:
+    """What `read` makes of a checkpoint, or of the newest one of a run."""
     if (source / checkpoint.MARKER).is_file():
         bad = integrity.wrong_size(source) or integrity.wrong_content(source)
         if bad:
             raise ValueError(f"checkpoint {source} is damaged: {bad}; take an older one")
-        return source
+        return read(source)
     if not checkpoint.folder_of(source).is_dir():
         raise ValueError(f"{source} is no checkpoint and no run with a whole one; give runs/NAME, or its checkpoint")
-    return checkpoint.to_read(source)
+    return checkpoint.read_newest(source, read)
 
 
 def _unpadded(name: str, shape: tuple[int, ...], config: AtlasConfig) -> tuple[int, ...]:
