@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -26,6 +25,7 @@ from atlas_megatron.config import Config
 from atlas_megatron.corpus import Summary
 from atlas_megatron.data_order import TrainingOrder
 from atlas_megatron.parallel.cpu import device
+from atlas_megatron.prefixes import blend
 from atlas_megatron.tokenizer import Tokenizer, load_tokenizer
 
 type SampleSet = GPTDataset | BlendedDataset | TrainingOrder
@@ -156,23 +156,6 @@ def bytes_per_token(config: Config) -> float | None:
     if not labels:
         return None
     return len(text_of(labels, load_tokenizer(config.data.tokenizer))) / sum(map(len, labels))
-
-
-def blend(words: tuple[str, ...]) -> list[tuple[float | None, str]]:
-    """Split each ``"weight prefix"`` or ``"prefix"`` of a blend; either all carry a weight or none does."""
-    pairs: list[tuple[float | None, str]] = []
-    for word in words:
-        first, _, rest = word.strip().partition(" ")
-        try:
-            pairs.append((float(first), rest.strip()) if rest else (None, first))
-        except ValueError:
-            pairs.append((None, word.strip()))
-    for weight, prefix in pairs:
-        if weight is not None and not (weight > 0 and math.isfinite(weight)):
-            raise ValueError(f"the weight of {prefix} is {weight}; give a number greater than 0")
-    if len({weight is None for weight, _ in pairs}) > 1:
-        raise ValueError(f"some sets of the blend {list(words)} carry a weight and some none; write one for each")
-    return pairs
 
 
 def inspect(prefix: str, vocab_size: int) -> int:

@@ -1,4 +1,4 @@
-"""Long texts through tokenizers of several kinds: pieces have the tokens of the whole, and come out as whole characters."""
+"""Long texts through tokenizers of several kinds: pieces have the tokens of the whole, characters stay whole."""
 
 from __future__ import annotations
 
