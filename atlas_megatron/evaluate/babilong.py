@@ -1,9 +1,11 @@
 """BABILong: the facts of a bAbI story hidden, in their order, among sentences of other text.
 
-After Kuratov et al. 2024, arXiv 2402.10790, and booydar/babilong: facts lie at random borders between sentences, and a
-story whose facts leave no room is not asked in that length, but the next one is. Ours: the length is exact and holds
-the whole prompt (there it is that of the context, and prompts take up to 300 tokens of it), and filler of any kind will
-do (there it is PG-19).
+After Kuratov et al. 2024, arXiv 2402.10790, and booydar/babilong: facts lie at random borders between sentences of ten
+tokens and more, and a story whose facts leave no room is not asked in that length, but the next one is. Ours: the
+length is exact, in the model's tokens, and holds the whole prompt (there it is GPT-2's, of the context, 300 less for
+the prompt); a border is as likely as the sentence before it is long (there all alike); filler of any kind will do
+(there a book of PG-19, from a random place on), and it goes on in the next file; bAbI's files are those of its test
+(there, for the 100 rows a task that are published, those of its training).
 """
 
 from __future__ import annotations
@@ -16,15 +18,25 @@ from random import Random
 import numpy as np
 
 from atlas_megatron.evaluate.babilong_files import Row
-from atlas_megatron.evaluate.babilong_prompts import ANSWER, PROMPTS, TEMPLATE
+from atlas_megatron.evaluate.babilong_prompts import EDITIONS, NEWEST, Edition
 from atlas_megatron.evaluate.filler import TextFolder
-from atlas_megatron.evaluate.haystack import Example, Haystack, Needle, Question, encode, packed, room_for_context
+from atlas_megatron.evaluate.haystack import (
+    Example,
+    Haystack,
+    Needle,
+    Question,
+    at_start,
+    encode,
+    packed,
+    room_for_context,
+)
 from atlas_megatron.evaluate.stories import PLACES, Story, tell
 from atlas_megatron.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 20
 TRIES = 100  # stories told for one that fits the length
 BLOCK = 65_536  # characters of a row's text that are encoded at once
+LEAST_TOKENS = 10  # of a sentence of filler: shorter ones are left out
 
 # The answers that there are to each task's questions, BABILong's TASK_LABELS.
 LABELS = {
@@ -37,25 +49,36 @@ LABELS = {
 class Babilong:
     """task: qa1 ... qa5.
 
-    prompted: with BABILong's instruction and examples, for a model that was not trained on the task. Otherwise the
-    question stands on the line after the context, and the answer is to stand on the next one.
+    prompted: with BABILong's instruction and examples, for a model that was not trained on the task, as an edition of
+    babilong_prompts.py has them. Otherwise (ours) the question stands on the line after the context, and the answer is
+    to stand on the next one.
     """
 
     task: str
     prompted: bool = False
+    edition: str = NEWEST
+
+    @property
+    def source(self) -> str:
+        """Whose texts stand around the context."""
+        return self._edition.source if self.prompted else "BABILong without its prompt (ours)"
 
     @property
     def opening(self) -> str:
         if not self.prompted:
             return ""
-        prompt = PROMPTS[self.task]
-        before = TEMPLATE.partition("{context}")[0]
+        prompt = self._edition.prompts[self.task]
+        before = self._edition.template.partition("{context}")[0]
         return before.format(instruction=prompt.instruction, examples=prompt.examples, post_prompt=prompt.post_prompt)
 
     def question(self, text: str, answer: str) -> Question:
         if not self.prompted:
             return Question(f"\n{text}\n", (answer,))
-        return Question(TEMPLATE.partition("{context}")[2].format(question=text) + ANSWER, (answer,))
+        return Question(self._edition.template.partition("{context}")[2].format(question=text), (answer,))
+
+    @property
+    def _edition(self) -> Edition:
+        return EDITIONS[self.edition]
 
 
 def babilong(
@@ -100,7 +123,12 @@ def hide(
         raise ValueError(f"{name} hides its facts in text, and no folder was given; give a folder of text files")
     room = room_for_context(name, tokenizer, length, [question], needed) if length else needed
     depths = sorted(float(depth) for depth in generator.random(len(facts)))
-    filler = folder.filler(seed) if folder else partial(iter, ())
+    # A context begins without a space: with a fact where its place is before all filler, else with the filler.
+    fact_first = at_start(depths[0], room - needed)
+    if fact_first:
+        facts[0], depths[0] = encode(tokenizer, story.facts[0]), 0.0
+        room -= 0 if length else needed - len(opening) - sum(len(fact) for fact in facts)
+    filler = folder.filler(seed, least=LEAST_TOKENS, bare=not fact_first) if folder else partial(iter, ())
     haystack = Haystack(opening, tuple(map(Needle, facts, depths)), filler, room)
     supporting = tuple(haystack.depths[place] for place in story.supporting)
     return Example(name, room, haystack.pieces, (question,), MAX_NEW_TOKENS, supporting)
@@ -120,11 +148,12 @@ def _needed(task: Babilong, tokenizer: Tokenizer, story: Story) -> int:
 
 def from_row(task: Babilong, name: str, row: Row, tokenizer: Tokenizer) -> Example:
     """A row of BABILong's own, as long as it is; its text is encoded in blocks that end at a space."""
+    context = row.input.strip()
 
     def parts() -> Iterator[np.ndarray]:
         if task.prompted:
             yield encode(tokenizer, task.opening)
-        for block in _blocks(row.input):
+        for block in _blocks(context):
             yield encode(tokenizer, block)
 
     length = sum(len(part) for part in parts())

@@ -31,6 +31,7 @@ EXAMPLES = """examples:
   atlas-eval babilong_qa1 exported/atlas-340m --lengths 1M,10M --filler books --samples 2
   atlas-eval hellaswag piqa lambada_openai exported/atlas-340m      # lm-evaluation-harness, data in a local cache
   atlas-eval my_task runs/mine --tasks-folder my_tasks              # its own YAML format
+  atlas-eval vt vt@2024-12-04 mqar@zoology runs/quickstart          # editions of a benchmark, named in the results
 """
 UNITS = {"": 1, "K": 1024, "M": 1024**2}
 # What a length is taken for where none is given.
@@ -82,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="atlas-eval",
         description="Measure a trained model: results as JSON with a picture a task; nothing is downloaded.",
-        epilog=f"{EXAMPLES}\ntasks: {', '.join(_names())},\nand every task of lm-evaluation-harness",
+        epilog=f"{EXAMPLES}\ntasks: {', '.join(_names())},\nother editions: {', '.join(_editions())},\n"
+        "and every task of lm-evaluation-harness",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("tasks", nargs="+", metavar="TASK", help="what to measure, see below")
@@ -118,6 +120,14 @@ def _names() -> list[str]:
     return ["perplexity", *tasks.TASKS, *symbolic.TASKS]
 
 
+def _editions() -> list[str]:
+    """Names of our tasks in other editions than the default, or by a benchmark's own generator."""
+    from atlas_megatron.evaluate import symbolic, tasks
+
+    chosen = [(name, task.others) for name, task in (*tasks.TASKS.items(), *symbolic.TASKS.items())]
+    return [f"{name}@{edition}" for name, others in chosen for edition in others]
+
+
 def lengths_of(text: str) -> tuple[int, ...]:
     """Tokens of a list as 1000,4K,10M, in rising order. Raises ValueError for another form."""
     found = []
@@ -135,9 +145,10 @@ def _run(given: argparse.Namespace, words: tuple[str, ...]) -> int:
         if getattr(given, name) < 1:
             raise ValueError(f"--{name} {getattr(given, name)} must be at least 1")
     chosen = dict.fromkeys(given.tasks)
-    own = [name for name in chosen if name in _names()]
+    own = [name for name in chosen if name.partition("@")[0] in _names()]
     if 0 in lengths and not all(name.startswith("babilong_") for name in chosen):
         raise ValueError(f"--lengths {given.lengths}: 0 tokens are of BABILong's tasks alone; leave 0 out")
+    _check_editions(own)
     theirs = [name for name in chosen if name not in own]
     _check_theirs(theirs, given.tasks_folder)
     out = given.out or Path(given.model) / "evaluation"
@@ -169,12 +180,26 @@ def _check_theirs(names: Sequence[str], folder: Path | None) -> None:
             raise ValueError(f"there is no task {name!r}; did you mean {near[0]!r}?")
 
 
+def _check_editions(names: Sequence[str]) -> None:
+    """Raise ValueError for an edition that one of our tasks does not have."""
+    from atlas_megatron.evaluate import symbolic, tasks
+
+    for name in names:
+        base, at, _ = name.partition("@")
+        if base in tasks.TASKS:
+            tasks.find(name)
+        elif base in symbolic.TASKS:
+            symbolic.find(name)
+        elif at:
+            raise ValueError(f"there is no task {name!r}: {base} has one edition; write {base}")
+
+
 def _measure(name: str, reader: Reader, asked: Asked) -> Table:
-    from atlas_megatron.evaluate import symbolic
+    from atlas_megatron.evaluate import tasks
 
     if name == "perplexity":
         return _perplexity(reader, asked)
-    return _symbolic(name, reader, asked) if name in symbolic.TASKS else _recall(name, reader, asked)
+    return _recall(name, reader, asked) if tasks.base_of(name) in tasks.TASKS else _symbolic(name, reader, asked)
 
 
 def _results(name: str, reader: Reader, asked: Asked, **settings: Any) -> Results:
@@ -215,11 +240,11 @@ def _recall(name: str, reader: Reader, asked: Asked) -> Table:
     if folder and folder.left_out:
         print(f"{name}: left out of {asked.filler}, not being UTF-8: {len(folder.left_out)} files", file=sys.stderr)
     text = {"filler": str(asked.filler), "fingerprint": folder.fingerprint} if folder else {}
-    told, stories = None, {}
+    told, stories = None, {"stories": "told here"} if tasks.base_of(name) in tasks.BABILONG else {}
     if asked.stories:
         told, files = tasks.official(name, asked.stories)
         stories = {"stories": str(asked.stories), "stories_fingerprint": fingerprint(files, "")}
-    results = _results(name, reader, asked, segment=asked.segment, **text, **stories)
+    results = _results(name, reader, asked, source=kind.source, segment=asked.segment, **text, **stories)
     task = recall.Recall(
         name,
         lambda length, index: tasks.make(name, reader.tokenizer, length, index, asked.seed, folder, told),
@@ -229,7 +254,7 @@ def _recall(name: str, reader: Reader, asked: Asked) -> Table:
     cells = _wanted(results, asked)
     found = {metric: recall.points(cells, metric) for metric in kind.metrics}
     pictures.recall(results.path.with_suffix(".png"), f"{name}, {Path(asked.model).name}", found)
-    table = Table("tokens", "questions", *found, "tokens/s", "peak MiB", title=name)
+    table = Table("tokens", "questions", *found, "tokens/s", "peak MiB", title=f"{name} ({kind.source})")
     for row in zip(*found.values(), strict=True):
         means = (f"{p.mean:.3f}" + (f" ± {p.error:.3f}" if p.error is not None else "") for p in row)
         table.add_row(
@@ -291,8 +316,8 @@ def _text(reader: Reader, asked: Asked, longest: int) -> Text:
 def _symbolic(name: str, reader: Reader, asked: Asked) -> Table:
     from atlas_megatron.evaluate import pictures, symbolic
 
-    task = symbolic.TASKS[name]
-    results = _results(name, reader, asked)
+    task = symbolic.find(name)
+    results = _results(name, reader, asked, source=task.source)
     longest = symbolic.longest(name, reader)
     fits = tuple(length for length in asked.lengths if length <= longest)
     if fits != asked.lengths:
@@ -309,7 +334,7 @@ def _symbolic(name: str, reader: Reader, asked: Asked) -> Table:
         found[length] = (fmean(shares), stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else 0.0)
     guessed = {length: symbolic.chance(name, length) for length in asked.lengths}
     pictures.shares(results.path.with_suffix(".png"), f"{name}, {Path(asked.model).name}", found, guessed)
-    table = Table("tokens", "accuracy", "any value", title=name)
+    table = Table("tokens", "accuracy", "any value", title=f"{name} ({task.source})")
     for length, (mean, error) in found.items():
         table.add_row(f"{length:,}", f"{mean:.3f} ± {error:.3f}", f"{guessed[length]:.3f}")
     return table

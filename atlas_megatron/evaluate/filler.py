@@ -65,21 +65,38 @@ class TextFolder:
         hidden = any(part.startswith(".") for part in file.relative_to(self.folder).parts)
         return file.suffix in SUFFIXES and not hidden and file.is_file()
 
-    def filler(self, seed: Sequence[int]) -> Filler:
-        """Filler that starts at a place drawn by the seed."""
-        return partial(self._stretches, tuple(seed))
+    def filler(self, seed: Sequence[int], least: int = 1, bare: bool = False) -> Filler:
+        """Filler that starts at a place drawn by the seed.
 
-    def _stretches(self, seed: tuple[int, ...]) -> Iterator[Stretch]:
+        least: tokens of a sentence; shorter ones are left out. bare: no space before the first sentence. Raises
+        ValueError where all sentences are shorter.
+        """
+        if not any(longer(self._block(number), least) for number in range(len(self._places))):
+            raise ValueError(
+                f"filler folder {str(self.folder)!r} holds no sentence of {least} tokens and more; put longer ones in"
+            )
+        return partial(self._bare if bare else self._stretches, tuple(seed), least)
+
+    def _bare(self, seed: tuple[int, ...], least: int) -> Iterator[Stretch]:
+        stretches = self._stretches(seed, least)
+        first = next(stretches)
+        end = int(first.ends[0])
+        text = self.tokenizer.decode(first.tokens[:end].tolist()).removeprefix(" ")
+        alone = encode(self.tokenizer, text)
+        yield Stretch(np.concatenate([alone, first.tokens[end:]]), first.ends + (len(alone) - end))
+        yield from stretches
+
+    def _stretches(self, seed: tuple[int, ...], least: int) -> Iterator[Stretch]:
         generator = np.random.default_rng(seed)
         number = int(generator.integers(len(self._places)))
-        first = self._block(number)
+        first = longer(self._block(number), least)
         if first:
             skipped = int(generator.integers(len(first.ends)))
             start = int(first.ends[skipped - 1]) if skipped else 0
             yield Stretch(first.tokens[start:], first.ends[skipped:] - start)
         while True:
             number = (number + 1) % len(self._places)
-            block = self._block(number)
+            block = longer(self._block(number), least)
             if block:
                 yield block
 
@@ -134,13 +151,27 @@ def stretch(tokenizer: Tokenizer, texts: Iterable[str]) -> Stretch | None:
     return Stretch(np.concatenate(encoded), ends)
 
 
-def repeated(tokenizer: Tokenizer, sentence: str) -> Filler:
-    """One sentence over and over."""
+def longer(block: Stretch | None, least: int) -> Stretch | None:
+    """Its sentences of at least so many tokens; None if there is none."""
+    if block is None or least <= 1:
+        return block
+    sizes = np.diff(block.ends, prepend=0)
+    kept = sizes >= least
+    if kept.all():
+        return block
+    ends = np.cumsum(sizes[kept])
+    return Stretch(block.tokens[np.repeat(kept, sizes)], ends) if len(ends) else None
+
+
+def repeated(tokenizer: Tokenizer, sentence: str, first: str | None = None) -> Filler:
+    """One sentence over and over; `first`: how it is written the first time."""
     tokens = encode(tokenizer, sentence)
+    opening = tokens if first is None else encode(tokenizer, first)
     count = max(1, PIECE // len(tokens))
     block = Stretch(np.tile(tokens, count), np.arange(1, count + 1, dtype=np.int64) * len(tokens))
 
     def stretches() -> Iterator[Stretch]:
+        yield Stretch(opening, np.array([len(opening)], dtype=np.int64))
         while True:
             yield block
 

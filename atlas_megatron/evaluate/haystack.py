@@ -70,6 +70,11 @@ def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return np.asarray(tokenizer.encode(text), dtype=np.int32)
 
 
+def at_start(depth: float, filler_length: int) -> bool:
+    """Whether a needle of this depth stands before all filler."""
+    return int(depth * filler_length) == 0
+
+
 def room_for_context(name: str, tokenizer: Tokenizer, length: int, questions: Sequence[Question], needed: int) -> int:
     """The tokens that `length` leaves for the context beside its longest question.
 

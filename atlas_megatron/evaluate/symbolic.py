@@ -2,24 +2,27 @@
 
 Sequences of token ids as synthetic.py draws them; a score is the share of asked tokens that the likeliest
 token meets. The ids are the first ones of the model's vocabulary: no text, so this asks for what a model does in its
-context alone. MAD's other tasks ask for what training has taught (configs/experiments/mad.py).
+context alone. MAD's other tasks ask for what training has taught (configs/experiments/mad.py). A name such as mqar is
+our generator's, mqar@zoology and mad_noisy_recall@mad are those benchmarks' own.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
+from atlas_megatron.evaluate import mad, zoology
 from atlas_megatron.evaluate.reading import SEGMENT, check_room
 from atlas_megatron.evaluate.synthetic import (
     NO_ANSWER,
     NOISE_SHARE,
     NOISE_VOCABULARY,
     RECALL_VOCABULARY,
+    SOURCE,
     Batch,
     fuzzy_recall,
     in_context_recall,
@@ -34,14 +37,23 @@ PAIRS_SHARE = 16  # tokens of a sequence for each pair of MQAR: as zoology's 64 
 
 @dataclass(frozen=True)
 class Symbolic:
-    """generate: (seed, count, tokens, ids) -> sequences; ids: the fewest token ids it takes."""
+    """generate: (seed, count, tokens, ids) -> sequences; ids: the fewest token ids it takes.
+
+    source: whose generator it is, which every result says. others: by what stands behind the @ of their names.
+    """
 
     generate: Callable[[int, int, int, int], Batch]
     ids: int
+    source: str = SOURCE
+    others: Mapping[str, Symbolic] = field(default_factory=dict)
 
 
 def _mqar(seed: int, count: int, tokens: int, ids: int) -> Batch:
-    return mqar(seed, count, tokens, max(1, tokens // PAIRS_SHARE), min(ids, MOST_IDS) // 2 * 2)
+    return mqar(seed, count, tokens, pairs_of(tokens), min(ids, MOST_IDS) // 2 * 2)
+
+
+def _zoology_mqar(seed: int, count: int, tokens: int, ids: int) -> Batch:
+    return zoology.mqar(seed, count, tokens, pairs_of(tokens), min(ids, MOST_IDS))
 
 
 def _recall(seed: int, count: int, tokens: int, ids: int, noise: float = 0.0) -> Batch:
@@ -52,26 +64,59 @@ def _fuzzy(seed: int, count: int, tokens: int, ids: int) -> Batch:
     return fuzzy_recall(seed, count, tokens)
 
 
+def _mads(task: Callable[..., Batch], ids: int) -> dict[str, Symbolic]:
+    """MAD's own of a task, as it is measured."""
+
+    def generate(seed: int, count: int, tokens: int, ids: int) -> Batch:
+        return task(seed, count, tokens, training=False)
+
+    return {"mad": Symbolic(generate, ids, mad.SOURCE)}
+
+
+_NOISY = mad.VOCABULARY + mad.NOISE_VOCABULARY
 TASKS = {
-    "mqar": Symbolic(_mqar, 32),
-    "mad_in_context_recall": Symbolic(_recall, RECALL_VOCABULARY),
-    "mad_fuzzy_recall": Symbolic(_fuzzy, RECALL_VOCABULARY),
-    "mad_noisy_recall": Symbolic(partial(_recall, noise=NOISE_SHARE), RECALL_VOCABULARY + NOISE_VOCABULARY),
+    "mqar": Symbolic(_mqar, 32, others={"zoology": Symbolic(_zoology_mqar, 32, zoology.SOURCE)}),
+    "mad_in_context_recall": Symbolic(
+        _recall, RECALL_VOCABULARY, others=_mads(mad.in_context_recall, mad.VOCABULARY)
+    ),
+    "mad_fuzzy_recall": Symbolic(_fuzzy, RECALL_VOCABULARY, others=_mads(mad.fuzzy_recall, mad.VOCABULARY)),
+    "mad_noisy_recall": Symbolic(
+        partial(_recall, noise=NOISE_SHARE),
+        RECALL_VOCABULARY + NOISE_VOCABULARY,
+        others=_mads(partial(mad.in_context_recall, noise=mad.NOISE_SHARE), _NOISY),
+    ),
 }
 
 
+def find(name: str) -> Symbolic:
+    """The task of that name, of the generator behind its @. Raises ValueError for an unknown one."""
+    base, at, generator = name.partition("@")
+    task = TASKS.get(base)
+    if task is None or (at and generator not in task.others):
+        names = [name for base, task in TASKS.items() for name in (base, *(f"{base}@{other}" for other in task.others))]
+        raise ValueError(f"there is no task {name!r}; choose one of {', '.join(names)}")
+    return task.others[generator] if at else task
+
+
+def pairs_of(tokens: int) -> int:
+    """Of MQAR, in a sequence."""
+    return max(1, tokens // PAIRS_SHARE)
+
+
 def longest(name: str, reader: Reader) -> int:
-    """The most tokens of a sequence for which the vocabulary has ids; MQAR takes every key and filler once.
+    """The most tokens of a sequence for which the vocabulary has ids; our MQAR takes every key and filler once.
 
     Raises ValueError where it has too few for any.
     """
-    ids = reader.tokenizer.vocab_size
-    if ids < TASKS[name].ids:
-        raise ValueError(f"the tokenizer has {ids} tokens, and {name} takes {TASKS[name].ids}; ask another model")
-    if name != "mqar":
+    ids, needed = reader.tokenizer.vocab_size, find(name).ids
+    if ids < needed:
+        raise ValueError(f"the tokenizer has {ids} tokens, and {name} takes {needed}; ask another model")
+    if not name.startswith("mqar"):
         return sys.maxsize
+    if name == "mqar@zoology":
+        return (min(ids, MOST_IDS) - 1) // 2 * 2
     half = min(ids, MOST_IDS) // 2
-    return max(tokens for tokens in range(2 * half) if tokens - max(1, tokens // PAIRS_SHARE) <= half)
+    return max(tokens for tokens in range(2 * half) if tokens - pairs_of(tokens) <= half)
 
 
 def measured(task: Symbolic, reader: Reader, tokens: int, indices: range, seed: int, segment: int = SEGMENT) -> Cell:
@@ -97,4 +142,4 @@ def measured(task: Symbolic, reader: Reader, tokens: int, indices: range, seed: 
 
 def chance(task: str, tokens: int) -> float:
     """What naming any value that the context holds would score."""
-    return 1 / max(1, tokens // PAIRS_SHARE) if task == "mqar" else 2 / RECALL_VOCABULARY
+    return 1 / pairs_of(tokens) if task.startswith("mqar") else 2 / RECALL_VOCABULARY

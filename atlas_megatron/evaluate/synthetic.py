@@ -1,6 +1,7 @@
 """Generated tasks: multi-query associative recall and the six of MAD. Pure functions of a seed.
 
 MQAR after zoology (Arora et al. 2023, arXiv 2312.04927); the others after MAD (Poli et al. 2024, arXiv 2403.17844).
+These generators are ours; zoology.py and mad.py draw as those repositories do.
 Labels stand where the answer is due: the model's output at position t is compared with labels[t].
 
 Dims: B sequences, T tokens.
@@ -15,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+SOURCE = "ours"
 NO_ANSWER = -100  # cross_entropy's ignore_index
 RECALL_VOCABULARY = 16  # MAD's: half keys, half values
 NOISE_VOCABULARY = 16
@@ -35,12 +37,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Task:
-    """A generator (seed, B) -> Batch with its sizes. decoded: the last output alone is to give every label."""
+    """A generator (seed, B) -> Batch with its sizes.
+
+    decoded: the last output alone is to give every label. by_class: accuracy is the mean over what is due of the share
+    that is met, as MAD has it; else the share of all.
+    """
 
     generate: Callable[[int, int], Batch]
     vocabulary: int
     tokens: int
     decoded: bool = False
+    by_class: bool = False
 
 
 def mqar(seed: int, count: int, tokens: int, pairs: int, vocabulary: int = 8192, power: float = 0.01) -> Batch:

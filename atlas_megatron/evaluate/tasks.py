@@ -1,5 +1,7 @@
 """The long-context tasks by name: one example of any length, and its score.
 
+A name such as vt is the newest edition of its benchmark, and vt@2024-12-04 another one; see `Task.others`.
+
 folder = TextFolder("books", tokenizer)
 example = make("niah_single_2", tokenizer, 1_000_000, index=0, seed=0, folder=folder)
 score("niah_single_2", prediction, example.questions[0])
@@ -8,15 +10,17 @@ score("niah_single_2", prediction, example.questions[0])
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 from atlas_megatron.evaluate import metrics
 from atlas_megatron.evaluate.babilong import LABELS, Babilong, babilong, exact, fits, from_row, hide, substring
 from atlas_megatron.evaluate.babilong_files import Row, read_rows, read_stories, rows_file
+from atlas_megatron.evaluate.babilong_prompts import EDITIONS
 from atlas_megatron.evaluate.filler import TextFolder
 from atlas_megatron.evaluate.haystack import Example, Question
 from atlas_megatron.evaluate.ruler import parameters
@@ -33,12 +37,18 @@ Metric = Callable[[str, Question], float]
 
 @dataclass(frozen=True)
 class Task:
-    """How one task is made and judged. official: the name of the metric that its benchmark reports."""
+    """How one task is made and judged.
+
+    official: the name of the metric that its benchmark reports. source: whose definition it is, which every result
+    says. others: its other editions by what stands behind the @ of their names.
+    """
 
     make: Maker
     metrics: dict[str, Metric]
     official: str
     needs_text: bool  # whether its needles lie in the text of a folder
+    source: str
+    others: Mapping[str, Task] = field(default_factory=dict)
 
 
 def _on_answers(metric: Callable[[str, Sequence[str]], float]) -> Metric:
@@ -51,13 +61,39 @@ RULER_METRICS: dict[str, Metric] = {
 }
 
 
-def _ruler(make: Maker, needs_text: bool = False) -> Task:
-    return Task(make, RULER_METRICS, "string_match_all", needs_text)
+RULER = parameters.NEWEST
+WORDS = ", with words made up here"
+
+
+def _makers(make: Callable[..., Example], tasks: Mapping[str, Any]) -> dict[str, Maker]:
+    """Of the editions of a task."""
+    return {edition: partial(make, task) for edition, task in tasks.items()}
+
+
+def _ruler(
+    make: Maker, needs_text: bool = False, earlier: Mapping[str, Maker] | None = None, ours: str = ""
+) -> Task:
+    """earlier: other editions. ours: what is not RULER's."""
+
+    def of(make: Maker, edition: str) -> Task:
+        return Task(make, RULER_METRICS, "string_match_all", needs_text, f"RULER {edition}{ours}")
+
+    others = {edition: of(other, edition) for edition, other in (earlier or {}).items()}
+    return replace(of(make, RULER), others=others)
+
+
+def _each(make: Maker, needs_text: bool) -> Task:
+    return replace(_ruler(make, needs_text), source="needles of RULER's, each asked for on its own (ours)")
 
 
 def _babilong(task: Babilong) -> Task:
     judges: dict[str, Metric] = {"exact": partial(exact, task.task), "substring": substring}
-    return Task(partial(babilong, task), judges, "exact", needs_text=True)
+
+    def of(task: Babilong) -> Task:
+        return Task(partial(babilong, task), judges, "exact", needs_text=True, source=task.source)
+
+    others = [edition for edition in EDITIONS if task.prompted and edition != task.edition]
+    return replace(of(task), others={edition: of(replace(task, edition=edition)) for edition in others})
 
 
 BABILONG = {
@@ -65,22 +101,41 @@ BABILONG = {
     **{f"babilong_{task}_prompted": Babilong(task, prompted=True) for task in LABELS},
 }
 TASKS: dict[str, Task] = {
-    **{name: _ruler(partial(niah, task), task.haystack == "essay") for name, task in parameters.NIAH.items()},
-    **{name: _ruler(partial(niah, task), task.haystack == "essay") for name, task in parameters.NIAH_EACH.items()},
-    **{name: _ruler(partial(tracking, task)) for name, task in parameters.TRACKING.items()},
-    **{name: _ruler(partial(common_words, task)) for name, task in parameters.COMMON_WORDS.items()},
+    **{
+        name: _ruler(partial(niah, task), task.haystack == "essay", ours=WORDS if task.key == "words" else "")
+        for name, task in parameters.NIAH.items()
+    },
+    **{name: _each(partial(niah, task), task.haystack == "essay") for name, task in parameters.NIAH_EACH.items()},
+    **{
+        name: _ruler(partial(tracking, task), earlier=_makers(tracking, parameters.TRACKING_EARLIER))
+        for name, task in parameters.TRACKING.items()
+    },
+    **{
+        name: _ruler(partial(common_words, task), False, _makers(common_words, parameters.COMMON_WORDS_EARLIER), WORDS)
+        for name, task in parameters.COMMON_WORDS.items()
+    },
     **{name: _ruler(partial(frequent_words, task)) for name, task in parameters.FREQUENT_WORDS.items()},
     **{name: _babilong(task) for name, task in BABILONG.items()},
 }
 
 
 def find(name: str) -> Task:
-    """The task of that name. Raises ValueError for an unknown one."""
-    if name not in TASKS:
-        close = get_close_matches(name, TASKS, n=1)
+    """The task of that name, of the edition behind its @. Raises ValueError for an unknown one."""
+    base, at, edition = name.partition("@")
+    if base not in TASKS:
+        close = get_close_matches(base, TASKS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"the tasks are {', '.join(TASKS)}"
         raise ValueError(f"there is no task {name!r}; {hint}")
-    return TASKS[name]
+    task = TASKS[base]
+    if at and edition not in task.others:
+        there = [base, *(f"{base}@{other}" for other in task.others)]
+        raise ValueError(f"there is no task {name!r}; choose one of {', '.join(there)} ({base} is {task.source})")
+    return task.others[edition] if at else task
+
+
+def base_of(name: str) -> str:
+    """The name without its edition."""
+    return name.partition("@")[0]
 
 
 def official(name: str, folder: Path) -> tuple[Maker, list[Path]]:
@@ -90,9 +145,10 @@ def official(name: str, folder: Path) -> tuple[Maker, list[Path]]:
     length (data/qa1/4k.json), as they are. Raises ValueError for another task than BABILong's, and where neither is
     there.
     """
-    if name not in BABILONG:
+    base, _, edition = name.partition("@")
+    if base not in BABILONG:
         raise ValueError(f"bAbI's files were given, and {name} tells none of its stories; leave them out")
-    task = BABILONG[name]
+    task = replace(BABILONG[base], edition=edition) if edition else BABILONG[base]
     if (folder / task.task).is_dir():
         return _rows(task, folder / task.task), sorted((folder / task.task).iterdir())
     files = sorted(folder.glob(f"{task.task}_*_test.txt"))
@@ -140,12 +196,13 @@ def make(
 
     Equal arguments make equal examples. A BABILong example of length 0 is the story alone (its "0k"). folder: text to
     hide needles in, encoded by the same tokenizer. maker: instead of the task's own, see `official`. Raises ValueError
-    for an unknown task, a length without room for the facts, and a missing folder where the task needs one.
+    for an unknown task, a length without room for the facts, and a missing folder where the task needs one. Editions
+    of a task differ in their words, not in what is drawn for them.
     """
     if index < 0 or seed < 0:
         raise ValueError(f"index {index} and seed {seed} of an example must not be negative")
     make_one = maker or find(name).make
-    return make_one(f"{name}/{index}", tokenizer, length, (seed, index, zlib.crc32(name.encode())), folder)
+    return make_one(f"{name}/{index}", tokenizer, length, (seed, index, zlib.crc32(base_of(name).encode())), folder)
 
 
 def score(name: str, prediction: str, question: Question) -> dict[str, float]:

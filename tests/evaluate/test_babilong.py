@@ -1,5 +1,6 @@
 """BABILong: answers found again by a bystander, facts whole and in order, the official measure, the official files."""
 
+import hashlib
 import json
 from random import Random
 
@@ -14,7 +15,7 @@ from atlas_megatron.evaluate.babilong_files import Row, read_rows, read_stories
 from atlas_megatron.evaluate.filler import TextFolder
 from atlas_megatron.evaluate.haystack import Example, Question
 from atlas_megatron.evaluate.stories import PLOTS, tell
-from atlas_megatron.evaluate.tasks import make, score
+from atlas_megatron.evaluate.tasks import find, make, score
 from atlas_megatron.tokenizer import Tokenizer
 
 SUPPORTING = {"qa1": {1}, "qa2": {2}, "qa3": {3, 4}, "qa4": {1}, "qa5": {1}}
@@ -76,7 +77,7 @@ def test_facts_are_hidden_whole(
         (question,) = example.questions
         context = text(example, tokenizer)
         hidden = context.rpartition("<context>\n")[2] if prompted else context
-        asked = question.text.strip().removeprefix("</context>\nQuestion: ").removesuffix("\nAnswer:")
+        asked = question.text.strip().removeprefix("</context>\n\nQuestion: ")
         facts = bystander.facts_in(hidden)
         assert (bystander.answer(facts, asked),) == question.answers
         assert example.length + len(tokenizer.encode(question.text)) == length
@@ -94,6 +95,8 @@ def test_facts_are_hidden_whole(
 def test_the_text_around_is_the_folders(tokenizer: Tokenizer, folder: TextFolder) -> None:
     example = make("babilong_qa1", tokenizer, 3000, folder=folder)
     context = text(example, tokenizer)
+    assert context == context.lstrip()
+    context = f" {context}"
     for fact in bystander.facts_in(context):
         context = context.replace(f" {fact}", "", 1)
     written = " ".join(" ".join(file.read_text().split()) for file in sorted(folder.folder.iterdir()))
@@ -230,6 +233,68 @@ def test_a_row_is_read_as_long_as_it_is(tokenizer: Tokenizer, monkeypatch: pytes
     row = Row(**ROWS[0])
     example = from_row(Babilong("qa1", prompted=True), "row", row, tokenizer)
     context = text(example, tokenizer)
-    assert context == Babilong("qa1", prompted=True).opening + row.input
+    assert context == Babilong("qa1", prompted=True).opening + row.input.strip()
     assert example.length == sum(len(piece) for piece in example.context())
-    assert example.questions[0].text == "\n</context>\nQuestion: Where is Mary?\nAnswer:"
+    assert example.questions[0].text == "\n</context>\n\nQuestion: Where is Mary?"
+
+
+# Of what booydar/babilong's get_formatted_input gives for "CTX" and "Q?", the first 16 digits of its SHA-256: at
+# commits c9c6ad2 (the same at 7a6efee of 2026), 876cf31 and d796183.
+PROMPTS = {
+    "2024-06-05": {
+        "qa1": "f0099ca4b6819b9b", "qa2": "b297346b51210901", "qa3": "2144aeae6266d03f", "qa4": "18f8b9053ee2d7ec",
+        "qa5": "e031edf7710e885a",
+    },
+    "2024-05-22": {
+        "qa1": "f0099ca4b6819b9b", "qa2": "b297346b51210901", "qa3": "29758d93334993c0", "qa4": "18f8b9053ee2d7ec",
+        "qa5": "e031edf7710e885a",
+    },
+    "2024-05-15": {
+        "qa1": "02aef7a6339e23bd", "qa2": "6910f5ca576a8e97", "qa3": "9c89b4b4e197e783", "qa4": "0621f5abbf8e33e9",
+        "qa5": "aaa87e8e41c101be",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edition", PROMPTS)
+@pytest.mark.parametrize("task", LABELS)
+def test_prompts_are_the_benchmarks_letter_for_letter(task: str, edition: str) -> None:
+    asked = Babilong(task, prompted=True, edition=edition)
+    whole = f"{asked.opening}CTX{asked.question('Q?', '').text}"
+    assert hashlib.sha256(whole.encode()).hexdigest()[:16] == PROMPTS[edition][task]
+    assert asked.source == f"BABILong {edition}"
+
+
+def test_editions_are_chosen_by_name_and_ask_the_same_story(tokenizer: Tokenizer, folder: TextFolder) -> None:
+    name = "babilong_qa3_prompted"
+    newest, first, answer = (
+        make(f"{name}{edition}", tokenizer, 2500, 4, folder=folder) for edition in ("", "@2024-05-15", "@answer")
+    )
+    for example in (first, answer):
+        assert bystander.facts_in(text(example, tokenizer).rpartition("<context>\n")[2]) == bystander.facts_in(
+            text(newest, tokenizer).rpartition("<context>\n")[2]
+        )
+    assert "$location_1&" in text(first, tokenizer) and "$location_1$" in text(newest, tokenizer)
+    assert answer.questions[0].text == newest.questions[0].text + "\nAnswer:"
+    assert find(f"{name}@answer").source.endswith("(ours)") and find("babilong_qa3").source.endswith("(ours)")
+    with pytest.raises(ValueError, match="choose one of babilong_qa3_prompted, babilong_qa3_prompted@2024-05-22, "):
+        make(f"{name}@2023-01-01", tokenizer, 2500, folder=folder)
+    with pytest.raises(ValueError, match=r"no task 'babilong_qa3@2024-05-15'; choose one of babilong_qa3 \("):
+        make("babilong_qa3@2024-05-15", tokenizer, 2500, folder=folder)
+
+
+@pytest.mark.parametrize("length", [0, 700])
+def test_no_space_stands_before_the_first_sentence(length: int, tokenizer: Tokenizer, folder: TextFolder) -> None:
+    """Neither where a fact comes first, nor where the filler does."""
+    first = [text(make("babilong_qa2", tokenizer, length, n, folder=folder), tokenizer) for n in range(30)]
+    assert all(not context[0].isspace() and "  " not in context for context in first)
+    assert all(context.startswith(bystander.facts_in(context)[0]) == (length == 0) for context in first)
+
+
+def test_short_sentences_are_no_filler(tmp_path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "text.txt").write_text("No. " + "Yes. This one is long enough to be told between the facts. " * 50)
+    context = text(make("babilong_qa1", tokenizer, 600, folder=TextFolder(tmp_path, tokenizer)), tokenizer)
+    assert "Yes." not in context and "No." not in context and "long enough" in context
+    (tmp_path / "text.txt").write_text("No. Yes. " * 50)
+    with pytest.raises(ValueError, match="holds no sentence of 10 tokens and more"):
+        make("babilong_qa1", tokenizer, 600, folder=TextFolder(tmp_path, tokenizer))

@@ -102,6 +102,25 @@ def test_what_is_measured_is_what_was_read(
     assert "was made with other constants (weights)" in capsys.readouterr().err
 
 
+def test_results_name_the_benchmark_and_its_edition(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("mqar", "mqar@zoology", "mad_fuzzy_recall@mad", run, "--lengths", 64, "--samples", 1, "--out", tmp_path)
+    assert evaluate(*asked) == 0
+    said = capsys.readouterr().out
+    for name, source in (("mqar", "ours"), ("mqar@zoology", "zoology"), ("mad_fuzzy_recall@mad", "mad")):
+        assert json.loads((tmp_path / f"{name}.json").read_text())["settings"]["source"] == source
+        assert f"{name} ({source})" in said
+    for name, message in (
+        ("vt@2023-01-01", "choose one of vt, vt@2024-12-04 (vt is RULER 2025-05-13)"),
+        ("mqar@mad", "choose one of mqar, mqar@zoology, mad_in_context_recall, "),
+        ("perplexity@mad", "perplexity has one edition"),
+    ):
+        assert evaluate(name, run, "--out", tmp_path) == 2
+        said = capsys.readouterr().err
+        assert f"there is no task {name!r}" in said and message in said and said.count("\n") == 1
+
+
 def test_an_export_says_what_its_run_says(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "model")
     found = []

@@ -11,8 +11,8 @@ from atlas_megatron.evaluate.haystack import Example
 from atlas_megatron.evaluate.ruler.frequent_words import zeta
 from atlas_megatron.evaluate.ruler.parameters import NIAH, NIAH_EACH, TRACKING
 from atlas_megatron.evaluate.ruler.shuffle import Shuffle
-from atlas_megatron.evaluate.ruler.tracking import Tracking, tracking
-from atlas_megatron.evaluate.tasks import make
+from atlas_megatron.evaluate.ruler.tracking import Tracking, drawn_places, tracking
+from atlas_megatron.evaluate.tasks import find, make
 from atlas_megatron.evaluate.words import SHORT_WORDS, WORDS, word
 from atlas_megatron.tokenizer import Tokenizer
 
@@ -88,7 +88,90 @@ def test_a_chain_is_followed_to_its_variables(length: int, tokenizer: Tokenizer)
 def test_the_solved_example_is_solved(tokenizer: Tokenizer) -> None:
     found = text(make("vt", tokenizer, 1500), tokenizer)
     chain = re.findall(r"VAR ([A-Z]{3}) = ", found)
-    assert len(chain) == 5 and f"they are: {' '.join(chain)}\n\n" in found
+    assert len(chain) == 5 and f"they are:  {' '.join(chain)}\n\nMemorize" in found
+
+
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+EDITIONS = {"vt": "2025-05-13", "vt@2024-12-04": "2024-12-04"}
+
+
+def lines_of(name: str, tokenizer: Tokenizer, index: int) -> tuple[list[str], str]:
+    """Of the context that is asked about, what stands between noise, in turn, and the whole."""
+    example = make(name, tokenizer, 3000, index, seed=2)
+    whole = text(example, tokenizer) + example.questions[0].text
+    context = whole[whole.rindex("hidden in the following text.\n\n") + len("hidden in the following text.\n\n") :]
+    return context.partition("\nQuestion")[0].split(NOISE), whole
+
+
+@pytest.mark.parametrize("name", EDITIONS)
+def test_noise_lies_between_assignments_as_the_edition_writes(name: str, tokenizer: Tokenizer) -> None:
+    earlier = name != "vt"
+    first, inner, nothing = ("{} ", "\n {} ", "\n ") if earlier else ("{}\n", "\n{}\n", "\n")
+    assignment = re.compile(r"VAR [A-Z]{5} = (VAR [A-Z]{5} |\d{5})")
+    starts = set()
+    for index in range(40):
+        (head, *rest, _), whole = lines_of(name, tokenizer, index)
+        found = [match[0] for part in (head, *rest) for match in [assignment.search(part)] if match]
+        assert len(found) == 5
+        match = assignment.search(head)
+        assert head == (first.format(match[0]) if match else "")
+        starts.add(bool(match))
+        for part in rest:
+            match = assignment.search(part)
+            assert part == (inner.format(match[0]) if match else nothing)
+        assert whole.endswith("they are: ")
+        assert ("assgined" in whole) == earlier and ("\n\n\n\nMemorize" in whole) == earlier
+    # Some begin with an assignment, most with noise.
+    assert starts == {True, False}
+    assert find(name).source == f"RULER {EDITIONS[name]}"
+
+
+def test_editions_hide_the_same_chain(tokenizer: Tokenizer) -> None:
+    one, other = (make(name, tokenizer, 3000, 3) for name in EDITIONS)
+    assert one.questions[0].answers == other.questions[0].answers
+    one, other = (make(name, tokenizer, 3000, 3) for name in ("cwe", "cwe@2024-12-04"))
+    assert "in the list are: 1. " in text(one, tokenizer) and "in the list are:1. " in text(other, tokenizer)
+    assert one.questions == other.questions
+    with pytest.raises(ValueError, match=r"choose one of niah_single_1 \(niah_single_1 is RULER 2025-05-13, with"):
+        find("niah_single_1@2024-12-04")
+
+
+def test_the_solved_example_takes_its_share(tokenizer: Tokenizer) -> None:
+    """As much noise as 500 tokens hold."""
+    whole = text(make("vt", tokenizer, 3000), tokenizer)
+    example = whole[: whole.index("they are: ") + len("they are: ")]
+    one_more = example.replace(NOISE, f"{NOISE}\n{NOISE}", 1)
+    assert len(tokenizer.encode(example)) <= 500 + 5 < len(tokenizer.encode(one_more)) + 10 or example.count(NOISE) == 5
+
+
+@pytest.mark.parametrize("noises", [5, 6, 50])
+@pytest.mark.parametrize("chains", [1, 2, 4])
+def test_places_of_a_chain_have_noise_or_another_chain_between(noises: int, chains: int) -> None:
+    task = Tracking(chains=chains, hops=4, max_new_tokens=30)
+    for seed in range(50):
+        places = drawn_places(task, noises, np.random.default_rng(seed))
+        assert {(place.chain, place.number) for place in places} == {(c, n) for c in range(chains) for n in range(5)}
+        assert len(places) == 5 * chains
+        assert [place.noises for place in places] == sorted(place.noises for place in places)
+        assert places[-1].noises < noises
+        for chain in range(chains):
+            own = [order for order, place in enumerate(places) if place.chain == chain]
+            assert [places[order].number for order in own] == list(range(5))
+            for order, later in zip(own, own[1:], strict=False):
+                assert later > order + 1 or places[later].noises > places[order].noises
+
+
+def test_lists_and_essays_begin_without_a_space(tokenizer: Tokenizer, folder: TextFolder) -> None:
+    assert "often.\n1. " in text(make("cwe", tokenizer, 2000), tokenizer).partition("Question")[2]
+    seen = set()
+    for index in range(60):
+        found = text(make("niah_single_2", tokenizer, 1200, index, folder=folder), tokenizer)
+        essay = found.partition("afterwards.\n")[2]
+        # RULER joins what stands before a needle, nothing here, and the needle by a space.
+        assert essay[0] != " " or essay.startswith(" One of the special magic")
+        assert "  " not in essay and re.search(r": \d{7}\. \w", essay)
+        seen.add(essay[0] == " ")
+    assert seen == {True, False}
 
 
 def test_more_chains_are_told_apart(tokenizer: Tokenizer) -> None:

@@ -1,9 +1,10 @@
 """RULER's common words extraction: a numbered list in which ten words stand more often than all others.
 
 After NVIDIA/RULER, scripts/data/synthetic/common_words_extraction.py; the prompt's words are those of its
-constants.py. As there, a solved example stands first and the order is random over the whole list. Ours: the words are
-made up (words.py); the example's are not the list's; the list is made while it is read; what its last whole round of
-words leaves of the length is filled with uncommon words that stand once, the last one cut.
+constants.py. As there, a solved example stands first and the order is random over the whole list. Until 2025-05-13 no
+space parted the example's answer from its question. Ours: the words are made up (words.py); the example's are not the
+list's; the list is made while it is read; what its last whole round of words leaves of the length is filled with
+uncommon words that stand once, the last one cut.
 """
 
 from __future__ import annotations
@@ -50,13 +51,17 @@ class Size:
 
 @dataclass(frozen=True)
 class CommonWords:
-    """common: how many such words; `long` from `long_from` tokens on if it fits (ours: if), else `short`."""
+    """common: how many such words; `long` from `long_from` tokens on if it fits (ours: if), else `short`.
+
+    before_answer: between the example's question and its answer.
+    """
 
     common: int
     long: Size
     long_from: int
     short: Size
     max_new_tokens: int
+    before_answer: str = " "
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class WordList:
         number = 0
         for text in self._texts(order, uncommon):
             number += 1
-            yield tokens_of(self.tokenizer, f" {number}.")
+            yield tokens_of(self.tokenizer, _label(number))
             yield tokens_of(self.tokenizer, f" {text}")
 
     def _texts(self, order: Shuffle, uncommon: int) -> Iterator[str]:
@@ -116,7 +121,12 @@ class WordList:
         return [word(int(number)) for number in self.vocabulary(self.first + ranks)]
 
     def _number_size(self, number: int) -> int:
-        return len(tokens_of(self.tokenizer, f" {number}."))
+        return len(tokens_of(self.tokenizer, _label(number)))
+
+
+def _label(number: int) -> str:
+    """What stands before an entry's word: no space before the first of a list."""
+    return f"{'' if number == 1 else ' '}{number}."
 
 
 def common_words(
@@ -130,7 +140,7 @@ def common_words(
     question = Question(QUESTION, common)
     sizes = [task.long, task.short] if length >= task.long_from else [task.short]
     for size in sizes:
-        opening = encode(tokenizer, _solved(task.common, size, vocabulary, generator) + OPENING)
+        opening = encode(tokenizer, _solved(task, size, vocabulary, generator) + OPENING)
         words = WordList(tokenizer, vocabulary, first + task.common, common, size.repeats)
         room = length - len(tokenizer.encode(question.text))
         uncommon = words.fitting(room - len(opening))
@@ -144,12 +154,13 @@ def common_words(
     return Example(name, room, pieces, (question,), task.max_new_tokens, ())
 
 
-def _solved(common: int, size: Size, vocabulary: Shuffle, generator: np.random.Generator) -> str:
+def _solved(task: CommonWords, size: Size, vocabulary: Shuffle, generator: np.random.Generator) -> str:
     """A list with its answer, of the vocabulary's first words."""
+    common = task.common
     words = [word(int(number)) for number in vocabulary(np.arange(size.example_words))]
     entries = words[:common] * size.example_repeats.common + words[common:] * size.example_repeats.uncommon
     shuffled = [entries[place] for place in generator.permutation(len(entries))]
-    return f"{OPENING}{_numbered(shuffled)}{QUESTION} {_numbered(words[:common])}\n"
+    return f"{OPENING}{_numbered(shuffled)}{QUESTION}{task.before_answer}{_numbered(words[:common])}\n"
 
 
 def _numbered(words: list[str]) -> str:

@@ -1,7 +1,10 @@
 """RULER's needles in a haystack: special magic numbers (words, uuids) for keys, hidden and asked for.
 
-After NVIDIA/RULER, scripts/data/synthetic/niah.py; the prompt's words are those of its constants.py. Ours: the words
-are made up (words.py), no two keys or values of an example are equal, and the length is exact and holds the prompt.
+After NVIDIA/RULER, scripts/data/synthetic/niah.py, whose texts are the same since 2024-04-25; the prompt's words are
+those of its constants.py. Ours: the words are made up (words.py); no two keys or values of an example are equal;
+essays are any text, from a random place on (there Paul Graham's, from the first on); a depth is a share of the tokens
+(there of the sentences), and needles outside of essays may stand side by side; the length is exact and holds the
+prompt, so the last sentence is cut.
 """
 
 from __future__ import annotations
@@ -12,7 +15,16 @@ from dataclasses import dataclass
 from random import Random
 
 from atlas_megatron.evaluate.filler import TextFolder, made, repeated
-from atlas_megatron.evaluate.haystack import Example, Filler, Haystack, Needle, Question, encode, room_for_context
+from atlas_megatron.evaluate.haystack import (
+    Example,
+    Filler,
+    Haystack,
+    Needle,
+    Question,
+    at_start,
+    encode,
+    room_for_context,
+)
 from atlas_megatron.evaluate.words import pair
 from atlas_megatron.tokenizer import Tokenizer
 
@@ -93,14 +105,13 @@ def niah(
         for key, value in hidden
     ]
     needed = len(opening) + sum(len(needle) for needle in needles)
-    haystack = Haystack(
-        opening,
-        tuple(map(Needle, needles, _depths(task, random, len(needles)))),
-        _filler(task, name, tokenizer, seed, folder, {*keys, *values}),
-        room_for_context(name, tokenizer, length, questions, needed),
-    )
-    depths = tuple(depth for depth, (key, _) in zip(haystack.depths, hidden, strict=True) if key in asked)
-    return Example(name, haystack.length, haystack.pieces, questions, task.max_new_tokens, depths)
+    room = room_for_context(name, tokenizer, length, questions, needed)
+    depths = _depths(task, random, len(needles))
+    # Essays begin without a space. RULER puts one before a needle that stands first.
+    filler = _filler(task, name, tokenizer, seed, folder, {*keys, *values}, not at_start(depths[0], room - needed))
+    haystack = Haystack(opening, tuple(map(Needle, needles, depths)), filler, room)
+    places = tuple(depth for depth, (key, _) in zip(haystack.depths, hidden, strict=True) if key in asked)
+    return Example(name, haystack.length, haystack.pieces, questions, task.max_new_tokens, places)
 
 
 def _question(task: Niah, keys: list[str], answers: tuple[str, ...]) -> Question:
@@ -126,14 +137,20 @@ def _depths(task: Niah, random: Random, count: int) -> list[float]:
 
 
 def _filler(
-    task: Niah, name: str, tokenizer: Tokenizer, seed: tuple[int, ...], folder: TextFolder | None, taken: set[str]
+    task: Niah,
+    name: str,
+    tokenizer: Tokenizer,
+    seed: tuple[int, ...],
+    folder: TextFolder | None,
+    taken: set[str],
+    bare: bool,
 ) -> Filler:
     if task.haystack == "repeat":
         return repeated(tokenizer, f"{NOISE}\n")
     if task.haystack == "essay":
         if folder is None:
             raise ValueError(f"{name} hides its needles in text, and no folder was given; give a folder of text files")
-        return folder.filler(seed)
+        return folder.filler(seed, bare=bare)
 
     def distractor(random: Random) -> str:
         while True:

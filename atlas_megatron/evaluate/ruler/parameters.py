@@ -1,14 +1,18 @@
 """RULER's tasks with their official parameters: NVIDIA/RULER, scripts/synthetic.yaml and constants.py.
 
-A length here is that of the prompt; RULER's max_seq_length holds the tokens to generate too.
+A length here is that of the prompt; RULER's max_seq_length holds the tokens to generate too. An edition is named by the
+day from which its texts are those of that repository. The newest changed two tasks: vt and cwe are here as it has them
+and as they were before.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from atlas_megatron.evaluate.ruler.common_words import CommonWords, Repeats, Size
 from atlas_megatron.evaluate.ruler.frequent_words import FrequentWords
 from atlas_megatron.evaluate.ruler.niah import Niah
-from atlas_megatron.evaluate.ruler.tracking import Tracking
+from atlas_megatron.evaluate.ruler.tracking import EARLIER, NEWEST, Tracking
 
 NIAH_TOKENS = 128  # to generate
 
@@ -27,7 +31,8 @@ NIAH_EACH = {
     "niah_each_1": Niah("repeat", "words", "numbers", 16, 1, 16, max_new_tokens=32, apart=True),
     "niah_each_2": Niah("essay", "words", "numbers", 16, 1, 16, max_new_tokens=32, apart=True),
 }
-TRACKING = {"vt": Tracking(chains=1, hops=4, max_new_tokens=30)}
+TRACKING = {"vt": Tracking(chains=1, hops=4, max_new_tokens=30, edition=NEWEST)}
+TRACKING_EARLIER = {EARLIER: replace(TRACKING["vt"], edition=EARLIER)}
 COMMON_WORDS = {
     "cwe": CommonWords(
         common=10,
@@ -37,4 +42,5 @@ COMMON_WORDS = {
         max_new_tokens=120,
     )
 }
+COMMON_WORDS_EARLIER = {EARLIER: replace(COMMON_WORDS["cwe"], before_answer="")}
 FREQUENT_WORDS = {"fwe": FrequentWords(alpha=2.0, letters=6, tokens_a_word=50, max_new_tokens=50)}
