@@ -11,6 +11,12 @@ INSTALLED := $(VENV)/installed-$(PINS)
 BENCH := $(VENV)/bench-$(PINS)
 IS_3_12 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null
 
+# `python -m venv` makes its python first and pip seconds later: interrupted in between, it is made up for here.
+HAS_PIP := $(RUN) -m pip --version >/dev/null 2>&1 || \
+	{ echo "$(VENV) has no working pip: installing it" && $(RUN) -m ensurepip --upgrade --default-pip >/dev/null 2>&1 && \
+	  $(RUN) -m pip --version >/dev/null 2>&1; } || \
+	{ echo "$(VENV) has no pip and could not get it: remove $(VENV) and run make setup again" >&2; exit 2; }
+
 .PHONY: help setup quickstart test test-parallel test-slurm lint bench-memory bench-presets gpu-check
 .DEFAULT_GOAL := help
 
@@ -47,11 +53,13 @@ gpu-check: setup ## on a machine with one GPU: its tests, then every benchmark, 
 
 $(INSTALLED): | $(RUN)
 	@$(RUN) $(IS_3_12) || { echo "$(VENV) is not of Python 3.12: remove it and run make setup again" >&2; exit 2; }
+	@$(HAS_PIP)
 	$(RUN) -m pip install --quiet -c constraints.txt setuptools
 	$(RUN) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
 	@rm -f $(VENV)/installed-* && touch $@
 
 $(BENCH):
+	@$(HAS_PIP)
 	$(RUN) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[bench]'
 	@rm -f $(VENV)/bench-* && touch $@
 

@@ -10,6 +10,11 @@ while [[ "$1" != -- ]]; do
   shift
 done
 shift
+for name in nodes processes gpus; do
+  [[ "${!name}" =~ ^[0-9]{1,9}$ ]] && continue
+  echo "node.sh: $name='${!name}' is no number; submit with launch/slurm.sh" >&2
+  exit 2
+done
 
 host=$((SLURM_NODEID == 0))
 port="${rendezvous##*:}"

@@ -119,13 +119,14 @@ check_words() {
   [[ "$name" =~ ^[A-Za-z0-9._-]+$ ]] || refuse "--job-name '$name' becomes a folder's name; use letters, digits, . _ -"
 }
 
-# The overrides of the sweep's value $1, its directory $2.
+# Sets `words`, the overrides of the sweep's value $1 with its directory $2.
 element() {
   local word
+  words=()
   for word in ${overrides[@]+"${overrides[@]}"}; do
-    [[ "$word" == run.directory=* ]] || echo "$word"
+    [[ "$word" == run.directory=* ]] || words+=("$word")
   done
-  printf '%s\n' "${array%%=*}=$1" "run.directory=$2"
+  words+=("${array%%=*}=$1" "run.directory=$2")
 }
 
 # What a dry run of the config with the overrides $@ says; refuses where it does. The shape of a node is the job's.
@@ -141,9 +142,23 @@ dry_run() {
   echo "$said"
 }
 
-# The run.directory of a dry run's report $1.
-directory_of() {
-  sed -n '/^\[run\]/,/^\[/s/^directory = "\(.*\)"$/\1/p' <<<"$1"
+# Sets `directory`, the run.directory of a dry run's report $1, where it stands as a TOML string.
+read_directory() {
+  local rest character
+  rest="$(sed -n '/^\[run\]/,/^\[/s/^directory = "\(.*\)"$/\1/p' <<<"$1")"
+  directory=""
+  while [[ "$rest" == *\\* ]]; do
+    directory+="${rest%%\\*}"
+    rest="${rest#*\\}"
+    case "$rest" in
+      u*) printf -v character '%b' "\\${rest:0:5}" && rest="${rest:4}" ;;
+      [bfnrt]*) printf -v character '%b' "\\${rest:0:1}" ;;
+      *) character="${rest:0:1}" ;;
+    esac
+    directory+="$character"
+    rest="${rest:1}"
+  done
+  directory+="$rest"
 }
 
 # Sets `directory`; with a sweep, of the run without it.
@@ -152,12 +167,12 @@ check_config() {
   local -a values words
   atlas_train="$(command_of atlas-train)"
   said="$(dry_run ${overrides[@]+"${overrides[@]}"})"
-  directory="$(directory_of "$said")"
+  read_directory "$said"
   grep -E '^(fits|does not fit):' <<<"$said" || true
   [[ -n "$array" ]] || return 0
   IFS=, read -ra values <<<"${array#*=}"
   for value in "${values[@]}"; do
-    mapfile -t words < <(element "$value" "$(element_directory "$directory" "${array%%=*}" "$value")")
+    element "$value" "$(element_directory "$directory" "${array%%=*}" "$value")"
     dry_run "${words[@]}" >/dev/null
   done
 }
