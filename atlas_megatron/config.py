@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import itertools
-import json
 import re
 import tomllib
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from atlas_kernels.rule import MemoryRule
+from atlas_megatron.config_values import parse_word, toml_value, typed
 from atlas_megatron.presets import PRESETS
 
 # What each symbol of `model.pattern` stands for.
@@ -46,7 +46,7 @@ def has(pattern: str, symbols: str) -> bool:
 class RunConfig:
     """Where a run lives and what makes it repeatable."""
 
-    directory: str = "runs/atlas"  # everything the run writes
+    directory: str = "runs/atlas"  # everything the run writes, in a folder of its own
     seed: int = 1234
 
 
@@ -296,8 +296,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not Path(path).is_file():
         raise ValueError(f"{path} is no file; name a config, for example configs/quickstart.toml")
     try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not a TOML file: {error}; mend that line") from error
     memory = tables.get("memory")
     if isinstance(memory, dict) and "preset" in memory:
@@ -308,14 +308,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ValueError(f"config section {section!r} is {table!r}; write it as a table: [{section}]")
     presets = [word.partition("=")[2] for word in overrides if word.startswith("memory.preset=")]
     if presets:
-        tables["memory"] = tables.get("memory", {}) | _preset(_parse_word(presets[-1], str))
+        tables["memory"] = tables.get("memory", {}) | _preset(parse_word(presets[-1], str))
     for word in overrides:
         name, equals, value = word.partition("=")
         section, dot, key = name.partition(".")
         if not (equals and dot and section and key):
             raise ValueError(f"{word!r} is not an override; write section.key=value, for example train.steps=100")
         _check_key(section, key)
-        tables.setdefault(section, {})[key] = _parse_word(value, _types(section)[key])
+        tables.setdefault(section, {})[key] = parse_word(value, _types(section)[key])
     config = _from_tables(tables)
     pattern = cut_evenly(config.model.pattern, config.parallel.pipeline * config.parallel.virtual)
     return replace(config, model=replace(config.model, pattern=pattern))
@@ -348,7 +348,7 @@ def to_toml(config: Config) -> str:
     blocks = []
     for section in fields(config):
         values = getattr(config, section.name)
-        lines = [f"{f.name} = {_toml_value(getattr(values, f.name))}" for f in fields(values)]
+        lines = [f"{f.name} = {toml_value(getattr(values, f.name))}" for f in fields(values)]
         blocks.append("\n".join([f"[{section.name}]", *lines]))
     return "\n\n".join(blocks) + "\n"
 
@@ -406,15 +406,6 @@ def _check_key(section: str, key: str | None = None) -> None:
         )
 
 
-def _parse_word(text: str, kind: Any) -> Any:
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-    # A string key keeps its word as typed: log.wandb=2024 and run.directory=2024-05-01 are names.
-    return text if kind is str and not isinstance(value, str) else value
-
-
 def _from_tables(tables: dict[str, Any]) -> Config:
     built = {}
     for section, table in tables.items():
@@ -422,30 +413,5 @@ def _from_tables(tables: dict[str, Any]) -> Config:
             _check_key(section, key)
         types = _types(section)
         kind = get_type_hints(Config)[section]
-        built[section] = kind(**{key: _typed(f"{section}.{key}", value, types[key]) for key, value in table.items()})
+        built[section] = kind(**{key: typed(f"{section}.{key}", value, types[key]) for key, value in table.items()})
     return Config(**built)
-
-
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind == tuple[str, ...]:
-        if isinstance(value, str):
-            return (value,)
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        raise ValueError(f'{name}={value!r} must be a list of strings; write {name}=["one", "two"]')
-    # type() and not isinstance(): a bool is an int to Python, not to a config.
-    if type(value) is not kind:
-        said = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[kind]
-        raise ValueError(f"{name}={value!r} is of type {type(value).__name__}; it must be {said}")
-    return value
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    # A JSON string is a TOML basic string as long as no character is escaped as a surrogate pair.
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from atlas_kernels.features import FEATURE_MAPS, lifted_width
 from atlas_megatron.config import (
     LAYERS,
@@ -78,6 +80,8 @@ def _check_ranges(config: Config) -> None:
     for key in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(train, key) < 1:
             raise ValueError(f"train.{key}={getattr(train, key)} must lie in [0, 1)")
+    if config.data.workers < 0:
+        raise ValueError(f"data.workers={config.data.workers} must be 0 (none beside the process itself) or more")
     if attention.persistent < 0:
         raise ValueError(f"attention.persistent={attention.persistent} must be 0 or more")
     for key in ("devices_per_node", "context_slices"):
@@ -89,12 +93,23 @@ def _check_ranges(config: Config) -> None:
                 f"{name}.late_keys=true with {name}.conv_size=1, whose keys see no token before their own; set "
                 f"{name}.late_keys=false, or more taps"
             )
+    # "", "." and a parent are folders of other things; what a run writes would lie among them.
+    if Path(config.run.directory).name in ("", ".."):
+        raise ValueError(
+            f"run.directory={config.run.directory!r} is no folder of a run's own; name one, for example runs/first"
+        )
+    # What numpy's generators take, with room for pipeline ranks.
+    if not 0 <= config.run.seed < 2**32 - 2**20:
+        raise ValueError(f"run.seed={config.run.seed} is out of range; give a number from 0 to {2**32 - 2**20 - 1}")
     if memory.eta_start < 0:
         raise ValueError(f"memory.eta_start={memory.eta_start} must be 0 (derived) or more")
     if train.min_lr > train.lr:
         raise ValueError(f"train.min_lr={train.min_lr} is above train.lr={train.lr}; lower it")
     if train.warmup_steps >= train.steps:
-        raise ValueError(f"train.warmup_steps={train.warmup_steps} must be less than train.steps={train.steps}")
+        raise ValueError(
+            f"train.warmup_steps={train.warmup_steps} must be less than train.steps={train.steps}; set "
+            f"train.warmup_steps={train.steps // 4}, or more steps"
+        )
     for name, given, known in (
         ("memory.feature_map", memory.feature_map, FEATURE_MAPS),
         ("memory.omega_gates", memory.omega_gates, ("pair", "source", "none")),

@@ -158,6 +158,19 @@ def bytes_per_token(config: Config) -> float | None:
     return len(text_of(labels, load_tokenizer(config.data.tokenizer))) / sum(map(len, labels))
 
 
+def trained_bytes_per_token(config: Config) -> float | None:
+    """Bytes of text behind a token of the training data, as their data.json say; None where one does not."""
+    counted = []
+    for weight, prefix in blend(config.data.train):
+        summary = Summary.read(Path(prefix).parent)
+        split = summary.splits.get(Path(prefix).name) if summary else None
+        if split is None or not split.tokens:
+            return None
+        counted.append((split.tokens if weight is None else weight, split.bytes / split.tokens))
+    whole = sum(weight for weight, _ in counted)
+    return sum(weight * each for weight, each in counted) / whole if whole else None
+
+
 def inspect(prefix: str, vocab_size: int) -> int:
     """Check one .bin/.idx pair against itself and the vocabulary; return its tokens.
 

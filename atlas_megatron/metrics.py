@@ -15,7 +15,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Iterable, Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -25,10 +25,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
+from atlas_megatron import weights_and_biases
 from atlas_megatron.config import Config
+from atlas_megatron.version import versions
 
 Record = dict[str, Any]
 METRICS = "metrics.jsonl"
+TEXT = "log.txt"  # what the screen shows, with the time
 HISTOGRAM, SPECTRUM = "_histogram", "_spectrum"
 QUANTILES = ("min", "25%", "median", "75%", "max")
 # Of the variation of an A or C layer's output, the part that its memory carries: below this it has collapsed.
@@ -90,15 +93,22 @@ class Speed:
 
 
 class RunLog:
-    """Writes records: metrics.jsonl, TensorBoard, Weights & Biases where asked for, and the screen."""
+    """Writes records: metrics.jsonl, TensorBoard, Weights & Biases where asked for, the screen and its lines in a file.
 
-    def __init__(self, config: Config, resumed_step: int) -> None:
+    bytes_per_token: of the training text; None where it is not known: the progress line then tells the perplexity.
+    Raises ValueError where Weights & Biases cannot be used.
+    """
+
+    def __init__(self, config: Config, resumed_step: int, bytes_per_token: float | None = None) -> None:
         directory = Path(config.run.directory)
-        self._config = config
+        self._config, self._bytes_per_token = config, bytes_per_token
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        # First what may be refused: nothing is written then.
+        self._wandb = weights_and_biases.start(config, resumed_step) if config.log.wandb else None
         self._file = _open_after(directory / METRICS, resumed_step)
+        self._text = (directory / TEXT).open("a", encoding="utf-8", errors="replace")
+        self._note(f"{versions()}: begins after step {resumed_step} of {config.train.steps}")
         self._board = _tensorboard(directory, resumed_step) if config.log.tensorboard else None
-        self._wandb = _weights_and_biases(config) if config.log.wandb else None
         self._progress: Progress | None = None
         if self._console.is_terminal:
             columns = (BarColumn(bar_width=24), TaskProgressColumn(), TextColumn("{task.description}"))
@@ -107,8 +117,14 @@ class RunLog:
             self._progress.start()
 
     def say(self, line: str) -> None:
-        """Print one line, above the progress line where there is one."""
+        """Print one line, above the progress line where there is one, and note it."""
         self._console.print(line, markup=False)
+        self._note(line)
+
+    def _note(self, line: str) -> None:
+        """Into the run's text log, with the time."""
+        self._text.write(f"{datetime.now().astimezone().isoformat(sep=' ', timespec='seconds')}  {line}\n")
+        self._text.flush()
 
     def write(self, record: Record) -> None:
         self._file.write(json.dumps(record) + "\n")
@@ -136,6 +152,7 @@ class RunLog:
         if self._progress:
             self._progress.stop()
         self._file.close()
+        self._text.close()
         if self._board:
             self._board.close()
         if self._wandb:
@@ -144,12 +161,16 @@ class RunLog:
     def _show(self, record: Record) -> None:
         step, last = record["step"], self._config.train.steps
         line = (
-            f"step {step}/{last}  loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
+            f"step {step}/{last}  loss {record['loss']:.4f}  {self._in_other_words(record['loss'])}  "
+            f"grad {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
             f"{record['tokens_per_second']:,.0f} tok/s  {timedelta(seconds=round(record['eta_seconds']))} left"
         )
+        due = step % self._config.train.log_every == 0 or step == last
         if self._progress:
             self._progress.update(self._task, completed=step, description=line)
-        elif step % self._config.train.log_every == 0 or step == last:
+            if due:
+                self._note(line)
+        elif due:
             self.say(line)
         if "validation_loss" in record:
             bits = record["validation_bits_per_byte"]
@@ -157,6 +178,12 @@ class RunLog:
             contributes = silenced_difference(record)
             silenced = "" if contributes is None else f"  memory silenced: {contributes:+.2f} nats"
             self.say(f"step {step}/{last}  validation loss {record['validation_loss']:.4f}{in_bits}{silenced}")
+
+    def _in_other_words(self, loss: float) -> str:
+        """A loss as it can be compared with that of other tokenizers, where the text behind a token is known."""
+        if self._bytes_per_token:
+            return f"{bits_per_byte(loss, self._bytes_per_token):.3f} bits/byte"
+        return f"perplexity {math.exp(min(loss, 80.0)):,.1f}"
 
 
 def _open_after(path: Path, resumed_step: int) -> Any:
@@ -196,15 +223,6 @@ def _add_histograms(board: Any, record: Record, config: Config) -> None:
                 bucket_counts=counts.tolist(),
                 global_step=record["step"],
             )
-
-
-def _weights_and_biases(config: Config) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError("log.wandb is set but wandb is missing; pip install wandb, or unset log.wandb") from error
-    name = Path(config.run.directory).name
-    return wandb.init(project=config.log.wandb, name=name, id=name, resume="allow", dir=config.run.directory)
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:

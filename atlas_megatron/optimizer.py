@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -14,7 +15,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
-from atlas_megatron.config import Config
+from atlas_megatron.config import Config, TrainConfig
 
 
 def takes_no_decay(parameter: torch.nn.Parameter) -> bool:
@@ -74,6 +75,16 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """Of the update that step `step` makes, by the schedule above."""
+    if step <= train.warmup_steps:
+        return train.lr * step / train.warmup_steps
+    if step > train.steps:
+        return train.min_lr
+    decayed = (step - train.warmup_steps) / (train.steps - train.warmup_steps)
+    return train.min_lr + (train.lr - train.min_lr) * (1 + math.cos(math.pi * decayed)) / 2
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:

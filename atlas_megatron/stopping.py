@@ -20,8 +20,8 @@ ONE_PRESS_SECONDS = 0.5
 class StopSignals:
     """Within: SIGTERM, SIGUSR1 and, once `can_save` is set, a first Ctrl-C are noted; a second Ctrl-C interrupts.
 
-    A scheduler and torchrun may both send a signal, to any of the processes. Before `can_save` there is no step to save,
-    and Ctrl-C interrupts at once. A process that was started with SIGINT ignored goes on ignoring it.
+    A scheduler and torchrun may both send a signal, to any of the processes. Before `can_save` there is no step to
+    save, and Ctrl-C interrupts at once. A process that was started with SIGINT ignored goes on ignoring it.
     """
 
     def __init__(self) -> None:

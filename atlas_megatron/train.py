@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atlas_megatron.stopping import StopSignals
@@ -24,35 +28,42 @@ examples:
   torchrun --nproc-per-node 8 -m atlas_megatron.train configs/atlas-340m.toml parallel.tensor=2
 
 The same command again resumes from the newest whole checkpoint, or says that the run is done.
-SIGTERM or SIGUSR1 ends a run after the step in hand, with a checkpoint.
+SIGTERM, SIGUSR1 or Ctrl-C ends a run after the step in hand, with a checkpoint; a second Ctrl-C ends it at once.
 
 every key, its default and its meaning:
 
 """
+# An attribute of errors that came after the processes had joined.
+SAID_BY_ANOTHER = "said_by_another"
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; its exit status.
 
     0: done, or stopped by a signal with a checkpoint. 1: NaN or inf. 2: a user's error. 3: another process ended. 4: a
-    step hung (see watchdog).
+    step hung (see watchdog). 130: a Ctrl-C before there was a step to save, or a second one.
     """
     # Signals first, all else is imported behind them: torch and Megatron take seconds, a checkpoint minutes. What comes
     # meanwhile ends the run after its first step, saved.
     with StopSignals() as signals:
-        return _main(words, signals)
+        try:
+            return _main(words, signals)
+        except KeyboardInterrupt:
+            _say_once("interrupted; no step of this start was saved")
+            return 130
 
 
 def _main(words: Sequence[str] | None, signals: StopSignals) -> int:
+    quieten()
     from atlas_megatron.config import load
     from atlas_megatron.machine import Machine, is_machine_word
 
     arguments = _parser().parse_intermixed_args(words)
     words = [word for word in arguments.overrides if arguments.dry_run and is_machine_word(word)]
+    config = None
     try:
         machine = Machine.of(words)
         config = load(arguments.config, [word for word in arguments.overrides if word not in words])
-        quieten()
         if arguments.dry_run:
             signals.release()
             return _dry_run(config, machine)
@@ -60,15 +71,33 @@ def _main(words: Sequence[str] | None, signals: StopSignals) -> int:
     except ConnectionError as error:
         print(f"atlas-train: {error}", file=sys.stderr)
         return 3
-    except (ValueError, OSError) as error:
-        print(f"atlas-train: {error}", file=sys.stderr)
-        return 2
-    except ArithmeticError as error:
-        print(f"atlas-train: {error}", file=sys.stderr)
-        return 1
+    except (ValueError, OSError, ArithmeticError) as error:
+        _say_once(str(error), error)
+        return 1 if isinstance(error, ArithmeticError) else 2
     except KeyboardInterrupt:
-        print("atlas-train: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        _say_once(f"interrupted; {_what_is_left(config)}")
         return 130
+
+
+def _say_once(line: str, error: Exception | None = None) -> None:
+    """The run's last line, from the first process that has it to say: what ends them all would be said by each.
+
+    Before they have joined, as where there is no error, the first process of each machine says it.
+    """
+    if getattr(error, SAID_BY_ANOTHER, os.environ.get("LOCAL_RANK", "0") != "0"):
+        return
+    print(f"atlas-train: {line}", file=sys.stderr)
+
+
+def _what_is_left(config: Config | None) -> str:
+    """What the same command would go on from."""
+    from atlas_megatron import integrity
+
+    steps = Path(config.run.directory, "checkpoints").glob("step_*") if config else iter(())
+    saved = sorted(folder for folder in steps if integrity.is_marked(folder))
+    if not saved:
+        return "there is no checkpoint yet: the same command begins at step 1"
+    return f"the same command resumes from {saved[-1]}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,8 +144,8 @@ def _train(config: Config, signals: StopSignals) -> int:
     from rich.console import Console
 
     from atlas_megatron import checkpoint, run_lock
-    from atlas_megatron.config import to_toml
     from atlas_megatron.config_checks import validate
+    from atlas_megatron.config_differences import changed_toml
     from atlas_megatron.metrics import read, summary_table
     from atlas_megatron.model import num_params
     from atlas_megatron.parallel import world
@@ -127,11 +156,15 @@ def _train(config: Config, signals: StopSignals) -> int:
     world.join(config)
     try:
         if first:
-            print(to_toml(config))
-        with world.naming_the_lost(config), run_lock.held(config.run.directory, print) as lock:
-            trainer = Trainer(config, signals, lock)
-            done = trainer.position.step >= config.train.steps
-            finished = trainer.train()
+            print(f"{changed_toml(config)}# every key: {Path(config.run.directory, checkpoint.CONFIG)}\n")
+        with leaving_nothing_empty(config), world.naming_the_lost(config):
+            with run_lock.held(config.run.directory, print) as lock:
+                trainer = Trainer(config, signals, lock)
+                done = trainer.position.step >= config.train.steps
+                finished = trainer.train()
+    except (ValueError, OSError, ArithmeticError) as error:
+        setattr(error, SAID_BY_ANOTHER, not world.is_first_to_say(str(error)))
+        raise
     finally:
         world.leave()
     if first and finished:
@@ -147,12 +180,35 @@ def _train(config: Config, signals: StopSignals) -> int:
     return 0
 
 
+@contextmanager
+def leaving_nothing_empty(config: Config) -> Iterator[None]:
+    """A start that fails before its first record removes the folders that it made, and what it indexed in them."""
+    directory = Path(config.run.directory)
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    try:
+        yield
+    finally:
+        if made and os.environ.get("RANK", "0") == "0" and not (directory / "config.toml").exists():
+            for name in ("index", "wandb"):
+                shutil.rmtree(directory / name, ignore_errors=True)
+            # Only empty ones go.
+            with suppress(OSError):
+                for folder in made:
+                    folder.rmdir()
+
+
 def quieten() -> None:
-    """Leave the screen to the run's own lines: core warns of absent accelerators, and of itself, at every start."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    """Leave the screen to the run's own lines, each once; call it before Megatron is imported.
+
+    Core warns of absent accelerators, and of itself, at every start. Other processes than the first would repeat it.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)  # it raises what it logs
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torch\.distributed\.checkpoint")
+    silent = r"megatron\.|torch\.distributed\.|torch\.utils\.data"
+    for kind in (UserWarning, FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=kind, module=silent)
     # Core asks views of its gradient buffers for a gradient of their own; there is none, as it expects.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from atlas_megatron import checkpoint, non_finite
 from atlas_megatron.checkpoint import Position, Trained
-from atlas_megatron.config import WITH_MEMORY, Config, has, to_toml
-from atlas_megatron.data import Batch, Batches, build_datasets, micro_batches
+from atlas_megatron.config import WITH_MEMORY, Config, has, load, to_toml
+from atlas_megatron.data import Batch, Batches, build_datasets, micro_batches, trained_bytes_per_token
 from atlas_megatron.metrics import LOW_MEMORY_SHARE, Record, RunLog, Speed
 from atlas_megatron.mixers.base import Documents
 from atlas_megatron.model import build_chunks, flops_per_token
@@ -33,6 +33,7 @@ from atlas_megatron.parallel import world
 from atlas_megatron.parallel.context import settle
 from atlas_megatron.parallel.cpu import device
 from atlas_megatron.provenance import Provenance, refusal
+from atlas_megatron.resuming import changed_keys
 from atlas_megatron.run_lock import RunLock
 from atlas_megatron.stopping import StopSignals
 from atlas_megatron.stragglers import Stragglers
@@ -68,6 +69,7 @@ class Trainer:
             config, validation_set, self.trained.chunks, partial(self._run, forward_only=True)
         )
         self.position = checkpoint.restore(resumed, config, self.trained) if resumed else Position()
+        differs = changed_keys(config, load(resumed / checkpoint.CONFIG), self.position.step) if resumed else ""
         if "data" in changes:
             self.position = replace(self.position, consumed_samples=0)
         self._saver = checkpoint.Saver(config, provenance)
@@ -80,21 +82,37 @@ class Trainer:
         self._watchdog = Watchdog(config)
         self._stragglers = Stragglers(config.resilience.straggler_every)
         self._skipped_in_a_row = 0
-        self.log: RunLog | None = None
+        self.log = self._open_log()
         if world.rank() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
             # What a finished run was trained with stays; whoever reads it finds all of it or what was there.
             if self.position.step < config.train.steps or not (directory / checkpoint.CONFIG).is_file():
                 unnamed = directory / f"{checkpoint.CONFIG}.tmp"
                 unnamed.write_text(to_toml(config), encoding="utf-8")
                 os.replace(unnamed, directory / checkpoint.CONFIG)
-            self.log = RunLog(config, self.position.step)
         for line in wrong:
             self._say(line)
         if resumed:
             self._say(f"resumed from {resumed}")
+        if differs:
+            self._say(differs)
         if changes:
             self._say(f"another {' and other '.join(changes)} than before, as data.allow_change=true allows")
+
+    def _open_log(self) -> RunLog | None:
+        """The first process's; what keeps it from opening one ends every process, not the others by waiting for it."""
+        log, refused = None, ""
+        if world.rank() == 0:
+            # Of the training data where their folders say, else of the validation's: the same text, nearly.
+            bytes_per_token = trained_bytes_per_token(self.config) or self._validation.bytes_per_token
+            Path(self.config.run.directory).mkdir(parents=True, exist_ok=True)
+            try:
+                log = RunLog(self.config, self.position.step, bytes_per_token)
+            except (ValueError, OSError) as error:
+                refused = str(error)
+        (refused,) = world.from_first([refused])
+        if refused:
+            raise ValueError(refused)
+        return log
 
     def train(self) -> bool:
         """Train to the last step; False where SIGTERM, SIGUSR1 or Ctrl-C ended it before, with a checkpoint.

@@ -40,7 +40,7 @@ class Validation:
         forward: Callable[[list[Batch]], list[dict[str, Tensor]]],
     ) -> None:
         self._config, self._dataset, self._chunks, self._forward = config, dataset, chunks, forward
-        self._bytes_per_token = bytes_per_token(config)
+        self.bytes_per_token = bytes_per_token(config)
 
     def is_due(self, step: int) -> bool:
         train = self._config.train
@@ -53,7 +53,7 @@ class Validation:
         if step == self._config.train.steps:
             self._write_position_loss(step)
         loss = (sums[0].sum() / sums[1].sum()).item()
-        bits = None if self._bytes_per_token is None else bits_per_byte(loss, self._bytes_per_token)
+        bits = None if self.bytes_per_token is None else bits_per_byte(loss, self.bytes_per_token)
         record = {"validation_loss": loss, "validation_bits_per_byte": bits}
         if self._config.train.validate_silenced and has(self._config.model.pattern, WITH_MEMORY):
             with _silenced(self._chunks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import random
@@ -123,6 +124,15 @@ def naming_the_lost(config: Config) -> Iterator[None]:
             f"{config.parallel.timeout_minutes:g}; ranks that do not answer: {gone}; look at the end of their logs, "
             f"then {RESUMES}"
         ) from error
+
+
+def is_first_to_say(line: str) -> bool:
+    """Whether no other process of the run has asked this of the same line; True where that cannot be found out."""
+    key = f"said/{hashlib.sha256(line.encode(errors='replace')).hexdigest()}"
+    try:
+        return torch.distributed.distributed_c10d._get_default_store().add(key, 1) == 1
+    except (RuntimeError, ValueError):
+        return True
 
 
 def from_first[T](values: list[T]) -> list[T]:

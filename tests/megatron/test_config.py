@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from atlas_megatron.config import Config, cut_evenly, describe, load, model_differences, to_toml
+from atlas_megatron.config import Config, ParallelConfig, cut_evenly, describe, load, model_differences, to_toml
 from atlas_megatron.config_checks import validate
+from atlas_megatron.config_differences import changed_toml
+from atlas_megatron.optimizer import learning_rate
+from atlas_megatron.resuming import changed_keys
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -40,8 +44,40 @@ def test_words_override_the_file_and_the_last_word_wins(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("memory.theta_start=.99", 0.99),
+        ("memory.theta_start=+.5", 0.5),
+        ("train.lr=1.", 1.0),
+        ("train.lr=1e-3", 1e-3),
+        ("train.lr=.5E-3", 5e-4),
+        ("train.lr=1", 1.0),
+        ("train.steps=1_000", 1000),
+        ("train.steps=1e3", 1000),
+        ("train.steps=0100", 100),
+        ("train.recompute=True", True),
+        ("train.recompute=false", False),
+        ("run.directory=.5", ".5"),
+        ("run.directory=a\nb=1", "a\nb=1"),
+    ],
+)
+def test_numbers_are_read_as_people_type_them(empty: Path, word: str, value: object) -> None:
+    section, key = word.partition("=")[0].split(".")
+    found = getattr(getattr(load(empty, [word]), section), key)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
     ("word", "said"),
     [
+        ("train.lr=inf", "train.lr=inf is not finite; give a number"),
+        ("train.lr=nan", "train.lr=nan is not finite"),
+        ("train.lr=1e999", "train.lr=inf is not finite"),
+        ("train.lr=.", "train.lr='.' is of type str; it must be a number"),
+        ("train.steps=1e30", "is too large; give a number below 2^63"),
+        ("train.steps=1,000", "train.steps='1,000' is of type str; it must be a whole number"),
+        (f"train.lr={10**30}", "train.lr=10000000000000000000... is too large"),
+        ("run.directory=a\0b", "holds a zero byte"),
         ("train.step=3", "unknown config key 'train.step'; did you mean 'steps'? keys of [train]: steps, "),
         ("trian.steps=3", "unknown config section 'trian'; did you mean 'train'?"),
         ("train.steps=few", "train.steps='few' is of type str; it must be a whole number"),
@@ -70,6 +106,11 @@ def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
     for words in ((), ("train.steps=5",)):
         with pytest.raises(ValueError, match="write it as a table"):
             load(path, words)
+    path.write_text("a = " + "[" * 5000)
+    with pytest.raises(ValueError, match="is not a TOML file"):
+        load(path)
+    path.write_bytes(b"\xef\xbb\xbf[train]\nsteps = 3\n")
+    assert load(path).train.steps == 3
     path.write_text("[train\n")
     with pytest.raises(ValueError, match="is not a TOML file"):
         load(path)
@@ -83,7 +124,13 @@ def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
         (["resilience.hang_minutes=-1"], 1, "resilience.hang_minutes=-1.0 must be 0 or more"),
         (["resilience.skips_in_a_row=0"], 1, "resilience.skips_in_a_row=0 must be greater than 0"),
         (["resilience.non_finite=ignore"], 1, "resilience.non_finite='ignore' is unknown; choose one of stop, skip"),
-        (["train.warmup_steps=1000"], 1, "must be less than train.steps"),
+        (["train.warmup_steps=1000"], 1, "must be less than train.steps=1000; set train.warmup_steps=250, or more"),
+        (["train.steps=4"], 1, "train.warmup_steps=100 must be less than train.steps=4; set train.warmup_steps=1"),
+        (["run.directory="], 1, "run.directory='' is no folder of a run's own; name one, for example runs/first"),
+        (["run.directory=."], 1, "run.directory='.' is no folder"),
+        (["run.directory=.."], 1, "run.directory='..' is no folder"),
+        (["run.seed=-1"], 1, "run.seed=-1 is out of range; give a number from 0 to"),
+        (["data.workers=-1"], 1, "data.workers=-1 must be 0"),
         (["memory.alpha_start=1.0"], 1, "memory.alpha_start=1.0 must be 0 .derived. or lie between 0 and 1"),
         (["memory.feature_map=cubic"], 1, "choose one of identity, hadamard"),
         (["memory.feature_map=taylor", "memory.head_dim=128"], 1, "to 8385 features: .* MiB .* use a smaller head_dim"),
@@ -146,6 +193,34 @@ def test_a_saved_configuration_of_before_is_the_model_that_it_was(tmp_path: Path
     before = load(tmp_path / "config.toml")
     assert (before.memory.ns_step, before.memory.write_gate, before.train.write_budget) == ("last", False, 0.0)
     assert (before.memory.norm, before.memory.preset) == ("layer", "atlas")
+
+
+def test_the_screen_shows_what_differs_from_the_defaults(tmp_path: Path, empty: Path) -> None:
+    words = ["train.lr=3e-4", "memory.preset=omeganet", "memory.window=8", 'data.train=["a"]', "train.log_every=1"]
+    config = load(empty, words)
+    said = changed_toml(config)
+    assert said.splitlines() == [
+        "[run]", 'directory = "runs/atlas"', "", "[memory]", 'preset = "omeganet"', "window = 8", "", "[train]",
+        "lr = 0.0003", "", "[data]", 'train = ["a"]',
+    ]  # fmt: skip
+    (tmp_path / "changed.toml").write_text(said)
+    assert load(tmp_path / "changed.toml") == config
+
+
+def test_a_run_that_goes_on_with_other_keys_says_which_and_what_follows(empty: Path) -> None:
+    before = load(empty, ["train.steps=10", "train.warmup_steps=2", "train.lr=1e-3", "train.min_lr=1e-4"])
+    same = replace(before, run=replace(before.run, directory="elsewhere"), parallel=ParallelConfig(tensor=2))
+    assert changed_keys(same, before, 10) == ""
+    longer = replace(before, train=replace(before.train, steps=40))
+    said = changed_keys(longer, before, 10)
+    assert said.startswith("these keys differ from the run's: train.steps=40 (was 10); they hold from step 11 on,")
+    assert said.endswith(f"the learning rate goes from 1.00e-04 to {learning_rate(longer.train, 11):.2e}")
+    other = replace(before, train=replace(before.train, lr=2e-3))
+    assert "train.lr=0.002 (was 0.001); it is done, and nothing is trained with them" in changed_keys(other, before, 10)
+    clipped = replace(before, train=replace(before.train, clip_grad=0.5))
+    assert changed_keys(clipped, before, 4).endswith("train.clip_grad=0.5 (was 1.0); they hold from step 5 on")
+    # Weights from elsewhere are no run that goes on.
+    assert changed_keys(other, before, 0) == ""
 
 
 def test_another_model_is_told_by_its_fields(empty: Path) -> None:

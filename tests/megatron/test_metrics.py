@@ -34,6 +34,16 @@ def test_bits_per_byte() -> None:
     assert metrics.bits_per_byte(8 * math.log(2), bytes_per_token=4) == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize(("bytes_per_token", "said"), [(None, "perplexity 148.4"), (2.5, "2.885 bits/byte")])
+def test_the_progress_line_says_more_than_nats(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bytes_per_token: float | None, said: str
+) -> None:
+    log = metrics.RunLog(config_in(tmp_path), 0, bytes_per_token)
+    log.write(record(2) | {"loss": 5.0})
+    log.close()
+    assert f"step 2/10  loss 5.0000  {said}  grad 1.000" in capsys.readouterr().out
+
+
 def test_rates_are_of_one_device() -> None:
     speed = metrics.Speed(config_in(Path("unused")), training_flops_per_token=1e9, world_size=2)
     after = speed.after(step=4, seconds=2.0)
@@ -55,6 +65,10 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path, capsys: pytest.Capture
     log.close()
     assert [r["step"] for r in metrics.read(tmp_path)] == [1, 2, 3, 4, 5]
     shown = capsys.readouterr().out.splitlines()
+    # Every line of both starts is in the run's text log too, with the time.
+    noted = [line.partition("  ")[2] for line in (tmp_path / metrics.TEXT).read_text().splitlines()]
+    assert [line for line in noted if not line.startswith("atlas-megatron")] == shown
+    assert sum(": begins after step" in line for line in noted) == 2
     assert sum("validation loss" in line for line in shown) == 3
     assert not any(line.startswith("step 3/10") for line in shown), "log_every=2 prints every second step"
 

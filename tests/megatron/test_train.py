@@ -14,6 +14,7 @@ import tiny_run
 from atlas_megatron import checkpoint, metrics
 from atlas_megatron.config import load
 from atlas_megatron.non_finite import NonFiniteError
+from atlas_megatron.optimizer import learning_rate
 from atlas_megatron.parallel import world
 from atlas_megatron.train import main
 
@@ -38,6 +39,8 @@ def test_every_step_leaves_a_record(alone: Path) -> None:
     assert [record["step"] for record in records if "layers" in record] == [1, 2, 4, 6]
     assert [record["step"] for record in records if "validation_loss" in record] == [3, 6]
     assert records[0]["lr"] == pytest.approx(1.5e-3)  # the first step of a warm-up of two already moves
+    schedule = load(alone / "config.toml").train
+    assert [r["lr"] for r in records] == pytest.approx([learning_rate(schedule, step) for step in range(1, 7)])
     assert records[-1]["tokens"] == 6 * 4 * 32
     assert records[-1]["mfu"] is None or torch.cuda.is_available()
     assert {"alpha_mean", "eta_std", "memory_norm", "surprise_before"} <= records[-1]["layers"]["1"].keys()
@@ -128,6 +131,15 @@ def test_dry_run_needs_neither_data_nor_processes(root: Path, capsys: pytest.Cap
     for line in ("parameters", "training FLOPs a token", "2 x 2 x 1 x 1", "in all, about"):
         assert line in said
     assert main([str(root / "tiny.toml"), "--dry-run", "parallel.tensor=3"]) == 2
+
+
+def test_a_finished_run_says_which_keys_differ(alone: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (alone / "config.toml").read_text()
+    assert main([str(root / "tiny.toml"), f"run.directory={alone}", "train.lr=1e-3"]) == 0
+    said = capsys.readouterr().out
+    assert "these keys differ from the run's: train.lr=0.001 (was 0.003); it is done" in said
+    assert f"{alone} is done: step 6 of 6" in said
+    assert (alone / "config.toml").read_text() == before
 
 
 @pytest.fixture(scope="module")
