@@ -79,6 +79,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from atlas_megatron.evaluate.reading import SEGMENT
+    from atlas_megatron.generate import TRUST_HELP
 
     parser = argparse.ArgumentParser(
         prog="atlas-eval",
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("tasks", nargs="+", metavar="TASK", help="what to measure, see below")
     parser.add_argument("model", metavar="MODEL", help="a run's directory, or a folder exported for Hugging Face")
+    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
     parser.add_argument("--lengths", default=LENGTHS, help=f"{SUFFIX_HELP}; default {LENGTHS}")
     parser.add_argument("--samples", type=int, default=16, help="examples a length (default 16)")
     parser.add_argument("--batch", type=int, default=4, help="examples read side by side (default 4)")
@@ -124,8 +126,8 @@ def _editions() -> list[str]:
     """Names of our tasks in other editions than the default, or by a benchmark's own generator."""
     from atlas_megatron.evaluate import symbolic, tasks
 
-    chosen = [(name, task.others) for name, task in (*tasks.TASKS.items(), *symbolic.TASKS.items())]
-    return [f"{name}@{edition}" for name, others in chosen for edition in others]
+    of_text = [f"{name}@{edition}" for name, task in tasks.TASKS.items() for edition in task.others]
+    return [*of_text, *(f"{name}@{edition}" for name, task in symbolic.TASKS.items() for edition in task.others)]
 
 
 def lengths_of(text: str) -> tuple[int, ...]:
@@ -158,7 +160,7 @@ def _run(given: argparse.Namespace, words: tuple[str, ...]) -> int:
     )  # fmt: skip
     from atlas_megatron.reader import open_reader
 
-    reader = open_reader(given.model)
+    reader = open_reader(given.model, trust_remote_code=given.trust_remote_code)
     console = Console(soft_wrap=True)
     for name in own:
         console.print(_measure(name, reader, asked))

@@ -7,6 +7,9 @@ fresh, and a few hundred steps, so that most tasks are in the midst of being lea
 other, and as to what they learn soon, not with MAD's tables. MAD reports the best of six settings of AdamW, this one
 learning rate for all. Attention, full and sliding, has no short convolution,
 which the others have, and gets three times the steps.
+
+--generator mad draws the sequences, and counts the accuracy, as MAD's repository does (evaluate/mad.py) in these
+sizes; the default is our generator (evaluate/synthetic.py).
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from matplotlib import pyplot
 
 import record
 import training
+from atlas_megatron.evaluate import mad
 from atlas_megatron.evaluate.synthetic import Task, mad_tasks
 from training import Schedule
 
@@ -31,7 +35,7 @@ from training import Schedule
 class Grid:
     """What is trained: one size a mixer (head size of a memory, window of attention, 0 where it has none).
 
-    longer: how many times the schedule's steps a mixer takes, where not once.
+    longer: how many times the schedule's steps a mixer takes, where not once. generator: who draws the sequences.
     """
 
     sizes: dict[str, int]
@@ -41,8 +45,12 @@ class Grid:
     schedule: Schedule
     longer: dict[str, int]
     seeds: tuple[int, ...] = (0,)
+    generator: str = record.OURS
 
-    def tasks(self) -> dict[str, Task]:
+    def tasks(self, *, training: bool = False) -> dict[str, Task]:
+        """As they are measured, or learned."""
+        if self.generator == mad.SOURCE:
+            return mad.tasks(self.tokens, self.short, self.copied, training)
         return mad_tasks(self.tokens, self.short, self.copied)
 
 
@@ -76,9 +84,9 @@ QUICK = Grid(
 
 
 def measure(grid: Grid, mixer: str, name: str, seed: int, schedule: Schedule) -> record.Cell:
-    task = grid.tasks()[name]
+    task = grid.tasks(training=True)[name]
     config = training.config_of(mixer, grid.sizes[mixer], task.tokens, task.vocabulary, mlp=True)
-    return training.train_and_measure(config, task, schedule, seed, {name: task})
+    return training.train_and_measure(config, task, schedule, seed, {name: grid.tasks()[name]})
 
 
 def train_all(results: record.Record, grid: Grid) -> None:
@@ -133,7 +141,7 @@ def describe(results: record.Record, grid: Grid, observed: Sequence[str]) -> Non
         [
             f"Accuracy in percent on {', '.join(grid.tasks())}, after {schedule.steps} steps of {schedule.batch} "
             f"sequences of {grid.tokens} tokens, {grid.short} for the last two ({longer}), learning rate "
-            f"{schedule.lr:g}, seeds {', '.join(map(str, grid.seeds))}. {'; '.join(said)}.",
+            f"{schedule.lr:g}, generator {grid.generator}, seeds {', '.join(map(str, grid.seeds))}. {'; '.join(said)}.",
             *observed,
         ],
     )
@@ -155,8 +163,8 @@ OBSERVED = (
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    asked = record.options("mad", __doc__, words)
-    grid = QUICK if asked.quick else FULL
+    asked = record.options("mad", __doc__, words, generators=[mad.SOURCE])
+    grid = replace(QUICK if asked.quick else FULL, generator=asked.generator)
 
     def experiment() -> None:
         # What the name of a cell says is not asked of the whole: the grid may grow by it.
@@ -164,7 +172,7 @@ def main(words: Sequence[str] | None = None) -> int:
         results = record.Record("mad", asked, {**shared, **training.SETTINGS})
         train_all(results, grid)
         draw(results, grid)
-        describe(results, grid, () if asked.quick else OBSERVED)
+        describe(results, grid, OBSERVED if grid == FULL else ())
 
     return record.run("mad", experiment)
 

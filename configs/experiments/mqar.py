@@ -12,6 +12,9 @@ a sequence is dense in queries; sequences of one pair and up, which bring the re
 better of two learning rates; about a million tokens. Attention, full and sliding, has rotary positions and no short
 convolution, which the others have: it has to learn to look one token back, and gets three times the steps. So this
 shows what is learned soon, and bounds from below alone what a state can hold.
+
+--generator zoology draws the sequences as zoology does (evaluate/zoology.py) in these sizes, --passes 2 tells the pairs
+twice in longer ones; the default is our generator (evaluate/synthetic.py).
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from matplotlib import pyplot
 
 import record
 import training
+from atlas_megatron.evaluate import zoology
 from atlas_megatron.evaluate.synthetic import Batch, Task, mqar
 from training import Schedule
 
@@ -37,7 +41,8 @@ class Grid:
 
     lengths: tokens of the sequences with so many pairs. schedule.batch: sequences of the longest; of shorter ones as
     many as have the same tokens. Every cell is trained at each of the `rates`, and the best of them is what counts.
-    longer: how many times the schedule's steps a mixer takes, where not once.
+    longer: how many times the schedule's steps a mixer takes, where not once. generator: who draws the sequences;
+    zoology tells the pairs `passes` times.
     """
 
     sizes: dict[str, tuple[int, ...]]
@@ -48,6 +53,8 @@ class Grid:
     rates: tuple[float, ...]
     longer: dict[str, int]
     seeds: tuple[int, ...] = (0,)
+    generator: str = record.OURS
+    passes: int = 1
 
     @property
     def tokens(self) -> int:
@@ -91,7 +98,16 @@ QUICK = Grid(
 def sequences(seed: int, count: int, grid: Grid, pairs: int) -> Batch:
     """Sequences with so many pairs: the tokens of `count` of the longest."""
     tokens = grid.lengths[pairs]
-    return mqar(seed, count * grid.tokens // tokens, tokens, pairs, grid.vocabulary)
+    count = count * grid.tokens // tokens
+    if grid.generator == zoology.SOURCE:
+        return zoology.mqar(seed, count, tokens, pairs, grid.vocabulary, passes=grid.passes)
+    return mqar(seed, count, tokens, pairs, grid.vocabulary)
+
+
+def drawn_by(grid: Grid, generator: str, passes: int) -> Grid:
+    """The grid with another generator; what is told again comes on top of a sequence."""
+    lengths = {pairs: tokens + 2 * pairs * (passes - 1) for pairs, tokens in grid.lengths.items()}
+    return replace(grid, lengths=lengths, generator=generator, passes=passes)
 
 
 def mixed(seed: int, count: int, grid: Grid) -> Batch:
@@ -176,7 +192,8 @@ def describe(results: record.Record, grid: Grid, observed: Sequence[str]) -> Non
         [
             f"Accuracy in percent at {', '.join(map(str, grid.shown))} pairs ({chance} by naming any value of the "
             f"context) after {schedule.steps} steps of {schedule.batch * grid.tokens:,} tokens ({longer}), sequences "
-            f"of {lengths} tokens, vocabulary {grid.vocabulary}, seeds {', '.join(map(str, grid.seeds))}, at the best "
+            f"of {lengths} tokens, vocabulary {grid.vocabulary}, generator {grid.generator}, "
+            f"{grid.passes} pass{'es' * (grid.passes > 1)}, seeds {', '.join(map(str, grid.seeds))}, at the best "
             f"learning rate of {', '.join(f'{rate:g}' for rate in grid.rates)}. {'; '.join(said)}.",
             *observed,
         ],
@@ -200,8 +217,8 @@ OBSERVED = (
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    asked = record.options("mqar", __doc__, words)
-    grid = QUICK if asked.quick else FULL
+    asked = record.options("mqar", __doc__, words, generators=[zoology.SOURCE], passes=True)
+    grid = drawn_by(QUICK if asked.quick else FULL, asked.generator, asked.passes)
 
     def experiment() -> None:
         # What the name of a cell says is not asked of the whole: the grid may grow by it.
@@ -209,7 +226,7 @@ def main(words: Sequence[str] | None = None) -> int:
         results = record.Record("mqar", asked, {**shared, **training.SETTINGS})
         train_all(results, grid)
         draw(results, grid)
-        describe(results, grid, () if asked.quick else OBSERVED)
+        describe(results, grid, OBSERVED if grid == FULL else ())
 
     return record.run("mqar", experiment)
 

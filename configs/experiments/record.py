@@ -25,6 +25,7 @@ from atlas_megatron.results import Cell as Cell
 from atlas_megatron.results import Results
 
 ROOT = Path(__file__).resolve().parents[2]
+OURS = "ours"  # the generator of an experiment's sequences, where nothing else is said
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,38 @@ class Options:
     quick: bool
     out: Path
     report: bool = False
+    generator: str = OURS
+    passes: int = 1
+
+    @property
+    def words(self) -> str:
+        """What says so on the command line, after the script, but for `out` and `report`."""
+        said = [] if self.generator == OURS else ["--generator", self.generator]
+        said += [] if self.passes == 1 else ["--passes", str(self.passes)]
+        return " ".join(["", *(["--quick"] if self.quick else []), *said])
+
+    @property
+    def suffix(self) -> str:
+        """Of the results' name."""
+        return ("" if self.generator == OURS else f"_{self.generator}") + (
+            "" if self.passes == 1 else f"_{self.passes}_passes"
+        )
 
 
-def options(name: str, description: str, words: Sequence[str] | None, *, reports: bool = False) -> Options:
-    """Read the command line of configs/experiments/<name>.py; reports: whether it can describe a part of its cells."""
+def options(
+    name: str,
+    description: str,
+    words: Sequence[str] | None,
+    *,
+    reports: bool = False,
+    generators: Sequence[str] = (),
+    passes: bool = False,
+) -> Options:
+    """Read the command line of configs/experiments/<name>.py.
+
+    reports: whether it can describe a part of its cells. generators: of its sequences, beside ours. passes: whether the
+    last of these tells pairs several times.
+    """
     parser = argparse.ArgumentParser(
         prog=f"{name}.py",
         description=description,
@@ -48,9 +77,20 @@ def options(name: str, description: str, words: Sequence[str] | None, *, reports
     parser.add_argument("--out", type=Path, help="folder of the results (docs/results, with --quick runs/experiments)")
     if reports:
         parser.add_argument("--report", action="store_true", help="train nothing: draw and describe what is there")
+    if generators:
+        parser.add_argument(
+            "--generator", default=OURS, choices=[OURS, *generators], help="of the sequences (default: %(default)s)"
+        )
+    if passes:
+        parser.add_argument(
+            "--passes", type=int, default=1, help=f"how often {generators[-1]} tells the pairs (default: %(default)s)"
+        )
     given = parser.parse_args(words)
     default = ROOT / ("runs/experiments" if given.quick else "docs/results")
-    return Options(given.quick, given.out or default, reports and given.report)
+    generator, times = vars(given).get("generator", OURS), vars(given).get("passes", 1)
+    if times < 1 or (times > 1 and generator != generators[-1]):
+        parser.error(f"--passes {times}: give 1, or more with --generator {generators[-1]}")
+    return Options(given.quick, given.out or default, reports and given.report, generator, times)
 
 
 class Record(Results):
@@ -58,8 +98,8 @@ class Record(Results):
 
     def __init__(self, name: str, asked: Options, settings: dict[str, Any]) -> None:
         """As `Results`."""
-        command = f"python configs/experiments/{name}.py{' --quick' if asked.quick else ''}"
-        super().__init__(asked.out / f"{name}.json", {"experiment": name, "command": command}, settings)
+        command = f"python configs/experiments/{name}.py{asked.words}"
+        super().__init__(asked.out / f"{name}{asked.suffix}.json", {"experiment": name, "command": command}, settings)
 
     def save_figure(self, figure: Figure) -> None:
         """The picture, beside the JSON."""
