@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_atlas import AtlasConfig
-from .convolution_atlas import ShortConvolution, late_key_starts, wide
+from .convolution_atlas import ShortConvolution, late_key_starts, unrounded, wide
 from .kernels_atlas import Gates, MemoryRule, State, gated_norm, omega_memory
 from .place_atlas import Place
 
@@ -84,7 +84,8 @@ class Recurrent(nn.Module):
                 # Where a document begins, nothing is remembered.
                 kept = (documents[:, t] != 0).to(token.dtype)[None, :, None]
                 carried = tuple(kept * remembered for remembered in carried)
-            carried = self.cell(token, carried, matrix, inner)
+            with unrounded(x):
+                carried = self.cell(token, carried, matrix, inner)
             outputs.append(carried[0])
         y = torch.stack(outputs).permute(2, 0, 1, 3)  # [B, T, H, K]
         y = y.to(branch.dtype) * F.silu(branch.squeeze(-2))
@@ -165,8 +166,9 @@ class DeltaNet(nn.Module):
             step, v = alpha * step, v * log_alpha.neg().exp().unsqueeze(-1)
         gates = Gates(alpha=alpha, eta=step, theta=torch.zeros_like(one), gamma=one)
         empty = v.new_zeros(self.heads, self.head_dim, self.head_dim)
-        y, after = omega_memory(q, k, v, gates, (empty,), DELTA_RULE, state=held, positions=place.documents)
-        y = gated_norm(y, branch.squeeze(-2), self.norm_gain, self.epsilon)
+        with unrounded(x):
+            y, after = omega_memory(q, k, v, gates, (empty,), DELTA_RULE, state=held, positions=place.documents)
+            y = gated_norm(y, branch.squeeze(-2), self.norm_gain, self.epsilon)
         return self.linear_out(y.flatten(2)), DeltaState(after, tail)
 
     def log_decay(self, logits: Tensor) -> Tensor | None:

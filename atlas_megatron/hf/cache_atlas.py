@@ -56,16 +56,16 @@ class AtlasCache:
         self.config = config
         self.states: list[Any] = [None] * len(config.pattern)
         self.position: Position = 0
-        self._columns = 0
+        self.columns = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the batch read since the cache was made, or loaded: what `generate` need not read again."""
-        return self._columns
+        return self.columns
 
     def advance(self, states: list[Any], position: Position, columns: int) -> None:
         """Take over what the layers leave after so many more columns."""
         self.states, self.position = states, position
-        self._columns += columns
+        self.columns += columns
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch, in this order."""

@@ -68,6 +68,11 @@ MODEL = (
     "init_std",
     "transformer_engine",
 )
+# Which section the heads of a layer are in.
+HEADS = {"M": "memory", "R": "recurrent", "L": "recurrent", "D": "delta", "G": "delta"}
+HEADS |= dict.fromkeys("*FAC", "attention")
+# What a model whose state is of constant size answers to tools that want a longest input: it has none.
+ENDLESS = 1 << 20
 # How a model is run, not what it is.
 RUN = ("impl", "preset", "anchor_gradient", "transformer_engine")
 
@@ -83,7 +88,6 @@ class AtlasConfig(PretrainedConfig):
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {
         "tie_word_embeddings": "tied_embeddings",
-        "max_position_embeddings": "seq_length",
         "intermediate_size": "ffn_hidden_size",
         "initializer_range": "init_std",
         "rms_norm_eps": "norm_epsilon",
@@ -129,9 +133,56 @@ class AtlasConfig(PretrainedConfig):
         self.pad_token_id = pad_token_id
         super().__init__(**rest)
 
+    # What other people's tools ask a configuration for. The setters raise what these tools expect of a model whose
+    # description says it in another way.
+
     @property
     def num_hidden_layers(self) -> int:
         return len(self.pattern)
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int) -> None:
+        raise NotImplementedError(f"num_hidden_layers={value} follows from pattern, one symbol a layer; set that")
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Of the attention layers; without any, of the first mixer's."""
+        return getattr(self, self._heads_in)["heads"]
+
+    @num_attention_heads.setter
+    def num_attention_heads(self, value: int) -> None:
+        raise NotImplementedError(f"num_attention_heads={value} is in section {self._heads_in!r}; set its heads")
+
+    num_key_value_heads = num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """As num_attention_heads."""
+        return getattr(self, self._heads_in)["head_dim"]
+
+    @head_dim.setter
+    def head_dim(self, value: int) -> None:
+        raise NotImplementedError(f"head_dim={value} is in section {self._heads_in!r}; set its head_dim")
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Tokens of the longest input. No layer has embeddings of positions; full attention and exponential kernels
+        hold all that was read, and answer the length of training."""
+        return max(self.seq_length, 0 if self.grows else ENDLESS)
+
+    @max_position_embeddings.setter
+    def max_position_embeddings(self, value: int) -> None:
+        self.seq_length = value
+
+    @property
+    def grows(self) -> bool:
+        """Whether the state grows with what was read."""
+        return "F" in self.pattern or (self.memory["kernel"] != "lifted" and bool(set("MAC") & set(self.pattern)))
+
+    @property
+    def _heads_in(self) -> str:
+        found = [HEADS[symbol] for symbol in self.pattern if symbol in HEADS]
+        return "attention" if "attention" in found or not found else found[0]
 
     def section(self, name: str) -> SimpleNamespace:
         """A section with its keys as attributes."""

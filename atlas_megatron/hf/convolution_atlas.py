@@ -5,6 +5,8 @@ Dims: B batch, T tokens, H heads, K head size, L taps.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,14 @@ class ShortConvolution(nn.Module):
 def wide(x: Tensor) -> Tensor:
     """At least float32: gates near 1 and small steps of an inner loop do not survive bfloat16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unrounded(x: Tensor) -> AbstractContextManager[object]:
+    """Around an inner loop: autocast would round the operands that `wide` has widened. x: any tensor of the call."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def late_key_starts(projection: nn.Linear, convolution: ShortConvolution) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -26,6 +27,7 @@ from atlas_megatron.hf import modeling_atlas
 from atlas_megatron.hf.configuration_atlas import SECTIONS, AtlasConfig
 from atlas_megatron.hf.folders import check_shapes, copy_tokenizer, listing, new_folder
 from atlas_megatron.hf.names import EMBEDDING, OUTPUT, Name, parameters_of
+from atlas_megatron.hf.weights import INDEX, WEIGHTS, note_sums
 from atlas_megatron.safe_loading import load_tensors, read_metadata
 
 SHARD_SIZE = 2 << 30  # bytes; an export holds about two shards in memory, one read and one written
@@ -35,7 +37,6 @@ AUTO_MAP = {
     "AutoModel": "modeling_atlas.AtlasModel",
     "AutoModelForCausalLM": "modeling_atlas.AtlasForCausalLM",
 }
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a checkpoint holds besides parameters.
 NOT_PARAMETERS = ("optimizer.", "random/", "common_state/")
 
@@ -71,6 +72,7 @@ def _export(read: Source, target: Path, shard_size: int) -> Path:
         end = copy_tokenizer(read.folder, folder, read.config.vocab_size)
         _write_configuration(read, folder, end)
         _write_weights(read, folder, shard_size)
+        note_sums(folder)
         for file in code_files():
             shutil.copyfile(file, folder / file.name)
     return target
@@ -156,8 +158,9 @@ def _write_weights(source: Source, folder: Path, shard_size: int) -> None:
         # A copy only of what was padded.
         tensors = {name.hf: read[name.megatron][: shapes[name][0]].contiguous() for name in names}
         save_file(tensors, str(folder / file), metadata={"format": "pt"})
-        # safetensors' own files are for their owner alone.
-        shutil.copymode(folder / CONFIG_NAME, folder / file)
+        # safetensors' own files are for their owner alone; some file systems have no such modes.
+        with suppress(PermissionError):
+            shutil.copymode(folder / CONFIG_NAME, folder / file)
         places |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         size = sum(prod(shape) for _, shape in source.parameters) * source.dtype.itemsize

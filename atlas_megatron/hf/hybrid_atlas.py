@@ -34,8 +34,9 @@ class _Joined(nn.Module):
     def join(self, attention: Tensor, memory: Tensor) -> Tensor:
         """[B, T, hidden] both."""
         shape = self.memory_gain.shape
-        gate = F.silu(F.rms_norm(memory, shape, self.memory_gain, self.epsilon))
-        return F.rms_norm(attention, shape, self.attention_gain, self.epsilon) * gate
+        # Under autocast the gains are wider than what they scale.
+        gate = F.silu(F.rms_norm(memory, shape, self.memory_gain.to(memory.dtype), self.epsilon))
+        return F.rms_norm(attention, shape, self.attention_gain.to(attention.dtype), self.epsilon) * gate
 
 
 @dataclass(frozen=True)

@@ -11,41 +11,18 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from safetensors import SafetensorError, safe_open
 
 from atlas_megatron import checkpoint
 from atlas_megatron.config import Config, ParallelConfig, load, model_differences, to_toml
 from atlas_megatron.config_checks import validate
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
-from atlas_megatron.hf.export import INDEX, WEIGHTS
-from atlas_megatron.hf.folders import check_shapes, copy_tokenizer, listing, new_folder
-from atlas_megatron.hf.names import OUTPUT, Name, parameters_of
+from atlas_megatron.hf.folders import copy_tokenizer, listing, new_folder
+from atlas_megatron.hf.names import Name
+from atlas_megatron.hf.weights import Weights, check, described_in
 from atlas_megatron.parallel import world
 from atlas_megatron.shards import write_shards
 
 TOKENIZER = "tokenizer"  # the folder of a run that holds it
-
-
-class Weights:
-    """The tensors of a Hugging Face folder, read where they lie: nothing is held in memory that is not asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        """Raises ValueError where the folder has no readable weights."""
-        index, single = folder / INDEX, folder / WEIGHTS
-        if not index.is_file() and not single.is_file():
-            raise ValueError(f"{folder} holds neither {INDEX} nor {WEIGHTS}; give a folder that save_pretrained wrote")
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {WEIGHTS}
-            self.files = [safe_open(str(folder / name), "pt") for name in sorted(names)]
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise ValueError(f"the weights in {folder} cannot be read: {error}; restore its files") from error
-        self._file_of = {name: file for file in self.files for name in file.keys()}  # noqa: SIM118  no mapping
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._file_of.items()}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._file_of[name].get_tensor(name)
 
 
 def import_folder(source: Path, run: Path, overrides: Sequence[str] = ()) -> Path:
@@ -76,20 +53,9 @@ def dry_run(source: Path) -> str:
 
 
 def _read(source: Path) -> tuple[AtlasConfig, Weights, list[tuple[Name, tuple[int, ...]]]]:
-    file = source / "config.json"
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source} is no Hugging Face folder ({error}); give one that holds config.json") from error
-    if said.get("model_type") != AtlasConfig.model_type:
-        raise ValueError(f"{file} is of a model of type {said.get('model_type')!r}; only 'atlas' can be imported")
-    description, weights = AtlasConfig.from_dict(said), Weights(source)
-    parameters, shapes = parameters_of(description), weights.shapes()
-    if description.tied_embeddings:
-        # Some writers name a tied tensor twice.
-        shapes.pop(OUTPUT.hf, None)
-    check_shapes(source, [(name.hf, shape) for name, shape in parameters], shapes)
-    return description, weights, parameters
+    description = described_in(source)
+    parameters = check(source, description)
+    return description, Weights(source), parameters
 
 
 def _configured(description: AtlasConfig, folder: Path, words: Sequence[str]) -> Config:

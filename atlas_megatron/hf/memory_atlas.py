@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_atlas import AtlasConfig
-from .convolution_atlas import ShortConvolution, late_key_starts, wide
+from .convolution_atlas import ShortConvolution, late_key_starts, unrounded, wide
 from .kernels_atlas import (
     Gates,
     MemoryRule,
@@ -103,27 +103,30 @@ class AtlasMemory(nn.Module):
         qkv, branch = projected.split((3, 1), dim=-2)
         held, tail = (state.memory, state.tail) if state else (None, None)
         q, k, v, tail = self.convolution(qkv, tail, place.documents)
-        y, after = omega_memory(
-            self.lifted(q),
-            self.lifted(k, key=True),
-            v,
-            self.gates(x, k, v),
-            self.start_weights(),
-            self.rule,
-            state=held,
-            residual=(q, k) if self.own_residual else None,
-            impl=self.memory.impl,
-            positions=place.documents,
-            products=qkv.dtype,
-        )
-        y = gated_norm(y, branch.squeeze(-2), self.norm_gain, self.epsilon, self.memory.impl)
+        gates = self.gates(x, k, v)
+        with unrounded(x):
+            y, after = omega_memory(
+                self.lifted(q),
+                self.lifted(k, key=True),
+                v,
+                gates,
+                self.start_weights(),
+                self.rule,
+                state=held,
+                residual=(q, k) if self.own_residual else None,
+                impl=self.memory.impl,
+                positions=place.documents,
+                products=qkv.dtype,
+            )
+            y = gated_norm(y, branch.squeeze(-2), self.norm_gain, self.epsilon, self.memory.impl)
         return self.linear_out(y.flatten(2)), AtlasState(after, tail)
 
     def read(self, q: Tensor, state: AtlasState | None) -> Tensor:
         """What the memory as it stands answers to q [B, T, H, K], without a write: [B, T, H, K]."""
         q = F.normalize(wide(q), dim=-1)
         held, residual = state.memory if state else None, q if self.own_residual else None
-        return read_memory(self.lifted(q), self.start_weights(), self.rule, held, residual)
+        with unrounded(q):
+            return read_memory(self.lifted(q), self.start_weights(), self.rule, held, residual)
 
     def gates(self, x: Tensor, k: Tensor, v: Tensor) -> Gates:
         """The gates of every token [B, T, H], at least float32: sigmoids, eta scaled to its bound.

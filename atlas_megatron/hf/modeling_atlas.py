@@ -9,9 +9,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -23,7 +24,7 @@ from .cache_atlas import AtlasCache
 from .configuration_atlas import AtlasConfig
 from .hybrid_atlas import MemoryAsContext, MemoryAsGate
 from .memory_atlas import AtlasMemory
-from .place_atlas import Place, place_of
+from .place_atlas import Place, padding_of, place_of
 
 logger = logging.get_logger(__name__)
 
@@ -72,6 +73,7 @@ class AtlasPreTrainedModel(PreTrainedModel):
     config_class = AtlasConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _supports_sdpa = True
     # What a memory has learned cannot be taken back.
     _is_stateful = True
     _no_split_modules = ["AtlasLayer"]
@@ -127,64 +129,100 @@ class AtlasModel(AtlasPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        position_ids: Tensor | None = None,
         **ignored: Any,
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T], or inputs_embeds [B, T, hidden], continue what `past_key_values` has read.
 
         attention_mask [B, T], or with columns for what was read before: 0 for padding, on the left; on the right where
-        no cache is asked for. Raises ValueError for padding that a layer cannot keep apart, or inside a text.
+        no cache is asked for. What is given at padding is without meaning. position_ids [B or 1, T]: 0 where a packed
+        document begins; None: all of a row is one text. Raises ValueError for padding and documents that a layer
+        cannot keep apart, padding inside a text, and a cache of another kind.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if ignored.get("position_ids") is not None:
-            raise ValueError("position_ids was given; the layers count positions themselves: leave it out")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
-            logger.warning_once("use_cache=True does not go with gradient checkpointing; no cache is kept")
-            use_cache, past_key_values = False, None
-        asked = past_key_values is not None or bool(use_cache)
-        keeps = asked or (use_cache is None and self.config.use_cache and not self.training)
-        position = past_key_values.position if past_key_values is not None else 0
-        place, cut_short = place_of(position, attention_mask, *x.shape[:2])
-        if cut_short and asked:
+        if x.shape[1] == 0:
+            raise ValueError(
+                f"the input has shape {tuple(x.shape[:2])}, no token; give at least one, such as the end-of-text token "
+                "that every text begins after"
+            )
+        asked, keeps = self._caching(past_key_values, use_cache)
+        read, columns = (0, 0) if past_key_values is None else (past_key_values.position, past_key_values.columns)
+        batch, tokens = x.shape[:2]
+        padding = padding_of(attention_mask, read, batch, tokens)
+        if padding is not None and padding.right and asked:
             raise ValueError(
                 "attention_mask ends with padding, which a memory would learn from; pad on the left "
                 "(tokenizer.padding_side='left'), or call with use_cache=False"
             )
-        self._check_apart(place)
-
-        before = past_key_values.states if past_key_values is not None else [None] * len(self.layers)
-        states, seen = [], [x]
-        for layer, state in zip(self.layers, before, strict=True):
-            x, after = layer(x, state, place)
-            states.append(after)
-            if output_hidden_states:
-                seen.append(x)
-        x = self.norm(x)
-        if keeps and not cut_short:
+        # Without a cache, every row's text is moved to the first column, as if it stood alone.
+        aligned = padding is not None and not asked and (padding.right or not keeps or bool(self._alike()))
+        place = place_of(read, columns, batch, tokens, position_ids, padding, aligned)
+        if place.documents is not None and self._alike():
+            raise ValueError(
+                f"attention_mask has padding on the left, or position_ids packed documents, which this model cannot "
+                f"keep apart: {self._alike()}; give texts of one length, one a row, or use_cache=False with padding"
+            )
+        moved = padding if aligned and padding is not None and padding.left else None
+        x = x if moved is None else moved.to_the_left(x)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        x, states, seen = self._through(x, past_key_values, place, output_hidden_states)
+        if moved is not None:
+            x, seen = moved.back(x), [moved.back(hidden) for hidden in seen]
+        if keeps and not aligned:
             past_key_values = AtlasCache(self.config) if past_key_values is None else past_key_values
-            past_key_values.advance(states, place.after, x.shape[1])
+            past_key_values.advance(states, place.after, tokens)
         return BaseModelOutputWithPast(
-            last_hidden_state=x,
-            past_key_values=past_key_values,
-            hidden_states=(*seen[:-1], x) if output_hidden_states else None,
+            last_hidden_state=x, past_key_values=past_key_values, hidden_states=tuple(seen) if seen else None
         )
 
-    def _check_apart(self, place: Place) -> None:
-        """Raise ValueError for rows that do not stand alike where a layer wants them to."""
-        if place.documents is None:
-            return
-        kernel, pattern = self.config.memory["kernel"], self.config.pattern
-        lacking = ""
-        if "C" in pattern:
-            lacking = "C layers, whose segments are those of every row"
-        elif kernel != "lifted" and set("MA") & set(pattern):
-            lacking = f"memory.kernel={kernel!r}, whose sources are those of every row"
-        if lacking:
+    def _through(
+        self, x: Tensor, cache: AtlasCache | None, place: Place, remember: bool
+    ) -> tuple[Tensor, list[Any], list[Tensor]]:
+        """x [B, T, hidden] after every layer and the last norm; the layers' states; what went into each, and came out
+        in the end, where it is to be remembered."""
+        before = cache.states if cache is not None else [None] * len(self.layers)
+        states, seen = [], []
+        for layer, state in zip(self.layers, before, strict=True):
+            if remember:
+                seen.append(x)
+            x, after = layer(x, state, place)
+            states.append(after)
+        x = self.norm(x)
+        return x, states, [*seen, x] if remember else []
+
+    def _caching(self, cache: AtlasCache | None, use_cache: bool | None) -> tuple[bool, bool]:
+        """Whether a cache was asked for, and whether one is kept. Raises ValueError for one that cannot be read on."""
+        if cache is not None and not callable(getattr(cache, "advance", None)):
             raise ValueError(
-                f"attention_mask has padding on the left, which this model cannot keep apart: {lacking}; give prompts "
-                "of one length, or one at a time"
+                f"past_key_values is a {type(cache).__name__}, and this model's state is a memory: leave it out, and "
+                "pass on the AtlasCache that the call returns (or that load_memory reads)"
             )
+        # A checkpointed layer reads again in the backward; where nothing is differentiated, none is.
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if cache is not None and cache.columns:
+                raise ValueError(
+                    "past_key_values was given under gradient checkpointing, which does not carry a memory over calls; "
+                    "call gradient_checkpointing_disable(), or read the text in one call"
+                )
+            if cache is not None or use_cache:
+                logger.warning_once("use_cache=True does not go with gradient checkpointing; no cache is kept")
+            return False, False
+        asked = cache is not None or bool(use_cache)
+        # An exported graph returns tensors, and a cache only where it is asked for.
+        kept = self.config.use_cache and not self.training and not torch.compiler.is_exporting()
+        return asked, asked or (use_cache is None and kept)
+
+    def _alike(self) -> str:
+        """Which layers want all rows to stand alike; empty: none."""
+        kernel, pattern = self.config.memory["kernel"], self.config.pattern
+        if "C" in pattern:
+            return "C layers, whose segments are those of every row"
+        if kernel != "lifted" and set("MA") & set(pattern):
+            return f"memory.kernel={kernel!r}, whose sources are those of every row"
+        return ""
 
 
 class AtlasForCausalLM(AtlasPreTrainedModel, GenerationMixin):
@@ -203,22 +241,36 @@ class AtlasForCausalLM(AtlasPreTrainedModel, GenerationMixin):
         # The model makes its own.
         return False
 
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *rest: Any
+    ) -> None:
+        """The cache that `generate` begins with, where none is given: its prefill in chunks asks for one."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = AtlasCache(self.config)
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> None:
+        raise ValueError("continuous batching keeps pages of keys and values, and this model a memory; call generate")
+
     # transformers reads the names here: `kwargs` stands for what `forward` takes.
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         past_key_values: AtlasCache | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         if past_key_values is not None and not is_first_iteration:
             # New tokens are never padding, and looking at the mask would make the host wait for the device.
             attention_mask = None
+            kwargs.pop("position_ids", None)
         return super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
@@ -234,6 +286,7 @@ class AtlasForCausalLM(AtlasPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        position_ids: Tensor | None = None,
         **rest: Any,
     ) -> CausalLMOutputWithPast:
         """As AtlasModel. labels [B, T]: input_ids again; they are shifted here, and -100 is left out of the loss."""
@@ -244,7 +297,7 @@ class AtlasForCausalLM(AtlasPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
-            position_ids=rest.pop("position_ids", None),
+            position_ids=position_ids,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])

@@ -96,9 +96,9 @@ def test_padding_that_cannot_be_kept_apart_is_refused() -> None:
     whole, left = tokens(2, 12), torch.ones(2, 12, dtype=torch.int64)
     left[0, :3] = 0
     with pytest.raises(ValueError, match="padding on the left.*: C layers"):
-        moved(settings("C-"))(whole, attention_mask=left)
+        moved(settings("C-"))(whole, attention_mask=left, use_cache=True)
     with pytest.raises(ValueError, match="padding on the left.*memory.kernel='exponential'"):
-        moved(settings("M-", preset="dot", window=5))(whole, attention_mask=left)
+        moved(settings("M-", preset="dot", window=5))(whole, attention_mask=left, use_cache=True)
     model, right, hole = moved(settings("M-*-")), left.flip(1), torch.ones_like(left)
     hole[0, 4] = 0
     with pytest.raises(ValueError, match="leaves out tokens inside a text"):

@@ -31,8 +31,6 @@ def test_the_loss_is_of_the_next_token() -> None:
     assert model(read, logits_to_keep=1).logits.shape == (3, 1, 64)
     hidden = model(read, output_hidden_states=True).hidden_states
     assert len(hidden) == len(EVERY.model.pattern) + 1
-    with pytest.raises(ValueError, match="position_ids was given"):
-        model(read, position_ids=torch.arange(16)[None])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
