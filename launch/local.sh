@@ -8,7 +8,8 @@ usage() {
   cat <<'HELP'
 usage: launch/local.sh CONFIG.toml [--processes N] [--dry-run] [section.key=value ...]
 
-Prints the torchrun command, then becomes it. One process a GPU; without a GPU, one on the CPU.
+Prints the command, torchrun's, then becomes it. One process a GPU; without a GPU, one on the CPU. The exit status is
+the run's: 0 done or saved, 1 NaN, 2 a user's error, 3 a lost process, 4 a hung step.
 
   --processes N  that many processes; on a machine without a GPU they share its cores
   --dry-run      print the command only
@@ -48,7 +49,10 @@ main() {
   is_number --processes "$processes" 1 2
   ((gpus == 0 || processes <= gpus)) || refuse "--processes $processes, but $gpus GPUs are visible; give at most $gpus"
   torchrun="$(command_of torchrun)"
-  local -a command=("$torchrun" --standalone --nproc-per-node "$processes" -m atlas_megatron.train
+  local -a launcher=("$torchrun")
+  # With the python beside it: torchrun without its own trace, and with the run's status.
+  [[ ! -x "${torchrun%/*}/python" ]] || launcher=("${torchrun%/*}/python" -m atlas_megatron.torchrun)
+  local -a command=("${launcher[@]}" --standalone --nproc-per-node "$processes" -m atlas_megatron.train
     "$config" ${overrides[@]+"${overrides[@]}"})
   typed "${command[@]}"
   [[ -z "$dry" ]] || exit 0

@@ -93,6 +93,16 @@ def test_local_says_its_command_and_becomes_it(stubs: Stubs, gpus: str, words: l
     assert dry.stdout.splitlines() == said[:1]
 
 
+def test_local_takes_torchrun_without_its_trace_where_python_lies_beside_it(stubs: Stubs) -> None:
+    python = stubs.folder / "python"
+    python.write_text('#!/usr/bin/env bash\necho "python $*"\nexit 2\n')
+    python.chmod(0o755)
+    said = stubs.run(LOCAL, CONFIG)
+    command = f"python -m atlas_megatron.torchrun --standalone --nproc-per-node 1 -m atlas_megatron.train {CONFIG}"
+    assert said.stdout.splitlines() == [f"{stubs.folder}/{command}", command]
+    assert said.returncode == 2
+
+
 def test_a_configs_path_may_hold_an_equals_sign(stubs: Stubs, tmp_path: Path) -> None:
     config = tmp_path / "run-train.lr=1e-3" / "config.toml"
     config.parent.mkdir()
