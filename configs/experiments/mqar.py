@@ -105,8 +105,8 @@ def sequences(seed: int, count: int, grid: Grid, pairs: int) -> Batch:
 
 
 def drawn_by(grid: Grid, generator: str, passes: int) -> Grid:
-    """The grid with another generator; what is told again comes on top of a sequence."""
-    lengths = {pairs: tokens + 2 * pairs * (passes - 1) for pairs, tokens in grid.lengths.items()}
+    """The grid with another generator; its sequences are as many times longer as their pairs are told."""
+    lengths = {pairs: tokens * passes for pairs, tokens in grid.lengths.items()}
     return replace(grid, lengths=lengths, generator=generator, passes=passes)
 
 

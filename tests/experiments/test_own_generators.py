@@ -186,7 +186,7 @@ def test_a_generator_is_chosen_and_named(tmp_path) -> None:
     given = ["--quick", "--out", str(tmp_path), "--generator", "zoology", "--passes", "2"]
     asked = record.options("mqar", "", given, generators=["zoology"], passes=True)
     grid = mqar_script.drawn_by(mqar_script.QUICK, asked.generator, asked.passes)
-    assert asdict(grid)["generator"] == "zoology" and grid.lengths[4] == mqar_script.QUICK.lengths[4] + 8
+    assert asdict(grid)["generator"] == "zoology" and grid.lengths[4] == 2 * mqar_script.QUICK.lengths[4]
     for seed in range(len(grid.lengths)):
         batch = mqar_script.mixed(seed, 4, grid)
         assert torch.equal(batch.tokens, mqar_script.mixed(seed, 4, grid).tokens)
@@ -202,6 +202,13 @@ def test_passes_are_zoologys(words: list[str], capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as ended:
         record.options("mqar", "", words, generators=["zoology"], passes=True)
     assert ended.value.code == 2 and "or more with --generator zoology" in capsys.readouterr().err
+
+
+def test_zoologys_own_are_trained_and_measured() -> None:
+    """A cell of the experiment, of a memory, whose chunks a sequence has to fill."""
+    grid = mqar_script.drawn_by(mqar_script.QUICK, "zoology", 2)
+    cell = mqar_script.measure(grid, "atlas", 8, 0, mqar_script.replace(grid.schedule, steps=1, lr=0.01))
+    assert set(cell["measured"]) == {"1", "2", "4"} and cell["diverged_at_step"] is None
 
 
 def test_mads_own_are_trained_and_measured_in_their_way() -> None:
