@@ -5,31 +5,45 @@ Imports neither torch nor Megatron, so that preparation's worker processes start
 
 from __future__ import annotations
 
-import codecs
 import glob
 import hashlib
+import io
 import json
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import TextIO
 
-import pyarrow
-import pyarrow.parquet as parquet
+from atlas_megatron.records import Skipped, go_past, holds_records, records, text_at
+from atlas_megatron.text_files import is_utf8, measured, opened_text
 
 SUMMARY = "data.json"
 SPLITS = ("train", "validation")
-BYTES_A_READ = 1 << 20
-ROWS_A_READ = 1024  # of a Parquet file
+HELD = 1 << 20  # bytes; a plain text above this is read from its file whenever it is needed
 LARGEST_SOURCE = 200_000  # bytes; one library file larger than this would be most of a held-out split
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text and the share of its file's bytes that reading it took (for progress)."""
+    """One text, which may be too long to be held: `opened` reads it from its beginning."""
 
-    text: str
-    file_bytes: int
+    opened: Callable[[], AbstractContextManager[TextIO]]
+    digest: bytes  # SHA-256 of its UTF-8
+    size: int  # bytes of its UTF-8
+    file_bytes: int  # how far its file was read for it (for progress)
+
+    @property
+    def text(self) -> str:
+        """The whole of it."""
+        with self.opened() as source:
+            return source.read()
+
+    def split(self, validation: float) -> str:
+        """See `split_of`."""
+        return split_of_digest(self.digest, validation)
 
 
 @dataclass(frozen=True)
@@ -100,78 +114,51 @@ def fingerprint(files: Sequence[Path], options: str) -> str:
 
 def split_of(text: str, validation: float) -> str:
     """The split of a document: by a hash of its text, so that copies of one text fall on one side."""
-    digest = hashlib.sha256(text.encode()).digest()
+    return split_of_digest(hashlib.sha256(text.encode()).digest(), validation)
+
+
+def split_of_digest(digest: bytes, validation: float) -> str:
+    """The split of what has this SHA-256."""
     return "validation" if int.from_bytes(digest[:8], "big") < validation * 2**64 else "train"
 
 
-def documents(file: Path, key: str) -> Iterator[Document]:
-    """The documents of a file: one of plain text, one a line of .jsonl, one a row of .parquet.
+def documents(file: Path, key: str, skipped: Skipped | None = None) -> Iterator[Document]:
+    """The documents of a file: the records of JSON and of Parquet, or one of plain text; all may be compressed.
 
-    Empty documents are left out. Raises ValueError naming the file and the line or row.
+    Empty documents are left out. Raises ValueError naming the file and the record; with `skipped` what is bad is
+    counted there instead.
     """
-    readers = {".jsonl": _json_lines, ".parquet": _parquet_rows}
-    reader = readers.get(file.suffix)
-    found = reader(file, key) if reader else _plain_text(file)
-    return (document for document in found if document.text)
+    found = _of_records(file, key, skipped) if holds_records(file) else _plain_text(file, skipped)
+    return (document for document in found if document.size)
 
 
-def _plain_text(file: Path) -> Iterator[Document]:
-    raw = file.read_bytes()
-    yield Document(_decode(raw, f"{file}"), len(raw))
-
-
-def _json_lines(file: Path, key: str) -> Iterator[Document]:
-    with file.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            place = f"{file}, line {number}"
-            if not raw.strip():
-                continue
-            try:
-                record = json.loads(_decode(raw, place))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: not JSON ({error}); mend or remove the line") from error
-            yield Document(_text_of(record, key, place), len(raw))
-
-
-def _parquet_rows(file: Path, key: str) -> Iterator[Document]:
+def _plain_text(file: Path, skipped: Skipped | None) -> Iterator[Document]:
+    size = file.stat().st_size
     try:
-        table = parquet.ParquetFile(file)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{file} is not a Parquet file ({error}); mend it or leave it out") from error
-    with table:
-        if key not in table.schema_arrow.names:
-            columns = ", ".join(table.schema_arrow.names)
-            raise ValueError(f"{file} has no column {key!r} but {columns}; choose one with --key")
-        share = file.stat().st_size // max(1, table.metadata.num_rows)
-        row = 0
-        for batch in table.iter_batches(ROWS_A_READ, columns=[key]):
-            for record in batch.to_pylist():
-                row += 1
-                yield Document(_text_of(record, key, f"{file}, row {row}"), share)
+        known = measured(file)
+    except ValueError as error:
+        go_past(error, skipped)
+        return
+    if known.size > HELD:
+        yield Document(partial(opened_text, file), known.digest, known.size, size)
+    else:
+        with opened_text(file) as source:
+            yield _held(source.read(), size)
 
 
-def _text_of(record: object, key: str, place: str) -> str:
-    if not isinstance(record, dict):
-        raise ValueError(f"{place}: expected an object with the key {key!r}, found {type(record).__name__}")
-    if key not in record:
-        raise ValueError(f"{place}: no key {key!r} but {', '.join(map(str, record))}; choose one with --key")
-    text = record[key]
-    if not isinstance(text, str):
-        raise ValueError(f"{place}: {key!r} holds {type(text).__name__}, not text; mend or remove it")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-        raise ValueError(f"{place}: {key!r} is not valid Unicode ({error.reason}); mend or remove it") from error
-    return text
+def _of_records(file: Path, key: str, skipped: Skipped | None) -> Iterator[Document]:
+    for record in records(file, key, skipped):
+        try:
+            text = text_at(record, key)
+        except ValueError as error:
+            go_past(error, skipped)
+            continue
+        yield _held(text, record.file_bytes)
 
 
-def _decode(raw: bytes, place: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{place}: byte {error.start} (0x{raw[error.start]:02x}) is not UTF-8; convert the file or leave it out"
-        ) from error
+def _held(text: str, file_bytes: int) -> Document:
+    raw = text.encode()
+    return Document(partial(io.StringIO, text, newline=""), hashlib.sha256(raw).digest(), len(raw), file_bytes)
 
 
 def standard_library(limit_bytes: int) -> list[Path]:
@@ -195,16 +182,3 @@ def standard_library(limit_bytes: int) -> list[Path]:
         chosen.append(file)
         limit_bytes -= size
     return chosen
-
-
-def is_utf8(file: Path) -> bool:
-    """Whether all of a file of any size is UTF-8 text."""
-    decode = codecs.getincrementaldecoder("utf-8")().decode
-    with file.open("rb") as source:
-        try:
-            while raw := source.read(BYTES_A_READ):
-                decode(raw)
-            decode(b"", final=True)
-        except UnicodeDecodeError:
-            return False
-    return True

@@ -22,6 +22,23 @@ def prefix_of(word: str) -> str:
     return word
 
 
+def indexed_prefixes(inputs: Sequence[str]) -> list[str]:
+    """The prefixes that the words of a command name, all of them; an empty list where none is of indexed data.
+
+    Raises ValueError where some words are and some are not.
+    """
+    prefixes = [prefix_of(word) for word in inputs]
+    # A text whose name is that of a pair, without its suffix, is that text.
+    indexed = [
+        is_indexed(prefix) and (prefix != word or not Path(word).is_file())
+        for prefix, word in zip(prefixes, inputs, strict=True)
+    ]
+    if any(indexed) and not all(indexed):
+        text, tokens = inputs[indexed.index(False)], inputs[indexed.index(True)]
+        raise ValueError(f"{text} is text and {tokens} is indexed data; prepare them apart")
+    return list(dict.fromkeys(prefixes)) if any(indexed) else []
+
+
 def blend(words: Sequence[str]) -> list[tuple[float | None, str]]:
     """Split each ``"weight prefix"`` or ``"prefix"`` of a blend; either all carry a weight or none does.
 

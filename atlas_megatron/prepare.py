@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from atlas_megatron.corpus import (
-    SPLITS,
-    Document,
-    SplitSummary,
-    Summary,
-    documents,
-    expand,
-    fingerprint,
-    split_of,
+from atlas_megatron.corpus import SPLITS, Document, Summary, documents, expand, fingerprint
+from atlas_megatron.encoding import encode_documents
+from atlas_megatron.pieces import pieces
+from atlas_megatron.prefixes import SUFFIXES, indexed_prefixes
+from atlas_megatron.records import Skipped
+from atlas_megatron.scratch import built_beside
+from atlas_megatron.split_writer import Advance, SplitWriter, check_filled
+from atlas_megatron.tokenizer import (
+    Tokenizer,
+    has_tokenizer_json,
+    load_tokenizer,
+    train_tokenizer,
+    write_converted,
 )
-from atlas_megatron.tokenizer import Tokenizer, encode_batches, load_tokenizer, train_tokenizer
 
 # A tokenizer learns from this much of the training text; more changes its merges little.
 TOKENIZER_BYTES = 1 << 30
-BATCH_CHARACTERS = 1 << 20  # that a worker encodes at a time
-
-Advance = Callable[[str, int], None]  # called with a stage, and how many bytes of the inputs it went on
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Options:
 
     tokenizer: str = ""  # a local Hugging Face tokenizer folder
     train_vocab: int = 0  # train a byte-level BPE of this many tokens instead
-    key: str = "text"  # of JSON lines and Parquet rows
+    key: str = "text"  # of JSON and Parquet
     validation: float = 0.01  # share of documents held out
     workers: int = 1  # processes that encode
 
@@ -49,35 +47,58 @@ class Options:
             raise ValueError(f"{self.workers} worker processes cannot work; give 1 or more")
 
 
-def prepare(inputs: Sequence[str], out: Path, options: Options, advance: Advance) -> tuple[Summary, bool]:
+def input_files(inputs: Sequence[str]) -> list[Path]:
+    """The files that are read: texts by their names or globs, or the pairs of indexed data. Raises ValueError."""
+    prefixes = indexed_prefixes(inputs)
+    return [Path(f"{prefix}{suffix}") for prefix in prefixes for suffix in SUFFIXES] if prefixes else expand(inputs)
+
+
+def prepare(
+    inputs: Sequence[str],
+    out: Path,
+    options: Options,
+    advance: Advance,
+    skipped: Skipped | None = None,
+    overwrite: bool = False,
+) -> tuple[Summary, bool]:
     """Write `out`/{train,validation}.{bin,idx} and data.json; say also whether anything had to be done.
 
-    `out` appears whole or not at all: it is built in a folder beside it and renamed. An earlier
-    preparation there is replaced only then; when it was made of these very inputs it is kept.
+    `out` appears whole or not at all: it is built in a folder beside it and renamed. An earlier preparation there is
+    kept when it was made of these very inputs, and replaced with `overwrite` alone. inputs: files of text, or prefixes
+    of indexed data, whose documents are split anew. skipped: where bad records are counted, which otherwise end it.
     Raises ValueError for inputs or options that cannot be used.
     """
-    files = expand(inputs)
+    prefixes, files = indexed_prefixes(inputs), input_files(inputs)
     _refuse_to_lose(out, files, options)
-    mark = fingerprint(files + _tokenizer_files(options), str(replace(options, workers=1)))
+    given = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    mark = fingerprint(files, _settings(options, given))
     earlier = Summary.read(out)
     if earlier is not None and earlier.fingerprint == mark:
         return earlier, False
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        built = Path(scratch) / "new"
-        built.mkdir()
-        folder = options.tokenizer
-        if options.train_vocab:
-            train_tokenizer(_training_texts(files, options, advance), options.train_vocab, built / "tokenizer")
-            folder = str(built / "tokenizer")
-        tokenizer = load_tokenizer(folder)
-        splits = _write_splits(files, built, tokenizer, options, advance)
-        kept = str(out / "tokenizer") if options.train_vocab else folder
-        summary = Summary(mark, kept, tokenizer.vocab_size, splits, tokenizer.fingerprint)
+    if earlier is not None and not overwrite:
+        raise ValueError(
+            f"{out} holds data that were prepared from other inputs or with other settings; name another folder, or "
+            "replace them with --overwrite"
+        )
+    if prefixes and given is None:
+        raise ValueError(f"{inputs[0]} is tokens already; give their tokenizer with --tokenizer")
+    if not prefixes:
+        _check_splits(files, options, skipped is not None)
+    with built_beside(out) as built:
+        tokenizer, kept = _tokenizer(files, options, given, built, advance, skipped is not None)
+        writer = SplitWriter(built, tokenizer.vocab_size, options.validation)
+        if prefixes:
+            # Here, not at the top: it reads data as training does, whose imports cost seconds.
+            from atlas_megatron.resplit import split_indexed
+
+            split_indexed(prefixes, tokenizer, writer, advance)
+        else:
+            _encode(_all_documents(files, options.key, "tokens", advance, skipped), tokenizer, writer, options.workers)
+        splits = writer.finish()
+        kept = str(out / "tokenizer") if (built / "tokenizer").is_dir() else kept
+        count = skipped.count if skipped else 0
+        summary = Summary(mark, kept, tokenizer.vocab_size, splits, tokenizer.fingerprint, count)
         summary.write(built)
-        if out.exists():
-            os.rename(out, Path(scratch) / "old")
-        os.rename(built, out)
     return summary, True
 
 
@@ -87,69 +108,74 @@ def _refuse_to_lose(out: Path, files: Sequence[Path], options: Options) -> None:
         raise ValueError(f"{out} is a file; name a folder to write to")
     if out.is_dir() and any(out.iterdir()) and Summary.read(out) is None:
         raise ValueError(f"{out} exists and was not made by this tool; name another folder or remove it")
-    sources = [*files, Path(options.tokenizer).resolve()] if options.tokenizer else files
+    sources = [*files, Path(options.tokenizer)] if options.tokenizer else files
     for source in sources:
-        if source.is_relative_to(out.resolve()):
+        if source.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"{source} lies in {out}, which would be replaced; name another folder to write to")
 
 
-def _tokenizer_files(options: Options) -> list[Path]:
-    folder = Path(options.tokenizer)
-    return sorted(file.resolve() for file in folder.glob("*token*")) if options.tokenizer else []
+def _settings(options: Options, given: Tokenizer | None) -> str:
+    """All that decides what the data are, beside their inputs."""
+    tokenizer = given.fingerprint if given else options.train_vocab
+    return json.dumps({"tokenizer": tokenizer, "key": options.key, "validation": options.validation}, sort_keys=True)
 
 
-def _all_documents(files: Iterable[Path], key: str, stage: str, advance: Advance) -> Iterator[Document]:
+def _check_splits(files: Sequence[Path], options: Options, skip: bool) -> None:
+    """Raise ValueError where a split will be empty, before the work: read on until each has a document."""
+    counts = dict.fromkeys(SPLITS if options.validation else SPLITS[:1], 0)
     for file in files:
-        for document in documents(file, key):
+        for document in documents(file, options.key, Skipped() if skip else None):
+            counts[document.split(options.validation)] += 1
+            if all(counts.values()):
+                return
+    check_filled(counts, options.validation)
+
+
+def _tokenizer(
+    files: Sequence[Path], options: Options, given: Tokenizer | None, built: Path, advance: Advance, skip: bool
+) -> tuple[Tokenizer, str]:
+    """The tokenizer to use and the folder that data.json names; trained or converted, it lies with the data."""
+    folder = built / "tokenizer"
+    if given is None:
+        texts = _training_texts(files, options, advance, Skipped() if skip else None)
+        train_tokenizer(texts, options.train_vocab, folder)
+    elif has_tokenizer_json(Path(given.folder)):
+        return given, options.tokenizer
+    else:
+        write_converted(given, folder)
+    return load_tokenizer(folder), ""
+
+
+def _all_documents(
+    files: Iterable[Path], key: str, stage: str, advance: Advance, skipped: Skipped | None
+) -> Iterator[Document]:
+    for file in files:
+        for document in documents(file, key, skipped):
             yield document
             advance(stage, document.file_bytes)
 
 
-def _training_texts(files: Sequence[Path], options: Options, advance: Advance) -> Iterator[str]:
+def _training_texts(
+    files: Sequence[Path], options: Options, advance: Advance, skipped: Skipped | None
+) -> Iterator[str]:
     left = TOKENIZER_BYTES
-    for document in _all_documents(files, options.key, "tokenizer", advance):
-        if split_of(document.text, options.validation) == "train":
-            yield document.text
-            left -= document.file_bytes
-            if left <= 0:
-                return
+    for document in _all_documents(files, options.key, "tokenizer", advance, skipped):
+        if document.split(options.validation) == "train":
+            with document.opened() as source:
+                for text in pieces(source):
+                    yield text
+                    left -= len(text)
+                    if left <= 0:
+                        return
 
 
-def _batches(found: Iterable[Document]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for document in found:
-        batch.append(document.text)
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _write_splits(
-    files: Sequence[Path], folder: Path, tokenizer: Tokenizer, options: Options, advance: Advance
-) -> dict[str, SplitSummary]:
-    names = SPLITS if options.validation else SPLITS[:1]
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    builders = {name: IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype) for name in names}
-    splits = dict.fromkeys(names, SplitSummary(0, 0, 0))
-    found = _all_documents(files, options.key, "tokens", advance)
-    for texts, encoded in encode_batches(_batches(found), tokenizer.folder, options.workers):
-        for text, ids in zip(texts, encoded, strict=True):
-            name = split_of(text, options.validation)
-            builders[name].add_document(np.append(ids, tokenizer.eod), [len(ids) + 1])
-            so_far = splits[name]
-            splits[name] = SplitSummary(
-                so_far.documents + 1, so_far.tokens + len(ids) + 1, so_far.bytes + len(text.encode())
-            )
-    total = sum(split.documents for split in splits.values())
-    for name, split in splits.items():
-        if split.documents == 0:
-            raise ValueError(
-                f"the {name} split is empty: {total} documents, {options.validation} of them held out; "
-                "give more documents or another share (0 holds out none)"
-            )
-        builders[name].finalize(str(folder / f"{name}.idx"))
-    return splits
+def _encode(found: Iterable[Document], tokenizer: Tokenizer, writer: SplitWriter, workers: int) -> None:
+    length = 0
+    for piece, ids in encode_documents(found, tokenizer, workers):
+        name = writer.split(piece.document.digest)
+        writer.add(name, ids)
+        length += len(ids)
+        if piece.ends:
+            writer.add(name, np.array([tokenizer.eod], dtype=np.int32))
+            writer.end(name, [length + 1], piece.document.size)
+            length = 0

@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from atlas_megatron.declared_tokens import END_OF_TEXT, added_tokens, end_of_document
+from atlas_megatron.declared_tokens import CONFIG, END_OF_TEXT, added_tokens, end_of_document, read_object
 from atlas_megatron.older_tokenizers import converted
 
 BYTE_ALPHABET = 256
@@ -62,8 +58,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"tokenizer folder {str(folder)!r} does not exist; give a folder that holds tokenizer.json, "
             "or train one with tools/prepare_data.py --train-tokenizer"
         )
-    backend = _read_backend(path) if has_tokenizer_json(path) else converted(path)
-    _add_declared(backend, path)
+    backend = _backend(path)
     # A tokenizer.json remembers how somebody used it: sentence models cut at 512 tokens and pad.
     backend.no_truncation()
     backend.no_padding()
@@ -90,9 +85,26 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return Tokenizer(str(path), encode, decode, max(vocabulary.values()) + 1, end, describe)
 
 
+def write_converted(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer whose own folder has no tokenizer.json in the form that needs no conversion."""
+    source = Path(tokenizer.folder)
+    backend = _backend(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    said = {name: value for name, value in read_object(source / CONFIG).items() if name != "added_tokens_decoder"}
+    said |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": backend.id_to_token(tokenizer.eod)}
+    (folder / CONFIG).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+
+
 def has_tokenizer_json(folder: Path) -> bool:
     """Whether a folder holds the form that the tokenizers package reads."""
     return (folder / "tokenizer.json").is_file()
+
+
+def _backend(path: Path) -> Backend:
+    backend = _read_backend(path) if has_tokenizer_json(path) else converted(path)
+    _add_declared(backend, path)
+    return backend
 
 
 def _read_backend(path: Path) -> Backend:
@@ -153,50 +165,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
         "clean_up_tokenization_spaces": False,
         "add_prefix_space": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def encode_batches(
-    batches: Iterable[Sequence[str]], folder: str, workers: int
-) -> Iterator[tuple[Sequence[str], list[np.ndarray]]]:
-    """Each batch of texts with its int32 token ids, in order, encoded by `workers` processes.
-
-    At most three batches a worker are on their way: memory stays bounded however large the corpus is.
-    """
-    if workers == 1:
-        tokenizer = load_tokenizer(folder)
-        for texts in batches:
-            yield texts, _encode(tokenizer, texts)
-        return
-    # Spawned, not forked: tokenizers and torch have threads by now, which do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (folder,)) as pool:
-        under_way: deque[tuple[Sequence[str], Future[list[np.ndarray]]]] = deque()
-        try:
-            for texts in batches:
-                under_way.append((texts, pool.submit(_encode_in_worker, texts)))
-                if len(under_way) == 3 * workers:
-                    sent, encoded = under_way.popleft()
-                    yield sent, encoded.result()
-            for sent, encoded in under_way:
-                yield sent, encoded.result()
-        except BrokenProcessPool as error:
-            raise ValueError(f"one of {workers} worker processes died; try fewer, or more memory") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-_worker_tokenizer: Tokenizer  # one a worker process, read once
-
-
-def _start_worker(folder: str) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = load_tokenizer(folder)
-
-
-def _encode_in_worker(texts: Sequence[str]) -> list[np.ndarray]:
-    return _encode(_worker_tokenizer, texts)
-
-
-def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    return [np.asarray(tokenizer.encode(text), dtype=np.int32) for text in texts]
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

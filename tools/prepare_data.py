@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from threading import current_thread, main_thread
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,8 +20,11 @@ examples:
     python tools/prepare_data.py 'books/**/*.txt' --out data/books --train-tokenizer 32000 --validation 0.005
   JSON lines with the text under "content", four processes, an existing tokenizer
     python tools/prepare_data.py web-*.jsonl --key content --out data/web --tokenizer models/llama --workers 4
-  Parquet, nothing held out
+  Parquet, nothing held out; JSON lines as they are published, the text under "meta" and there "text"
     python tools/prepare_data.py code.parquet --out data/code --tokenizer data/books/tokenizer --validation 0
+    python tools/prepare_data.py 'crawl/*.jsonl.zst' --key meta.text --skip-bad --out data/crawl --train-tokenizer 32000
+  a validation split out of data that are tokens already
+    python tools/prepare_data.py data/old/train --out data/new --tokenizer models/llama --validation 0.01
 
 then, in a run's TOML:
   [data]
@@ -40,9 +45,12 @@ def _parser() -> argparse.ArgumentParser:
         "inputs",
         nargs="+",
         metavar="FILE",
-        help="files or globs: .jsonl (a document a line), .parquet (a row), anything else is one plain-text document",
+        help="files or globs: .jsonl, .ndjson and .json (a document a line, or an item of a list), .parquet (a row), "
+        "anything else is one plain-text document; each also as .gz, .zst, .bz2 or .xz. Or prefixes of .bin/.idx data, "
+        "whose documents are split anew",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the data go; replaced whole")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the data go")
+    parser.add_argument("--overwrite", action="store_true", help="replace what was prepared there otherwise")
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--tokenizer", default="", metavar="FOLDER", help="a local Hugging Face tokenizer folder")
     tokenizer.add_argument(
@@ -52,7 +60,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="VOCAB",
         help="train a byte-level BPE of VOCAB tokens on the training split, into OUT/tokenizer",
     )
-    parser.add_argument("--key", default="text", help="of the text in .jsonl and .parquet (default: %(default)s)")
+    parser.add_argument(
+        "--key", default="text", help="of the text in JSON and Parquet; a.b for b inside of a (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out records that cannot be read, count and name them"
+    )
     parser.add_argument(
         "--validation",
         type=float,
@@ -70,13 +83,14 @@ def _prepare(arguments: argparse.Namespace) -> None:
     # Writing token files uses no accelerator, so what core says of absent ones is noise here.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     # Here, not at the top: Megatron loads torch, and --help and the worker processes do without.
-    from atlas_megatron.corpus import expand
-    from atlas_megatron.prepare import Options, prepare
+    from atlas_megatron.prepare import Options, input_files, prepare
+    from atlas_megatron.records import Skipped
 
     options = Options(
         arguments.tokenizer, arguments.train_tokenizer, arguments.key, arguments.validation, arguments.workers
     )
-    total = sum(file.stat().st_size for file in expand(arguments.inputs))
+    skipped = Skipped() if arguments.skip_bad else None
+    total = sum(file.stat().st_size for file in input_files(arguments.inputs) if file.is_file())
     columns = (TextColumn("{task.description:>9}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         stages = {name: progress.add_task(name, total=total, visible=False) for name in ("tokenizer", "tokens")}
@@ -84,21 +98,41 @@ def _prepare(arguments: argparse.Namespace) -> None:
         def advance(stage: str, size: int) -> None:
             progress.update(stages[stage], advance=size, visible=True)
 
-        summary, written = prepare(arguments.inputs, arguments.out, options, advance)
+        out, overwrite = arguments.out, arguments.overwrite
+        summary, written = prepare(arguments.inputs, out, options, advance, skipped, overwrite)
+    if skipped and skipped.count:
+        named = "the first of them" if skipped.count > len(skipped.named) else "namely"
+        print(f"left out {skipped.count:,} bad records, {named}:", *skipped.named, sep="\n  ", file=sys.stderr)
+    elif summary.skipped:
+        print(f"left out {summary.skipped:,} bad records when it was prepared", file=sys.stderr)
     for name, split in summary.splits.items():
         print(f"{name:>10}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes")
+    if not arguments.train_tokenizer and Path(summary.tokenizer) == arguments.out / "tokenizer":
+        print(f"{arguments.tokenizer} has no tokenizer.json; converted, it is {summary.tokenizer}")
     print(f"{arguments.out} " + (f"written; vocabulary {summary.vocab_size:,}" if written else "is up to date"))
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Prepare what the command line asks for; 0, or 2 after one line on what is wrong."""
     arguments = _parser().parse_args(words)
+    before = signal.signal(signal.SIGTERM, _stop) if current_thread() is main_thread() else None
     try:
         _prepare(arguments)
     except (ValueError, OSError) as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prepare_data: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _stop(number: int, _: object) -> None:
+    """End as by an error, so that what was begun is removed."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

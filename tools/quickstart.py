@@ -37,6 +37,7 @@ def prepare(config: Config) -> int:
     files = [str(file) for file in standard_library(CORPUS_BYTES)]
     out = Path(config.data.train[0]).parent
     options = ["--train-tokenizer", str(config.model.vocab_size), "--validation", str(HELD_OUT)]
+    options.append("--overwrite")  # the folder is the quickstart's own
     return prepare_data.main([*files, "--out", str(out), *options])
 
 

@@ -1,6 +1,7 @@
 """tools/prepare_data.py: every input kind becomes the right tokens; bad input costs nothing."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def write_inputs(folder: Path, kind: str) -> list[str]:
 def test_every_kind_of_input_gives_its_documents_back(
     tmp_path: Path, tokenizer: str, kind: str, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("atlas_megatron.prepare.BATCH_CHARACTERS", 500)
+    monkeypatch.setattr("atlas_megatron.encoding.BATCH_CHARACTERS", 500)
     inputs = write_inputs(tmp_path, kind)
     options = Options(tokenizer=tokenizer, key="body", validation=0.3, workers=workers)
     summary, written = prepare(inputs, tmp_path / "out", options, quiet)
@@ -86,14 +87,24 @@ def test_an_end_token_named_in_the_folder_is_used(tokenizer: str) -> None:
         load_tokenizer(tokenizer)
 
 
-def test_preparing_twice_does_nothing_and_new_input_replaces(tmp_path: Path, tokenizer: str) -> None:
+def test_preparing_twice_does_nothing_and_new_input_replaces_where_asked(tmp_path: Path, tokenizer: str) -> None:
     inputs, out, options = write_inputs(tmp_path, "txt"), tmp_path / "out", Options(tokenizer=tokenizer, validation=0)
     prepare(inputs, out, options, quiet)
     first = (out / "train.bin").stat().st_mtime_ns
     assert prepare(inputs, out, options, quiet)[1] is False
     assert (out / "train.bin").stat().st_mtime_ns == first
     (tmp_path / "99.txt").write_text("one more")
-    summary, written = prepare(inputs, out, options, quiet)
+    train_tokenizer(["another text, of other words"], 270, tmp_path / "other")
+    for changed in (options, Options(tokenizer=str(tmp_path / "other"), validation=0), Options(tokenizer=tokenizer)):
+        with pytest.raises(ValueError, match="out holds data that were prepared from other inputs .*--overwrite"):
+            prepare(inputs, out, changed, quiet)
+    assert (out / "train.bin").stat().st_mtime_ns == first
+    # A copy of the tokenizer is the same one.
+    shutil.copytree(tokenizer, tmp_path / "copy")
+    (tmp_path / "99.txt").unlink()
+    assert prepare(inputs, out, Options(tokenizer=str(tmp_path / "copy"), validation=0), quiet)[1] is False
+    (tmp_path / "99.txt").write_text("one more")
+    summary, written = prepare(inputs, out, options, quiet, overwrite=True)
     assert written and summary.splits["train"].documents == len(TEXTS) + 1
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
 
@@ -135,7 +146,7 @@ def test_bad_input_is_one_line_and_costs_nothing(tmp_path: Path, tokenizer: str)
     bad.mkdir()
     for name, (words, expected) in bad_inputs(bad).items():
         with pytest.raises(ValueError) as caught:
-            prepare(words, out, Options(tokenizer=tokenizer), quiet)
+            prepare(words, out, Options(tokenizer=tokenizer), quiet, overwrite=True)
         assert expected in str(caught.value), name
         assert "\n" not in str(caught.value), name
     assert Summary.read(out) == before
@@ -154,7 +165,8 @@ def test_what_this_tool_did_not_make_is_not_replaced(tmp_path: Path, tokenizer: 
 @pytest.mark.parametrize(("vocabulary", "words"), [(100, "too small; give at least 257"), (50000, "too big")])
 def test_vocabularies_that_cannot_be(tmp_path: Path, vocabulary: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        prepare(write_inputs(tmp_path, "txt"), tmp_path / "out", Options(train_vocab=vocabulary), quiet)
+        options = Options(train_vocab=vocabulary, validation=0.3)
+        prepare(write_inputs(tmp_path, "txt"), tmp_path / "out", options, quiet)
     assert not (tmp_path / "out").exists()
 
 
