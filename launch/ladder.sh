@@ -141,7 +141,11 @@ main() {
   local number said
   read_words "$@"
   read_list
+  [[ -n "$here$dry" ]] || command -v sbatch >/dev/null ||
+    refuse "sbatch is not on PATH; start this on a login node, or add --dry-run or --local"
   for number in "${!rungs[@]}"; do
+    # Each takes seconds.
+    echo "ladder.sh: checks $((number + 1)) of ${#rungs[@]}, $(basename "${rungs[number]}")" >&2
     said="$(check_rung "$number")" || exit 2
     [[ -z "$dry" ]] || echo "$said"
   done

@@ -96,6 +96,17 @@ read_option() {
   esac
 }
 
+# SLURM's time $1 in seconds: minutes[:seconds], hours:minutes:seconds, days-hours[:minutes[:seconds]].
+seconds_of() {
+  local days=0 rest="$1"
+  local -a parts
+  [[ "$rest" != *-* ]] || { days="${rest%%-*}" && rest="${rest#*-}:0:0"; }
+  IFS=: read -ra parts <<<"$rest"
+  # Without days one or two numbers are minutes and seconds.
+  [[ "$1" == *-* || ${#parts[@]} -gt 2 ]] || parts=(0 "${parts[@]}")
+  echo $((10#$days * 86400 + 10#${parts[0]} * 3600 + 10#${parts[1]:-0} * 60 + 10#${parts[2]:-0}))
+}
+
 check_words() {
   is_config "$config"
   [[ -n "$nodes" ]] || refuse "--nodes is missing; for example --nodes 16"
@@ -113,6 +124,9 @@ check_words() {
   is_number --processes-per-node "$processes" 1 2
   [[ -z "$time" || "$time" =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] ||
     refuse "--time $time is no time; write minutes, HH:MM:SS or D-HH:MM:SS, for example --time 24:00:00"
+  # Asked to save as soon as it starts, a job would take a step and requeue, for ever.
+  [[ -z "$time" ]] || (($(seconds_of "$time") > 10#$before)) ||
+    refuse "--time $time is no longer than --save-before $before (seconds); give more time, or a shorter --save-before"
   [[ -z "$array" || "$array" =~ ^[a-z_0-9]+\.[a-z_0-9]+=.*[^,]$ ]] ||
     refuse "--array $array is no sweep; write section.key=A,B,C, for example --array train.lr=1e-3,3e-3"
   name="${name:-$(basename "$config" .toml)}"
@@ -218,8 +232,9 @@ compose() {
 main() {
   read_words "$@"
   check_words
-  check_config
+  # Before the dry runs, which take seconds each.
   [[ -n "$dry" ]] || check_cluster
+  check_config
   compose
   typed "${submission[@]}"
   [[ -z "$dry" ]] || exit 0

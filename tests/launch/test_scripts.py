@@ -103,6 +103,29 @@ def test_local_takes_torchrun_without_its_trace_where_python_lies_beside_it(stub
     assert said.returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("limit", "before", "seconds"),
+    [("5", "300", 300), ("00:05:00", "300", 300), ("5:00", "301", 300), ("1:00:00", "3600", 3600), ("0-1", "3600", 3600),
+     ("1-01:01", "90060", 90060), ("2-0:0:9", "172809", 172809)],
+)  # fmt: skip
+def test_a_time_limit_that_leaves_no_time_to_train_is_refused(
+    stubs: Stubs, limit: str, before: str, seconds: int
+) -> None:
+    words = [*TWO, "--dry-run", "--time", limit]
+    refused = stubs.run(SLURM, *words, "--save-before", before)
+    assert refused.returncode == 2 and stubs.called() == []
+    assert f"--time {limit} is no longer than --save-before {before} (seconds); give more time" in refused.stderr
+    assert stubs.run(SLURM, *words, "--save-before", str(seconds - 1)).returncode == 0
+
+
+def test_a_missing_sbatch_is_said_before_anything_is_checked(stubs: Stubs) -> None:
+    (stubs.folder / "sbatch").unlink()
+    (stubs.folder / "atlas-train").write_text("#!/usr/bin/env bash\ntouch \"$STUB_LOG.ran\"\nexit 1\n")
+    said = stubs.run(SLURM, *TWO, PATH=f"{stubs.folder}:/usr/bin:/bin")
+    assert said.returncode == 2 and "sbatch is not on PATH" in said.stderr
+    assert not stubs.log.with_name("called.ran").exists()
+
+
 def test_a_configs_path_may_hold_an_equals_sign(stubs: Stubs, tmp_path: Path) -> None:
     config = tmp_path / "run-train.lr=1e-3" / "config.toml"
     config.parent.mkdir()
