@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   cat *.py | atlas-generate runs/quickstart --prompt-file - --seed 3
   atlas-generate runs/quickstart --interactive
 """
+TRUST_HELP = "run the code that lies in an exported folder; without it, the code installed here reads its weights"
 FORGET, QUIT = "/forget", "/quit"
 
 
@@ -116,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="a run's directory, or a folder exported for Hugging Face")
+    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the text to continue")
     source.add_argument("--prompt-file", metavar="FILE", help="a file with it, of any length; - is standard input")
@@ -135,7 +137,7 @@ def _run(asked: argparse.Namespace) -> int:
         raise ValueError(f"--prompt-file {asked.prompt_file} is no file; give one, or - for standard input")
     from atlas_megatron.reader import open_reader
 
-    reader = open_reader(asked.model)
+    reader = open_reader(asked.model, trust_remote_code=asked.trust_remote_code)
     speaker = Speaker(reader, Sampling(asked.temperature, asked.top_p, asked.seed), asked.segment)
     if asked.interactive:
         return _converse(speaker, asked.tokens)

@@ -91,8 +91,11 @@ class MegatronReader:
 class HuggingFaceReader:
     """An exported model in its folder."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises ValueError where transformers is missing or cannot load the folder."""
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+        """trust_remote_code: run the model's code in the folder, and not what is installed here.
+
+        Raises ValueError where transformers is missing or cannot load the folder.
+        """
         try:
             from safetensors import SafetensorError
             from transformers import AutoModelForCausalLM
@@ -101,13 +104,23 @@ class HuggingFaceReader:
                 f"{folder} is a Hugging Face model, and reading it needs the transformers package; install it with: "
                 "pip install -e '.[hf]' -c constraints.txt"
             ) from error
+        from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM
+        from atlas_megatron.hf.weights import check, described_in, files_of
+
+        check(folder, described_in(folder))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+            if trust_remote_code:
+                model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
+            else:
+                model = AtlasForCausalLM.from_pretrained(folder, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{folder} is not a whole Hugging Face model ({reason}); export it again") from error
-        sums = integrity.checksums(sorted(folder.glob("*.safetensors")))
+        sums = integrity.checksums(folder / name for name in files_of(folder))
         self.weights = Weights(digest=hashlib.sha256(json.dumps(sums).encode()).hexdigest())
         self._model = model.to(self.device).eval()
         self.tokenizer = load_tokenizer(folder)
@@ -151,21 +164,18 @@ def _selecting(rows: Sequence[int], device: torch.device) -> Callable[[Tensor], 
     return lambda tensor: tensor.index_select(0, index)
 
 
-def open_reader(path: str | Path) -> Reader:
+def open_reader(path: str | Path, *, trust_remote_code: bool = False) -> Reader:
     """The model in `path`: a run's directory or a folder that was exported for Hugging Face.
 
     Of a run the newest whole checkpoint; later ones that are damaged are named on standard error. Raises ValueError
-    where it is neither, or the run has none.
+    where it is neither, or the run has none. trust_remote_code: as HuggingFaceReader; of a run there is no code.
     """
     flush_denormals()
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{path} is no folder; give the directory of a run or an exported model")
     if (folder / "config.json").is_file():
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        if kind != "atlas":
-            raise ValueError(f"{path} holds a model of type {kind!r}; give an exported atlas model or a run")
-        return HuggingFaceReader(folder)
+        return HuggingFaceReader(folder, trust_remote_code=trust_remote_code)
     from atlas_megatron.checkpoint import load_checkpoint, to_read
     from atlas_megatron.provenance import own_tokenizer
 

@@ -111,7 +111,7 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
 def test_bad_input_is_one_line(
     words: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "open_reader", lambda path: Counting())
+    monkeypatch.setattr(readers, "open_reader", lambda path, trust_remote_code: Counting())
     assert main(["model", *words]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
