@@ -125,9 +125,11 @@ def hide(
     depths = sorted(float(depth) for depth in generator.random(len(facts)))
     # A context begins without a space: with a fact where its place is before all filler, else with the filler.
     fact_first = at_start(depths[0], room - needed)
-    if fact_first:
-        facts[0], depths[0] = encode(tokenizer, story.facts[0]), 0.0
-        room -= 0 if length else needed - len(opening) - sum(len(fact) for fact in facts)
+    bare = encode(tokenizer, story.facts[0])
+    more = len(bare) - len(facts[0])
+    if fact_first and (not length or more <= room - needed):
+        facts[0], depths[0] = bare, 0.0
+        room += 0 if length else more
     filler = folder.filler(seed, least=LEAST_TOKENS, bare=not fact_first) if folder else partial(iter, ())
     haystack = Haystack(opening, tuple(map(Needle, facts, depths)), filler, room)
     supporting = tuple(haystack.depths[place] for place in story.supporting)

@@ -2,7 +2,8 @@
 
 Texts are encoded one by one (the opening, each sentence with the space or newline that parts it from its neighbours,
 each needle, each question) and their tokens stand one after another; nothing is encoded across such a border. So a
-length is exact, whatever the tokenizer, and what was encoded once serves again.
+length is exact, whatever the tokenizer, and what was encoded once serves again. No special token stands before them
+(RULER and BABILong leave that to the tokenizer), and no chat template around them.
 """
 
 from __future__ import annotations

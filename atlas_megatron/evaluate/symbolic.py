@@ -3,7 +3,8 @@
 Sequences of token ids as synthetic.py draws them; a score is the share of asked tokens that the likeliest
 token meets. The ids are the first ones of the model's vocabulary: no text, so this asks for what a model does in its
 context alone. MAD's other tasks ask for what training has taught (configs/experiments/mad.py). A name such as mqar is
-our generator's, mqar@zoology and mad_noisy_recall@mad are those benchmarks' own.
+our generator's, mqar@zoology and mad_noisy_recall@mad are those benchmarks' own, though counted alike: the mean of the
+sequences' shares, where MAD has that of the classes'.
 """
 
 from __future__ import annotations

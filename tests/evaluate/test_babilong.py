@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -289,6 +291,20 @@ def test_no_space_stands_before_the_first_sentence(length: int, tokenizer: Token
     first = [text(make("babilong_qa2", tokenizer, length, n, folder=folder), tokenizer) for n in range(30)]
     assert all(not context[0].isspace() and "  " not in context for context in first)
     assert all(context.startswith(bystander.facts_in(context)[0]) == (length == 0) for context in first)
+
+
+def test_the_least_length_is_enough_whatever_the_tokenizer(tokenizer: Tokenizer, folder: TextFolder) -> None:
+    """Also one to which a first word without a space is longer than one with it."""
+
+    def encoded(text: str) -> list[int]:
+        return [tokenizer.eod, *tokenizer.encode(text)] if text[0].isalpha() else tokenizer.encode(text)
+
+    for coder in (tokenizer, replace(tokenizer, encode=encoded)):
+        with pytest.raises(ValueError, match="alone take") as caught:
+            make("babilong_qa4", coder, 10, folder=TextFolder(folder.folder, coder))
+        least = int(re.findall(r"alone take ([\d,]+);", str(caught.value))[0])
+        example = make("babilong_qa4", coder, least, folder=TextFolder(folder.folder, coder))
+        assert sum(len(piece) for piece in example.context()) == example.length
 
 
 def test_short_sentences_are_no_filler(tmp_path, tokenizer: Tokenizer) -> None:
