@@ -11,6 +11,11 @@ END_OF_TEXT = "<|endoftext|>"
 # Names that tokenizers in the wild give their end-of-document token, tried in this order when no file declares one.
 KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+# The files of a tokenizer's folder, whichever library made it.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "vocab.json", "vocab.txt", "merges.txt",
+)  # fmt: skip
 # Files of a model that name the end by its number.
 BY_NUMBER = ("generation_config.json", "config.json")
 

@@ -13,14 +13,10 @@ from typing import Any
 
 from atlas_megatron.config import Config
 from atlas_megatron.data import blend
+from atlas_megatron.declared_tokens import TOKENIZER_FILES
 from atlas_megatron.tokenizer import Tokenizer, load_tokenizer
 
 DATA = "data.json"
-# The files of a tokenizer's folder, whichever library made it.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "vocab.json", "vocab.txt", "merges.txt",
-)  # fmt: skip
 # A file is told from another by its size and by so many windows of so many bytes: a terabyte is not read whole.
 WINDOWS, WINDOW = 64, 1 << 16
 
