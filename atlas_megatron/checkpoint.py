@@ -27,8 +27,8 @@ from megatron.core.transformer import MegatronModule
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
-from atlas_megatron import integrity, step_folders
-from atlas_megatron.config import Config, ParallelConfig, load, model_differences, to_toml
+from atlas_megatron import best, integrity, step_folders
+from atlas_megatron.config import CheckpointConfig, Config, ParallelConfig, load, model_differences, to_toml
 from atlas_megatron.integrity import MARKER
 from atlas_megatron.model import build_model
 from atlas_megatron.optimizer import allocate_moments, load_moments, true_offsets
@@ -158,14 +158,15 @@ class Saver:
         self._config, self._provenance = config, provenance
         self._pending: _Pending | None = None
 
-    def save(self, trained: Trained, position: Position) -> Path:
+    def save(self, trained: Trained, position: Position, validation_loss: float | None = None) -> Path:
         """Write a checkpoint of `position`, or begin to, then drop the oldest ones; where it is, or will be.
 
+        validation_loss: that of this step, by which the best is kept; None: it was not validated.
         Raises OSError, with what to do, where the disk does not take it, or the one before; what was saved stays.
         """
         self.finish()
         folder = folder_of(self._config.run.directory) / step_folders.name_of(position.step)
-        pending = _Pending(folder, position.step)
+        pending = _Pending(folder, position.step, validation_loss)
         if world.rank() == 0:
             shutil.rmtree(pending.temporary, ignore_errors=True)
             pending.temporary.mkdir(parents=True)
@@ -209,7 +210,9 @@ class Saver:
                 step_folders.make_room(pending.folder)
                 os.rename(pending.temporary, pending.folder)
                 integrity.sync(pending.folder.parent)
-                _drop_old(pending.folder.parent, self._config.checkpoint.keep)
+                if self._config.checkpoint.keep_best and pending.validation_loss is not None:
+                    best.note(pending.folder.parent, pending.step, pending.validation_loss)
+                _drop_old(pending.folder.parent, self._config.checkpoint)
         torch.distributed.barrier()
 
 
@@ -219,6 +222,7 @@ class _Pending:
 
     folder: Path
     step: int
+    validation_loss: float | None = None
     writing: ShardWriting | None = None
 
     @property
@@ -413,12 +417,14 @@ def complete(
     integrity.mark(folder, {"step": step}, known or {})
 
 
-def _drop_old(folder: Path, keep: int) -> None:
-    """Remove all but the newest whole checkpoints, and what killed processes left half-written."""
+def _drop_old(folder: Path, options: CheckpointConfig) -> None:
+    """Remove all but the newest whole checkpoints and the best, and what killed processes left half-written."""
     found = step_folders.checkpoints(folder)
-    oldest = [path for path in found if integrity.is_marked(path)][:keep][-1]
+    oldest = [path for path in found if integrity.is_marked(path)][: options.keep][-1]
+    kept = best.read(folder) if options.keep_best else None
     for path in found:
-        if step_folders.step_of(path) < step_folders.step_of(oldest):
+        step = step_folders.step_of(path)
+        if step < step_folders.step_of(oldest) and not (kept and step == kept.step):
             step_folders.remove(path)
     for path in step_folders.unfinished(folder):
         step_folders.remove(path)

@@ -202,6 +202,7 @@ class TrainConfig:
 class CheckpointConfig:
     every: int = 200  # steps; the last step is always saved
     keep: int = 2  # newest checkpoints kept
+    keep_best: bool = True  # and, of those saved after a validation, the one of the lowest loss
     async_save: bool = False  # written from a copy in memory while training goes on
 
 

@@ -165,7 +165,7 @@ def _selecting(rows: Sequence[int], device: torch.device) -> Callable[[Tensor], 
 
 
 def open_reader(path: str | Path, *, trust_remote_code: bool = False) -> Reader:
-    """The model in `path`: a run's directory or a folder that was exported for Hugging Face.
+    """The model in `path`: a run's directory, one of its checkpoints, or a folder that was exported for Hugging Face.
 
     Of a run the newest whole checkpoint; later ones that are damaged are named on standard error. Raises ValueError
     where it is neither, or the run has none. trust_remote_code: as HuggingFaceReader; of a run there is no code.
@@ -176,10 +176,20 @@ def open_reader(path: str | Path, *, trust_remote_code: bool = False) -> Reader:
         raise ValueError(f"{path} is no folder; give the directory of a run or an exported model")
     if (folder / "config.json").is_file():
         return HuggingFaceReader(folder, trust_remote_code=trust_remote_code)
-    from atlas_megatron.checkpoint import load_checkpoint, to_read
+    from atlas_megatron.checkpoint import read_newest
+
+    if not integrity.is_marked(folder):
+        return read_newest(folder, _of_checkpoint)
+    bad = integrity.wrong_size(folder) or integrity.wrong_content(folder, 0, 1)
+    if bad:
+        raise ValueError(f"checkpoint {folder} is damaged ({bad}); give another one, or bring its files back")
+    return _of_checkpoint(folder)
+
+
+def _of_checkpoint(checkpoint: Path) -> MegatronReader:
+    from atlas_megatron.checkpoint import load_checkpoint
     from atlas_megatron.provenance import own_tokenizer
 
-    checkpoint = to_read(folder)
     # Before it is read: a run that trains on may drop it meanwhile.
     weights = Weights(checkpoint, integrity.digest(checkpoint))
     # The one that it was trained with, not what may lie by now where data.tokenizer points, seen from here.

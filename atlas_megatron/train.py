@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from atlas_megatron.ending import LOST, ending_of, flushed, unforeseen
 from atlas_megatron.stopping import StopSignals
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ SIGTERM, SIGUSR1 or Ctrl-C ends a run after the step in hand, with a checkpoint;
 every key, its default and its meaning:
 
 """
+ON_MEMORY = (
+    "lower train.micro_batch or model.seq_length, set train.recompute=true, or take more devices (parallel.tensor, "
+    "pipeline, context): --dry-run says what each would take"
+)
 # An attribute of errors that came after the processes had joined.
 SAID_BY_ANOTHER = "said_by_another"
 
@@ -41,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; its exit status.
 
     0: done, or stopped by a signal with a checkpoint. 1: NaN or inf. 2: a user's error. 3: another process ended. 4: a
-    step hung (see watchdog). 130: a Ctrl-C before there was a step to save, or a second one.
+    step hung (see watchdog). 5: an error that nobody foresaw, with its traceback. 130: a Ctrl-C before there was a step to save, or a second one.
     """
     # Signals first, all else is imported behind them: torch and Megatron take seconds, a checkpoint minutes. What comes
     # meanwhile ends the run after its first step, saved.
@@ -68,36 +73,43 @@ def _main(words: Sequence[str] | None, signals: StopSignals) -> int:
             signals.release()
             return _dry_run(config, machine)
         return _train(config, signals)
-    except ConnectionError as error:
-        print(f"atlas-train: {error}", file=sys.stderr)
-        return 3
-    except (ValueError, OSError, ArithmeticError) as error:
-        _say_once(str(error), error)
-        return 1 if isinstance(error, ArithmeticError) else 2
     except KeyboardInterrupt:
         _say_once(f"interrupted; {_what_is_left(config)}")
         return 130
+    except BaseException as error:
+        found = ending_of(error, ON_MEMORY)
+        if found is None and isinstance(error, SystemExit):
+            raise
+        status, line = found or unforeseen(error)
+        if status == LOST:
+            print(f"atlas-train: {line}", file=sys.stderr)
+        else:
+            _say_once(line, error)
+        return status
+    finally:
+        flushed()
 
 
-def _say_once(line: str, error: Exception | None = None) -> None:
+def _say_once(line: str, error: BaseException | None = None) -> None:
     """The run's last line, from the first process that has it to say: what ends them all would be said by each.
 
     Before they have joined, as where there is no error, the first process of each machine says it.
     """
     if getattr(error, SAID_BY_ANOTHER, os.environ.get("LOCAL_RANK", "0") != "0"):
         return
-    print(f"atlas-train: {line}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"atlas-train: {line}", file=sys.stderr)
 
 
 def _what_is_left(config: Config | None) -> str:
     """What the same command would go on from."""
-    from atlas_megatron import integrity
+    from atlas_megatron import integrity, step_folders
 
-    steps = Path(config.run.directory, "checkpoints").glob("step_*") if config else iter(())
-    saved = sorted(folder for folder in steps if integrity.is_marked(folder))
+    found = step_folders.checkpoints(Path(config.run.directory, "checkpoints")) if config else []
+    saved = [folder for folder in found if integrity.is_marked(folder)]
     if not saved:
         return "there is no checkpoint yet: the same command begins at step 1"
-    return f"the same command resumes from {saved[-1]}"
+    return f"the same command resumes from {saved[0]}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -143,7 +155,7 @@ def _dry_run(config: Config, machine: Machine) -> int:
 def _train(config: Config, signals: StopSignals) -> int:
     from rich.console import Console
 
-    from atlas_megatron import checkpoint, run_lock
+    from atlas_megatron import best, checkpoint, run_lock
     from atlas_megatron.config_checks import validate
     from atlas_megatron.config_differences import changed_toml
     from atlas_megatron.metrics import read, summary_table
@@ -162,7 +174,7 @@ def _train(config: Config, signals: StopSignals) -> int:
                 trainer = Trainer(config, signals, lock)
                 done = trainer.position.step >= config.train.steps
                 finished = trainer.train()
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         setattr(error, SAID_BY_ANOTHER, not world.is_first_to_say(str(error)))
         raise
     finally:
@@ -176,7 +188,8 @@ def _train(config: Config, signals: StopSignals) -> int:
         records = read(config.run.directory)
         table = summary_table(records, num_params(config))
         Console(soft_wrap=True).print(table)
-        print(f"checkpoints in {checkpoint.folder_of(config.run.directory)}")
+        parent = checkpoint.folder_of(config.run.directory)
+        print("\n".join(filter(None, (f"checkpoints in {parent}", best.line(parent)))))
     return 0
 
 

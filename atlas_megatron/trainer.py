@@ -144,7 +144,7 @@ class Trainer:
             if self.log:
                 self.log.write(record)
             if step % every == 0 or step == last or stop:
-                saved = self._save(wait=stop or step == last)
+                saved = self._save(record.get("validation_loss"), wait=stop or step == last)
                 if stop and step < last:
                     asked = self._signals.asked or "another process was asked"
                     self._say(f"{asked}: stopped after step {step}, saved {saved}; the same command resumes there")
@@ -153,12 +153,12 @@ class Trainer:
         self._saver.finish()
         return True
 
-    def _save(self, *, wait: bool) -> Path:
-        """Save the position; wait: until it is on the disk."""
+    def _save(self, validation_loss: float | None, *, wait: bool) -> Path:
+        """Save the position, with the loss of this step's validation, if any; wait: until it is on the disk."""
         if self._lock:
             self._lock.check()
         with self._watchdog.patient():
-            saved = self._saver.save(self.trained, self.position)
+            saved = self._saver.save(self.trained, self.position, validation_loss)
             if wait:
                 self._saver.finish()
         return saved

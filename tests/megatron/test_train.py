@@ -16,7 +16,9 @@ from atlas_megatron.config import load
 from atlas_megatron.non_finite import NonFiniteError
 from atlas_megatron.optimizer import learning_rate
 from atlas_megatron.parallel import world
+from atlas_megatron.reader import open_reader
 from atlas_megatron.train import main
+from atlas_megatron.validation import Validation
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +142,29 @@ def test_a_finished_run_says_which_keys_differ(alone: Path, root: Path, capsys: 
     assert "these keys differ from the run's: train.lr=0.001 (was 0.003); it is done" in said
     assert f"{alone} is done: step 6 of 6" in said
     assert (alone / "config.toml").read_text() == before
+
+
+def test_the_best_checkpoint_is_kept_and_can_be_read(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = iter((5.0, 3.0, 4.0, 4.5, 4.2, 4.1))
+    monkeypatch.setattr(Validation, "after", lambda self, step: metrics_of(next(losses)))
+    words = [f"run.directory={tmp_path}/run", "checkpoint.every=1", "checkpoint.keep=2", "train.validate_every=1"]
+    assert main([str(root / "tiny.toml"), *words]) == 0
+    kept = sorted(folder.name for folder in checkpoint.folder_of(tmp_path / "run").glob("step_*"))
+    assert kept == ["step_00000002", "step_00000005", "step_00000006"]
+    best = checkpoint.folder_of(tmp_path / "run") / "step_00000002"
+    assert capsys.readouterr().out.splitlines()[-1] == f"the best by validation loss, 3.0000: {best}"
+    with tiny_run.a_world_that_is_left():
+        assert open_reader(best).weights.checkpoint == best
+        assert open_reader(tmp_path / "run").weights.checkpoint == best.with_name("step_00000006")
+    (best / "config.toml").write_text("")
+    with pytest.raises(ValueError, match="step_00000002 is damaged .*; give another one"):
+        open_reader(best)
+
+
+def metrics_of(validation_loss: float) -> metrics.Record:
+    return {"validation_loss": validation_loss, "validation_bits_per_byte": None}
 
 
 @pytest.fixture(scope="module")
