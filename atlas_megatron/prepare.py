@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from atlas_megatron.encoding import encode_documents
 from atlas_megatron.pieces import pieces
 from atlas_megatron.prefixes import SUFFIXES, indexed_prefixes
 from atlas_megatron.records import Skipped
-from atlas_megatron.scratch import built_beside
+from atlas_megatron.scratch import built_beside, remove_left
 from atlas_megatron.split_writer import Advance, SplitWriter, check_filled
 from atlas_megatron.tokenizer import (
     Tokenizer,
@@ -69,6 +68,7 @@ def prepare(
     Raises ValueError for inputs or options that cannot be used.
     """
     prefixes, files = indexed_prefixes(inputs), input_files(inputs)
+    remove_left(out)
     _refuse_to_lose(out, files, options)
     given = load_tokenizer(options.tokenizer) if options.tokenizer else None
     mark = fingerprint(files, _settings(options, given))
@@ -115,9 +115,8 @@ def _refuse_to_lose(out: Path, files: Sequence[Path], options: Options) -> None:
 
 
 def _settings(options: Options, given: Tokenizer | None) -> str:
-    """All that decides what the data are, beside their inputs."""
-    tokenizer = given.fingerprint if given else options.train_vocab
-    return json.dumps({"tokenizer": tokenizer, "key": options.key, "validation": options.validation}, sort_keys=True)
+    """All that decides what the data are, beside their inputs; in this form ever since, so that old data stay good."""
+    return str(replace(options, tokenizer=given.fingerprint if given else "", workers=1))
 
 
 def _check_splits(files: Sequence[Path], options: Options, skip: bool) -> None:

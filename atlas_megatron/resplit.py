@@ -36,16 +36,16 @@ def split_indexed(prefixes: Sequence[str], tokenizer: Tokenizer, writer: SplitWr
 
 
 def _check(prefix: str, tokenizer: Tokenizer) -> None:
-    inspect(prefix, tokenizer.vocab_size)
     summary = Summary.read(Path(prefix).parent)
-    if summary is None or Path(prefix).name not in summary.splits:
-        return
-    theirs, ours = summary.tokenizer_fingerprint, tokenizer.fingerprint
-    if theirs != ours if theirs else summary.vocab_size != tokenizer.vocab_size:
+    if summary is not None and Path(prefix).name not in summary.splits:
+        summary = None  # of other data
+    theirs, ours = summary.tokenizer_fingerprint if summary else "", tokenizer.fingerprint
+    if summary and (theirs != ours if theirs else summary.vocab_size != tokenizer.vocab_size):
         raise ValueError(
             f"{prefix} was made with another tokenizer ({summary.tokenizer}, {summary.vocab_size} tokens) than "
             f"{tokenizer.folder} ({tokenizer.vocab_size} tokens); give that one with --tokenizer"
         )
+    inspect(prefix, tokenizer.vocab_size)
 
 
 def _copy(tokens: np.ndarray, lengths: list[int], tokenizer: Tokenizer, writer: SplitWriter) -> None:

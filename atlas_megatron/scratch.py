@@ -21,11 +21,9 @@ NEW, OLD = "new", "old"
 def built_beside(target: Path) -> Iterator[Path]:
     """A folder to fill, which replaces `target` when all has gone well, and is removed otherwise.
 
-    First goes what killed processes left of theirs; where one died between taking the earlier `target` away and
-    putting the new one in its place, the earlier one comes back.
+    The caller has called `remove_left`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left(target)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     marker = _mark(scratch, target)
     try:
@@ -63,7 +61,11 @@ def _locked(file: int) -> bool:
     return True
 
 
-def _remove_left(target: Path) -> None:
+def remove_left(target: Path) -> None:
+    """Remove what killed processes left beside `target`, marked as ours, and nothing else.
+
+    Where one died between taking the earlier `target` away and putting the new one there, the earlier one comes back.
+    """
     for scratch in target.parent.glob(f".{glob.escape(target.name)}.*"):
         try:
             marker = os.open(scratch / MARKER, os.O_RDWR | os.O_NOFOLLOW)
