@@ -4,7 +4,8 @@ After NVIDIA/RULER, scripts/data/synthetic/variable_tracking.py; the prompt's wo
 there, a solved example of about EXAMPLE_TOKENS stands first, noise lies between any two assignments of a chain, and the
 prompt ends with a space. Two of its editions are here, by the day from which they hold: since NEWEST every sentence of
 noise and every assignment is a line of its own; before, they were parted by spaces. Ours: no two variables or values of
-an example are equal, the length is exact and holds the prompt, so the last sentence of noise is cut.
+an example are equal; the length is exact and holds the prompt, so the last sentence of noise is cut; where the solved
+example has room for five sentences alone they stay whole (before NEWEST they were cut at their full stops there).
 """
 
 from __future__ import annotations
