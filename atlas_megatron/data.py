@@ -71,15 +71,11 @@ def _build(
     config: Config, train: tuple[Source, ...], train_samples: int, validation_samples: int
 ) -> tuple[SampleSet, SampleSet | None]:
     tokenizer = load_tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens but model.vocab_size is "
-            f"{config.model.vocab_size}; set model.vocab_size={tokenizer.vocab_size} or more"
-        )
+    check_tokenizer(config, tokenizer)
     validation = sources(config, config.data.validation) if validation_samples else ()
     if not config.data.allow_change:
         for source in train + validation:
-            _check_tokenizer_of(source.prefix, tokenizer)
+            check_tokenizer_of(source.prefix, tokenizer)
 
     def built(split: int, drawn: tuple[Source, ...], samples: int | None, seed: int) -> Any:
         prefixes = [source.prefix for source in drawn]
@@ -105,7 +101,16 @@ def _build(
     return order, built(1, validation, validation_samples, VALIDATION_SEED) if validation else None
 
 
-def _check_tokenizer_of(prefix: str, tokenizer: Tokenizer) -> None:
+def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
+    """Raise ValueError where the model's embedding has fewer rows than the tokenizer has tokens."""
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens but model.vocab_size is "
+            f"{config.model.vocab_size}; set model.vocab_size={tokenizer.vocab_size} or more"
+        )
+
+
+def check_tokenizer_of(prefix: str, tokenizer: Tokenizer) -> None:
     """Raise ValueError where the data.json beside a set names another tokenizer than the run's."""
     summary = Summary.read(Path(prefix).parent)
     if summary is None or Path(prefix).name not in summary.splits:

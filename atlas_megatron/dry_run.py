@@ -12,6 +12,7 @@ from atlas_megatron.communication import busiest, hand_off_bubble, pipeline_bubb
 from atlas_megatron.config import LAYERS, Config
 from atlas_megatron.config_checks import data_parallel_size, validate
 from atlas_megatron.footprint import Footprint, footprint, fullest, micro_batches, parameters_at, stages_at
+from atlas_megatron.machine import MEMORY, SIZES, Machine
 from atlas_megatron.model import flops_per_token, num_params
 from atlas_megatron.parallel.scan import context_levels
 
@@ -24,6 +25,7 @@ class DryRun:
     world_size: int
     memory: float
     bf16: bool
+    machine: Machine = Machine(None, MEMORY)  # whose devices the time is estimated for
 
     def report(self) -> Group:
         """The run and its layout, its fullest rank, all pipeline ranks where they differ, and whether it fits."""
@@ -31,7 +33,27 @@ class DryRun:
         parts: list[RenderableType] = [self._run(), self._rank(rank)]
         if self.config.parallel.pipeline > 1:
             parts.append(self._ranks())
-        return Group(*parts, *self.verdict())
+        return Group(*parts, self._time(), *self.verdict())
+
+    def _time(self) -> Table:
+        """Tokens a second and hours, from FLOPs alone: what a device is taken to reach is a guess."""
+        machine, train = self.machine, self.config.train
+        table = _table("time, estimated from FLOPs")
+        who = machine.device or "a GPU whose rate is not known"
+        table.add_row("device" if machine.said else "device, assumed: none is seen here", who)
+        reached = machine.flops(bf16=self.bf16)
+        if reached is None:
+            return table
+        rate = reached * self.world_size / flops_per_token(self.config).training
+        if self.config.parallel.pipeline > 1:
+            rate *= 1 - pipeline_bubble(self.config, self.world_size)
+        tokens = train.steps * train.global_batch * self.config.model.seq_length
+        kind = "bfloat16" if self.bf16 else "float32"
+        table.add_row(f"of its {kind} peak, a guess (mfu=)", f"{machine.mfu:.0%}")
+        table.add_row("tokens a second, in all", f"{rate:,.0f}")
+        table.add_row("seconds a step", f"{tokens / train.steps / rate:,.3g}")
+        table.add_row("hours of the run", f"{tokens / rate / 3600:,.3g}")
+        return table
 
     def verdict(self) -> list[str]:
         """Lines: that every rank fits, or which does not, by how much, and what would change that."""
@@ -39,7 +61,9 @@ class DryRun:
         over = {rank: held[rank].total - self.memory for rank in held if held[rank].total > self.memory}
         most, device = max(footprint.total for footprint in held.values()), _bytes(self.memory)
         if not over:
-            return [f"fits: about {_bytes(most)} of the {device} of a device"]
+            named = self.machine.said or self.memory != SIZES.get(self.machine.device)
+            assumed = "" if named else f" (assumed: {self.machine.device}; memory= or device= says otherwise)"
+            return [f"fits: about {_bytes(most)} of the {device} of a device{assumed}"]
         lines = [
             f"does not fit: pipeline rank {rank} needs about {_bytes(held[rank].total)}, {_bytes(excess)} more than "
             f"the {device} of a device; the largest part are {_largest(held[rank])}"

@@ -46,7 +46,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; its exit status.
 
     0: done, or stopped by a signal with a checkpoint. 1: NaN or inf. 2: a user's error. 3: another process ended. 4: a
-    step hung (see watchdog). 5: an error that nobody foresaw, with its traceback. 130: a Ctrl-C before there was a step to save, or a second one.
+    step hung (see watchdog). 5: an error that nobody foresaw, with its traceback. 130: a Ctrl-C before there was a step
+    to save, or a second one.
     """
     # Signals first, all else is imported behind them: torch and Megatron take seconds, a checkpoint minutes. What comes
     # meanwhile ends the run after its first step, saved.
@@ -113,6 +114,7 @@ def _what_is_left(config: Config | None) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from atlas_megatron import version
     from atlas_megatron.config import describe
 
     parser = argparse.ArgumentParser(
@@ -121,13 +123,15 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES + describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    version.add_to(parser)
     parser.add_argument("config", metavar="CONFIG.toml", help="what to train; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print size, FLOPs, memory, communication and layout; train nothing. world=N: on N devices, memory=80GiB: "
-        "of this size, in nodes of parallel.devices_per_node (8)",
+        help="print size, FLOPs, memory, communication, layout, an estimate of the time, and what is missing; train "
+        "nothing. world=N: on N devices; device=H100: of this kind; memory=80GiB: of this size; mfu=0.3: the part of "
+        "their peak that is reached; in nodes of parallel.devices_per_node (8)",
     )
     return parser
 
@@ -138,17 +142,24 @@ def _parser() -> argparse.ArgumentParser:
 def _dry_run(config: Config, machine: Machine) -> int:
     from rich.console import Console
 
-    from atlas_megatron.config import to_toml
     from atlas_megatron.config_checks import validate
+    from atlas_megatron.config_differences import changed_toml
     from atlas_megatron.dry_run import DryRun
     from atlas_megatron.machine import in_nodes
     from atlas_megatron.model import parameter_dtype
+    from atlas_megatron.readiness import wrong_with_data, wrong_with_devices
 
     config, world_size = in_nodes(config), machine.world_size(config)
     validate(config, world_size)
-    print(to_toml(config))
+    print(changed_toml(config))
     bf16 = parameter_dtype(config).itemsize == 2
-    Console(soft_wrap=True).print(DryRun(config, world_size, machine.memory, bf16).report())
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(DryRun(config, world_size, machine.memory, bf16, machine).report())
+    # Both are read by people and by launch/slurm.sh: the first would end a run on any machine that sees these files.
+    for line in wrong_with_data(config):
+        print(f"cannot train yet: {line}")
+    for line in wrong_with_devices(config):
+        print(f"not on this machine: {line}")
     return 0
 
 

@@ -177,12 +177,18 @@ read_directory() {
 
 # Sets `directory`; with a sweep, of the run without it.
 check_config() {
-  local said value
+  local said value missing
   local -a values words
   atlas_train="$(command_of atlas-train)"
   said="$(dry_run ${overrides[@]+"${overrides[@]}"})"
   read_directory "$said"
   grep -E '^(fits|does not fit):' <<<"$said" || true
+  missing="$(sed -n 's/^cannot train yet: //p' <<<"$said")"
+  missing="${missing%%$'\n'*}"
+  if [[ -n "$missing" ]]; then
+    [[ -n "$dry" ]] || refuse "$missing"
+    echo "slurm.sh: cannot train yet: $missing" >&2
+  fi
   [[ -n "$array" ]] || return 0
   IFS=, read -ra values <<<"${array#*=}"
   for value in "${values[@]}"; do

@@ -105,8 +105,8 @@ def test_local_takes_torchrun_without_its_trace_where_python_lies_beside_it(stub
 
 @pytest.mark.parametrize(
     ("limit", "before", "seconds"),
-    [("5", "300", 300), ("00:05:00", "300", 300), ("5:00", "301", 300), ("1:00:00", "3600", 3600), ("0-1", "3600", 3600),
-     ("1-01:01", "90060", 90060), ("2-0:0:9", "172809", 172809)],
+    [("5", "300", 300), ("00:05:00", "300", 300), ("5:00", "301", 300), ("1:00:00", "3600", 3600),
+     ("0-1", "3600", 3600), ("1-01:01", "90060", 90060), ("2-0:0:9", "172809", 172809)],
 )  # fmt: skip
 def test_a_time_limit_that_leaves_no_time_to_train_is_refused(
     stubs: Stubs, limit: str, before: str, seconds: int
@@ -116,6 +116,15 @@ def test_a_time_limit_that_leaves_no_time_to_train_is_refused(
     assert refused.returncode == 2 and stubs.called() == []
     assert f"--time {limit} is no longer than --save-before {before} (seconds); give more time" in refused.stderr
     assert stubs.run(SLURM, *words, "--save-before", str(seconds - 1)).returncode == 0
+
+
+def test_a_job_that_cannot_train_does_not_wait_in_the_queue(stubs: Stubs) -> None:
+    report = "[run]\\ndirectory = \"runs/a\"\\nfits: about 1 GiB\\ncannot train yet: data/a.idx does not exist\\n"
+    (stubs.folder / "atlas-train").write_text(f"#!/usr/bin/env bash\nprintf '{report}'\n")
+    said = stubs.run(SLURM, *TWO)
+    assert said.returncode == 2 and said.stderr == "slurm.sh: data/a.idx does not exist\n" and stubs.called() == []
+    dry = stubs.run(SLURM, *TWO, "--dry-run")
+    assert dry.returncode == 0 and dry.stderr == "slurm.sh: cannot train yet: data/a.idx does not exist\n"
 
 
 def test_a_missing_sbatch_is_said_before_anything_is_checked(stubs: Stubs) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+import tiny_run
 from atlas_megatron.communication import hand_off_bubble, pipeline_bubble
 from atlas_megatron.config import Config, MemoryConfig, ModelConfig, ParallelConfig, TrainConfig, layers_of, load
 from atlas_megatron.dry_run import DryRun
 from atlas_megatron.footprint import footprint, parameters_at
 from atlas_megatron.machine import Machine
 from atlas_megatron.mixers import MIXERS
-from atlas_megatron.model import num_params
+from atlas_megatron.model import flops_per_token, num_params
 from atlas_megatron.parallel.scan import context_levels, slicing
 from atlas_megatron.train import main
 
@@ -57,6 +58,9 @@ def test_a_thousand_devices_on_one_processor(capsys: pytest.CaptureFixture[str])
         (["memory=80"], "'memory=80' is no size; write a number and one of MiB, GiB"),
         (["memory=0GiB"], "'memory=0GiB' is no size"),
         (["parallel.tensr=2"], "unknown config key"),
+        (["device=H1"], "'device=H1' is unknown; choose one of A100, H100, H200, B200"),
+        (["mfu=2"], "'mfu=2' is no share of a device's peak"),
+        (["mfu=half"], "'mfu=half' is no share"),
     ],
 )
 def test_bad_words_are_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,8 +75,47 @@ def test_words_of_a_machine_are_a_dry_runs_alone(capsys: pytest.CaptureFixture[s
     assert "'world=8' is not an override" in capsys.readouterr().err
 
 
+def test_the_device_is_said_and_the_time_follows_from_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main([str(LARGE), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "device, assumed: none is seen here" in said and "(assumed: H100; memory= or device= says otherwise)" in said
+    assert main([str(LARGE), "--dry-run", "device=A100", "mfu=0.5", "world=8"]) == 0
+    said = capsys.readouterr().out
+    assert "assumed" not in said
+    config = load(LARGE)
+    tokens = config.train.steps * config.train.global_batch * config.model.seq_length
+    rate = 8 * 312e12 * 0.5 / flops_per_token(config).training
+    for line in (f"{rate:,.0f}", f"{tokens / rate / 3600:,.3g}", "50%"):
+        assert line in said
+
+
+def test_what_would_keep_it_from_training_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run.write(tmp_path)
+    assert main([str(config), "--dry-run"]) == 0
+    assert "cannot train yet" not in capsys.readouterr().out
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    words = ["memory.impl=triton", "model.transformer_engine=true", f"data.validation=[{str(tmp_path / 'no')!r}]"]
+    assert main([str(config), "--dry-run", *words, "model.vocab_size=200"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if ": " in line and "fits" not in line]
+    named = [line.partition(": ")[2].split(";")[0] for line in said if line.startswith(("cannot", "not on"))]
+    assert named[0] == f"tokenizer {tmp_path}/tokenizer has 272 tokens but model.vocab_size is 200"
+    assert named[1].startswith(f"{tmp_path}/train.bin holds token") or "no.idx does not exist" in named[1]
+    assert any(line.startswith(f"{tmp_path}/no.idx does not exist") for line in named)
+    assert any(line.startswith("memory.impl='triton' wants a GPU") for line in named)
+    assert any(line.startswith("model.transformer_engine=true wants a GPU") for line in named)
+    assert main([str(config), "--dry-run", "data.train=[]"]) == 0
+    assert "cannot train yet: data.train is empty" in capsys.readouterr().out
+
+
 def test_sizes_and_devices() -> None:
-    assert Machine.of(["memory=1.5GiB", "world=16"]) == Machine(16, 1.5 * 2**30)
+    found = Machine.of(["memory=1.5GiB", "world=16"])
+    assert (found.devices, found.memory) == (16, 1.5 * 2**30)
+    assert Machine.of(["device=H200"]).memory == 139 * 2**30
     assert Machine.of(["memory=80GB"]).memory == 80e9
     layout = replace(Config(), parallel=ParallelConfig(tensor=2, context=3))
     assert Machine.of([]).world_size(layout) == 6
