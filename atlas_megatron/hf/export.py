@@ -25,8 +25,9 @@ from atlas_megatron import checkpoint, integrity
 from atlas_megatron import config as megatron
 from atlas_megatron.hf import modeling_atlas
 from atlas_megatron.hf.configuration_atlas import SECTIONS, AtlasConfig
-from atlas_megatron.hf.folders import check_shapes, copy_tokenizer, listing, new_folder
+from atlas_megatron.hf.folders import check_shapes, listing, new_folder
 from atlas_megatron.hf.names import EMBEDDING, OUTPUT, Name, parameters_of
+from atlas_megatron.hf.tokenizer_files import Specials, export_tokenizer
 from atlas_megatron.hf.weights import INDEX, WEIGHTS, note_sums
 from atlas_megatron.safe_loading import load_tensors, read_metadata
 
@@ -69,8 +70,8 @@ def export(source: Path, target: Path, shard_size: int = SHARD_SIZE) -> Path:
 
 def _export(read: Source, target: Path, shard_size: int) -> Path:
     with new_folder(target) as folder:
-        end = copy_tokenizer(read.folder, folder, read.config.vocab_size)
-        _write_configuration(read, folder, end)
+        tokens = export_tokenizer(read.folder, folder, read.config.vocab_size)
+        _write_configuration(read, folder, tokens)
         _write_weights(read, folder, shard_size)
         note_sums(folder)
         for file in code_files():
@@ -182,11 +183,12 @@ def _shards(source: Source, shard_size: int) -> Iterator[list[Name]]:
     yield names
 
 
-def _write_configuration(source: Source, folder: Path, end: int | None) -> None:
+def _write_configuration(source: Source, folder: Path, tokens: Specials | None) -> None:
+    end, padding = (tokens.end, tokens.padding) if tokens else (None, None)
     config = source.config
     config.dtype = source.dtype
     config.architectures = ["AtlasForCausalLM"]
     config.auto_map = AUTO_MAP
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = end
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = end, end, padding
     config.save_pretrained(folder)
-    GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end).save_pretrained(folder)
+    GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=padding).save_pretrained(folder)

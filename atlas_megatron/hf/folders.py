@@ -1,4 +1,4 @@
-"""What both directions of a conversion share: a target that is whole or absent, tokenizers, lists of disagreements."""
+"""What both directions of a conversion share: a target that is whole or absent, lists of disagreements."""
 
 from __future__ import annotations
 
@@ -9,16 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from atlas_megatron.hf.names import Name
-from atlas_megatron.tokenizer import load_tokenizer
-
-# As transformers and ours name the files of a tokenizer; the first two are what `prepare_data` writes.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 
 @contextmanager
@@ -38,26 +28,6 @@ def new_folder(target: Path) -> Iterator[Path]:
         os.rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> int | None:
-    """Copy the tokenizer's files, if there are any; its end-of-document token.
-
-    Raises ValueError where it has more tokens than the model.
-    """
-    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if not (source / TOKENIZER_FILES[0]).is_file():
-        return None
-    tokenizer = load_tokenizer(source)
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"the tokenizer in {source} has {tokenizer.vocab_size} tokens, more than the model's vocab_size="
-            f"{vocab_size}; give the tokenizer that the model was trained with"
-        )
-    target.mkdir(exist_ok=True)
-    for file in files:
-        shutil.copyfile(file, target / file.name)
-    return tokenizer.eod
 
 
 def check_shapes(
