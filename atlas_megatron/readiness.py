@@ -20,9 +20,9 @@ def wrong_with_data(config: Config) -> list[str]:
         return ["data.train is empty; give the prefix of a .bin/.idx pair, as tools/prepare_data.py writes it"]
     validated = config.data.validation if config.train.validate_every and config.train.validate_sequences else ()
     checks: list[Callable[[], Any]] = [
-        partial(_check_tokenizer, config, (*config.data.train, *validated)),
         partial(sources, config, config.data.train),
         partial(sources, config, validated),
+        partial(_check_tokenizer, config, (*config.data.train, *validated)),
     ]
     return [line for line in map(_refusal, checks) if line]
 

@@ -184,11 +184,8 @@ check_config() {
   read_directory "$said"
   grep -E '^(fits|does not fit):' <<<"$said" || true
   missing="$(sed -n 's/^cannot train yet: //p' <<<"$said")"
-  missing="${missing%%$'\n'*}"
-  if [[ -n "$missing" ]]; then
-    [[ -n "$dry" ]] || refuse "$missing"
-    echo "slurm.sh: cannot train yet: $missing" >&2
-  fi
+  [[ -z "$missing" || -n "$dry" ]] || refuse "${missing%%$'\n'*}"
+  [[ -z "$missing" ]] || sed -n 's/^cannot train yet: /slurm.sh: &/p' <<<"$said" >&2
   [[ -n "$array" ]] || return 0
   IFS=, read -ra values <<<"${array#*=}"
   for value in "${values[@]}"; do
