@@ -43,6 +43,11 @@ class Skipped:
         if len(self.named) < NAMED:
             self.named.append(str(error))
 
+    def __str__(self) -> str:
+        """What a command says of them, a line each."""
+        named = "the first of them" if self.count > len(self.named) else "namely"
+        return "\n  ".join([f"left out {self.count:,} bad records, {named}:", *self.named])
+
 
 def go_past(error: ValueError, skipped: Skipped | None) -> None:
     """Count a bad record where that is asked for; raise the error otherwise."""

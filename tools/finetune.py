@@ -20,6 +20,10 @@ examples:
         --length 32768 --segment 2048 --detach-every 4 --deepspeed configs/deepspeed/zero2.json --bf16
   prompts with answers (a line: {"input": ..., "question": ..., "target": ...}); only the answers are learned
     python tools/finetune.py exported/340m --data babilong.jsonl --out tuned/babilong --config configs/babilong.toml
+  chats (a line: {"messages": [{"role": ..., "content": ...}, ...]}) by the tokenizer's template, of which the turns of
+  the assistant are learned; and prompts with special tokens of the tokenizer
+    python tools/finetune.py exported/340m --data chats.jsonl.gz --out tuned/chat --skip-bad
+    python tools/finetune.py exported/340m --data qa.jsonl --out tuned/qa --prompt '<|user|>{input}<|bot|>'
   data that tools/prepare_data.py wrote, what it would cost on 16 devices
     python tools/finetune.py exported/340m --data data/books/train --validation data/books/validation \\
         --out tuned/books --length 16384 --devices 16 --batch 16 --dry-run
@@ -56,6 +60,8 @@ def _finetune(arguments: argparse.Namespace) -> int:
 
     settings = from_arguments(vars(arguments))
     planned = run.plan(settings, arguments.devices or run.world_size())
+    if planned.skipped and planned.skipped.count and os.environ.get("RANK", "0") == "0":
+        print(planned.skipped, file=sys.stderr)
     if arguments.dry_run:
         from rich.console import Console
 
@@ -76,13 +82,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="finetune.py", description=__doc__, epilog=EXAMPLES, formatter_class=plain)
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL_FOLDER", help="an exported model; its code is run")
-    add("--data", nargs="+", required=True, metavar="FILE", help="text, .jsonl, .parquet, or a prefix of .bin/.idx")
+    add("--data", nargs="+", required=True, metavar="FILE", help="text, JSON, .parquet, or a prefix of .bin/.idx")
     add("--out", type=Path, required=True, metavar="FOLDER", help="the model that comes out; must not exist")
     add("--config", type=Path, metavar="TOML", help="options by their names here; the command line's own win")
     add("--deepspeed", type=Path, metavar="JSON", help="configs/deepspeed/{zero1,zero2,zero3,zero3_offload}.json")
     add("--validation", nargs="+", default=(), metavar="FILE", help="as --data, of which the loss is told")
-    add("--key", help="of the text in .jsonl and .parquet (default: text)")
+    add("--key", help="of the text in JSON and .parquet; a.b for b inside of a (default: text)")
     add("--prompt", type=_newlines, help=r"of a line with a target (default: '{input}\n{question}\n')")
+    add(
+        "--skip-bad",
+        action=argparse.BooleanOptionalAction,
+        help="leave out records that cannot be read, count and name them",
+    )
 
     context = parser.add_argument_group("context")
     add = context.add_argument
@@ -128,8 +139,8 @@ def _parser() -> argparse.ArgumentParser:
 def _options_of(file: Path) -> list[str]:
     """A file's settings as words of the command line, which may follow. Raises ValueError for one that is not TOML."""
     try:
-        settings = tomllib.loads(file.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        settings = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not TOML: {error}") from error
     words: list[str] = []
     for name, value in settings.items():

@@ -101,8 +101,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         out, overwrite = arguments.out, arguments.overwrite
         summary, written = prepare(arguments.inputs, out, options, advance, skipped, overwrite)
     if skipped and skipped.count:
-        named = "the first of them" if skipped.count > len(skipped.named) else "namely"
-        print(f"left out {skipped.count:,} bad records, {named}:", *skipped.named, sep="\n  ", file=sys.stderr)
+        print(skipped, file=sys.stderr)
     elif summary.skipped:
         print(f"left out {summary.skipped:,} bad records when it was prepared", file=sys.stderr)
     for name, split in summary.splits.items():

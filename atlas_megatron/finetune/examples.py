@@ -1,8 +1,7 @@
-"""What is learned from: text in pieces of one length, and prompts with answers, of which only the answers are."""
+"""What is learned from: text in pieces of one length, and prompts with answers and chats, of which only answers are."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +12,25 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
 from atlas_megatron.corpus import Summary, documents, expand
+from atlas_megatron.declared_tokens import CONFIG
+from atlas_megatron.finetune.prompts import ANSWER, MESSAGES, Prompts
 from atlas_megatron.finetune.segments import IGNORED
-from atlas_megatron.finetune.settings import FIELD, Settings
+from atlas_megatron.finetune.settings import Settings
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
+from atlas_megatron.older_tokenizers import SENTENCEPIECE
+from atlas_megatron.pieces import pieces
+from atlas_megatron.prefixes import is_indexed, prefix_of
+from atlas_megatron.records import Skipped, go_past, holds_records, records
 from atlas_megatron.tokenizer import Tokenizer, load_tokenizer
 
-ANSWER = "target"  # the field that makes a line of .jsonl a prompt with its answer
+TOKENIZERS = ("tokenizer.json", CONFIG, "vocab.json", *SENTENCEPIECE)  # one of these makes a folder a tokenizer's
+
+# Token ids, and how many of the first are not learned: 1, which nothing precedes, or more. Or which ones are learned.
+type Example = tuple[np.ndarray, int | np.ndarray]
 
 
-class Sequences(Dataset[tuple[np.ndarray, int]]):
-    """Token ids, and how many of each sequence's first tokens are not learned: 1, which nothing precedes, or more."""
+class Sequences(Dataset[Example]):
+    """Examples, counted before they are read."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -45,7 +53,7 @@ class Pieces(Sequences):
     def __len__(self) -> int:
         return len(self.stream) // self.length
 
-    def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
+    def __getitem__(self, number: int) -> Example:
         return self.stream[number * self.length : (number + 1) * self.length], 1
 
     @property
@@ -58,15 +66,15 @@ class Pieces(Sequences):
 
 
 class Answers(Sequences):
-    """Prompts with answers; what comes before the answer is read, not learned."""
+    """Prompts with answers, and chats; what comes before an answer is read, not learned."""
 
-    def __init__(self, examples: list[tuple[np.ndarray, int]]) -> None:
+    def __init__(self, examples: list[Example]) -> None:
         self.examples = examples
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
+    def __getitem__(self, number: int) -> Example:
         return self.examples[number]
 
     @property
@@ -82,7 +90,7 @@ class Answers(Sequences):
 class Examples:
     """All that a run learns from, or is validated on."""
 
-    dataset: Dataset[tuple[np.ndarray, int]]
+    dataset: Dataset[Example]
     sequences: int
     tokens: int
     longest: int  # tokens
@@ -95,8 +103,9 @@ class Loader:
         """Raises ValueError for a tokenizer that has more tokens than the model."""
         self.settings, self.vocab_size = settings, config.vocab_size
         self.length = settings.length or config.seq_length
+        self.skipped = Skipped() if settings.skip_bad else None
         self.tokenizer: Tokenizer | None = None
-        if (settings.model / "tokenizer.json").is_file() or (settings.model / "tokenizer_config.json").is_file():
+        if any((settings.model / name).is_file() for name in TOKENIZERS):
             self.tokenizer = load_tokenizer(settings.model)
             if self.tokenizer.vocab_size > config.vocab_size:
                 raise ValueError(
@@ -105,28 +114,31 @@ class Loader:
                 )
 
     def load(self, words: Sequence[str]) -> Examples:
-        """The data that `words` name: prefixes of .bin/.idx, .jsonl of text or of answers, plain text, Parquet.
+        """The data that `words` name: prefixes of .bin/.idx, JSON or Parquet of text, answers or chats, plain text.
 
         Raises ValueError for data that are missing, malformed, empty, or of another tokenizer.
         """
         parts: list[Sequences] = []
         texts: list[Path] = []
         for word in words:
-            prefix = word.removesuffix(".bin").removesuffix(".idx")
-            if Path(f"{prefix}.idx").is_file() or Path(f"{prefix}.bin").is_file():
+            prefix = prefix_of(word)
+            if is_indexed(prefix) and (prefix != word or not Path(word).is_file()):
                 parts.append(Pieces(self._indexed(prefix), self.length))
                 continue
             for file in expand([word]):
-                if file.suffix == ".jsonl" and _has_answers(file):
-                    parts.append(Answers(list(self._answers(file))))
-                else:
+                kind = _kind(file)
+                if kind is None:
                     texts.append(file)
+                else:
+                    parts.append(Answers(list(self._learned_in_part(file, kind))))
         if texts:
             parts.append(Pieces(self._text(texts), self.length))
         parts = [part for part in parts if len(part)]
         if not parts:
+            bad = f", {self.skipped.count:,} bad records left out" if self.skipped and self.skipped.count else ""
             raise ValueError(
-                f"{', '.join(words)}: no sequence of {self.length} tokens in it; give more text, or a smaller --length"
+                f"{', '.join(words)}: no sequence of {self.length} tokens in it{bad}; give more text, or a smaller "
+                "--length"
             )
         return Examples(
             ConcatDataset(parts),
@@ -151,38 +163,47 @@ class Loader:
 
         inspect(prefix, self.vocab_size)
         summary = Summary.read(Path(prefix).parent)
-        if summary and self.tokenizer and summary.vocab_size != self.tokenizer.vocab_size:
+        ours = self.tokenizer
+        if summary and ours and _differs(summary, ours):
+            theirs = "of the same size, but another one"
+            if summary.vocab_size != ours.vocab_size:
+                theirs = f"of {summary.vocab_size} tokens, and that of the model has {ours.vocab_size}"
             raise ValueError(
-                f"{prefix} was prepared with a tokenizer of {summary.vocab_size} tokens, and that of the model has "
-                f"{self.tokenizer.vocab_size}; prepare it with --tokenizer {self.settings.model}"
+                f"{prefix} was prepared with a tokenizer {theirs}; prepare it with --tokenizer {self.settings.model}"
             )
         return np.memmap(f"{prefix}.bin", dtype=IndexedDataset(prefix).index.dtype, mode="r")
 
     def _text(self, files: Sequence[Path]) -> np.ndarray:
         """Every document of every file, one after the other, each with its end."""
         tokenizer = self._needed_tokenizer(files[0])
-        found = [
-            np.asarray([*tokenizer.encode(document.text), tokenizer.eod], dtype=np.int32)
-            for file in files
-            for document in documents(file, self.settings.key)
-        ]
+        found: list[np.ndarray] = []
+        for file in files:
+            for document in documents(file, self.settings.key, self.skipped):
+                with document.opened() as source:
+                    parts = pieces(source, tokenizer.encode)
+                    found += [np.asarray(tokenizer.encode(part), np.int32) for part in parts]
+                found.append(np.array([tokenizer.eod], np.int32))
         return np.concatenate(found) if found else np.zeros(0, dtype=np.int32)
 
-    def _answers(self, file: Path) -> Iterator[tuple[np.ndarray, int]]:
-        tokenizer, most = self._needed_tokenizer(file), self.settings.length
-        for place, record in _records(file):
-            prompt = tokenizer.encode(_prompt(record, self.settings.prompt, place))
-            answer = [*tokenizer.encode(_field(record, ANSWER, place)), tokenizer.eod]
-            total = len(prompt) + len(answer)
-            if most and total > most:
-                raise ValueError(
-                    f"{place}: prompt and answer have {total:,} tokens, more than --length {most:,}; nothing is cut "
-                    "off: raise --length, or leave the line out"
-                )
-            yield np.asarray([*prompt, *answer], dtype=np.int32), max(1, len(prompt))
+    def _learned_in_part(self, file: Path, kind: str) -> Iterator[Example]:
+        prompts = Prompts(self.settings.model, self.settings.prompt, self._needed_tokenizer(file))
+        most = self.settings.length
+        for record in records(file, skipped=self.skipped):
+            try:
+                found: Example = prompts.chat(record) if kind == MESSAGES else prompts.answer(record)
+                if most and len(found[0]) > most:
+                    what = "the chat has" if kind == MESSAGES else "prompt and answer have"
+                    raise ValueError(
+                        f"{record.place}: {what} {len(found[0]):,} tokens, more than --length {most:,}; nothing is "
+                        "cut off: raise --length, or leave the line out"
+                    )
+            except ValueError as error:
+                go_past(error, self.skipped)
+                continue
+            yield found
 
 
-def collate(sequences: list[tuple[np.ndarray, int]]) -> dict[str, Tensor]:
+def collate(sequences: list[Example]) -> dict[str, Tensor]:
     """input_ids and labels [B, T] int64, padded on the right, which no token before sees.
 
     labels: IGNORED for what is not learned.
@@ -190,47 +211,23 @@ def collate(sequences: list[tuple[np.ndarray, int]]) -> dict[str, Tensor]:
     longest = max(len(read) for read, _ in sequences)
     tokens = torch.zeros(len(sequences), longest, dtype=torch.int64)
     labels = torch.full_like(tokens, IGNORED)
-    for row, (read, unlearned) in enumerate(sequences):
+    for row, (read, learned) in enumerate(sequences):
         own = torch.from_numpy(np.asarray(read, dtype=np.int64))
         tokens[row, : len(own)] = own
-        labels[row, unlearned : len(own)] = own[unlearned:]
+        counts = np.arange(len(own)) >= learned if isinstance(learned, int) else learned
+        labels[row, : len(own)] = torch.where(torch.from_numpy(counts), own, IGNORED)
     return {"input_ids": tokens, "labels": labels}
 
 
-def _has_answers(file: Path) -> bool:
-    for _, record in _records(file):
-        return ANSWER in record
-    return False
+def _kind(file: Path) -> str | None:
+    """What a file's first record that can be read is of: a prompt with its answer, or a chat; None for text."""
+    if not holds_records(file):
+        return None
+    first = next(records(file, skipped=Skipped()), None)
+    return next((name for name in (ANSWER, MESSAGES) if first and name in first.values), None)
 
 
-def _records(file: Path) -> Iterator[tuple[str, dict[str, object]]]:
-    """The objects of a .jsonl, each with where it stands."""
-    with file.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            if not raw.strip():
-                continue
-            place = f"{file}, line {number}"
-            try:
-                record = json.loads(raw.decode("utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{place}: not JSON ({error}); mend or remove the line") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{place}: expected an object, found {type(record).__name__}; mend or remove it")
-            yield place, record
-
-
-def _field(record: dict[str, object], name: str, place: str) -> str:
-    value = record.get(name)
-    if not isinstance(value, str):
-        found = f"{type(value).__name__}, not text" if name in record else "nothing"
-        raise ValueError(f"{place}: {name!r} holds {found}; mend the line, or choose its fields with --prompt")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-        raise ValueError(f"{place}: {name!r} is not valid Unicode ({error.reason}); mend or remove the line") from error
-    return value
-
-
-def _prompt(record: dict[str, object], template: str, place: str) -> str:
-    """The template with each {field} that it names in its place."""
-    return FIELD.sub(lambda found: _field(record, found[1], place), template)
+def _differs(summary: Summary, tokenizer: Tokenizer) -> bool:
+    if summary.tokenizer_fingerprint:
+        return summary.tokenizer_fingerprint != tokenizer.fingerprint
+    return summary.vocab_size != tokenizer.vocab_size

@@ -19,6 +19,7 @@ from atlas_megatron.hf.configuration_atlas import AtlasConfig
 from atlas_megatron.hf.export import INDEX
 from atlas_megatron.hf.folders import new_folder
 from atlas_megatron.parallel.cpu import flush_denormals
+from atlas_megatron.records import Skipped
 
 REPORT = "finetune.json"  # what a folder that came out was trained with, and what the run said
 SHARD_SIZE = "2GB"
@@ -35,6 +36,7 @@ class Plan:
     train: Examples
     validation: Examples | None
     world_size: int
+    skipped: Skipped | None = None  # bad records that were left out
 
     @property
     def segment(self) -> int:
@@ -78,14 +80,15 @@ def plan(settings: Settings, devices: int) -> Plan:
     check_budget(settings, config)
     deepspeed = read_deepspeed(settings.deepspeed) if settings.deepspeed else None
     loader = Loader(settings, config)
+    # First: it is the smaller one, and nothing else says sooner that there is none in it.
+    validation = loader.load(settings.validation) if settings.validation else None
     train = loader.load(settings.data)
     if train.sequences < settings.batch:
         raise ValueError(
             f"the data hold {train.sequences} sequences, fewer than --batch {settings.batch}; give more data, a "
             "smaller --length or a smaller --batch"
         )
-    validation = loader.load(settings.validation) if settings.validation else None
-    return Plan(settings, config, deepspeed, train, validation, devices)
+    return Plan(settings, config, deepspeed, train, validation, devices, loader.skipped)
 
 
 def finetune(run: Plan) -> Path:

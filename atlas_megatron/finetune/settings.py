@@ -13,8 +13,8 @@ from atlas_megatron.hf.configuration_atlas import AtlasConfig
 from atlas_megatron.hf.export import INDEX, WEIGHTS
 
 SCHEDULES = ("cosine", "linear", "constant")
-# `{field}` of a prompt.
-FIELD = re.compile(r"\{(\w+)\}")
+# `{field}` of a prompt, or `{field.of.field}`.
+FIELD = re.compile(r"\{([\w.]+)\}")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Settings:
     validation: tuple[str, ...] = ()
     key: str = "text"
     prompt: str = "{input}\n{question}\n"
+    skip_bad: bool = False
     length: int = 0
     segment: int = 0
     detach_every: int = 0
@@ -66,7 +67,7 @@ class Settings:
 
     def decides(self) -> dict[str, Any]:
         """What the numbers of a run depend on: a checkpoint of other settings is of another run."""
-        apart = ("out", "save_every", "validate_every", "log_every", "keep", "validation", "checkpointing")
+        apart = ("out", "save_every", "validate_every", "log_every", "keep", "validation", "checkpointing", "skip_bad")
         return {name: _plain(value) for name, value in asdict(self).items() if name not in apart}
 
 
@@ -111,7 +112,7 @@ def read_model(folder: Path) -> AtlasConfig:
     """The description of the model in an exported folder. Raises ValueError where it is none, or not whole."""
     file = folder / "config.json"
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
+        said = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} is no Hugging Face folder ({error}); give one that tools/convert_hf.py export wrote"
@@ -150,7 +151,7 @@ def check_budget(settings: Settings, config: AtlasConfig) -> None:
 def read_deepspeed(file: Path) -> dict[str, Any]:
     """A DeepSpeed configuration. Raises ValueError where it is none, or not of ZeRO-1, -2 or -3."""
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
+        said = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"--deepspeed {file} cannot be read ({error}); see configs/deepspeed") from error
     zero = said.get("zero_optimization") if isinstance(said, dict) else None
