@@ -121,7 +121,7 @@ def _records(file: Path) -> Iterator[object]:
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
     """Each line that is not empty, after its place in words."""
     try:
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield f"{file}, line {number}", line.rstrip("\n")

@@ -13,8 +13,8 @@ from random import Random
 
 import numpy as np
 
-from atlas_megatron.corpus import is_utf8
 from atlas_megatron.evaluate.haystack import PIECE, Filler, Stretch, encode
+from atlas_megatron.text_files import MARK, is_utf8
 from atlas_megatron.tokenizer import Tokenizer
 
 SUFFIXES = (".txt", ".md", ".rst", ".py")
@@ -120,7 +120,8 @@ def _text(file: Path, start: int) -> str:
         source.seek(start)
         raw = source.read(BLOCK + OVERHANG)
     begin, end = (_border(raw, 0) if start else 0), _border(raw, BLOCK)
-    return raw[begin:end].decode()
+    text = raw[begin:end].decode()
+    return text if start else text.removeprefix(MARK)
 
 
 def _border(raw: bytes, place: int) -> int:

@@ -1,0 +1,68 @@
+"""A byte order mark, as files carry it that came over Windows, is no part of a text, a row, a story or a config."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import finetune
+from atlas_megatron import config
+from atlas_megatron.evaluate import perplexity
+from atlas_megatron.evaluate.babilong_files import Row, read_rows, read_stories
+from atlas_megatron.evaluate.filler import TextFolder
+from atlas_megatron.generate import Speaker
+from atlas_megatron.tokenizer import Tokenizer
+
+TEXT = "Mary went home. John is here."
+
+
+def marked(file: Path, text: str) -> Path:
+    file.write_text(text, encoding="utf-8-sig")
+    return file
+
+
+def test_texts_begin_with_their_first_word(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    file = marked(tmp_path / "book.txt", TEXT)
+    assert perplexity.from_file(file, tokenizer, 1000).tokens.tolist() == tokenizer.encode(TEXT)
+    blocks = [TextFolder(tmp_path, tokenizer)._block(0)]
+    assert tokenizer.decode(np.concatenate([block.tokens for block in blocks if block])).strip() == TEXT
+
+
+@pytest.mark.parametrize("form", ["rows.json", "rows.jsonl"])
+def test_rows_and_stories(tmp_path: Path, form: str) -> None:
+    row = {"input": "a", "question": "b", "target": "c"}
+    file = marked(tmp_path / form, json.dumps([row] if form.endswith("json") else row))
+    assert list(read_rows(file)) == [Row(**row)]
+    story = marked(tmp_path / "qa1.txt", "1 Mary went home.\n2 Where is Mary?\thome\t1\n")
+    assert read_stories(story)[0].answer == "home"
+
+
+def test_configs_and_options(tmp_path: Path) -> None:
+    assert config.load(marked(tmp_path / "run.toml", "[train]\nsteps = 7\n")).train.steps == 7
+    words = finetune._options_of(marked(tmp_path / "options.toml", 'prompt = "{input}"\nskip_bad = false\n'))
+    assert words[:2] == ["--prompt={input}", "--no-skip-bad"]
+    (tmp_path / "options.toml").write_bytes(b"\xff\xfea")
+    with pytest.raises(ValueError, match="options.toml is not TOML"):
+        finetune._options_of(tmp_path / "options.toml")
+
+
+def test_a_prompt_of_a_file(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from atlas_megatron import generate, reader
+
+    read: list[str] = []
+
+    def taken(self: Speaker, file: object) -> int:
+        read.append(file.read())  # type: ignore[attr-defined]
+        return 1
+
+    monkeypatch.setattr(reader, "open_reader", lambda *_, **__: None)
+    monkeypatch.setattr(Speaker, "__init__", lambda *_: None)
+    monkeypatch.setattr(Speaker, "read", taken)
+    monkeypatch.setattr(generate, "_speak", lambda *_: None)
+    generate.main(["model", "--prompt-file", str(marked(tmp_path / "book.txt", TEXT))])
+    assert read == [TEXT], capsys.readouterr().err
