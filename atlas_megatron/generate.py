@@ -6,10 +6,13 @@ import argparse
 import io
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
+
+from atlas_megatron import version
+from atlas_megatron.ending import ended
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +24,9 @@ EXAMPLES = """examples:
   atlas-generate exported/atlas-340m --prompt-file book.txt --tokens 500 --temperature 0.7
   cat *.py | atlas-generate runs/quickstart --prompt-file - --seed 3
   atlas-generate runs/quickstart --interactive
+  atlas-generate runs/quickstart --prompt 'class ' --samples 3 --top-k 40 --stop '\\n\\n'
+  atlas-generate exported/atlas-340m --prompt-file book.txt --tokens 1 --save-memory book.memory
+  atlas-generate exported/atlas-340m --load-memory book.memory --prompt 'In the end, '
 """
 TRUST_HELP = "run the code that lies in an exported folder; without it, the code installed here reads its weights"
 FORGET, QUIT = "/forget", "/quit"
@@ -33,6 +39,7 @@ class Sampling:
     temperature: float
     top_p: float
     seed: int
+    top_k: int = 0
 
 
 class Speaker:
@@ -44,7 +51,7 @@ class Speaker:
 
         from atlas_megatron.streaming import check_sampling
 
-        check_sampling(sampling.temperature, sampling.top_p)
+        check_sampling(sampling.temperature, sampling.top_p, sampling.top_k)
         if segment < 1:
             raise ValueError(f"--segment {segment} must be at least 1 token")
         self.reader, self.sampling, self.segment = reader, sampling, segment
@@ -74,11 +81,24 @@ class Speaker:
         spoken, sampling = Spoken(self.reader.tokenizer), self.sampling
         for _ in range(tokens):
             assert self._logits is not None
-            token = int(sample(self._logits, sampling.temperature, sampling.top_p, self._generator))
+            drawn = sample(self._logits, sampling.temperature, sampling.top_p, self._generator, sampling.top_k)
+            token = int(drawn)
             self._take([token])
             if token == self.reader.tokenizer.eod:
                 return
             yield token, spoken.add(token)
+
+    def continuations(self, count: int) -> Iterator[int]:
+        """The numbers of so many samples; at each, what was read so far is taken up again, with a seed of its own."""
+        if count == 1:
+            yield 0
+            return
+        mark, logits = self.reader.mark(), self._logits
+        for number in range(count):
+            self.reader.back(mark)
+            self._logits = logits
+            self._generator.manual_seed(self.sampling.seed + number)
+            yield number
 
     def forget(self) -> None:
         self.reader.forget()
@@ -100,10 +120,7 @@ def main(words: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(words)
     quieten()
     try:
-        return _run(asked)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+        return ended(parser.prog, lambda: _run(asked), "give a smaller --segment, or a smaller model")
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -116,7 +133,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="a run's directory, or a folder exported for Hugging Face")
+    version.add_to(parser)
+    what = "a run's directory, one of its checkpoints, or a folder exported for Hugging Face"
+    parser.add_argument("model", metavar="MODEL", help=what)
     parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the text to continue")
@@ -125,22 +144,34 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=200, help="most tokens to generate (default 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
     parser.add_argument("--top-p", type=float, default=0.95, help="sample from this much probability (default 0.95)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from so many likeliest tokens (default 0: all)")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", type=lambda text: text.replace(r"\n", "\n"),
+        help=r"end before this text, \n a new line; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--samples", type=int, default=1, help="so many continuations of one prompt (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
     parser.add_argument("--segment", type=int, default=2048, help="prompt tokens read at once (default 2048)")
+    parser.add_argument("--save-memory", type=Path, metavar="FILE", help="write what was read (an exported model's)")
+    parser.add_argument("--load-memory", type=Path, metavar="FILE", help="go on from what --save-memory wrote")
     return parser
 
 
 def _run(asked: argparse.Namespace) -> int:
     if asked.tokens < 1:
         raise ValueError(f"--tokens {asked.tokens} must be at least 1")
+    _check(asked)
     if asked.prompt_file not in (None, "-") and not Path(asked.prompt_file).is_file():
         raise ValueError(f"--prompt-file {asked.prompt_file} is no file; give one, or - for standard input")
     from atlas_megatron.reader import open_reader
 
     reader = open_reader(asked.model, trust_remote_code=asked.trust_remote_code)
-    speaker = Speaker(reader, Sampling(asked.temperature, asked.top_p, asked.seed), asked.segment)
+    sampling = Sampling(asked.temperature, asked.top_p, asked.seed, asked.top_k)
+    speaker = Speaker(reader, sampling, asked.segment)
+    if asked.load_memory:
+        reader.load_memory(asked.load_memory)
     if asked.interactive:
-        return _converse(speaker, asked.tokens)
+        return _converse(speaker, asked.tokens, asked.stop)
     start = time.perf_counter()
     if asked.prompt is not None:
         read = speaker.read(io.StringIO(asked.prompt))
@@ -152,17 +183,59 @@ def _run(asked: argparse.Namespace) -> int:
     if not read:
         raise ValueError("the prompt holds no token; give at least one character")
     _note(f"read {read:,} tokens", read, time.perf_counter() - start)
-    if asked.prompt is not None:
-        print(asked.prompt, end="", flush=True)
-    _speak(speaker, asked.tokens)
+    if asked.save_memory:
+        reader.save_memory(asked.save_memory)
+        print(f"[what was read is in {asked.save_memory}]", file=sys.stderr, flush=True)
+    for number in speaker.continuations(asked.samples):
+        if asked.samples > 1:
+            print(f"=== sample {number + 1} of {asked.samples} ===", flush=True)
+        if asked.prompt is not None:
+            print(asked.prompt, end="", flush=True)
+        _speak(speaker, asked.tokens, asked.stop)
     return 0
 
 
-def _speak(speaker: Speaker, tokens: int) -> None:
+def _check(asked: argparse.Namespace) -> None:
+    """Raise ValueError for options that do not go together."""
+    if asked.samples < 1:
+        raise ValueError(f"--samples {asked.samples} must be at least 1")
+    if asked.samples > 1 and (asked.interactive or asked.temperature == 0):
+        why = "--interactive takes one" if asked.interactive else "--temperature 0 gives the same text each time"
+        raise ValueError(f"--samples {asked.samples}, but {why}; leave one of them out")
+    if "" in asked.stop:
+        raise ValueError("--stop '' ends before anything is written; give a text")
+    if asked.interactive and asked.save_memory:
+        raise ValueError("--save-memory is of a prompt; leave out --interactive")
+    if asked.save_memory and not asked.save_memory.parent.is_dir():
+        raise ValueError(f"--save-memory {asked.save_memory} lies in no folder; make {asked.save_memory.parent} first")
+
+
+def until(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """Texts as they come, to before the first stop; what may be the beginning of one is held back."""
+    held = ""
+    for text in texts:
+        held += text
+        found = [place for stop in stops if (place := held.find(stop)) >= 0]
+        if found:
+            yield held[: min(found)]
+            return
+        kept = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        yield held[: len(held) - kept]
+        held = held[len(held) - kept :]
+    yield held
+
+
+def _speak(speaker: Speaker, tokens: int, stops: Sequence[str] = ()) -> None:
     start, count = time.perf_counter(), 0
-    for _, text in speaker.speak(tokens):
+
+    def texts() -> Iterator[str]:
+        nonlocal count
+        for _, text in speaker.speak(tokens):
+            count += 1
+            yield text
+
+    for text in until(texts(), stops):
         print(text, end="", flush=True)
-        count += 1
     print(flush=True)
     _note(f"wrote {count:,} tokens", count, time.perf_counter() - start)
 
@@ -171,7 +244,7 @@ def _note(what: str, tokens: int, seconds: float) -> None:
     print(f"[{what} in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s]", file=sys.stderr, flush=True)
 
 
-def _converse(speaker: Speaker, tokens: int) -> int:
+def _converse(speaker: Speaker, tokens: int, stops: Sequence[str]) -> int:
     """Turns from standard input until its end: each line is read into the memory, then continued."""
     print(f"{FORGET} empties the memory, {QUIT} ends", file=sys.stderr)
     while True:
@@ -182,7 +255,7 @@ def _converse(speaker: Speaker, tokens: int) -> int:
         if line.strip() == FORGET:
             speaker.forget()
         elif speaker.read(io.StringIO(line)):
-            _speak(speaker, tokens)
+            _speak(speaker, tokens, stops)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ from atlas_megatron.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+EXPORTED_ALONE = (
+    "a memory is saved and loaded by an exported model; export the run first: tools/convert_hf.py export RUN FOLDER"
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,12 @@ class Reader(Protocol):
 
     def back(self, mark: Any, rows: Sequence[int] | None = None) -> None:
         """Go on from a mark; rows: with these of its texts alone, in this order, each as often as it is named."""
+
+    def save_memory(self, path: Path) -> None:
+        """Write what was read to a file. Raises ValueError for a model that cannot, OSError where it does not fit."""
+
+    def load_memory(self, path: Path) -> None:
+        """Go on from what `save_memory` wrote. Raises ValueError for another model's, and for another file."""
 
 
 class MegatronReader:
@@ -86,6 +97,13 @@ class MegatronReader:
         from atlas_megatron import streaming
 
         return streaming.read(self._model, tokens, self._context, keep)
+
+
+    def save_memory(self, path: Path) -> None:
+        raise ValueError(EXPORTED_ALONE)
+
+    def load_memory(self, path: Path) -> None:
+        raise ValueError(EXPORTED_ALONE)
 
 
 class HuggingFaceReader:
@@ -139,6 +157,18 @@ class HuggingFaceReader:
         self._memory = copy.copy(mark)
         if rows is not None and self._memory is not None:
             self._memory.select(torch.tensor(rows))
+
+    def save_memory(self, path: Path) -> None:
+        # Beside it, then renamed: what was there goes only for a whole one.
+        written = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            self._memory.save_memory(written)
+            os.replace(written, path)
+        finally:
+            written.unlink(missing_ok=True)
+
+    def load_memory(self, path: Path) -> None:
+        self._memory = self._model.load_memory(path)
 
     @torch.no_grad()
     def read(self, tokens: Tensor, keep: int | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -88,37 +89,46 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
+    top_k: int = 0,
 ) -> Tensor:
     """Continue the prompts [B, T] by `max_new_tokens` sampled tokens: [B, T + max_new_tokens].
 
     temperature 0 takes the likeliest token. top_p: sample from the fewest tokens that hold this much
-    probability. The same seed gives the same text. Raises ValueError for arguments out of range.
+    probability. top_k: from so many likeliest ones; 0: from all. The same seed gives the same text. Raises
+    ValueError for arguments out of range.
     """
     if tokens.dim() != 2 or tokens.shape[1] == 0:
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}; expected [B, T] with at least one token")
-    check_sampling(temperature, top_p)
+    check_sampling(temperature, top_p, top_k)
     generator = torch.Generator(tokens.device).manual_seed(seed)
     context, step = StreamContext(), tokens
     for _ in range(max_new_tokens):
         logits = read(model, step, context, keep=1)[:, -1].float()
-        step = sample(logits, temperature, top_p, generator)
+        step = sample(logits, temperature, top_p, generator, top_k)
         tokens = torch.cat([tokens, step], 1)
     return tokens
 
 
-def check_sampling(temperature: float, top_p: float) -> None:
+def check_sampling(temperature: float, top_p: float, top_k: int = 0) -> None:
     """Raise ValueError for arguments of `sample` that are out of range."""
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be 0 (the likeliest token) or more")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must lie in (0, 1]")
+    if top_k < 0:
+        raise ValueError(f"top_k={top_k} must be 0 (all tokens) or more")
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+def sample(
+    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator, top_k: int = 0
+) -> Tensor:
     """One token a row [B, 1] of logits [B, vocabulary]; arguments as in `generate`."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     probabilities, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    if top_k:
+        probabilities, order = probabilities[:, :top_k], order[:, :top_k]
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     # A token stays if what comes before it does not yet hold top_p: the first always does.
     probabilities = probabilities.where(probabilities.cumsum(-1) - probabilities < top_p, 0.0)
     return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator))

@@ -14,9 +14,10 @@ import torch
 
 import tiny_run
 from atlas_megatron import reader as readers
-from atlas_megatron.generate import Sampling, Speaker, main
+from atlas_megatron.generate import Sampling, Speaker, main, until
 from atlas_megatron.hf.export import export
 from atlas_megatron.reader import open_reader
+from atlas_megatron.streaming import sample
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,75 @@ def test_it_ends_with_the_document() -> None:
     assert [token for token, _ in speaker.speak(9)] == [997, 998]
 
 
+@pytest.mark.parametrize(
+    ("texts", "stops", "said"),
+    [
+        (["ab", "cd"], [], "abcd"),
+        (["a", "b\n", "\nc"], ["\n\n"], "ab"),
+        (["a", "b\n", "c"], ["\n\n"], "ab\nc"),
+        (["one END two"], ["END", "one E"], ""),
+        (["aa", "ab", "x"], ["aab"], "a"),
+        (["x", "EN"], ["END"], "xEN"),
+    ],
+)
+def test_it_ends_before_a_stop(texts: list[str], stops: list[str], said: str) -> None:
+    assert "".join(until(texts, stops)) == said
+
+
+def test_what_may_be_a_stop_is_held_back() -> None:
+    came = until(iter(["x E", "N", "T"]), ["END"])
+    assert [next(came), next(came), next(came)] == ["x ", "", "ENT"]
+
+
+def test_the_likeliest_tokens_alone_are_drawn() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.9, 0.0]])
+    generator = torch.Generator().manual_seed(0)
+    drawn = {int(sample(logits, 5.0, 1.0, generator, top_k=2)) for _ in range(60)}
+    assert drawn == {1, 2}
+    assert int(sample(logits, 5.0, 1.0, generator, top_k=1)) == 1
+    assert {int(sample(logits, 9.0, 1.0, generator, top_k=9)) for _ in range(99)} == {0, 1, 2, 3}
+
+
+def test_several_samples_go_on_from_one_prompt(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(run), "--prompt", "the memory", "--tokens", "6", "--temperature", "2", "--seed", "4"]
+    with tiny_run.a_world_that_is_left():
+        assert main([*words, "--samples", "2"]) == 0
+        both = capsys.readouterr().out
+        assert main(words) == 0
+        first = capsys.readouterr().out
+    with tiny_run.a_world_that_is_left():
+        assert main([*words[:-1], "5"]) == 0
+        second = capsys.readouterr().out
+    assert first != second
+    assert both == f"=== sample 1 of 2 ===\n{first}=== sample 2 of 2 ===\n{second}"
+
+
+@pytest.mark.slow
+def test_a_memory_is_saved_and_gone_on_from(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, memory = export(run, tmp_path / "model"), tmp_path / "read.memory"
+    words = ["--tokens", "8", "--temperature", "0"]
+    assert main([str(model), "--prompt", "the memory learns at", *words, "--save-memory", str(memory)]) == 0
+    capsys.readouterr()
+    assert main([str(model), "--prompt", " test time", *words, "--load-memory", str(memory)]) == 0
+    gone_on = capsys.readouterr().out
+    assert main([str(model), "--prompt", "the memory learns at test time", *words]) == 0
+    assert gone_on == capsys.readouterr().out.removeprefix("the memory learns at")
+    memory.write_bytes(b"none")
+    for words, said in (
+        ([str(model), "--prompt", "a", "--load-memory", str(memory)], "give a file that save_memory wrote"),
+        ([str(run), "--prompt", "a", "--save-memory", str(memory)], "export the run first"),
+    ):
+        with tiny_run.a_world_that_is_left():
+            assert main(words) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("atlas-generate: ") == 1
+    assert memory.read_bytes() == b"none"
+
+
 @pytest.mark.slow
 def test_the_command(run: Path, tmp_path: Path) -> None:
     prompt = "the memory learns at test time " * 20
@@ -105,6 +175,13 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
         (["--prompt", "a", "--segment", "0"], "--segment 0 must be at least 1 token"),
         (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0 must be 0"),
         (["--prompt", "a", "--top-p", "0"], "top_p=0.0 must lie in (0, 1]"),
+        (["--prompt", "a", "--top-k", "-1"], "top_k=-1 must be 0 (all tokens) or more"),
+        (["--prompt", "a", "--temperature", "nan"], "temperature=nan must be 0"),
+        (["--prompt", "a", "--samples", "0"], "--samples 0 must be at least 1"),
+        (["--prompt", "a", "--samples", "2", "--temperature", "0"], "gives the same text each time"),
+        (["--interactive", "--samples", "2"], "--interactive takes one"),
+        (["--prompt", "a", "--stop", ""], "--stop '' ends before anything is written"),
+        (["--prompt", "a", "--save-memory", "no/such/file"], "lies in no folder; make no/such first"),
         (["--prompt-file", "missing.txt"], "--prompt-file missing.txt is no file"),
     ],
 )
