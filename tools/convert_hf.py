@@ -21,11 +21,13 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; its exit status: 0 done, 2 a user's error."""
     arguments = _parser().parse_intermixed_args(words)
     _quieten()
-    try:
+    from atlas_megatron.ending import ended
+
+    def convert() -> int:
         return _export(arguments) if arguments.direction == "export" else _import(arguments)
-    except (ValueError, OSError) as error:
-        print(f"convert_hf: {error}", file=sys.stderr)
-        return 2
+
+    try:
+        return ended("convert_hf", convert, "give a smaller --shard-size, or a machine with more memory")
     except KeyboardInterrupt:
         print("convert_hf: interrupted; nothing was left behind", file=sys.stderr)
         return 130

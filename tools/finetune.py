@@ -31,6 +31,9 @@ examples:
 Run the same command again and it goes on from the newest whole checkpoint in OUT.training. OUT appears when the run is
 done, with the code, configuration and tokenizer that came in; the code in the model's folder is run.
 """
+ON_MEMORY = (
+    "give a smaller --segment or --micro-batch, --checkpointing, or a higher stage of ZeRO: --dry-run tells each"
+)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -39,15 +42,16 @@ def main(words: Sequence[str] | None = None) -> int:
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config", type=Path)
     _quieten()
-    try:
+    from atlas_megatron.ending import ended
+
+    def finetune() -> int:
         file = first.parse_known_args(words)[0].config
         # Before the command line's own, which therefore win.
         return _finetune(_parser().parse_args([*(_options_of(file) if file else []), *words]))
-    except (ValueError, OSError) as error:
-        # Every process meets it; one says it.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"finetune: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+
+    try:
+        # Every process meets what goes wrong; one says it.
+        return ended("finetune", finetune, ON_MEMORY, says=os.environ.get("RANK", "0") == "0")
     except KeyboardInterrupt:
         print("finetune: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from atlas_megatron.corpus import fingerprint
+from atlas_megatron.ending import ended
 
 if TYPE_CHECKING:
     from atlas_megatron.evaluate.perplexity import Text
@@ -68,10 +69,7 @@ def main(words: Sequence[str] | None = None) -> int:
     given = parser.parse_intermixed_args(words)
     quieten()
     try:
-        return _run(given, tuple(words))
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+        return ended(parser.prog, lambda: _run(given, tuple(words)), "give a smaller --batch, --segment or --lengths")
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

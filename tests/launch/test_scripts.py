@@ -305,6 +305,7 @@ def test_what_slurm_ends_is_not_requeued(stubs: Stubs, state: str) -> None:
         ("atlas-train: the checkpoint of step 6 was not saved; make room, then start the same command again", False),
         ("atlas-train: runs/a is in use by process 7 on n2", False),
         ("atlas-train: no checkpoint of runs/a is left undamaged", False),
+        ("atlas-train: unforeseen: AcceleratorError: CUDA error: an uncorrectable ECC error; the traceback", True),
         ("CUDA error: an uncorrectable memory error was encountered", True),
     ],
 )
