@@ -36,18 +36,39 @@ def end_of_document(folder: Path, vocabulary: Mapping[str, int]) -> int:
             if not isinstance(name, str) or name not in vocabulary:
                 raise ValueError(no_end(folder))
             return vocabulary[name]
-    ids = set(vocabulary.values())
-    for file in BY_NUMBER:
-        number = read_object(folder / file).get("eos_token_id")
-        first = number[0] if isinstance(number, list) and number else number
-        if type(first) is int:
-            if first not in ids:
-                raise ValueError(f"{folder / file} says eos_token_id {first}, which is no token; correct the file")
-            return first
+    file, number = _by_number(folder)
+    if file:
+        if number not in vocabulary.values():
+            raise ValueError(f"{folder / file} says eos_token_id {number}, which is no token; correct the file")
+        return number
     for name in KNOWN_ENDS:
         if name in vocabulary:
             return vocabulary[name]
     raise ValueError(no_end(folder))
+
+
+def carried(folder: Path) -> dict[str, bytes]:
+    """The content of the files, by their names, that make another folder the same tokenizer.
+
+    Where a model's file names the end by its number, generation_config.json does so there.
+    """
+    known = [folder / name for name in TOKENIZER_FILES]
+    files = {file.name: file.read_bytes() for file in known if file.is_file()}
+    file, number = _by_number(folder)
+    named = [read_object(folder / name).get("eos_token") for name in (CONFIG, SPECIAL)]
+    if files and file and named == [None, None]:
+        files[BY_NUMBER[0]] = json.dumps({"eos_token_id": number}).encode()
+    return files
+
+
+def _by_number(folder: Path) -> tuple[str, int]:
+    """The first file that names the end by its number, and the number; an empty name where none does."""
+    for file in BY_NUMBER:
+        number = read_object(folder / file).get("eos_token_id")
+        first = number[0] if isinstance(number, list) and number else number
+        if type(first) is int:
+            return file, first
+    return "", -1
 
 
 def added_tokens(folder: Path) -> dict[int, dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from atlas_megatron.config import Config
 from atlas_megatron.data import blend
-from atlas_megatron.declared_tokens import TOKENIZER_FILES
+from atlas_megatron.declared_tokens import TOKENIZER_FILES, carried
 from atlas_megatron.tokenizer import Tokenizer, load_tokenizer
 
 DATA = "data.json"
@@ -32,8 +32,7 @@ class Provenance:
     def of(config: Config) -> Provenance:
         """What the configuration names; what is not there is left out, as of an import that has no data yet."""
         folder = Path(config.data.tokenizer)
-        known = [folder / name for name in TOKENIZER_FILES] if config.data.tokenizer else []
-        files = {file.name: file.read_bytes() for file in known if file.is_file()}
+        files = carried(folder) if config.data.tokenizer else {}
         said: dict[str, Any] = {}
         if files:
             said["tokenizer"] = load_tokenizer(folder).fingerprint

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atlas_megatron.declared_tokens import CONFIG, SPECIAL, TOKENIZER_FILES, read_object
+from atlas_megatron.declared_tokens import BY_NUMBER, CONFIG, SPECIAL, TOKENIZER_FILES, carried, read_object
 from atlas_megatron.tokenizer import Tokenizer, has_tokenizer_json, load_tokenizer, write_converted
 
 VOCABULARY = "tokenizer.json"
@@ -30,13 +30,13 @@ def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> int | None:
 
     Raises ValueError where it has more tokens than the model.
     """
-    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    files = carried(source)
     if not files:
         return None
     tokenizer = _fitting(source, vocab_size)
     target.mkdir(exist_ok=True)
-    for file in files:
-        shutil.copyfile(file, target / file.name)
+    for name, content in files.items():
+        (target / name).write_bytes(content)
     return tokenizer.eod
 
 
@@ -52,6 +52,8 @@ def export_tokenizer(source: Path, target: Path, vocab_size: int) -> Specials | 
     tokenizer = _fitting(source, vocab_size)
     if has_tokenizer_json(source):
         copy_tokenizer(source, target, vocab_size)
+        # The end is named by its text below, and by the model's own configuration.
+        (target / BY_NUMBER[0]).unlink(missing_ok=True)
     else:
         write_converted(tokenizer, target)
         for name in ("chat_template.jinja", SPECIAL):

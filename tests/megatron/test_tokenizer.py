@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer as Backend
 
+from atlas_megatron.declared_tokens import carried
 from atlas_megatron.tokenizer import load_tokenizer, train_tokenizer
 
 TEXT = "the memory of a model reads and writes one token after another"
@@ -96,6 +97,11 @@ def test_the_end_of_a_document_is_the_declared_one(folder: Path, files: dict[str
         write(folder / name, said)
     found = load_tokenizer(folder)
     assert found.decode([found.eod]) == end
+    copy = folder.parent / "copy"
+    copy.mkdir()
+    for name, content in carried(folder).items():
+        (copy / name).write_bytes(content)
+    assert load_tokenizer(copy).fingerprint == found.fingerprint and not (copy / "config.json").exists()
     if "generation_config.json" not in files and "config.json" not in files and end != "<|endoftext|>":
         from transformers import AutoTokenizer
 
