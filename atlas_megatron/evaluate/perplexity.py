@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
-from atlas_megatron.corpus import fingerprint
+from atlas_megatron.corpus import documents, fingerprint
 from atlas_megatron.evaluate.reading import SEGMENT, PeakMemory, check_room, segments, watched
 from atlas_megatron.pieces import pieces
 from atlas_megatron.reader import Reader
+from atlas_megatron.records import holds_records
 from atlas_megatron.results import Cell
+from atlas_megatron.text_files import opened_text
 from atlas_megatron.tokenizer import Tokenizer
 
 TARGET = 128  # tokens
@@ -46,17 +48,33 @@ def indexed(prefix: str) -> Text:
 
 
 def from_file(path: Path, tokenizer: Tokenizer, most: int) -> Text:
-    """The first `most` tokens of a text file. Raises ValueError where it is not UTF-8."""
+    """The first `most` tokens of a text file, or of the documents under "text" in JSON or Parquet, each with its end.
+
+    All may be compressed. Raises ValueError where it is not UTF-8, or not of that form.
+    """
     found: list[int] = []
+    for part in _documents(path, tokenizer) if holds_records(path) else _plain(path, tokenizer):
+        found += part
+        if len(found) >= most:
+            break
+    return Text(str(path), np.array(found[:most], np.int32), fingerprint([path], ""))
+
+
+def _plain(path: Path, tokenizer: Tokenizer) -> Iterator[list[int]]:
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with opened_text(path) as file:
             for piece in pieces(file, tokenizer.encode):
-                found += tokenizer.encode(piece)
-                if len(found) >= most:
-                    break
+                yield tokenizer.encode(piece)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason}); convert it or give another") from error
-    return Text(str(path), np.array(found[:most], np.int32), fingerprint([path], ""))
+
+
+def _documents(path: Path, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    for document in documents(path, "text"):
+        with document.opened() as source:
+            for piece in pieces(source, tokenizer.encode):
+                yield tokenizer.encode(piece)
+        yield [tokenizer.eod]
 
 
 def places(text: Text, longest: int, count: int) -> list[int]:

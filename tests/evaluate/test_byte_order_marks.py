@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -29,6 +30,19 @@ def test_texts_begin_with_their_first_word(tmp_path: Path, tokenizer: Tokenizer)
     assert perplexity.from_file(file, tokenizer, 1000).tokens.tolist() == tokenizer.encode(TEXT)
     blocks = [TextFolder(tmp_path, tokenizer)._block(0)]
     assert tokenizer.decode(np.concatenate([block.tokens for block in blocks if block])).strip() == TEXT
+
+
+def test_a_text_may_be_compressed_or_documents_of_json(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "book.txt.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + TEXT.encode()))
+    packed = perplexity.from_file(tmp_path / "book.txt.gz", tokenizer, 1000)
+    assert packed.tokens.tolist() == tokenizer.encode(TEXT)
+    lines = marked(tmp_path / "docs.JSON", json.dumps({"text": TEXT}) + "\n" + json.dumps({"text": "b"}) + "\n")
+    whole = [*tokenizer.encode(TEXT), tokenizer.eod, *tokenizer.encode("b"), tokenizer.eod]
+    assert perplexity.from_file(lines, tokenizer, 1000).tokens.tolist() == whole
+    assert perplexity.from_file(lines, tokenizer, 4).tokens.tolist() == whole[:4]
+    lines.write_text('{"body": 3}')
+    with pytest.raises(ValueError, match="no key 'text' but body"):
+        perplexity.from_file(lines, tokenizer, 4)
 
 
 @pytest.mark.parametrize("form", ["rows.json", "rows.jsonl"])
