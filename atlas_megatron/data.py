@@ -21,6 +21,7 @@ from megatron.core.datasets.indexed_dataset import DType
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from atlas_megatron import index_cache
 from atlas_megatron.config import Config
 from atlas_megatron.corpus import Summary
 from atlas_megatron.data_order import TrainingOrder
@@ -77,6 +78,8 @@ def _build(
         for source in train + validation:
             check_tokenizer_of(source.prefix, tokenizer)
 
+    cache = _index_cache(config, train + validation)
+
     def built(split: int, drawn: tuple[Source, ...], samples: int | None, seed: int) -> Any:
         prefixes = [source.prefix for source in drawn]
         blended = (prefixes, [source.weight for source in drawn] if samples else None)
@@ -84,7 +87,7 @@ def _build(
             random_seed=seed,
             sequence_length=config.model.seq_length,
             blend_per_split=[blended if place == split else None for place in range(3)],
-            path_to_cache=str(_index_cache(config, train + validation)),
+            path_to_cache=str(cache),
             tokenizer=tokenizer,
             reset_position_ids=config.data.packed,
             reset_attention_mask=False,
@@ -94,11 +97,12 @@ def _build(
         counts = [samples if place == split else None for place in range(3)]
         return BlendedMegatronDatasetBuilder(GPTDataset, counts, lambda: True, options).build()[split]
 
-    # One pass over each: how they repeat and blend does not hang on the number of samples.
-    passes = [built(0, (source,), None, config.run.seed) for source in train]
-    order = TrainingOrder(passes, [source.weight for source in train], config.run.seed, train_samples)
-    # Validation of one seed, whatever the run's: losses of several seeds are of the same windows.
-    return order, built(1, validation, validation_samples, VALIDATION_SEED) if validation else None
+    with index_cache.kept_whole(cache):
+        # One pass over each: how they repeat and blend does not hang on the number of samples.
+        passes = [built(0, (source,), None, config.run.seed) for source in train]
+        order = TrainingOrder(passes, [source.weight for source in train], config.run.seed, train_samples)
+        # Validation of one seed, whatever the run's: losses of several seeds are of the same windows.
+        return order, built(1, validation, validation_samples, VALIDATION_SEED) if validation else None
 
 
 def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
@@ -194,7 +198,9 @@ def inspect(prefix: str, vocab_size: int) -> int:
             f"{data} has {data.stat().st_size} bytes but its index says {tokens * dtype.itemsize}: "
             "it is truncated or belongs to another index; prepare it again"
         )
-    largest = _largest_token(np.memmap(data, dtype=dtype, mode="r"))
+    smallest, largest = _range_of_tokens(np.memmap(data, dtype=dtype, mode="r"))
+    if smallest < 0:
+        raise ValueError(f"{data} holds token {smallest}, and ids begin at 0; prepare it again")
     if largest >= vocab_size:
         raise ValueError(
             f"{data} holds token {largest} but model.vocab_size is {vocab_size}; "
@@ -205,14 +211,20 @@ def inspect(prefix: str, vocab_size: int) -> int:
 
 def _read_index(index: Path) -> tuple[np.dtype, np.ndarray]:
     """The token dtype and the sequence lengths of an .idx file, every field of it checked."""
-    broken = f"{index} is truncated or not a Megatron index; prepare the data again"
+    again = "prepare the data again"
+    broken = f"{index} is truncated or not a Megatron index; {again}"
     raw = index.read_bytes() if index.stat().st_size < INDEX_HEADER.size else np.memmap(index, dtype=np.uint8, mode="r")
     if len(raw) < INDEX_HEADER.size:
         raise ValueError(broken)
     magic, version, code, sequences, borders = INDEX_HEADER.unpack(bytes(raw[: INDEX_HEADER.size]))
     whole = INDEX_HEADER.size + 12 * sequences + 8 * borders
-    if magic != INDEX_MAGIC or version != 1 or code not in {kind.value for kind in DType} or len(raw) != whole:
+    if magic != INDEX_MAGIC or version != 1 or code not in {kind.value for kind in DType}:
         raise ValueError(broken)
+    if len(raw) != whole:
+        raise ValueError(
+            f"{index} is truncated or not a Megatron index: it has {len(raw):,} bytes and says that it lists "
+            f"{sequences:,} sequences and {borders:,} borders of documents, which take {whole:,}; {again}"
+        )
     dtype = np.dtype(DType.dtype_from_code(code))
     lengths = np.frombuffer(raw, np.int32, sequences, INDEX_HEADER.size)
     offsets = np.frombuffer(raw, np.int64, sequences, INDEX_HEADER.size + 4 * sequences)
@@ -221,6 +233,7 @@ def _read_index(index: Path) -> tuple[np.dtype, np.ndarray]:
     consistent = (
         dtype.kind in "iu"
         and bool(np.all(lengths >= 0))
+        and bool(np.all(offsets[:1] == 0))
         and np.array_equal(offsets[1:], ends[:-1])
         and bool(np.all(np.diff(documents) >= 0))
         and borders > 0
@@ -232,14 +245,15 @@ def _read_index(index: Path) -> tuple[np.dtype, np.ndarray]:
     return dtype, lengths
 
 
-def _largest_token(tokens: np.ndarray) -> int:
-    """The largest id of a .bin, or of evenly spaced windows of a large one."""
+def _range_of_tokens(tokens: np.ndarray) -> tuple[int, int]:
+    """The smallest and the largest id of a .bin, or of evenly spaced windows of a large one."""
     scanned = SCANNED_BYTES // tokens.itemsize
     if len(tokens) <= scanned:
-        return int(tokens.max())
+        return int(tokens.min()), int(tokens.max())
     window = scanned // SCAN_WINDOWS
     starts = np.linspace(0, len(tokens) - window, SCAN_WINDOWS).astype(np.int64)
-    return max(int(tokens[start : start + window].max()) for start in starts)
+    windows = [tokens[start : start + window] for start in starts]
+    return min(int(part.min()) for part in windows), max(int(part.max()) for part in windows)
 
 
 def sources(config: Config, words: tuple[str, ...]) -> tuple[Source, ...]:
