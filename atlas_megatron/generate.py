@@ -164,6 +164,7 @@ def _run(asked: argparse.Namespace) -> int:
     if asked.prompt_file not in (None, "-") and not Path(asked.prompt_file).is_file():
         raise ValueError(f"--prompt-file {asked.prompt_file} is no file; give one, or - for standard input")
     from atlas_megatron.reader import open_reader
+    from atlas_megatron.text_files import opened
 
     reader = open_reader(asked.model, trust_remote_code=asked.trust_remote_code)
     sampling = Sampling(asked.temperature, asked.top_p, asked.seed, asked.top_k)
@@ -178,8 +179,8 @@ def _run(asked: argparse.Namespace) -> int:
     elif asked.prompt_file == "-":
         read = speaker.read(sys.stdin)
     else:
-        with open(asked.prompt_file, encoding="utf-8-sig", errors="replace") as file:
-            read = speaker.read(file)
+        with opened(Path(asked.prompt_file)) as found:  # compressed or not
+            read = speaker.read(io.TextIOWrapper(found.bytes, encoding="utf-8-sig", errors="replace"))
     if not read:
         raise ValueError("the prompt holds no token; give at least one character")
     _note(f"read {read:,} tokens", read, time.perf_counter() - start)

@@ -79,4 +79,9 @@ def test_a_prompt_of_a_file(
     monkeypatch.setattr(Speaker, "read", taken)
     monkeypatch.setattr(generate, "_speak", lambda *_: None)
     generate.main(["model", "--prompt-file", str(marked(tmp_path / "book.txt", TEXT))])
-    assert read == [TEXT], capsys.readouterr().err
+    (tmp_path / "book.gz").write_bytes(gzip.compress(TEXT.encode()))
+    generate.main(["model", "--prompt-file", str(tmp_path / "book.gz")])
+    assert read == [TEXT, TEXT], capsys.readouterr().err
+    (tmp_path / "book.txt").write_text(TEXT, encoding="utf-16")
+    assert generate.main(["model", "--prompt-file", str(tmp_path / "book.txt")]) == 2
+    assert "book.txt is UTF-16 text; convert it" in capsys.readouterr().err
