@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from atlas_kernels import Gates, MemoryRule, omega_memory
+from atlas_megatron.version import add_version
 
 # Relative RMS between the chunk form and the reference in float32: the tests' tolerance.
 TOLERANCE = 2e-4
@@ -63,6 +64,7 @@ EXTRAS = (
 def main(words: Sequence[str] | None = None) -> int:
     """Print the screen; 0, or 1 where a self-test failed."""
     parser = argparse.ArgumentParser(prog="atlas-doctor", description=__doc__, epilog="example: atlas-doctor")
+    add_version(parser)
     parser.parse_args(words)
     warnings.filterwarnings("ignore", category=UserWarning)
     # First the processes: they are forked, which is safe only before torch has threads.

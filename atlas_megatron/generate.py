@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from atlas_megatron import version
 from atlas_megatron.ending import ended
+from atlas_megatron.version import add_version
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    version.add_to(parser)
+    add_version(parser)
     what = "a run's directory, one of its checkpoints, or a folder exported for Hugging Face"
     parser.add_argument("model", metavar="MODEL", help=what)
     parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)

@@ -114,8 +114,8 @@ def _what_is_left(config: Config | None) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from atlas_megatron import version
     from atlas_megatron.config import describe
+    from atlas_megatron.version import add_version
 
     parser = argparse.ArgumentParser(
         prog="atlas-train",
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES + describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    version.add_to(parser)
+    add_version(parser)
     parser.add_argument("config", metavar="CONFIG.toml", help="what to train; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
     parser.add_argument(

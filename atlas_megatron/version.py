@@ -11,7 +11,7 @@ PACKAGE = "atlas-megatron"
 BESIDE = ("torch", "megatron-core")
 
 
-def add_to(parser: argparse.ArgumentParser) -> None:
+def add_version(parser: argparse.ArgumentParser) -> None:
     """Give a command its `--version`."""
     parser.add_argument("--version", action=_Version, nargs=0, help="print the versions and leave")
 
@@ -26,7 +26,8 @@ class _Version(argparse.Action):
     """Looked up when it is asked for: each package's metadata is a file."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        parser.exit(message=f"{versions()}\n")
+        print(versions())
+        parser.exit()
 
 
 def _of(package: str) -> str:

@@ -31,6 +31,7 @@ from atlas_kernels import Gates, MemoryRule, initial_coefficients, lift, omega_m
 from atlas_megatron.config import MemoryConfig
 from atlas_megatron.parallel.cpu import flush_denormals
 from atlas_megatron.results import commit
+from atlas_megatron.version import add_version
 
 DIM, HEADS, HEAD_DIM, HIDDEN, CHUNK, WINDOW = 384, 6, 64, 256, 64, 16
 SHAPES = {"T=1024 B=1": (1, 1024), "T=4096 B=4": (4, 4096)}
@@ -211,6 +212,7 @@ def main() -> int:
         description=__doc__,
         epilog="example: python tools/bench_memory.py --rounds 9 --json docs/results/memory_cpu.json",
     )
+    add_version(parser)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds a shape (default 7)")
     parser.add_argument("--json", type=Path, default=Path("runs/bench_memory.json"), help="where the figures go")
     arguments = parser.parse_args()

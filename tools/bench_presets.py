@@ -28,6 +28,7 @@ from atlas_megatron.mixers.memory_layout import eta_start, lifted, weight_shapes
 from atlas_megatron.parallel.cpu import flush_denormals
 from atlas_megatron.presets import PRESETS
 from atlas_megatron.results import commit
+from atlas_megatron.version import add_version
 from bench_memory import timed
 
 HEADS, HEAD_DIM, TOKENS, BATCH = 6, 64, 1024, 1
@@ -122,6 +123,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python tools/bench_presets.py --rounds 9 --json docs/results/presets_cpu.json",
     )
+    add_version(parser)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
     parser.add_argument("--json", type=Path, default=Path("runs/bench_presets.json"), help="where the figures go")
     arguments = parser.parse_args()

@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from atlas_megatron.version import add_version
+
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -45,6 +47,7 @@ def size_of(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     plain = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(prog="convert_hf", description=__doc__, formatter_class=plain)
+    add_version(parser)
     parser.add_argument("direction", choices=["export", "import"])
     parser.add_argument("source", type=Path, help="a run, one of its checkpoints, or a Hugging Face folder")
     parser.add_argument("target", type=Path, help="what is written; must not exist")

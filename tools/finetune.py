@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from atlas_megatron.version import add_version
+
 EXAMPLES = """\
 examples:
   text, in sequences of 32,768 tokens read in segments of 2,048, gradients over every cut, on one device
@@ -84,6 +86,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="finetune.py", description=__doc__, epilog=EXAMPLES, formatter_class=plain)
+    add_version(parser)
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL_FOLDER", help="an exported model; its code is run")
     add("--data", nargs="+", required=True, metavar="FILE", help="text, JSON, .parquet, or a prefix of .bin/.idx")

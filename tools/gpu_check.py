@@ -34,6 +34,7 @@ from atlas_megatron.config import MemoryConfig, load
 from atlas_megatron.mixers.memory_layout import memory_flops
 from atlas_megatron.presets import PRESETS
 from atlas_megatron.results import commit
+from atlas_megatron.version import add_version
 from bench_presets import contender
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -372,6 +373,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python tools/gpu_check.py --out docs/results/gpu",
     )
+    add_version(parser)
     parser.add_argument("--out", type=Path, default=Path("docs/results/gpu"), help="folder of check.json and check.md")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():

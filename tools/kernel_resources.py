@@ -25,6 +25,8 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from atlas_megatron.version import add_version
+
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "kernels" / "resources.json"
 MODULES = tuple(f"atlas_kernels.gpu.{name}" for name in ("newton_schulz", "orthogonal_writes", "scan", "edges"))
@@ -130,6 +132,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python tools/kernel_resources.py --check",
     )
+    add_version(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
     what.add_argument("--check", action="store_true", help="compare with it; exit 1 where something grew")

@@ -17,6 +17,7 @@ from atlas_megatron import ladder
 from atlas_megatron.config import Config
 from atlas_megatron.machine import Machine
 from atlas_megatron.model import flops_per_token, num_params
+from atlas_megatron.version import add_version
 
 EXAMPLES = """\
 examples:
@@ -163,6 +164,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="ladder.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_version(parser)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in (("show", "a table of the rungs"), ("write", "their TOMLs and lists")):
         command = commands.add_parser(name, help=what)

@@ -10,6 +10,7 @@ from pathlib import Path
 from atlas_megatron.evaluate.babilong_training import training_rows, write_rows
 from atlas_megatron.evaluate.filler import TextFolder
 from atlas_megatron.tokenizer import load_tokenizer
+from atlas_megatron.version import add_version
 
 EXAMPLES = """\
 examples:
@@ -33,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version(parser)
     parser.add_argument("tasks", nargs="+", metavar="TASK", help="qa1 ... qa5, in turn")
     parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="of the model; lengths are in its tokens")
     parser.add_argument("--filler", required=True, metavar="FOLDER", help="text files in which the facts are hidden")

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 import plot_diagnostics
 from atlas_megatron import plotting
 from atlas_megatron.metrics import Record, read
+from atlas_megatron.version import add_version
 
 STYLE = {**plotting.STYLE, "figure.figsize": (6.4, 4.0)}
 EXAMPLES = """\
@@ -156,6 +157,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_version(parser)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory, with metrics.jsonl")
     parser.add_argument("--out", metavar="FILE", help="where the comparison goes (default: compare.png in the first)")
     arguments = parser.parse_args(words)

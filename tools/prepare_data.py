@@ -14,6 +14,8 @@ from threading import current_thread, main_thread
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from atlas_megatron.version import add_version
+
 EXAMPLES = """\
 examples:
   a tokenizer of 32,000 trained on the text itself, one document in 200 held out
@@ -41,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version(parser)
     parser.add_argument(
         "inputs",
         nargs="+",

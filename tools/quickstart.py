@@ -23,6 +23,7 @@ from atlas_megatron import train
 from atlas_megatron.config import WITH_MEMORY, Config, has, load
 from atlas_megatron.corpus import standard_library
 from atlas_megatron.stopping import SIGNALS
+from atlas_megatron.version import add_version
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.toml"
 CORPUS_BYTES = 10_000_000
@@ -157,6 +158,7 @@ def main(words: Sequence[str] | None = None) -> int:
         description=__doc__,
         epilog="example: python tools/quickstart.py train.steps=50 run.directory=runs/short",
     )
+    add_version(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"changes to {CONFIG.name}")
     overrides = parser.parse_args(words).overrides
     try:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from atlas_megatron import scaling
 from atlas_megatron.results import commit, versions
+from atlas_megatron.version import add_version
 from plot import STYLE
 
 EXAMPLES = """\
@@ -73,6 +74,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="scaling.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_version(parser)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a finished run's directory")
     parser.add_argument("--compare", metavar="KEY", default="", help="a curve for each value of this key of the config")
     parser.add_argument("--against", choices=tuple(scaling.AGAINST), default="compute")

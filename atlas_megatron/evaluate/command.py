@@ -20,6 +20,7 @@ from rich.table import Table
 
 from atlas_megatron.corpus import fingerprint
 from atlas_megatron.ending import ended
+from atlas_megatron.version import add_version
 
 if TYPE_CHECKING:
     from atlas_megatron.evaluate.perplexity import Text
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "and every task of lm-evaluation-harness",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version(parser)
     parser.add_argument("tasks", nargs="+", metavar="TASK", help="what to measure, see below")
     parser.add_argument("model", metavar="MODEL", help="a run's directory, or a folder exported for Hugging Face")
     parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
