@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -146,18 +147,22 @@ def _lines(file: Path, skipped: Skipped | None) -> Iterator[tuple[str, object, i
 
 def _values(file: Path) -> Iterator[tuple[str, object, int]]:
     """The values of a file that is not one a line. A syntax error ends it: nothing says where the next one begins."""
-    number = 0
-    try:
-        with opened(file) as found, io.TextIOWrapper(found.bytes, encoding="utf-8-sig") as text:
-            values, read = _Values(text), 0
-            for number, value in enumerate(values, start=1):
-                share, read = found.place() - read, found.place()
-                yield f"{file}, record {number}", value, share
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}, after record {number}: not UTF-8 ({error.reason}); restore the file") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
-        raise ValueError(f"{file}, record {number + 1}: not JSON ({reason}); mend the file") from error
+    with opened(file) as found, io.TextIOWrapper(found.bytes, encoding="utf-8-sig") as text:
+        values, read = _Values(text), 0
+        for number in itertools.count(1):
+            place = f"{file}, record {number}"
+            try:
+                value = next(values)
+            except StopIteration:
+                return
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{place}: not UTF-8 ({error.reason}); convert the file or leave it out") from error
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{place}: not JSON ({error.msg}); mend the file") from error
+            except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists
+                raise ValueError(f"{place}: cannot be read ({error}); mend or remove it") from error
+            share, read = found.place() - read, found.place()
+            yield place, value, share
 
 
 class _Values(Iterator[object]):
@@ -166,13 +171,13 @@ class _Values(Iterator[object]):
     def __init__(self, text: TextIO) -> None:
         self._text, self._buffer, self._at = text, "", 0
         self._decode = json.JSONDecoder().raw_decode
-        self._listed = self._next() == "["
-        self._first = True
-        if self._listed:
-            self._at += 1
+        self._first, self._listed = True, False
 
     def __next__(self) -> object:
         following = self._next()
+        if self._first and following == "[":
+            self._listed, self._at = True, self._at + 1
+            following = self._next()
         if self._listed:
             if following == "]":
                 self._at += 1
@@ -237,12 +242,13 @@ def _is_json(raw: bytes) -> bool:
 
 
 def _parsed(raw: bytes, place: str) -> object:
+    text = decoded(raw, place)
     try:
-        return json.loads(decoded(raw, place))
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: not JSON ({error}); mend or remove the line") from error
-    except RecursionError as error:
-        raise ValueError(f"{place}: nested too deep to be read; mend or remove the line") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists
+        raise ValueError(f"{place}: cannot be read ({error}); mend or remove the line") from error
 
 
 def _rows(file: Path, column: str) -> Iterator[Record]:
@@ -252,12 +258,13 @@ def _rows(file: Path, column: str) -> Iterator[Record]:
         raise ValueError(f"{file} is not a Parquet file ({error}); mend it or leave it out") from error
     with table:
         names = table.schema_arrow.names
-        if column and column not in names and column.partition(".")[0] not in names:
+        whole = column if column in names else column.partition(".")[0]
+        if column and whole not in names:
             raise ValueError(f"{file} has no column {column!r} but {', '.join(names)}; choose one with --key")
         share = file.stat().st_size // max(1, table.metadata.num_rows)
         row = 0
         try:
-            for batch in table.iter_batches(ROWS_A_READ, columns=[column] if column else None):
+            for batch in table.iter_batches(ROWS_A_READ, columns=[whole] if column else None):
                 for values in batch.to_pylist():
                     row += 1
                     yield Record(f"{file}, row {row}", values, share)

@@ -53,6 +53,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     end-of-document token.
     """
     path = Path(folder)
+    if path.is_file():
+        raise ValueError(f"tokenizer folder {str(folder)!r} is a file; give the folder that holds it: {path.parent}")
     if not path.is_dir():
         raise ValueError(
             f"tokenizer folder {str(folder)!r} does not exist; give a folder that holds tokenizer.json, "

@@ -123,6 +123,11 @@ def test_tokens_that_are_kept_beside_the_vocabulary_belong_to_it(trained: Path, 
         load_tokenizer(folder)
 
 
+def test_a_file_in_place_of_its_folder_is_named(folder: Path) -> None:
+    with pytest.raises(ValueError, match="tokenizer.json' is a file; give the folder that holds it"):
+        load_tokenizer(folder / "tokenizer.json")
+
+
 WRONG = {
     "a number": ({"special_tokens_map.json": {"eos_token": 3}}, "names no end-of-document token"),
     "no token": (

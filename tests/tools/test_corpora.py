@@ -118,7 +118,10 @@ def broken(folder: Path) -> dict[str, tuple[bytes, str]]:
         "more.json": (b'[{"text": "a"}] x', "record 2: not JSON (something follows the list)"),
         "numbers.json": (b"[1, 2]", "numbers.json, record 1: expected an object, found int"),
         "words.json": (b"hello", "words.json, record 1: not JSON"),
-        "deep.jsonl": (b'{"text": ' + b"[" * 100_000 + b"}\n", "deep.jsonl, line 1: nested too deep"),
+        "deep.jsonl": (b'{"text": ' + b"[" * 100_000 + b"}\n", "deep.jsonl, line 1: cannot be read (maximum rec"),
+        "deep.json": (b"[" + b'{"text": ' * 100_000, "deep.json, record 1: cannot be read (maximum recursion"),
+        "long number.jsonl": (b'{"text": ' + b"1" * 5000 + b"}\n", "line 1: cannot be read (Exceeds the limit"),
+        "latin.json": (b'[{"text": "a"}, {"text": "\xe9"}]', "latin.json, record 1: not UTF-8"),
     }
 
 
@@ -137,7 +140,8 @@ def test_a_key_may_lead_into_what_a_record_holds(tmp_path: Path) -> None:
     nested = [f"nested {number}" for number in range(30)]
     assert [found.text for found in documents(tmp_path / "a.jsonl", "meta.text")] == [*nested, "by its name"]
     assert [found.text for found in documents(tmp_path / "a.parquet", "meta.text")] == nested
-    assert next(documents(tmp_path / "a.jsonl", "meta.parts.0.text")).text == TEXTS[0]
+    for file in ("a.jsonl", "a.parquet"):
+        assert next(documents(tmp_path / file, "meta.parts.0.text")).text == TEXTS[0]
     for file, key in (("a.jsonl", "meta.title"), ("a.jsonl", "meta.parts.1.text"), ("a.parquet", "body.text")):
         with pytest.raises(ValueError, match=f"no (key|column) '{key}' but .*choose one with --key"):
             list(documents(tmp_path / file, key))
