@@ -1,5 +1,7 @@
 """The memory's mathematics: the installed atlas_kernels, or, without them, the copies that travel with a model."""
 
+import torch
+
 try:
     from atlas_kernels import (
         DualState,
@@ -30,6 +32,10 @@ except ImportError:
     from .reads import widen  # noqa: F401
     from .rule import Gates, MemoryRule, MemoryState  # type: ignore[no-redef]
     from .write_gate import budgeted, retained, write_gate, write_logit  # type: ignore[no-redef]
+
+# torch.compile leaves the inner loop as it is: its shapes follow documents and cuts, and the GPU has kernels for it.
+omega_memory = torch.compiler.disable(omega_memory)
+read_memory = torch.compiler.disable(read_memory)
 
 __all__ = [
     "DualState",

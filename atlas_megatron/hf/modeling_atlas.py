@@ -24,7 +24,7 @@ from .cache_atlas import AtlasCache
 from .configuration_atlas import AtlasConfig
 from .hybrid_atlas import MemoryAsContext, MemoryAsGate
 from .memory_atlas import AtlasMemory
-from .place_atlas import Place, padding_of, place_of
+from .place_atlas import Place, exporting, padding_of, place_of
 
 logger = logging.get_logger(__name__)
 
@@ -212,7 +212,7 @@ class AtlasModel(AtlasPreTrainedModel):
             return False, False
         asked = cache is not None or bool(use_cache)
         # An exported graph returns tensors, and a cache only where it is asked for.
-        kept = self.config.use_cache and not self.training and not torch.compiler.is_exporting()
+        kept = self.config.use_cache and not self.training and not exporting()
         return asked, asked or (use_cache is None and kept)
 
     def _alike(self) -> str:

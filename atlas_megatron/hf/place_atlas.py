@@ -62,6 +62,11 @@ class Padding:
         return x.gather(1, column.view(*column.shape, *[1] * (x.dim() - 2)).expand_as(x))
 
 
+def exporting() -> bool:
+    """Whether a graph is exported, which can ask nothing of a tensor. torch.compile can, and claims to export too."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def padding_of(mask: Tensor | None, read: Position, batch: int, tokens: int) -> Padding | None:
     """What the mask leaves out of `tokens` columns that follow `read` tokens; None: nothing.
 
@@ -76,8 +81,8 @@ def padding_of(mask: Tensor | None, read: Position, batch: int, tokens: int) -> 
             "whose last are the new tokens'"
         )
     real = mask[:, mask.shape[1] - tokens :].bool()
-    exporting = torch.compiler.is_exporting()
-    if not exporting and bool(real.all()):
+    graph = exporting()
+    if not graph and bool(real.all()):
         return None
     column = torch.arange(tokens, device=real.device)
     count = real.sum(1)
@@ -90,7 +95,7 @@ def padding_of(mask: Tensor | None, read: Position, batch: int, tokens: int) -> 
         "attention_mask leaves out tokens inside a text; pad on the left (tokenizer.padding_side='left'), or on the "
         "right where no cache is asked for"
     )
-    if exporting:
+    if graph:
         torch._assert_async(whole & ~(begun & late).any(), wrong)
         return Padding(pads, count, tokens, True, True)
     if not bool(whole) or bool((begun & late).any()):
@@ -147,7 +152,7 @@ def _packed(
         given, inside = padding.to_the_left(given), column < padding.count[:, None]
     follows = F.pad(given[:, 1:] == given[:, :-1] + 1, (1, 0), value=True)
     begins = F.pad(given[:, 1:] == 0, (1, 0), value=False)
-    if torch.compiler.is_exporting():
+    if exporting():
         torch._assert_async(
             (follows | ~inside).all(), "position_ids begin anew inside a row; an exported graph reads one text a row"
         )

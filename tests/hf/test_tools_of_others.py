@@ -1,0 +1,188 @@
+"""The model in other people's hands: what transformers' own suites hold a model to, and the libraries around it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM, AtlasModel
+from twins import CALM, moved, settings, tokens
+
+PATTERNS = ("M-", "M-*-", "A-", "C-", "D-G-", "R-", "F-")
+
+
+@pytest.fixture(params=PATTERNS)
+def model(request: pytest.FixtureRequest) -> AtlasForCausalLM:
+    return moved(settings(request.param, **CALM), torch.float32)
+
+
+def same(ours: nn.Module, theirs: nn.Module) -> bool:
+    with torch.no_grad():
+        return torch.equal(ours(tokens()).logits, theirs(tokens()).logits)
+
+
+def test_tied_and_untied_weights_are_saved_once_and_come_back(tmp_path: Path) -> None:
+    for tied in (True, False):
+        model = moved(settings("M-*-", tied=tied, **CALM), torch.float32)
+        shared = model.lm_head.weight is model.model.embed_tokens.weight
+        assert shared is tied
+        folder = tmp_path / str(tied)
+        model.save_pretrained(folder)
+        again, loaded = AtlasForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(loaded[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert (again.lm_head.weight is again.model.embed_tokens.weight) is tied and same(model, again)
+
+
+def test_the_vocabulary_grows_and_shrinks(tmp_path: Path) -> None:
+    for tied in (True, False):
+        model = moved(settings("M-*-", tied=tied, **CALM), torch.float32)
+        with torch.no_grad():
+            expected = model(tokens()).logits
+        grown = model.resize_token_embeddings(70)
+        assert grown is model.get_input_embeddings() and model.config.vocab_size == 70
+        assert model.get_output_embeddings().weight.shape == (70, 32)
+        with torch.no_grad():
+            found = model(tokens()).logits
+        assert found.shape[-1] == 70 and torch.equal(found[..., :64], expected)
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+        model(torch.tensor([[69, 68, 1]]), labels=torch.tensor([[69, 68, 1]])).loss.backward()
+        model.save_pretrained(tmp_path / str(tied))
+        assert same(model, AtlasForCausalLM.from_pretrained(tmp_path / str(tied)))
+        model.resize_token_embeddings(64)
+        assert torch.equal(model(tokens()).logits, expected)
+
+
+def test_embeddings_may_be_given_and_changed(model: AtlasForCausalLM) -> None:
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(tokens())
+        assert torch.equal(model(inputs_embeds=embedded).logits, model(tokens()).logits)
+    other = nn.Embedding(64, 32)
+    model.set_input_embeddings(other)
+    assert model.get_input_embeddings() is other
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model(tokens(), inputs_embeds=embedded)
+
+
+def test_the_bare_model_takes_the_same_weights(model: AtlasForCausalLM, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    bare = AtlasModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        hidden = bare(tokens()).last_hidden_state
+        assert torch.equal(model.lm_head(hidden), model(tokens()).logits)
+        assert torch.equal(bare(tokens(), return_dict=False)[0], hidden)
+
+
+def test_it_starts_without_memory(model: AtlasForCausalLM, tmp_path: Path) -> None:
+    """Built on the meta device, as large models are, and filled from a folder or by its own start."""
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = AtlasForCausalLM(model.config)
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
+    empty.tie_weights()
+    assert same(model, empty.eval())
+    for place in ({"": "cpu"}, "auto", "cpu"):
+        assert same(model, AtlasForCausalLM.from_pretrained(tmp_path, device_map=place))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="offloading needs accelerate")
+def test_layers_on_the_disk_give_the_same(tmp_path: Path) -> None:
+    model = moved(settings("M-*-A-", **CALM), torch.float32)
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    names = ["model.embed_tokens", "model.norm", "lm_head", *(f"model.layers.{n}" for n in range(6))]
+    places = {name: "disk" if name.endswith((".0", ".3", ".4")) else "cpu" for name in names}
+    again = AtlasForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "off")
+    assert same(model, again)
+    found = again.generate(tokens(1, 9), max_new_tokens=4, do_sample=False)
+    assert torch.equal(found, model.generate(tokens(1, 9), max_new_tokens=4, do_sample=False))
+
+
+def test_attention_of_either_name_is_what_it_has(tmp_path: Path) -> None:
+    model = moved(settings("M-*-F-", **CALM), torch.float32)
+    model.save_pretrained(tmp_path)
+    for name in ("sdpa", "eager"):
+        assert same(model, AtlasForCausalLM.from_pretrained(tmp_path, attn_implementation=name))
+    with pytest.raises((ValueError, ImportError), match="(?i)flash"):
+        AtlasForCausalLM.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+
+
+def test_common_names_of_a_configuration() -> None:
+    config = moved(settings("M-*-", **CALM)).config
+    wanted = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    wanted |= {"num_key_value_heads": 4, "head_dim": 8, "vocab_size": 64, "tie_word_embeddings": True}
+    wanted |= {"rms_norm_eps": 1e-5, "initializer_range": 0.1}
+    assert {name: getattr(config, name) for name in wanted} == wanted
+    assert config.to_dict()["seq_length"] == 32 and "num_attention_heads" not in config.to_dict()
+    with pytest.raises(NotImplementedError, match="follows from pattern"):
+        config.num_hidden_layers = 3
+    with pytest.raises(NotImplementedError, match="is in section 'attention'"):
+        config.num_attention_heads = 3
+
+
+def test_no_input_is_too_long_where_the_state_does_not_grow() -> None:
+    """lm-evaluation-harness cuts contexts at max_position_embeddings, and generate warns beyond."""
+    for pattern, memory in (("M-*-", CALM), ("R-D-", {})):
+        assert moved(settings(pattern, **memory)).config.max_position_embeddings >= 1 << 20
+    for pattern, memory in (("M-F-", CALM), ("M-", {"preset": "dot", "window": 5})):
+        assert moved(settings(pattern, **memory)).config.max_position_embeddings == 32
+    config = moved(settings("*-")).config
+    config.max_position_embeddings = 64
+    assert config.seq_length == 64
+
+
+@pytest.mark.parametrize("pattern", ["C-", "*-R-"])
+def test_an_exported_graph_reads_padded_rows(pattern: str) -> None:
+    model = moved(settings(pattern, **CALM), torch.float32)
+    read, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.int64)
+    mask[1, :5] = 0
+    given = {"input_ids": read, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    graph = torch.export.export(model, (), given).module()
+    with torch.no_grad():
+        expected = model(**given, use_cache=False).logits
+        torch.testing.assert_close(graph(**given)["logits"], expected)
+        other = torch.ones_like(mask)
+        other[0, :3] = 0
+        positions = (other.cumsum(-1) - 1).clamp(min=0)
+        found = graph(input_ids=read, attention_mask=other, position_ids=positions)["logits"]
+        torch.testing.assert_close(found[:1, 3:], model(read[:1, 3:]).logits)
+        other[0, 5] = 0
+        with pytest.raises(RuntimeError, match="leaves out tokens inside a text"):
+            graph(input_ids=read, attention_mask=other, position_ids=positions)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same() -> None:
+    model = moved(settings("M-*-", **CALM), torch.float32)
+    compiled, read = torch.compile(model, backend="eager"), tokens(2, 12)
+    mask = torch.ones_like(read)
+    mask[1, :5] = 0
+    with torch.no_grad():
+        for given in ({}, {"attention_mask": mask}, {"position_ids": torch.arange(12)[None]}):
+            torch.testing.assert_close(compiled(read, **given).logits, model(read, **given).logits)
+
+
+def test_pipelines(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, pipeline
+
+    from atlas_megatron.hf.tokenizer_files import export_tokenizer
+    from atlas_megatron.tokenizer import train_tokenizer
+
+    text = "the memory of a small model reads and writes one token after another while it learns "
+    train_tokenizer([text * 20], 280, tmp_path / "tokenizer")
+    export_tokenizer(tmp_path / "tokenizer", tmp_path, 280)
+    words = AutoTokenizer.from_pretrained(tmp_path)
+    model = moved(settings("M-*-", **CALM), torch.float32)
+    model.resize_token_embeddings(280)
+    model.generation_config.update(pad_token_id=words.pad_token_id, bos_token_id=words.eos_token_id)
+    write: Any = pipeline("text-generation", model=model, tokenizer=words, max_new_tokens=4, do_sample=False)
+    alone = [write(prompt)[0]["generated_text"] for prompt in ("the memory", "one token after another")]
+    both = write(["the memory", "one token after another"], batch_size=2)
+    assert [found[0]["generated_text"] for found in both] == alone
+    assert isinstance(write("")[0]["generated_text"], str)
+    features: Any = pipeline("feature-extraction", model=model.model, tokenizer=words)
+    assert len(features("the memory")[0][0]) == 32
