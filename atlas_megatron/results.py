@@ -51,8 +51,8 @@ class Results:
         """The finished cells by name."""
         return self.content["cells"]
 
-    def cell(self, name: str, compute: Callable[[], Cell]) -> None:
-        """Compute and store the cell, unless it is there; says how long it took, or what a cell says of itself."""
+    def cell(self, name: str, compute: Callable[[], Cell], said: str = "") -> None:
+        """Compute and store the cell, unless it is there; says how long it took. said: its name for people."""
         if name in self.cells:
             return
         started = time.perf_counter()
@@ -60,7 +60,7 @@ class Results:
         cell = {"seconds": round(time.perf_counter() - started, 2), **found, "commit": commit()}
         self.cells[name] = cell
         self._save()
-        print(f"{self.path.stem}: {name} ({cell['seconds']:.1f} s)", flush=True)
+        print(f"{self.path.stem}: {said or name} ({cell['seconds']:.1f} s)", flush=True)
 
     def _save(self) -> None:
         # Renamed whole: an interrupted run leaves the cells it had.

@@ -6,8 +6,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy
 from matplotlib import pyplot
@@ -19,6 +21,10 @@ from atlas_megatron import plotting
 from atlas_megatron.metrics import Record, read
 from atlas_megatron.version import add_version
 
+# Draws one run's part of a panel: axes, records, colour, label.
+Draw = Callable[[Axes, list[Record], str, str], Any]
+# Bits a byte of a nat, of runs with one tokenizer and one validation text, agree to rounding.
+SAME_TOKENIZER = 1.001
 STYLE = {**plotting.STYLE, "figure.figsize": (6.4, 4.0)}
 EXAMPLES = """\
 examples:
@@ -55,38 +61,79 @@ def plot_run(directory: str | Path) -> list[Path]:
 
 def compare_runs(directories: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write losses, bits per byte and memory share of several runs into one picture, compare.png in the first's
-    directory unless `out` names another; raises ValueError where a run has no metrics."""
+    directory unless `out` names another.
+
+    Runs whose tokens stand for different numbers of bytes are compared in bits per byte alone: nats of different
+    tokenizers are no common measure. Raises ValueError where a run has no metrics, or no bits per byte where it needs
+    them.
+    """
     folders = [Path(directory) for directory in directories]
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     runs = dict(zip(names, map(_records, folders), strict=True))
+    panels = _panels(runs)
     with pyplot.style.context(STYLE):
-        figure, grid = pyplot.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
-        training, validation, bits, share = grid.flat
-        for number, (name, records) in enumerate(runs.items()):
-            colour = f"C{number % 10}"
-            window = min(len(records), max(5, len(records) // 40))
-            losses = numpy.array([r["loss"] for r in records])
-            training.plot(_millions(records)[window - 1 :], _running_mean(losses, window), color=colour, label=name)
-            for axes, key in ((validation, "validation_loss"), (bits, "validation_bits_per_byte")):
-                _draw_key(axes, records, key, colour, name)
-            silenced = "validation_loss_silenced"
-            _draw_key(validation, records, silenced, colour, f"{name}, memory silenced", dashed=True)
-            plot_diagnostics.draw_mean_share(share, records, colour, name)
-        plot_diagnostics.mark_low_share(share)
-        for axes, title, unit in (
-            (training, "training loss, smoothed", "nats per token"),
-            (validation, "validation loss", "nats per token"),
-            (bits, "validation bits per byte", "bits per byte"),
-            (share, "memory share, mean of layers", "share of the output's variation"),
-        ):
+        rows, columns = (2, 2) if len(panels) == 4 else (1, len(panels))
+        size = (5.5 * columns, 3.75 * rows)
+        figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+        scale, unit = _tokens_in(max(records[-1]["tokens"] for records in runs.values()))
+        for (title, (of, draw)), axes in zip(panels.items(), grid.flat, strict=True):
+            for number, (name, records) in enumerate(runs.items()):
+                draw(axes, records, f"C{number % 10}", name)
+            if draw is plot_diagnostics.draw_mean_share:
+                plot_diagnostics.mark_low_share(axes)
             axes.set_title(title)
-            axes.set_ylabel(unit)
-            axes.set_xlabel("tokens seen (millions)")
+            axes.set_ylabel(of)
+            axes.set_xlabel(unit)
+            # Drawn in millions.
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value * 1e6 / scale:g}")
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize="small", handlelength=3)
         return _saved(figure, folders[0] / "compare.png" if out is None else Path(out))
+
+
+def _panels(runs: dict[str, list[Record]]) -> dict[str, tuple[str, Draw]]:
+    """What there is to compare, by title: its unit, and what draws it of one run."""
+    factors = {name: bits_a_nat(records) for name, records in runs.items()}
+    known = [factor for factor in factors.values() if factor]
+    differ = bool(known) and max(known) > SAME_TOKENIZER * min(known)
+    unknown = [name for name, factor in factors.items() if not factor]
+    if differ and unknown:
+        raise ValueError(
+            f"the runs have different tokenizers, and {', '.join(unknown)} has no validation in bits per byte; leave "
+            "it out, or validate it"
+        )
+    bits, nats = "bits per byte", "nats per token"
+    unit = bits if differ else nats
+    panels: dict[str, tuple[str, Draw]] = {"training loss, smoothed": (unit, partial(_draw_training, in_bits=differ))}
+    if not differ and any("validation_loss" in r for records in runs.values() for r in records):
+        panels["validation loss"] = (nats, _draw_validation)
+    if known:
+        panels["validation bits per byte"] = (bits, partial(_draw_key, key="validation_bits_per_byte"))
+    layers = [layer for records in runs.values() for r in records for layer in r.get("layers", {}).values()]
+    if any("memory_share" in layer for layer in layers):
+        panels["memory share, mean of layers"] = ("share of the output's variation", plot_diagnostics.draw_mean_share)
+    return panels
+
+
+def bits_a_nat(records: list[Record]) -> float | None:
+    """What a nat a token is in bits a byte of the validation's text; None where that was not measured."""
+    for record in reversed(records):
+        if record.get("validation_bits_per_byte") and record.get("validation_loss"):
+            return record["validation_bits_per_byte"] / record["validation_loss"]
+    return None
+
+
+def _draw_training(axes: Axes, records: list[Record], colour: str, name: str, *, in_bits: bool) -> None:
+    window = min(len(records), max(5, len(records) // 40))
+    losses = numpy.array([r["loss"] for r in records]) * ((bits_a_nat(records) or 1.0) if in_bits else 1.0)
+    axes.plot(_millions(records)[window - 1 :], _running_mean(losses, window), color=colour, label=name)
+
+
+def _draw_validation(axes: Axes, records: list[Record], colour: str, name: str) -> None:
+    _draw_key(axes, records, colour, name, key="validation_loss")
+    _draw_key(axes, records, colour, f"{name}, memory silenced", key="validation_loss_silenced", dashed=True)
 
 
 def _records(folder: Path) -> list[Record]:
@@ -108,8 +155,16 @@ def _millions(records: list[Record]) -> numpy.ndarray:
     return numpy.array([r["tokens"] for r in records]) / 1e6
 
 
-def _draw_key(axes: Axes, records: list[Record], key: str, colour: str, label: str, *, dashed: bool = False) -> None:
-    """One number of the records that have it, against tokens seen."""
+def _tokens_in(most: float) -> tuple[float, str]:
+    """The unit of an axis of tokens, and its label, in which the largest is a number that can be read."""
+    for scale, name in ((1e9, " (billions)"), (1e6, " (millions)"), (1e3, " (thousands)")):
+        if most >= scale:
+            return scale, f"tokens seen{name}"
+    return 1.0, "tokens seen"
+
+
+def _draw_key(axes: Axes, records: list[Record], colour: str, label: str, *, key: str, dashed: bool = False) -> None:
+    """One number of the records that have it, against millions of tokens seen."""
     having = [r for r in records if r.get(key) is not None]
     if having:
         style = "--" if dashed else "-"
@@ -121,12 +176,15 @@ def _draw_loss(axes: Axes, records: list[Record]) -> None:
     tokens = _millions(records)
     losses = numpy.array([r["loss"] for r in records])
     axes.plot(tokens, losses, color="C0", alpha=0.35, linewidth=0.8, label="each training step")
-    window = max(1, len(losses) // 40)
+    # A line of a short run too: a mean of few steps says more than the steps.
+    window = max(len(losses) // 40, min(5, len(losses) // 3))
     if window > 1:
         axes.plot(tokens[window - 1 :], _running_mean(losses, window), color="C0", label=f"mean of {window} steps")
-    _draw_key(axes, records, "validation_loss", "C1", "validation")
-    _draw_key(axes, records, "validation_loss_silenced", "C2", "validation, memory silenced", dashed=True)
-    axes.set_xlabel("tokens seen (millions)")
+    _draw_key(axes, records, "C1", "validation", key="validation_loss")
+    _draw_key(axes, records, "C2", "validation, memory silenced", key="validation_loss_silenced", dashed=True)
+    scale, unit = _tokens_in(records[-1]["tokens"])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value * 1e6 / scale:g}")
+    axes.set_xlabel(unit)
     axes.set_ylabel("loss (nats per token)")
     axes.legend()
 

@@ -163,9 +163,9 @@ def _run(given: argparse.Namespace, words: tuple[str, ...]) -> int:
     reader = open_reader(given.model, trust_remote_code=given.trust_remote_code)
     console = Console(soft_wrap=True)
     for name in own:
-        console.print(_measure(name, reader, asked))
+        console.print(_whole(_measure(name, reader, asked)))
     if theirs:
-        console.print(_harness(theirs, reader, asked))
+        console.print(_whole(_harness(theirs, reader, asked)))
     print(f"results and pictures in {out}")
     return 0
 
@@ -196,6 +196,13 @@ def _check_editions(names: Sequence[str]) -> None:
             raise ValueError(f"there is no task {name!r}: {base} has one edition; write {base}")
 
 
+def _whole(table: Table) -> Table:
+    """On a narrow screen, names of metrics are broken and not cut off."""
+    for column in table.columns:
+        column.overflow = "fold"
+    return table
+
+
 def _measure(name: str, reader: Reader, asked: Asked) -> Table:
     from atlas_megatron.evaluate import tasks
 
@@ -224,7 +231,8 @@ def _fill(results: Results, asked: Asked, compute: Callable[[int, range], dict[s
     for length in asked.lengths:
         for indices in _batches(asked):
             name = f"{length} tokens, {indices[0]} to {indices[-1]}"
-            results.cell(name, partial(compute, length, indices))
+            said = f"{length:,} tokens, examples {indices[0] + 1} to {indices[-1] + 1} of {asked.samples}"
+            results.cell(name, partial(compute, length, indices), said)
 
 
 def _wanted(results: Results, asked: Asked) -> list[dict[str, Any]]:

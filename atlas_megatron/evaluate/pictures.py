@@ -18,11 +18,15 @@ def recall(path: Path, title: str, metrics: Mapping[str, Sequence[Point]]) -> No
     """Scores by metric, tokens a second and peak memory against the length of the context."""
     with pyplot.style.context(STYLE):
         figure, (scores, speed, memory) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-        for name, points in metrics.items():
+        for number, (name, points) in enumerate(metrics.items()):
             errors = [point.error or 0.0 for point in points]
             lengths = [_shown(point.length) for point in points]
-            scores.errorbar(lengths, [p.mean for p in points], errors, marker="o", markersize=4, capsize=2, label=name)
+            # Where two metrics agree, the one below shows around the one above.
+            look = {"markersize": 9 - 5 * number / len(metrics), "linewidth": 4 - 3 * number / len(metrics)}
+            marker = "os^Dv"[number % 5]
+            scores.errorbar(lengths, [p.mean for p in points], errors, marker=marker, capsize=2, label=name, **look)
         scores.set_ylim(-0.03, 1.03)
+        scores.set_ylabel("share that is right")
         scores.legend()
         points = next(iter(metrics.values()))
         lengths = [_shown(point.length) for point in points]
@@ -41,7 +45,9 @@ def perplexity(
     """Loss of the same tokens against the context before them, and the loss along the longest reading."""
     with pyplot.style.context(STYLE):
         figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
-        lengths = [_shown(context) for context in contexts]
+        # No context has no place on a logarithmic axis: it stands before the shortest, under its own name.
+        none = min((context for context in contexts if context), default=2) / 2
+        lengths = [context or none for context in contexts]
         losses = [found["loss"] for found in contexts.values()]
         errors = [found["error"] or 0.0 for found in contexts.values()]
         axes.errorbar(
@@ -54,6 +60,9 @@ def perplexity(
         axes.set_ylabel("loss (nats per token)")
         axes.legend()
         _against_length(axes, title)
+        if 0 in contexts:
+            axes.set_xticks(lengths, ["none" if not context else f"{context:,}" for context in contexts])
+            axes.minorticks_off()
         _save(figure, path)
 
 
@@ -62,7 +71,8 @@ def shares(path: Path, title: str, points: Mapping[int, tuple[float, float]], ch
     with pyplot.style.context(STYLE):
         figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
         means, errors = zip(*points.values(), strict=True)
-        axes.errorbar(list(points), means, errors, marker="o", markersize=4, capsize=2)
+        axes.errorbar(list(points), means, errors, marker="o", markersize=4, capsize=2, label="the model")
+        axes.set_ylabel("accuracy")
         axes.plot(list(chance), list(chance.values()), color="grey", linestyle=":", label="any value of the context")
         axes.set_ylim(-0.03, 1.03)
         axes.legend()

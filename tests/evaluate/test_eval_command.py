@@ -67,7 +67,7 @@ def test_a_run_is_measured_and_what_is_done_is_not_done_again(
     # More of the same goes on; what is there stays.
     again = ("niah_single_1", run, "--lengths", "1500,1600", "--out", tmp_path)
     assert evaluate(*again, "--samples", 4, "--batch", 2) == 0
-    assert "1500 tokens, 2 to 3" in capsys.readouterr().out
+    assert "niah_single_1: 1,500 tokens, examples 3 to 4 of 4 (" in capsys.readouterr().out
     cells = json.loads((tmp_path / "niah_single_1.json").read_text())["cells"]
     assert json.loads(stored)["cells"].items() <= cells.items() and len(cells) == 6
     # Another seed is another measurement.
@@ -84,6 +84,8 @@ def test_what_is_measured_is_what_was_read(
     config = load(run / "checkpoints/step_00000000/config.toml")
     newer = copy / "checkpoints/step_00000001"
     shutil.copytree(copy / "checkpoints/step_00000000", newer)
+    marker = newer / "complete.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"step": 1}))
     file = next(newer.glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     asked = ("mqar", "perplexity", copy, "--lengths", "64,4K", "--samples", 1, "--text", books / "book.txt")
