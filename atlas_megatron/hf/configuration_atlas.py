@@ -73,8 +73,14 @@ HEADS = {"M": "memory", "R": "recurrent", "L": "recurrent", "D": "delta", "G": "
 HEADS |= dict.fromkeys("*FAC", "attention")
 # What a model whose state is of constant size answers to tools that want a longest input: it has none.
 ENDLESS = 1 << 20
+# Names that generic tools read; each follows from the description.
+FOLLOWING = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 # How a model is run, not what it is.
 RUN = ("impl", "preset", "anchor_gradient", "transformer_engine")
+
+
+class FollowsError(NotImplementedError, ValueError):
+    """Another value for what follows from other keys: transformers' tools expect the first base, ours the second."""
 
 
 class AtlasConfig(PretrainedConfig):
@@ -133,8 +139,7 @@ class AtlasConfig(PretrainedConfig):
         self.pad_token_id = pad_token_id
         super().__init__(**rest)
 
-    # What other people's tools ask a configuration for. The setters raise what these tools expect of a model whose
-    # description says it in another way.
+    # What other people's tools ask a configuration for, as attributes and in config.json.
 
     @property
     def num_hidden_layers(self) -> int:
@@ -142,7 +147,7 @@ class AtlasConfig(PretrainedConfig):
 
     @num_hidden_layers.setter
     def num_hidden_layers(self, value: int) -> None:
-        raise NotImplementedError(f"num_hidden_layers={value} follows from pattern, one symbol a layer; set that")
+        self._refuse_other("num_hidden_layers", value, "pattern has one symbol a layer; change that")
 
     @property
     def num_attention_heads(self) -> int:
@@ -151,9 +156,15 @@ class AtlasConfig(PretrainedConfig):
 
     @num_attention_heads.setter
     def num_attention_heads(self, value: int) -> None:
-        raise NotImplementedError(f"num_attention_heads={value} is in section {self._heads_in!r}; set its heads")
+        self._refuse_other("num_attention_heads", value, f"change {self._heads_in}['heads']")
 
-    num_key_value_heads = num_attention_heads
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.num_attention_heads
+
+    @num_key_value_heads.setter
+    def num_key_value_heads(self, value: int) -> None:
+        self._refuse_other("num_key_value_heads", value, "every head has keys of its own")
 
     @property
     def head_dim(self) -> int:
@@ -162,7 +173,11 @@ class AtlasConfig(PretrainedConfig):
 
     @head_dim.setter
     def head_dim(self, value: int) -> None:
-        raise NotImplementedError(f"head_dim={value} is in section {self._heads_in!r}; set its head_dim")
+        self._refuse_other("head_dim", value, f"change {self._heads_in}['head_dim']")
+
+    def _refuse_other(self, name: str, value: int, remedy: str) -> None:
+        if value != getattr(self, name):
+            raise FollowsError(f"{name}={value} cannot be set, it is {getattr(self, name)} of this model: {remedy}")
 
     @property
     def max_position_embeddings(self) -> int:
@@ -194,9 +209,12 @@ class AtlasConfig(PretrainedConfig):
             name: dict(getattr(self, name)) for name in SECTIONS
         }
 
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {name: getattr(self, name) for name in FOLLOWING}
+
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json holds: the whole description, whatever the keys' starts will be one day."""
-        described = {key: getattr(self, key) for key in (*MODEL, *SECTIONS)}
+        described = {key: getattr(self, key) for key in (*MODEL, *SECTIONS, *FOLLOWING)}
         return super().to_diff_dict() | copy.deepcopy(described)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from atlas_megatron.hf.configuration_atlas import AtlasConfig
 from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM, AtlasModel
 from twins import CALM, moved, settings, tokens
 
@@ -117,11 +119,18 @@ def test_common_names_of_a_configuration() -> None:
     wanted |= {"num_key_value_heads": 4, "head_dim": 8, "vocab_size": 64, "tie_word_embeddings": True}
     wanted |= {"rms_norm_eps": 1e-5, "initializer_range": 0.1}
     assert {name: getattr(config, name) for name in wanted} == wanted
-    assert config.to_dict()["seq_length"] == 32 and "num_attention_heads" not in config.to_dict()
-    with pytest.raises(NotImplementedError, match="follows from pattern"):
-        config.num_hidden_layers = 3
-    with pytest.raises(NotImplementedError, match="is in section 'attention'"):
-        config.num_attention_heads = 3
+    # In config.json too, where it comes back.
+    said = json.loads(config.to_json_string())
+    assert said["num_hidden_layers"] == 4 and said["num_attention_heads"] == 4 and said["head_dim"] == 8
+    again = AtlasConfig.from_dict(said)
+    assert again.sections() == config.sections() and again.to_dict() == config.to_dict()
+    for error in (NotImplementedError, ValueError):  # what transformers' tools expect, and what our commands print
+        with pytest.raises(error, match="num_hidden_layers=3 cannot be set, it is 4 of this model: pattern has one"):
+            config.num_hidden_layers = 3
+        with pytest.raises(error, match=r"num_attention_heads=3 cannot be set.*: change attention\['heads'\]"):
+            AtlasConfig.from_dict(said | {"num_attention_heads": 3})
+    bare = moved(settings("R-")).config
+    assert (bare.num_attention_heads, bare.head_dim) == (2, 8)
 
 
 def test_no_input_is_too_long_where_the_state_does_not_grow() -> None:
