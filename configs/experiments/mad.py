@@ -136,12 +136,14 @@ def describe(results: record.Record, grid: Grid, observed: Sequence[str]) -> Non
         said.append(f"{mixer} ({state:,} numbers of state): {', '.join(shown)}")
     schedule = grid.schedule
     longer = ", ".join(f"{mixer} {times} times as many" for mixer, times in grid.longer.items())
+    counted = " (mean over the classes, as MAD counts it)" if grid.generator == mad.SOURCE else ""
     results.write_text(
         "MAD's synthetic tasks",
         [
-            f"Accuracy in percent on {', '.join(grid.tasks())}, after {schedule.steps} steps of {schedule.batch} "
-            f"sequences of {grid.tokens} tokens, {grid.short} for the last two ({longer}), learning rate "
-            f"{schedule.lr:g}, generator {grid.generator}, seeds {', '.join(map(str, grid.seeds))}. {'; '.join(said)}.",
+            f"Accuracy in percent{counted} on {', '.join(grid.tasks())}, after {schedule.steps} steps of "
+            f"{schedule.batch} sequences of {grid.tokens} tokens, {grid.short} for the last two ({longer}), learning "
+            f"rate {schedule.lr:g}, generator {grid.generator}, seeds {', '.join(map(str, grid.seeds))}. "
+            f"{'; '.join(said)}.",
             *observed,
         ],
     )
