@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from atlas_megatron.tokenizer import Tokenizer
 
 BLOCK = 1 << 16  # characters of a file at a time
-LONGEST_UNCUT = 16 * BLOCK
+LONGEST_UNCUT = 4 * BLOCK
 # Where a tokenizer cuts a text anyway, the likeliest place first. A byte-level one always does at the first: before a
 # space between two words. The others are for texts without spaces: between lines, and at marks of punctuation.
 PLACES = (

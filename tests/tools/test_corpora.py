@@ -8,6 +8,8 @@ import gzip
 import io
 import json
 import lzma
+import os
+import signal
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -288,3 +290,14 @@ def test_a_tokenizer_that_had_to_be_converted_lies_with_the_data(
     assert summary.tokenizer_fingerprint == kept.fingerprint == load_tokenizer(old).fingerprint
     data = IndexedDataset(str(tmp_path / "out" / "train"))
     assert kept.decode(data[0][:-1]) == TEXTS[0] and data[0][-1] == kept.eod
+
+
+def test_a_signal_to_end_removes_what_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    monkeypatch.setattr("atlas_megatron.prepare._encode", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    words = [str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--train-tokenizer", "280", "--validation", "0"]
+    with pytest.raises(SystemExit) as ended:
+        prepare_data.main(words)
+    assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
