@@ -77,8 +77,8 @@ def prepare(
         return earlier, False
     if earlier is not None and not overwrite:
         raise ValueError(
-            f"{out} holds data that were prepared from other inputs or with other settings; name another folder, or "
-            "replace them with --overwrite"
+            f"{out} holds data that were prepared from other inputs or with other settings; name another folder, "
+            "remove this one, or replace it with --overwrite"
         )
     if prefixes and given is None:
         raise ValueError(f"{inputs[0]} is tokens already; give their tokenizer with --tokenizer")

@@ -21,7 +21,7 @@ import plot
 import prepare_data
 from atlas_megatron import train
 from atlas_megatron.config import WITH_MEMORY, Config, has, load
-from atlas_megatron.corpus import standard_library
+from atlas_megatron.corpus import Summary, standard_library
 from atlas_megatron.stopping import SIGNALS
 from atlas_megatron.version import add_version
 
@@ -38,7 +38,9 @@ def prepare(config: Config) -> int:
     files = [str(file) for file in standard_library(CORPUS_BYTES)]
     out = Path(config.data.train[0]).parent
     options = ["--train-tokenizer", str(config.model.vocab_size), "--validation", str(HELD_OUT)]
-    options.append("--overwrite")  # the folder is the quickstart's own
+    earlier = Summary.read(out)
+    if earlier is not None and earlier.vocab_size == config.model.vocab_size:
+        options.append("--overwrite")  # of the quickstart itself, by another Python's sources
     return prepare_data.main([*files, "--out", str(out), *options])
 
 

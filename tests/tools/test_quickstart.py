@@ -8,6 +8,7 @@ import pytest
 
 import quickstart
 from atlas_megatron.config import load
+from atlas_megatron.corpus import Summary
 
 
 @pytest.fixture
@@ -26,6 +27,23 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_data_of_ones_own_are_left_alone(called: list[str], words: list[str], wanted: list[str]) -> None:
     assert quickstart.main(words) == 3
     assert called == wanted
+
+
+def test_its_data_are_made_anew_but_not_by_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / f"{number}.py" for number in range(40)]
+    for file in files:
+        file.write_text(f"def number_{file.stem}(): return {file.stem}\n" * 9)
+    monkeypatch.setattr(quickstart, "standard_library", lambda _: files)
+    monkeypatch.setattr(quickstart, "HELD_OUT", 0.3)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    out = tmp_path / "data"
+    words = [f"data.train={out}/train", "model.vocab_size=270"]
+    assert quickstart.prepare(load(quickstart.CONFIG, words)) == 0
+    files[0].write_text("another = 1\n")  # as where Python was updated
+    assert quickstart.prepare(load(quickstart.CONFIG, words)) == 0
+    before = Summary.read(out)
+    assert quickstart.prepare(load(quickstart.CONFIG, [*words, "model.vocab_size=260"])) == 2
+    assert Summary.read(out) == before is not None
 
 
 def test_without_validation_there_is_nothing_to_show(called: list[str], capsys: pytest.CaptureFixture[str]) -> None:
