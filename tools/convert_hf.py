@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -80,8 +81,24 @@ def _import(arguments: argparse.Namespace) -> int:
         print(importing.dry_run(arguments.source))
         return 0
     run = importing.import_folder(arguments.source, arguments.target, arguments.overrides)
-    print(f"wrote {run}; train on with: atlas-train {run}/config.toml")
+    print(f"wrote {run}; {train_on(run)}")
     return 0
+
+
+def train_on(run: Path) -> str:
+    """How to train an imported run: a command that runs, or what it still needs, as a folder tells no data, no rate."""
+    from atlas_megatron.config import load
+
+    config = load(run / "config.toml")
+    words = ["atlas-train", str(run / "config.toml")]
+    needs = "" if config.data.train else "\nPREFIX is of data that tools/prepare_data.py wrote with --tokenizer "
+    words += [] if config.data.train else ['data.train=["PREFIX"]']
+    needs += config.data.tokenizer if needs else ""
+    if not config.data.tokenizer:
+        words.append("data.tokenizer=FOLDER")
+    train = config.train
+    schedule = f"train.lr={train.lr:g}, train.warmup_steps={train.warmup_steps}, train.steps={train.steps}"
+    return f"train on with: {shlex.join(words)}{needs}\nthe schedule is this run's, not the model's: {schedule}"
 
 
 def _quieten() -> None:
