@@ -57,13 +57,15 @@ class AtlasCache:
         self.states: list[Any] = [None] * len(config.pattern)
         self.position: Position = 0
         self.columns = 0
+        self.begun = True  # every row has text, and no column that follows is padding
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the batch read since the cache was made, or loaded: what `generate` need not read again."""
         return self.columns
 
-    def advance(self, states: list[Any], position: Position, columns: int) -> None:
+    def advance(self, states: list[Any], position: Position, columns: int, begun: bool = True) -> None:
         """Take over what the layers leave after so many more columns."""
+        self.begun = begun
         self.states, self.position = states, position
         self.columns += columns
 

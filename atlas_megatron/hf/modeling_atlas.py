@@ -173,7 +173,7 @@ class AtlasModel(AtlasPreTrainedModel):
             x, seen = moved.back(x), [moved.back(hidden) for hidden in seen]
         if keeps and not aligned:
             past_key_values = AtlasCache(self.config) if past_key_values is None else past_key_values
-            past_key_values.advance(states, place.after, tokens)
+            past_key_values.advance(states, place.after, tokens, padding is None or padding.begun)
         return BaseModelOutputWithPast(
             last_hidden_state=x, past_key_values=past_key_values, hidden_states=tuple(seen) if seen else None
         )
@@ -263,9 +263,10 @@ class AtlasForCausalLM(AtlasPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         if past_key_values is not None and not is_first_iteration:
-            # New tokens are never padding, and looking at the mask would make the host wait for the device.
-            attention_mask = None
             kwargs.pop("position_ids", None)
+            if getattr(past_key_values, "columns", 0) and past_key_values.begun:
+                # No more padding, and looking at the mask would make the host wait for the device.
+                attention_mask = None
         return super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,

@@ -39,8 +39,8 @@ class Place:
 class Padding:
     """What an attention mask leaves out: before [B] columns on the left of each text, which has count [B] tokens.
 
-    left: whether any text begins late; right: whether any ends early. While a graph is exported neither is known, and
-    both are taken for true.
+    left: whether any text begins late; right: whether any ends early; begun: whether every row has text. While a graph
+    is exported none is known, and all are taken for true.
     """
 
     before: Tensor
@@ -48,6 +48,7 @@ class Padding:
     tokens: int
     left: bool
     right: bool
+    begun: bool
 
     def to_the_left(self, x: Tensor) -> Tensor:
         """x [B, T, ...] with every text moved to the first column; its padding then follows it."""
@@ -97,10 +98,11 @@ def padding_of(mask: Tensor | None, read: Position, batch: int, tokens: int) -> 
     )
     if graph:
         torch._assert_async(whole & ~(begun & late).any(), wrong)
-        return Padding(pads, count, tokens, True, True)
+        return Padding(pads, count, tokens, True, True, True)
     if not bool(whole) or bool((begun & late).any()):
         raise ValueError(wrong)
-    return Padding(pads, count, tokens, bool(late.any()), bool((pads + count < tokens).any()))
+    right = bool((pads + count < tokens).any())
+    return Padding(pads, count, tokens, bool(late.any()), right, bool((count > 0).all()))
 
 
 def place_of(
