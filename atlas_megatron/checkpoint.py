@@ -27,7 +27,7 @@ from megatron.core.transformer import MegatronModule
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
-from atlas_megatron import best, integrity, step_folders
+from atlas_megatron import best, integrity, room, step_folders
 from atlas_megatron.config import CheckpointConfig, Config, ParallelConfig, load, model_differences, to_toml
 from atlas_megatron.integrity import MARKER
 from atlas_megatron.model import build_model
@@ -321,6 +321,7 @@ def load_checkpoint(folder: Path, parallel: ParallelConfig | None = None) -> tup
     config = load(folder / CONFIG)
     stages = config.model.pattern.replace("|", "")
     config = replace(config, parallel=parallel or ParallelConfig(), model=replace(config.model, pattern=stages))
+    room.check_reading(config)
     if not torch.distributed.is_initialized():
         world.join(config)
     model = build_model(config)

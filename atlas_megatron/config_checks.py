@@ -198,7 +198,8 @@ def _check_model(config: Config) -> None:
     unknown = sorted(set(pattern) - set(LAYERS) - {"|"})
     if unknown:
         raise ValueError(
-            f"model.pattern={pattern!r} has unknown symbols {' '.join(unknown)}; "
+            f"model.pattern={pattern!r} has unknown symbols "
+            f"{' '.join(symbol if symbol.isprintable() else repr(symbol) for symbol in unknown)}; "
             f"use {', '.join(f'{symbol} {kind}' for symbol, kind in LAYERS.items())}, | pipeline cut"
         )
     if not all(pattern.split("|")):
@@ -231,13 +232,13 @@ def _check_attention(config: Config) -> None:
 
 def _check_memory(config: Config) -> None:
     memory, length = config.memory, config.model.seq_length
+    for name, size in (("chunk", memory.chunk), ("window", memory.window)):
+        if size > length:
+            raise ValueError(f"memory.{name}={size} is longer than model.seq_length={length}; shorten it")
     try:
         memory.rule()
     except ValueError as error:
         raise ValueError(f"[memory] {error}") from error
-    for name, size in (("chunk", memory.chunk), ("window", memory.window)):
-        if size > length:
-            raise ValueError(f"memory.{name}={size} is longer than model.seq_length={length}; shorten it")
     if length % memory.chunk:
         raise ValueError(
             f"model.seq_length={length} is not a multiple of memory.chunk={memory.chunk}; "

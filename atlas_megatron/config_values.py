@@ -50,10 +50,10 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     # type() and not isinstance(): a bool is an int to Python, not to a config.
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise ValueError(f"{name}={value!r} is of type {type(value).__name__}; it must be {SAID[kind]}")
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"{name}={value} is not finite; give a number")
     if kind in (int, float) and type(value) is int and abs(value) > LARGEST:
         raise ValueError(f"{name}={_short(str(value))} is too large; give a number below 2^63")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name}={value} is not finite; give a number")
     if kind is str and "\0" in value:
         raise ValueError(f"{name}={value!r} holds a zero byte; leave it out")
     return value

@@ -166,7 +166,7 @@ def _dry_run(config: Config, machine: Machine) -> int:
 def _train(config: Config, signals: StopSignals) -> int:
     from rich.console import Console
 
-    from atlas_megatron import best, checkpoint, run_lock
+    from atlas_megatron import best, checkpoint, room, run_lock
     from atlas_megatron.config_checks import validate
     from atlas_megatron.config_differences import changed_toml
     from atlas_megatron.metrics import read, summary_table
@@ -175,6 +175,7 @@ def _train(config: Config, signals: StopSignals) -> int:
     from atlas_megatron.trainer import Trainer
 
     validate(config, world.size())
+    room.check_training(config, world.size())
     first = world.rank() == 0
     world.join(config)
     try:

@@ -31,7 +31,7 @@ examples:
         --out tuned/books --length 16384 --devices 16 --batch 16 --dry-run
 
 Run the same command again and it goes on from the newest whole checkpoint in OUT.training. OUT appears when the run is
-done, with the code, configuration and tokenizer that came in; the code in the model's folder is run.
+done, with the code, configuration and tokenizer that came in.
 """
 ON_MEMORY = (
     "give a smaller --segment or --micro-batch, --checkpointing, or a higher stage of ZeRO: --dry-run tells each"
@@ -88,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="finetune.py", description=__doc__, epilog=EXAMPLES, formatter_class=plain)
     add_version(parser)
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL_FOLDER", help="an exported model; its code is run")
+    add("model", type=Path, metavar="MODEL_FOLDER", help="an exported model; the code installed here reads its weights")
+    add("--trust-remote-code", action="store_true", help="run the code that lies in the model's folder instead")
     add("--data", nargs="+", required=True, metavar="FILE", help="text, JSON, .parquet, or a prefix of .bin/.idx")
     add("--out", type=Path, required=True, metavar="FOLDER", help="the model that comes out; must not exist")
     add("--config", type=Path, metavar="TOML", help="options by their names here; the command line's own win")

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from atlas_megatron.finetune import checkpoints
 from atlas_megatron.finetune.examples import Examples, Loader, collate
 from atlas_megatron.finetune.segments import SegmentReader
 from atlas_megatron.finetune.settings import Settings, check, check_budget, read_deepspeed, read_model
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
-from atlas_megatron.hf.export import INDEX
 from atlas_megatron.hf.folders import new_folder
+from atlas_megatron.hf.weights import INDEX, SUMS, note_sums
 from atlas_megatron.parallel.cpu import flush_denormals
 from atlas_megatron.records import Skipped
 
@@ -96,13 +97,13 @@ def finetune(run: Plan) -> Path:
     # transformers is quiet where it has nothing to say that a line of ours does not.
     from transformers.utils import logging as theirs
 
-    from atlas_megatron.finetune.trainer import Progress, StateTrainer, newest_checkpoint
+    from atlas_megatron.finetune.trainer import Progress, StateTrainer
 
     settings = run.settings
     flush_denormals()
     theirs.set_verbosity_error()
     theirs.disable_progress_bar()
-    resumed = newest_checkpoint(settings.work, run.identity())
+    resumed = checkpoints.newest(settings.work, run.identity())
     if run.deepspeed is not None:
         _prepare_deepspeed()
     arguments = _arguments(run)  # before the model: under ZeRO-3 it is loaded in parts
@@ -121,6 +122,7 @@ def finetune(run: Plan) -> Path:
         detach_every=settings.detach_every,
         write_budget=settings.write_budget,
         identity=run.identity(),
+        keep=settings.keep,
     )
     _silence_printer(trainer)
     if trainer.is_world_process_zero():
@@ -171,7 +173,7 @@ def _arguments(run: Plan) -> Any:
         data_seed=settings.seed,
         save_strategy="steps",
         save_steps=settings.save_every,
-        save_total_limit=settings.keep,
+        save_total_limit=None,  # by StateTrainer, which leaves a user's copies
         eval_strategy="steps" if validated else "no",
         eval_steps=settings.validate_every if validated else None,
         logging_steps=settings.log_every,
@@ -211,15 +213,20 @@ def _load(run: Plan, arguments: Any) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    # One process before the others: each copies the folder's code to where Python finds it.
+    from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM
+
     folder = str(run.settings.model)
-    with arguments.main_process_first(desc="copying the model's code"):
-        get_class_from_dynamic_module(run.config.auto_map["AutoModelForCausalLM"], folder, local_files_only=True)
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=True, local_files_only=True, dtype=torch.float32
-        )
+        if not run.settings.trust_remote_code:
+            return AtlasForCausalLM.from_pretrained(folder, **options)
+        # One process before the others: each copies the folder's code to where Python finds it.
+        with arguments.main_process_first(desc="copying the model's code"):
+            get_class_from_dynamic_module(run.config.auto_map["AutoModelForCausalLM"], folder, local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
     except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder} cannot be loaded ({reason}); export it again") from error
 
@@ -235,8 +242,9 @@ def _write(run: Plan, trainer: Any) -> None:
         with new_folder(run.settings.out) as folder:
             language_model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
             for file in run.settings.model.iterdir():
-                if file.is_file() and file.suffix in BESIDE_WEIGHTS and file.name not in (INDEX, REPORT):
+                if file.is_file() and file.suffix in BESIDE_WEIGHTS and file.name not in (INDEX, SUMS, REPORT):
                     shutil.copyfile(file, folder / file.name)
+            note_sums(folder)
             report = {"settings": run.identity(), "history": trainer.state.log_history}
             (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     trainer.accelerator.wait_for_everyone()

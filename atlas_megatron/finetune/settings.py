@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
-from atlas_megatron.hf.export import INDEX, WEIGHTS
+from atlas_megatron.hf.weights import check as check_weights
+from atlas_megatron.hf.weights import described_in
 
 SCHEDULES = ("cosine", "linear", "constant")
 # `{field}` of a prompt, or `{field.of.field}`.
@@ -45,6 +46,7 @@ class Settings:
     write_budget: float = 0.0
     seed: int = 0
     bf16: bool = False
+    trust_remote_code: bool = False
     save_every: int = 100
     validate_every: int = 100
     log_every: int = 1
@@ -68,7 +70,8 @@ class Settings:
     def decides(self) -> dict[str, Any]:
         """What the numbers of a run depend on: a checkpoint of other settings is of another run."""
         apart = ("out", "save_every", "validate_every", "log_every", "keep", "validation", "checkpointing", "skip_bad")
-        return {name: _plain(value) for name, value in asdict(self).items() if name not in apart}
+        apart_too = ("trust_remote_code",)
+        return {name: _plain(value) for name, value in asdict(self).items() if name not in apart + apart_too}
 
 
 def check(settings: Settings, world_size: int) -> None:
@@ -110,17 +113,9 @@ def _check_numbers(settings: Settings) -> None:
 
 def read_model(folder: Path) -> AtlasConfig:
     """The description of the model in an exported folder. Raises ValueError where it is none, or not whole."""
-    file = folder / "config.json"
-    try:
-        said = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} is no Hugging Face folder ({error}); give one that tools/convert_hf.py export wrote"
-        ) from error
-    kind = said.get("model_type") if isinstance(said, dict) else None
-    if kind != AtlasConfig.model_type:
-        raise ValueError(f"{folder} holds a model of type {kind!r}; give an exported atlas model")
-    code = said.get("auto_map", {}).get("AutoModelForCausalLM", "").partition(".")[0]
+    described = described_in(folder)
+    code = (described.auto_map or {}).get("AutoModelForCausalLM", "") if hasattr(described, "auto_map") else ""
+    code = str(code).partition(".")[0]
     if not code or not (folder / f"{code}.py").is_file():
         raise ValueError(f"{folder} does not hold the model's code; export it again with tools/convert_hf.py")
     if "def detach(" not in (folder / "cache_atlas.py").read_text(encoding="utf-8"):
@@ -128,9 +123,8 @@ def read_model(folder: Path) -> AtlasConfig:
             f"the code in {folder} is older than fine-tuning, whose cache cannot be detached; export it again with "
             "tools/convert_hf.py"
         )
-    if not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
-        raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; restore its weights, or export it again")
-    return AtlasConfig.from_dict(said)
+    check_weights(folder, described)
+    return described
 
 
 def check_budget(settings: Settings, config: AtlasConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from atlas_megatron.finetune import checkpoints
 from atlas_megatron.finetune.segments import (
     IGNORED,
     SegmentReader,
@@ -25,9 +25,7 @@ from atlas_megatron.finetune.segments import (
     widened,
     windows,
 )
-from atlas_megatron.hf.export import WEIGHTS
-
-MARKER = "whole.json"  # of a checkpoint that was written to its end
+from atlas_megatron.hf.weights import WEIGHTS
 
 
 class StateTrainer(Trainer):
@@ -40,12 +38,14 @@ class StateTrainer(Trainer):
     model: SegmentReader
     control: Any
 
-    def __init__(self, *, detach_every: int, write_budget: float, identity: dict[str, Any], **given: Any) -> None:
+    def __init__(
+        self, *, detach_every: int, write_budget: float, identity: dict[str, Any], keep: int, **given: Any
+    ) -> None:
         """write_budget: as train.write_budget, from the first step on. identity: what a checkpoint's run is told from
-        others by."""
+        others by. keep: so many of the newest checkpoints."""
         super().__init__(**given)
         self.write_budget = write_budget
-        self.detach_every, self.identity = detach_every, identity
+        self.detach_every, self.identity, self.keep = detach_every, identity, keep
         self.tokens_read = 0  # by all processes since the start, padding included
 
     def training_step(
@@ -169,34 +169,15 @@ class StateTrainer(Trainer):
         safetensors.torch.load_model(self.model.language_model, str(Path(resume_from_checkpoint) / WEIGHTS))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            checkpoints.make_room(folder)
+        self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (folder / MARKER).write_text(json.dumps(self.identity, indent=2) + "\n", encoding="utf-8")
-
-
-def newest_checkpoint(work: Path, identity: dict[str, Any]) -> Path | None:
-    """The newest whole checkpoint in a run's folder of work; None where there is none.
-
-    Raises ValueError where it is of other settings.
-    """
-    found = [folder for folder in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (folder / MARKER).is_file()]
-    if not found:
-        return None
-    newest = max(found, key=lambda folder: int(folder.name.rpartition("-")[2]))
-    theirs = json.loads((newest / MARKER).read_text(encoding="utf-8"))
-    changed = [
-        f"{name} is {identity.get(name)!r}, was {theirs.get(name)!r}"
-        for name in identity | theirs
-        if identity.get(name) != theirs.get(name)
-    ]
-    if changed:
-        raise ValueError(
-            f"{newest} is of a run with other settings: {'; '.join(changed)}; give those of it, another --out, or "
-            f"remove {work}"
-        )
-    return newest
+            checkpoints.mark(folder, self.identity)
+            checkpoints.drop_old(folder.parent, self.keep)
 
 
 class Progress(TrainerCallback):

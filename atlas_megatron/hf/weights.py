@@ -61,9 +61,11 @@ def described_in(folder: Path) -> AtlasConfig:
     """What a folder's config.json describes. Raises ValueError where that is no ATLAS model."""
     file = folder / "config.json"
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
+        said = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder} is no Hugging Face folder ({error}); give one that holds config.json") from error
+        raise ValueError(
+            f"{folder} is no Hugging Face folder ({error}); give one that tools/convert_hf.py export wrote"
+        ) from error
     kind = said.get("model_type") if isinstance(said, dict) else None
     if kind != AtlasConfig.model_type:
         raise ValueError(f"{folder} holds a model of type {kind!r}; give an exported atlas model")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 import torch
@@ -136,8 +137,13 @@ class MemoryRule:
         return position % self.chunk % self.ns_period
 
 
+# Divisors up to it are tried, for a line that says which is nearest: a number may be any.
+MOST_TRIED = 1 << 16
+
+
 def _nearest_divisor(n: int, wanted: int) -> int:
-    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))
+    small = [d for d in range(1, min(isqrt(n), MOST_TRIED) + 1) if n % d == 0]
+    return min((*small, *(n // d for d in small)), key=lambda d: abs(d - wanted))
 
 
 @dataclass(frozen=True)

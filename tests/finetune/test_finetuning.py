@@ -64,7 +64,7 @@ def tuned(root: Path) -> Path:
 def test_what_comes_out_loads_like_what_went_in(root: Path, tuned: Path) -> None:
     found, came = bytes_of(tuned), bytes_of(root / "model")
     assert found.keys() == came.keys() | {run.REPORT}
-    assert {name for name in came if found[name] != came[name]} == {"model.safetensors"}
+    assert {name for name in came if found[name] != came[name]} == {"model.safetensors", "checksums.json"}
     model = AutoModelForCausalLM.from_pretrained(tuned, trust_remote_code=True)
     assert model.dtype == torch.bfloat16
     before = AutoModelForCausalLM.from_pretrained(root / "model", trust_remote_code=True)
@@ -234,9 +234,9 @@ def test_folders_that_are_no_models_are_refused(root: Path, tmp_path: Path, caps
     refused("holds a model of type 'llama'; give an exported atlas model")
     shutil.copytree(root / "model", model, dirs_exist_ok=True)
     (model / "model.safetensors").unlink()
-    refused("holds neither model.safetensors nor")
+    refused("holds neither model.safetensors")
     (model / "model.safetensors").write_bytes(b"half a file")
-    refused("cannot be loaded")
+    refused("the weights in .* cannot be read")
     code = (model / "cache_atlas.py").read_text()
     (model / "cache_atlas.py").write_text(code.replace("def detach(", "def other("))
     refused("is older than fine-tuning")
