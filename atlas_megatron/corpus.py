@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, get_type_hints
 
 from atlas_megatron.records import Skipped, go_past, holds_records, records, text_at
 from atlas_megatron.text_files import is_utf8, measured, opened_text
@@ -72,18 +72,35 @@ class Summary:
 
     @staticmethod
     def read(folder: Path) -> Summary | None:
-        """The summary of a prepared folder; None when it has none. Raises ValueError for a broken one."""
+        """The summary of a prepared folder; None when it has none, or a file of that name that tells of other things.
+
+        Raises ValueError for a broken one.
+        """
         file = folder / SUMMARY
         if not file.is_file():
             return None
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(fields, dict) or not {"fingerprint", "splits"} & fields.keys():
+                return None
             splits = {name: SplitSummary(**split) for name, split in fields.pop("splits").items()}
-            return Summary(splits=splits, **fields)
+            found = Summary(splits=splits, **fields)
+            _check_types(found)
+            for split in splits.values():
+                _check_types(split)
+            return found
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{file} is broken ({error}); remove {folder} and prepare it again with tools/prepare_data.py"
             ) from error
+
+
+def _check_types(part: Summary | SplitSummary) -> None:
+    """Raise TypeError for a field that holds what it cannot, as a file may that this tool did not write."""
+    for name, kind in get_type_hints(type(part)).items():
+        value = getattr(part, name)
+        if kind in (str, int) and (type(value) is not kind or (kind is int and value < 0)):
+            raise TypeError(f"{name} is {value!r}")
 
 
 def expand(patterns: Sequence[str]) -> list[Path]:

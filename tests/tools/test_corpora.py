@@ -233,6 +233,23 @@ def test_what_killed_preparations_left_goes(tmp_path: Path, tokenizer: str) -> N
     assert not killed.exists() and users.exists() and others.exists() and alive.exists()
 
 
+def test_a_summary_of_another_form_is_named(tmp_path: Path) -> None:
+    split = {"documents": 1, "tokens": 2, "bytes": 3}
+    good = {"fingerprint": "a", "tokenizer": "b", "vocab_size": 4, "splits": {"train": split}}
+    bad = [{"splits": {}}, good | {"tokenizer": 3}, good | {"splits": []}, good | {"splits": {"train": split | {"tokens": -1}}}]
+    bad += [good | {"skipped": "many"}, good | {"unknown": 1}, good | {"splits": {"train": 3}}]
+    for said in (good, *bad):
+        (tmp_path / "data.json").write_text(json.dumps(said))
+        if said is good:
+            assert Summary.read(tmp_path) is not None
+            continue
+        with pytest.raises(ValueError, match=r"data\.json is broken .*prepare it again"):
+            Summary.read(tmp_path)
+    for others in ([1, 2], {"name": "a user's own"}):
+        (tmp_path / "data.json").write_text(json.dumps(others))
+        assert Summary.read(tmp_path) is None
+
+
 def test_a_failure_puts_the_earlier_data_back(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
