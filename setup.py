@@ -25,7 +25,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]==2.20.2"],
-        "hf": ["accelerate", "safetensors", "transformers"],
+        "hf": ["accelerate", "safetensors", "transformers>=5.0.0"],
         "eval": ["lm-eval"],
         "deepspeed": ["deepspeed==0.19.8"],
         "bench": ["titans-pytorch==0.5.5"],
@@ -38,7 +38,7 @@ setup(
             "pytest-xdist",
             "ruff",
             "safetensors",
-            "transformers",
+            "transformers>=5.0.0",
         ],
     },
     entry_points={

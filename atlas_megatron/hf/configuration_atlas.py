@@ -6,7 +6,17 @@ import copy
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import transformers
+from packaging.version import Version
 from transformers import PretrainedConfig
+
+# Of transformers; setup.py names the same. This file is the first that is imported of a model.
+MINIMUM = "5.0.0"
+if Version(transformers.__version__).release < Version(MINIMUM).release:
+    raise ValueError(
+        f"transformers {transformers.__version__} is older than {MINIMUM}, the first that ATLAS models run with; "
+        f"install a newer one: pip install 'transformers>={MINIMUM}'"
+    )
 
 # The keys of each section and where they start. What they mean: `atlas-train --help`.
 SECTIONS: dict[str, dict[str, Any]] = {

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+from atlas_megatron.hf import configuration_atlas
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
 from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM, AtlasModel
 from twins import CALM, moved, settings, tokens
 
+ROOT = Path(__file__).parents[2]
 PATTERNS = ("M-", "M-*-", "A-", "C-", "D-G-", "R-", "F-")
 
 
@@ -111,6 +113,14 @@ def test_attention_of_either_name_is_what_it_has(tmp_path: Path) -> None:
         assert same(model, AtlasForCausalLM.from_pretrained(tmp_path, attn_implementation=name))
     with pytest.raises((ValueError, ImportError), match="(?i)flash"):
         AtlasForCausalLM.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+
+
+def test_an_older_transformers_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = (ROOT / "setup.py").read_text()
+    assert said.count(f'"transformers>={configuration_atlas.MINIMUM}"') == said.count('"transformers')
+    monkeypatch.setattr("transformers.__version__", "4.57.6")
+    with pytest.raises(ValueError, match=r"^transformers 4.57.6 is older than 5.0.0.*'transformers>=5.0.0'$"):
+        importlib.reload(configuration_atlas)
 
 
 def test_common_names_of_a_configuration() -> None:
