@@ -79,14 +79,17 @@ class Speaker:
         from atlas_megatron.streaming import sample
 
         spoken, sampling = Spoken(self.reader.tokenizer), self.sampling
-        for _ in range(tokens):
+        for left in reversed(range(tokens)):
             assert self._logits is not None
             drawn = sample(self._logits, sampling.temperature, sampling.top_p, self._generator, sampling.top_k)
             token = int(drawn)
             self._take([token])
             if token == self.reader.tokenizer.eod:
+                # What was held back is no character any more.
+                if rest := spoken.rest():
+                    yield token, rest
                 return
-            yield token, spoken.add(token)
+            yield token, spoken.add(token) + ("" if left else spoken.rest())
 
     def continuations(self, count: int) -> Iterator[int]:
         """The numbers of so many samples; at each, what was read so far is taken up again, with a seed of its own."""

@@ -74,6 +74,18 @@ def test_a_long_prompt_is_read_in_segments_and_continued_from_its_end() -> None:
     assert [token for token, _ in speaker.speak(1)] == [3]
 
 
+def test_what_ends_inside_a_character_is_given_out_at_the_end() -> None:
+    reader = Counting()
+    shown = {3: "\N{REPLACEMENT CHARACTER}", 998: "\N{REPLACEMENT CHARACTER}"}
+    reader.tokenizer.decode = lambda ids: "".join(shown.get(i, f"<{i}>") for i in ids)
+    speaker = Speaker(reader, Sampling(0.0, 1.0, 0), segment=7)
+    speaker.read(io.StringIO("xy"))
+    assert [text for _, text in speaker.speak(2)] == ["<2>", "\N{REPLACEMENT CHARACTER}"]  # no more are asked for
+    speaker.forget()
+    speaker.read(io.StringIO("a" * 997))
+    assert [text for _, text in speaker.speak(9)] == ["<997>", "", "\N{REPLACEMENT CHARACTER}"]  # the document ends
+
+
 def test_it_ends_with_the_document() -> None:
     reader = Counting()
     speaker = Speaker(reader, Sampling(0.0, 1.0, 0), segment=500)
