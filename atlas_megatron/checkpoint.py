@@ -28,7 +28,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from atlas_megatron import best, integrity, room, step_folders
-from atlas_megatron.config import CheckpointConfig, Config, ParallelConfig, load, model_differences, to_toml
+from atlas_megatron.config import CheckpointConfig, Config, ParallelConfig, load_saved, model_differences, to_toml
 from atlas_megatron.integrity import MARKER
 from atlas_megatron.model import build_model
 from atlas_megatron.optimizer import allocate_moments, load_moments, true_offsets
@@ -272,7 +272,7 @@ def restore(folder: Path, config: Config, trained: Trained) -> Position:
 
 def check_same_model(folder: Path, config: Config) -> None:
     """Raise ValueError naming the fields in which the checkpoint's model is another than the configuration's."""
-    differences = model_differences(config, load(folder / CONFIG))
+    differences = model_differences(config, load_saved(folder / CONFIG))
     if differences:
         raise ValueError(
             f"checkpoint {folder} is of another model: {'; '.join(differences)}; "
@@ -318,7 +318,7 @@ def load_checkpoint(folder: Path, parallel: ParallelConfig | None = None) -> tup
     parallel: or in the processes of this layout, one pipeline stage each. Joins the world if that has not been done;
     its groups must be those of the layout.
     """
-    config = load(folder / CONFIG)
+    config = load_saved(folder / CONFIG)
     stages = config.model.pattern.replace("|", "")
     config = replace(config, parallel=parallel or ParallelConfig(), model=replace(config.model, pattern=stages))
     room.check_reading(config)

@@ -10,7 +10,7 @@ import inspect
 import itertools
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -35,6 +35,10 @@ LAYERS = {
 
 # Which of them have which section's part.
 WITH_MEMORY, WITH_ATTENTION, WITH_RECURRENT, WITH_DELTA = "MAC", "*FAC", "RL", "DG"
+
+
+# Keys with defaults that change what a saved model is: what they were before there were any.
+LATER: dict[str, dict[str, Any]] = {"memory": {"open_gate": False, "copy_start": False}}
 
 
 def has(pattern: str, symbols: str) -> bool:
@@ -106,6 +110,11 @@ class MemoryConfig:
     # Keys start as the query of the token before them: a memory begins by answering what followed its query, and
     # learns to recall sooner (docs/results/mqar.md). False: as they are drawn.
     late_keys: bool = True
+    # The output gate has a bias, which starts where SiLU is one. Without it a read begins times a small random sign.
+    open_gate: bool = True
+    # Values start as their token alone and the output matrix as the transpose of theirs: with the two above a memory
+    # begins by saying the token that followed what it is asked for (docs/results/recipe.md).
+    copy_start: bool = True
     gate_rank: int = 32  # of the low-rank pairs behind alpha, eta, theta, gamma
     # Retention of one token at initialisation. 0 derives it. Newton-Schulz: 0.99, which at its step keeps the outer
     # gradient over any number of chunks near one. None: what was there first fades to a third over seq_length tokens,
@@ -159,7 +168,10 @@ class DeltaConfig:
     heads: int = 4
     head_dim: int = 64  # K = V
     conv_size: int = 4  # taps of the short convolutions on q, k, v
-    late_keys: bool = False  # as memory.late_keys; the delta rules of the literature start without
+    # As the memory's; the delta rules of the literature have none of them.
+    late_keys: bool = False
+    open_gate: bool = False
+    copy_start: bool = False
     # auto: flash-linear-attention for bfloat16 on a GPU where it is installed, else chunked, the kernels of the memory.
     impl: str = "auto"  # fla | chunked | auto
 
@@ -288,11 +300,20 @@ def layers_of(config: Config) -> str:
     return config.model.pattern.replace("|", "")
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_saved(path: str | Path) -> Config:
+    """The configuration that a run saved, which lists all keys of its time: one of LATER that it lacks was not there
+    yet. Raises as `load`."""
+    return load(path, absent=LATER)
+
+
+def load(
+    path: str | Path, overrides: Sequence[str] = (), *, absent: Mapping[str, Mapping[str, Any]] | None = None
+) -> Config:
     """Read a TOML file, then apply ``section.key=value`` words to it, last word winning.
 
-    A value is written as in TOML; a bare word is taken as a string. Raises ValueError for an unknown section or key
-    (the nearest known one is named), a value of another type, a word of another form, or a file that is not TOML.
+    A value is written as in TOML; a bare word is taken as a string. absent: keys of each section where the file does
+    not have them. Raises ValueError for an unknown section or key (the nearest known one is named), a value of another
+    type, a word of another form, or a file that is not TOML.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path} is no file; name a config, for example configs/quickstart.toml")
@@ -307,6 +328,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         _check_key(section)
         if not isinstance(table, dict):
             raise ValueError(f"config section {section!r} is {table!r}; write it as a table: [{section}]")
+    for section, keys in (absent or {}).items():
+        tables[section] = {**keys, **tables.get(section, {})}
     presets = [word.partition("=")[2] for word in overrides if word.startswith("memory.preset=")]
     if presets:
         tables["memory"] = tables.get("memory", {}) | _preset(parse_word(presets[-1], str))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from atlas_megatron.checkpoint import CONFIG
-from atlas_megatron.config import Config, layers_of, load
+from atlas_megatron.config import Config, layers_of, load_saved
 from atlas_megatron.metrics import METRICS, read
 from atlas_megatron.model import flops_per_token, num_params
 from atlas_megatron.power_law import DRAWS, MIDDLE, Fit, fit, interval
@@ -95,7 +95,7 @@ def kinds_of(runs: Sequence[Run], against: str = "compute") -> list[Kind]:
 def _config(directory: Path) -> Config:
     if not (directory / CONFIG).is_file():
         raise ValueError(f"{directory / CONFIG} is missing; give the directory of a run that has trained")
-    return load(directory / CONFIG)
+    return load_saved(directory / CONFIG)
 
 
 def _value(config: Config, key: str) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from atlas_megatron import checkpoint, non_finite
 from atlas_megatron.checkpoint import Position, Trained
-from atlas_megatron.config import WITH_MEMORY, Config, has, load, to_toml
+from atlas_megatron.config import WITH_MEMORY, Config, has, load_saved, to_toml
 from atlas_megatron.data import Batch, Batches, build_datasets, micro_batches, trained_bytes_per_token
 from atlas_megatron.metrics import LOW_MEMORY_SHARE, Record, RunLog, Speed
 from atlas_megatron.mixers.base import Documents
@@ -69,7 +69,7 @@ class Trainer:
             config, validation_set, self.trained.chunks, partial(self._run, forward_only=True)
         )
         self.position = checkpoint.restore(resumed, config, self.trained) if resumed else Position()
-        differs = changed_keys(config, load(resumed / checkpoint.CONFIG), self.position.step) if resumed else ""
+        differs = changed_keys(config, load_saved(resumed / checkpoint.CONFIG), self.position.step) if resumed else ""
         if "data" in changes:
             self.position = replace(self.position, consumed_samples=0)
         self._saver = checkpoint.Saver(config, provenance)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_atlas import AtlasConfig
-from .convolution_atlas import ShortConvolution, late_key_starts, unrounded, wide
+from .convolution_atlas import ShortConvolution, edge_starts, unrounded, wide
 from .kernels_atlas import Gates, MemoryRule, State, gated_norm, omega_memory
 from .place_atlas import Place
 
@@ -140,17 +140,18 @@ class DeltaNet(nn.Module):
         super().__init__()
         delta, hidden = config.section("delta"), config.hidden_size
         self.heads, self.head_dim, self.epsilon = delta.heads, delta.head_dim, config.norm_epsilon
-        self.late_keys = delta.late_keys
+        self.delta = delta
         width = delta.heads * delta.head_dim
         self.linear_qkvg = nn.Linear(hidden, 4 * width, bias=False)
         self.linear_gates = nn.Linear(hidden, delta.heads * self.gates, bias=False)
         self.linear_out = nn.Linear(width, hidden, bias=False)
         self.convolution = ShortConvolution(delta.heads, delta.head_dim, delta.conv_size)
         self.norm_gain = nn.Parameter(torch.empty(delta.heads, delta.head_dim))
+        self.branch_bias = nn.Parameter(torch.empty(delta.heads, delta.head_dim)) if delta.open_gate else None
 
     def start(self) -> dict[str, Tensor]:
-        late = late_key_starts(self.linear_qkvg, self.convolution) if self.late_keys else {}
-        return {"norm_gain": torch.ones(self.norm_gain.shape), **late}
+        own = edge_starts(self.delta, self.linear_qkvg, self.convolution)
+        return {"norm_gain": torch.ones(self.norm_gain.shape), **own}
 
     def forward(self, x: Tensor, state: DeltaState | None, place: Place) -> tuple[Tensor, DeltaState]:
         """[B, T, hidden] -> [B, T, hidden] and the state after."""
@@ -168,7 +169,8 @@ class DeltaNet(nn.Module):
         empty = v.new_zeros(self.heads, self.head_dim, self.head_dim)
         with unrounded(x):
             y, after = omega_memory(q, k, v, gates, (empty,), DELTA_RULE, state=held, positions=place.documents)
-            y = gated_norm(y, branch.squeeze(-2), self.norm_gain, self.epsilon)
+            branch = branch.squeeze(-2) if self.branch_bias is None else branch.squeeze(-2) + self.branch_bias
+            y = gated_norm(y, branch, self.norm_gain, self.epsilon)
         return self.linear_out(y.flatten(2)), DeltaState(after, tail)
 
     def log_decay(self, logits: Tensor) -> Tensor | None:

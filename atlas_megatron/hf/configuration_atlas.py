@@ -46,6 +46,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "write_gate": False,
         "conv_size": 4,
         "late_keys": True,
+        "open_gate": True,
+        "copy_start": True,
         "gate_rank": 32,
         "alpha_start": 0.0,
         "theta_start": 0.9,
@@ -64,7 +66,15 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "segment": 128,
     },
     "recurrent": {"heads": 4, "head_dim": 64},
-    "delta": {"heads": 4, "head_dim": 64, "conv_size": 4, "late_keys": False, "impl": "auto"},
+    "delta": {
+        "heads": 4,
+        "head_dim": 64,
+        "conv_size": 4,
+        "late_keys": False,
+        "open_gate": False,
+        "copy_start": False,
+        "impl": "auto",
+    },
 }
 # The [model] section's keys lie flat in the configuration.
 MODEL = (
@@ -81,6 +91,8 @@ MODEL = (
 # Which section the heads of a layer are in.
 HEADS = {"M": "memory", "R": "recurrent", "L": "recurrent", "D": "delta", "G": "delta"}
 HEADS |= dict.fromkeys("*FAC", "attention")
+# Of the memory's keys those that came after models had been exported, and what such a folder's model is.
+LATER = {"open_gate": False, "copy_start": False}
 # What a model whose state is of constant size answers to tools that want a longest input: it has none.
 ENDLESS = 1 << 20
 # Names that generic tools read; each follows from the description.
@@ -139,7 +151,8 @@ class AtlasConfig(PretrainedConfig):
         self.norm_epsilon = norm_epsilon
         self.init_std = init_std
         self.transformer_engine = transformer_engine
-        self.memory = _complete("memory", memory)
+        # A folder's configuration names its architecture and lists all keys of its time.
+        self.memory = _complete("memory", {**LATER, **(memory or {})} if "architectures" in rest else memory)
         self.attention = _complete("attention", attention)
         self.recurrent = _complete("recurrent", recurrent)
         self.delta = _complete("delta", delta)

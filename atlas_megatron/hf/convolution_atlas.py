@@ -6,11 +6,12 @@ Dims: B batch, T tokens, H heads, K head size, L taps.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
-from .kernels_atlas import late_keys, short_convolution
+from .kernels_atlas import SILU_IS_ONE, copying, late_keys, short_convolution
 
 
 class ShortConvolution(nn.Module):
@@ -45,8 +46,15 @@ def unrounded(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False)
 
 
-def late_key_starts(projection: nn.Linear, convolution: ShortConvolution) -> dict[str, Tensor]:
-    """What `late_keys` makes of a layer's parameters as they were drawn, by their names in it."""
+def edge_starts(section: SimpleNamespace, projection: nn.Linear, convolution: ShortConvolution) -> dict[str, Tensor]:
+    """What `late_keys`, `copying` and an open gate make of a layer's parameters as they were drawn, where its section
+    asks for them; by their names in it."""
     taps = convolution.weight.detach()
-    rows, filters = late_keys(projection.weight.detach().unflatten(0, (len(taps), 4, -1)), taps)
-    return {"linear_qkvg.weight": rows.flatten(0, 2), "convolution.weight": filters}
+    rows, own = projection.weight.detach().unflatten(0, (len(taps), 4, -1)), {}
+    if section.late_keys:
+        rows, taps = late_keys(rows, taps)
+    if section.copy_start:
+        taps, own["linear_out.weight"] = copying(rows, taps)
+    if section.open_gate:
+        own["branch_bias"] = torch.full((section.heads, section.head_dim), SILU_IS_ONE)
+    return {"linear_qkvg.weight": rows.flatten(0, 2), "convolution.weight": taps, **own}

@@ -105,7 +105,7 @@ def read_source(source: Path) -> Source:
 
 
 def _source_at(folder: Path) -> Source:
-    config = described(megatron.load(folder / checkpoint.CONFIG))
+    config = described(megatron.load_saved(folder / checkpoint.CONFIG))
     stored = read_metadata(folder).state_dict_metadata
     tensors = {
         name: entry

@@ -4,12 +4,14 @@ import torch
 
 try:
     from atlas_kernels import (
+        SILU_IS_ONE,
         DualState,
         Gates,
         MemoryRule,
         MemoryState,
         State,
         budgeted,
+        copying,
         gated_norm,
         initial_coefficients,
         late_keys,
@@ -24,7 +26,7 @@ try:
     )
 except ImportError:
     from .dual import DualState  # type: ignore[no-redef]
-    from .edges import gated_norm, late_keys, short_convolution  # type: ignore[no-redef]
+    from .edges import SILU_IS_ONE, copying, gated_norm, late_keys, short_convolution  # type: ignore[no-redef]
     from .features import initial_coefficients, lift, lifted_width  # type: ignore[no-redef]
     from .op import State, omega_memory, read_memory  # type: ignore[no-redef]
 
@@ -38,12 +40,14 @@ omega_memory = torch.compiler.disable(omega_memory)
 read_memory = torch.compiler.disable(read_memory)
 
 __all__ = [
+    "SILU_IS_ONE",
     "DualState",
     "Gates",
     "MemoryRule",
     "MemoryState",
     "State",
     "budgeted",
+    "copying",
     "gated_norm",
     "initial_coefficients",
     "late_keys",

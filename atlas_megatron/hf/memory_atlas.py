@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_atlas import AtlasConfig
-from .convolution_atlas import ShortConvolution, late_key_starts, unrounded, wide
+from .convolution_atlas import ShortConvolution, edge_starts, unrounded, wide
 from .kernels_atlas import (
     Gates,
     MemoryRule,
@@ -70,6 +70,7 @@ class AtlasMemory(nn.Module):
         learned = start_coefficients(memory)
         self.coefficients = None if learned is None else nn.Parameter(torch.empty(heads, len(learned)))
         self.norm_gain = nn.Parameter(torch.empty(heads, memory.head_dim))
+        self.branch_bias = nn.Parameter(torch.empty(heads, memory.head_dim)) if memory.open_gate else None
         self.write_view = nn.Parameter(torch.empty(heads, 2 * memory.head_dim)) if memory.write_gate else None
         matrices = [nn.Parameter(torch.empty(heads, *shape)) for shape in weight_shapes(memory)]
         self.start_first, self.start_second, self.start_gate = (matrices + [None, None])[:3]  # type: ignore[list-item]
@@ -93,9 +94,7 @@ class AtlasMemory(nn.Module):
         for name, shape, gain in zip(("start_second", "start_gate"), over_input, (1.0, first[1] ** 0.5), strict=False):
             drawn = [nn.init.orthogonal_(torch.empty(*shape)) for _ in range(memory.heads)]
             own[name] = torch.stack(drawn) * gain
-        if memory.late_keys:
-            own |= late_key_starts(self.linear_qkvg, self.convolution)
-        return own
+        return own | edge_starts(memory, self.linear_qkvg, self.convolution)
 
     def forward(self, x: Tensor, state: AtlasState | None, place: Place) -> tuple[Tensor, AtlasState]:
         """[B, T, hidden] -> [B, T, hidden] and the state after."""
@@ -118,7 +117,8 @@ class AtlasMemory(nn.Module):
                 positions=place.documents,
                 products=qkv.dtype,
             )
-            y = gated_norm(y, branch.squeeze(-2), self.norm_gain, self.epsilon, self.memory.impl)
+            branch = branch.squeeze(-2) if self.branch_bias is None else branch.squeeze(-2) + self.branch_bias
+            y = gated_norm(y, branch, self.norm_gain, self.epsilon, self.memory.impl)
         return self.linear_out(y.flatten(2)), AtlasState(after, tail)
 
     def read(self, q: Tensor, state: AtlasState | None) -> Tensor:

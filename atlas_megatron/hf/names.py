@@ -42,6 +42,7 @@ MEMORY = (
     Name("convolution", "convolution.weight", "[heads, (q, k, v) x K, taps]"),
     Name("coefficients", "coefficients", "[heads, degree + 1]"),
     Name("norm_gain", "norm_gain", "[heads, K]"),
+    Name("branch_bias", "branch_bias", "[heads, K]"),
     Name("write_view", "write_view", "[heads, (key, value) x K]"),
     Name("start_first", "start_first", "[heads, V, F]"),
     Name("start_second", "start_second", "[heads, F, D]"),
@@ -75,6 +76,7 @@ DELTA = (
     Name("linear_out.weight", "linear_out.weight", "[hidden, heads x K]"),
     Name("convolution", "convolution.weight", "[heads, (q, k, v) x K, taps]"),
     Name("norm_gain", "norm_gain", "[heads, K]"),
+    Name("branch_bias", "branch_bias", "[heads, K]"),
 )
 DECAY = (
     Name("decay_rate_log", "decay_rate_log", "[heads]"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import late_keys, short_convolution
+from atlas_kernels import SILU_IS_ONE, copying, late_keys, short_convolution
+from atlas_megatron.config import DeltaConfig, MemoryConfig
 from atlas_megatron.parallel.context import ALONE, Chain
 
 
@@ -35,10 +36,23 @@ def initial_taps(heads: int, head_dim: int, size: int) -> Tensor:
     return torch.empty(heads, 3 * head_dim, size).uniform_(-bound, bound)
 
 
+def open_gate(heads: int, head_dim: int) -> Tensor:
+    """The start [H, K] of the output gate's bias, at which SiLU is one."""
+    return torch.full((heads, head_dim), SILU_IS_ONE)
+
+
 @torch.no_grad()
-def start_late_keys(projection: nn.Module, taps: nn.Parameter) -> None:
-    """`late_keys` of a layer as it was drawn, this rank's heads: a projection to q, k, v and output gate by head."""
+def start_edges(section: MemoryConfig | DeltaConfig, projection: nn.Module, taps: nn.Parameter, out: nn.Module) -> None:
+    """`late_keys` and `copying` of a layer as it was drawn, where its section asks for them; this rank's heads.
+
+    projection: to q, k, v and output gate by head; out: the output matrix, whose inputs are heads.
+    """
     weight = projection.get_parameter("weight")
-    rows, filters = late_keys(weight.unflatten(0, (len(taps), 4, -1)), taps)
+    rows, filters = weight.unflatten(0, (len(taps), 4, -1)), taps.detach()
+    if section.late_keys:
+        rows, filters = late_keys(rows, filters)
+    if section.copy_start:
+        filters, matrix = copying(rows, filters)
+        out.get_parameter("weight").copy_(matrix)
     weight.copy_(rows.flatten(0, 2))
     taps.copy_(filters)

@@ -24,7 +24,7 @@ from torch import Tensor
 from atlas_kernels import Gates, MemoryRule, MemoryState, State, gated_norm, initial_state, omega_memory
 from atlas_megatron.config import Config, MemoryConfig
 from atlas_megatron.mixers.base import Mixer, wide
-from atlas_megatron.mixers.convolution import convolved, initial_taps, start_late_keys
+from atlas_megatron.mixers.convolution import convolved, initial_taps, open_gate, start_edges
 from atlas_megatron.mixers.linears import MixerLinears
 from atlas_megatron.mixers.memory_layout import memory_flops
 from atlas_megatron.presets import PRESETS
@@ -74,9 +74,9 @@ class DeltaNet(Mixer):
         self.linear_gates = linears.gates(hidden, delta.heads * self.gates, self.config, self.tp_group)
         self.linear_out = linears.row(width, hidden, self.config, self.tp_group)
         self.convolution = self.by_head(initial_taps(delta.heads, delta.head_dim, delta.conv_size))
-        if delta.late_keys:
-            start_late_keys(self.linear_qkvg, self.convolution)
+        start_edges(delta, self.linear_qkvg, self.convolution, self.linear_out)
         self.norm_gain = self.by_head(torch.ones(delta.heads, delta.head_dim))
+        self.branch_bias = self.by_head(open_gate(delta.heads, delta.head_dim)) if delta.open_gate else None
         for parameter in self.parameters(recurse=False):
             parameter.no_weight_decay = True  # type: ignore[attr-defined]
 
@@ -84,7 +84,8 @@ class DeltaNet(Mixer):
     def num_params(cls, settings: Config) -> int:
         delta, hidden = settings.delta, settings.model.hidden_size
         width = delta.heads * delta.head_dim
-        return hidden * (5 * width + delta.heads * cls.gates) + 3 * width * delta.conv_size + width
+        edges = width * (3 * delta.conv_size + (2 if delta.open_gate else 1))  # taps, norm after, output gate's bias
+        return hidden * (5 * width + delta.heads * cls.gates) + edges
 
     @classmethod
     def flops_per_token(cls, settings: Config) -> tuple[float, float]:
@@ -108,7 +109,8 @@ class DeltaNet(Mixer):
         tokens = (q, k, v, logits[..., 0].sigmoid(), *(() if log_alpha is None else (log_alpha,)))
         y, memory = self.shards.scan(self, tokens, held, positions, sliced=not self.streamed)
 
-        y = gated_norm(y, branch.squeeze(-2), self.norm_gain, self.config.layernorm_epsilon, self.edges)
+        branch = branch.squeeze(-2) if self.branch_bias is None else branch.squeeze(-2) + self.branch_bias
+        y = gated_norm(y, branch, self.norm_gain, self.config.layernorm_epsilon, self.edges)
         return self.linear_out(y.flatten(2).transpose(0, 1).contiguous())[0], DeltaState(memory, tail)  # [T, B, D]
 
     def advance(

@@ -31,7 +31,7 @@ from atlas_kernels import (
 )
 from atlas_megatron.config import Config
 from atlas_megatron.mixers.base import Mixer, wide
-from atlas_megatron.mixers.convolution import convolved, initial_taps, start_late_keys
+from atlas_megatron.mixers.convolution import convolved, initial_taps, open_gate, start_edges
 from atlas_megatron.mixers.linears import MixerLinears
 from atlas_megatron.mixers.memory_layout import (
     ETA_HEADROOM,
@@ -98,7 +98,7 @@ class AtlasMixer(Mixer):
             + heads * gates  # gate biases
             + heads * coefficient_count(memory)
             + (2 * width if memory.write_gate else 0)  # its view of key and value
-            + width  # norm after
+            + width * (2 if memory.open_gate else 1)  # norm after; the output gate's bias
             + heads * sum(rows * cols for rows, cols in weight_shapes(memory))
         )
 
@@ -118,14 +118,14 @@ class AtlasMixer(Mixer):
         self.gate_down = self.on_every_rank(down)
 
         self.convolution = self.by_head(initial_taps(memory.heads, memory.head_dim, memory.conv_size))
-        if memory.late_keys:
-            start_late_keys(self.linear_qkvg, self.convolution)
+        start_edges(memory, self.linear_qkvg, self.convolution, self.linear_out)
         self.gate_bias = self.by_head(torch.tensor(gate_starts(memory, tokens)).repeat(memory.heads, 1))
         coefficients = initial_coefficients(memory.feature_map, memory.degree)
         if memory.kernel != "lifted":
             coefficients = torch.ones(1)  # the kernel's scale: exp(scale q . k)
         self.coefficients = None if coefficients is None else self.by_head(coefficients.repeat(memory.heads, 1))
         self.norm_gain = self.by_head(torch.ones(memory.heads, memory.head_dim))
+        self.branch_bias = self.by_head(open_gate(memory.heads, memory.head_dim)) if memory.open_gate else None
         # The hidden state of a first layer is one token: what to write is told by the convolved key and value.
         view = torch.zeros(memory.heads, 2 * memory.head_dim)
         self.write_view = self.by_head(view) if memory.write_gate else None
@@ -156,7 +156,8 @@ class AtlasMixer(Mixer):
             sliced = not (self.streamed or self.measure)
             y, after = self.shards.scan(self, tokens, held, positions, sliced=sliced)
 
-        y = gated_norm(y, branch.squeeze(-2), self.norm_gain, self.config.layernorm_epsilon, self.memory.impl)
+        branch = branch.squeeze(-2) if self.branch_bias is None else branch.squeeze(-2) + self.branch_bias
+        y = gated_norm(y, branch, self.norm_gain, self.config.layernorm_epsilon, self.memory.impl)
         return self.linear_out(y.flatten(2).transpose(0, 1).contiguous())[0], AtlasState(after, tail)  # [T, B, D]
 
     def _gates(self, hidden_states: Tensor, k: Tensor, v: Tensor) -> Gates:

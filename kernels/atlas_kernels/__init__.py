@@ -1,7 +1,7 @@
 """The ATLAS memory: a deep neural memory that learns, at test time, from a sliding window of the context."""
 
 from .dual import DualState
-from .edges import gated_norm, late_keys, short_convolution
+from .edges import SILU_IS_ONE, copying, gated_norm, late_keys, short_convolution
 from .features import FEATURE_MAPS, initial_coefficients, lift, lifted_width
 from .newton_schulz import newton_schulz
 from .op import State, check_implementation, omega_memory, read_memory
@@ -10,6 +10,7 @@ from .write_gate import budgeted, retained, write_gate, write_logit
 
 __all__ = [
     "FEATURE_MAPS",
+    "SILU_IS_ONE",
     "DualState",
     "Gates",
     "MemoryRule",
@@ -17,6 +18,7 @@ __all__ = [
     "State",
     "budgeted",
     "check_implementation",
+    "copying",
     "gated_norm",
     "initial_coefficients",
     "initial_state",

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-OWN_TOKEN = 0.2
+OWN_TOKEN = 0.2  # of what was drawn, where a start has an order of its own
+SILU_IS_ONE = 1.2784645  # SiLU of it
 
 
 def short_convolution(
@@ -61,6 +62,19 @@ def late_keys(projection: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
     rows = projection.clone()
     rows[:, 1] = rows[:, 0]
     return rows, channels.flatten(1, 2)
+
+
+def copying(projection: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
+    """A start in which what is read, once a memory has learned it, is the token that its value was.
+
+    projection [H, 4, K, D]: drawn rows of q, k, v and output gate; taps [H, 3K, L]: drawn filters. Returns the filters
+    with the values' own tap at one and the others OWN_TOKEN of what was drawn, and the output matrix [D, H K]: the
+    transpose of the values' rows.
+    """
+    channels = taps.unflatten(1, (3, -1)).clone()
+    channels[:, 2] *= OWN_TOKEN
+    channels[:, 2, :, -1] += 1.0
+    return channels.flatten(1, 2), projection[:, 2].flatten(0, 1).mT
 
 
 def gated_norm(y: Tensor, gate: Tensor, gain: Tensor, epsilon: float, impl: str = "auto") -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import atlas_megatron.config as megatron
 from atlas_kernels import op
@@ -109,6 +110,22 @@ def test_a_new_models_keys_start_late_as_megatrons_do() -> None:
         queries, keys = taps.unflatten(1, (3, -1)).unbind(1)[:2]
         assert torch.equal(q, k) is late
         assert torch.equal(queries[..., 1:], keys[..., :-1]) is late
+
+
+def test_a_new_model_starts_to_copy_as_megatrons_do() -> None:
+    model = AtlasModel(AtlasConfig(pattern="M-G-", vocab_size=64, hidden_size=32, delta={"heads": 2, "head_dim": 16}))
+    for mixer, copies in ((model.layers[0].mixer, True), (model.layers[2].mixer, False)):
+        values = mixer.linear_qkvg.weight.unflatten(0, (len(mixer.convolution.weight), 4, -1))[:, 2]
+        assert torch.equal(mixer.linear_out.weight, values.flatten(0, 1).mT) is copies
+        assert (mixer.branch_bias is not None) is copies
+    torch.testing.assert_close(F.silu(model.layers[0].mixer.branch_bias), torch.ones(4, 64))
+
+
+def test_an_exported_configuration_of_before_is_the_model_that_it_was() -> None:
+    memory = {key: value for key, value in AtlasConfig().memory.items() if key not in ("open_gate", "copy_start")}
+    before = AtlasConfig.from_dict({"architectures": ["AtlasForCausalLM"], "memory": memory})
+    assert (before.memory["open_gate"], before.memory["copy_start"]) == (False, False)
+    assert AtlasConfig(memory=memory).memory["open_gate"] is True
 
 
 def test_a_configuration_comes_back_from_json() -> None:

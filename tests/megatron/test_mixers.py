@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from atlas_kernels import Gates, MemoryState, omega_memory
@@ -62,6 +63,23 @@ def test_keys_start_late_where_the_config_says(symbol: str, late: bool) -> None:
     queries, keys = mixer.convolution.unflatten(1, (3, -1)).unbind(1)[:2]
     assert torch.equal(q, k) is late
     assert torch.equal(queries[..., 1:], keys[..., :-1]) is late
+
+
+@pytest.mark.parametrize("copies", [True, False])
+@pytest.mark.parametrize("symbol", ["M", "G"])
+@pytest.mark.usefixtures("single_process_megatron")
+def test_copying_and_an_open_gate_start_where_the_config_says(symbol: str, copies: bool) -> None:
+    keys = {"copy_start": copies, "open_gate": copies}
+    mixer = build_mixer(
+        symbol, replace(SMALL, memory=replace(SMALL.memory, **keys), delta=replace(SMALL.delta, **keys))
+    )
+    values = mixer.linear_qkvg.weight.unflatten(0, (len(mixer.convolution), 4, -1))[:, 2]
+    assert torch.equal(mixer.linear_out.weight, values.flatten(0, 1).mT) is copies
+    newest = mixer.convolution.unflatten(1, (3, -1))[:, 2, :, -1]
+    assert bool((newest > 0.8).all()) is copies
+    assert (mixer.branch_bias is not None) is copies
+    if copies:
+        torch.testing.assert_close(F.silu(mixer.branch_bias), torch.ones_like(mixer.branch_bias))
 
 
 @pytest.mark.usefixtures("single_process_megatron")
