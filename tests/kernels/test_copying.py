@@ -23,8 +23,8 @@ def test_a_value_is_its_token_and_the_output_says_it() -> None:
     filters, out = copying(rows, taps)
     tokens = torch.randn(1, TOKENS, HIDDEN, dtype=torch.float64)
     qkv = torch.einsum("btd,hpkd->bthpk", tokens, rows[:, :3])
-    qkv[..., 2, :] += 30.0  # where SiLU is the identity
-    v = short_convolution(qkv, filters, None)[2] - 30.0
+    qkv[..., 2, :] += 90.0  # where SiLU is the identity
+    v = short_convolution(qkv, filters, None)[2] - 90.0
     said = v.flatten(2) @ out.mT
     values = rows[:, 2].flatten(0, 1)
     torch.testing.assert_close(said, tokens @ (values.mT @ values))

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from atlas_megatron.config import Config, ParallelConfig, cut_evenly, describe, load, load_saved, model_differences, to_toml
+from atlas_megatron.config import (
+    Config,
+    ParallelConfig,
+    cut_evenly,
+    describe,
+    load,
+    load_saved,
+    model_differences,
+    to_toml,
+)
 from atlas_megatron.config_checks import validate
 from atlas_megatron.config_differences import changed_toml
 from atlas_megatron.optimizer import learning_rate
