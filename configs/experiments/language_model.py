@@ -24,6 +24,7 @@ import protocol
 import record
 from atlas_megatron.config import WITH_MEMORY, has, load
 from protocol import Contender, Protocol
+from recipe_rows import OURS
 
 GPU = torch.cuda.is_available()
 BASE = record.ROOT / "configs" / ("experiments/language_model_gpu.toml" if GPU else "quickstart.toml")
@@ -44,6 +45,9 @@ CONTENDERS: dict[str, Contender] = {
     "OmegaNet": Contender(("memory.preset=omeganet",), "without Muon; a write a token"),
     "titans": Contender(("memory.preset=titans",), "a write a token"),
     "Gated DeltaNet": Contender(("model.pattern=G-*-G-", "delta.head_dim=32"), "baseline"),
+    "Gated DeltaNet, our starts": Contender(
+        ("model.pattern=G-*-G-", "delta.head_dim=32", *OURS), "baseline, with the memories' starts"
+    ),
     "attention (Transformer++)": Contender(("model.pattern=F-F-F-",), "baseline"),
     "sliding window": Contender(("model.pattern=*-*-*-",), "baseline"),
     "DeltaNet": Contender(("model.pattern=D-*-D-", "delta.head_dim=32"), "baseline"),

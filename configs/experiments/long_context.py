@@ -101,7 +101,7 @@ CONTENDERS = {
     "atlas, no gate": Contender("atlas", 16, {**ATLAS, "alpha_start": 0.999}, reach=2**20),
     "omeganet, no gate": Contender("omeganet", 16, OMEGANET, reach=2**20),
     "gated delta": Contender("gated delta", 16, lr=1e-2),
-    "gated delta, late keys": Contender("gated delta", 16, delta={"late_keys": True}, lr=1e-2),
+    "gated delta, our starts": Contender("gated delta", 16, delta=training.OUR_STARTS, lr=1e-2),
     "sliding window": Contender("sliding window", 64, lr=1e-2, longer=2),
     "attention": Contender("attention", 0, lr=1e-2, longer=2, grows=True),
 }

@@ -1,15 +1,18 @@
 """What the recipe search compares: every hypothesis a row, by name.
 
-The first row is the recipe that the others change in one place each: the preset, with the defaults that won. Keys
-start as they are drawn, for all but the row of late keys, which came last and changes recall more than these figures.
+The first row is the recipe that the others change in one place each: the preset, with the defaults that won. But for
+the rows that ask for another start, keys, values and output start as they are drawn: how they start came last.
 """
 
 from __future__ import annotations
 
 from protocol import Contender
 
-DRAWN = "memory.late_keys=false"
-ATLAS = ("memory.preset=atlas", DRAWN)
+DRAWN = ("memory.late_keys=false", "memory.open_gate=false", "memory.copy_start=false")
+ATLAS = ("memory.preset=atlas", *DRAWN)
+
+# Of a Gated DeltaNet: what the memories start with by default.
+OURS = ("delta.late_keys=true", "delta.open_gate=true", "delta.copy_start=true")
 
 
 def _atlas(*words: str, asks: str, trial: str = "") -> Contender:
@@ -17,7 +20,7 @@ def _atlas(*words: str, asks: str, trial: str = "") -> Contender:
 
 
 def _member(preset: str, *words: str, asks: str = "the member as it is") -> Contender:
-    return Contender((f"memory.preset={preset}", DRAWN, *words), asks)
+    return Contender((f"memory.preset={preset}", *DRAWN, *words), asks)
 
 
 SCREEN: dict[str, Contender] = {
@@ -106,12 +109,18 @@ SCREEN: dict[str, Contender] = {
     "both": _atlas(asks="8", trial="linear keys + unit values"),
     "a value under the key before": _atlas(asks="the next token's value under this key", trial="next value"),
     "keys start as queries": _atlas(asks="8: starts", trial="keys as queries"),
-    "keys start as the queries before": Contender(
-        ("memory.preset=atlas",), "8: the memory starts by answering what followed a query; the default"
+    "keys start as the queries before": _atlas(
+        "memory.late_keys=true", asks="8: the memory starts by answering what followed a query"
     ),
     "keys start as the queries before, half the heads": _atlas(asks="8", trial="late keys of half the heads"),
-    "copies at the start": _atlas(asks="8: and the answer starts as the token that followed", trial="copy start"),
+    "copies at the start": _atlas(
+        *("memory.late_keys=true", "memory.copy_start=true"), asks="8: and the answer starts as the token that followed"
+    ),
+    "an open gate": _atlas("memory.open_gate=true", asks="8: reads start without a random sign"),
+    "an open gate, late keys": _atlas("memory.open_gate=true", "memory.late_keys=true", asks="8"),
+    "copies through an open gate": Contender(("memory.preset=atlas",), "8: all three; the default"),
     "Gated DeltaNet, late keys": Contender(("model.pattern=G-G-", "delta.late_keys=true"), "8: so its keys"),
+    "Gated DeltaNet, copies through an open gate": Contender(("model.pattern=G-G-", *OURS), "8: all three"),
     # 10: magnitude after Newton-Schulz.
     "x nuclear norm": _atlas(asks="10: steepest descent in the spectral norm", trial="steepest"),
     "x Frobenius norm": _atlas(asks="10", trial="sized"),

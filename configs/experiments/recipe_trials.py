@@ -209,7 +209,6 @@ class Provisional(Trial):
 
 # The size of momentum that counts as one.
 UNIT, MOST = 10.0, 4.0
-SILU_IS_ONE = 1.2785
 WRITERS: dict[str, type[Trial]] = {
     "weighed": Weighed, "steepest": Steepest, "sized": Sized,
     "saturating": Saturating, "floor 1": Floored, "floor 3": FlooredAt3, "floor 10": FlooredAt10,
@@ -264,31 +263,6 @@ def _late_keys(self: AtlasMixer, heads: slice) -> None:
     changed, taps = atlas_kernels.late_keys(rows, self.convolution[heads])
     rows.copy_(changed)
     self.convolution[heads] = taps
-
-
-def copy_start() -> None:
-    """`late_keys`, and what is read starts as the token that the value was: values of the token alone, the output
-    matrix the transpose of theirs."""
-
-    def copying(self: AtlasMixer) -> None:
-        _late_keys(self, slice(None))
-        width = self.memory.head_dim
-        values = self.linear_qkvg.weight.view(-1, 4, width, self.linear_qkvg.weight.shape[-1])[:, 2]
-        self.linear_out.weight.copy_(values.flatten(0, 1).T)
-        taps = self.convolution.view(-1, 3, width, self.convolution.shape[-1])[:, 2]
-        taps.mul_(0.2)[..., -1] += 1.0
-
-    _starts(copying)
-
-
-def open_gate() -> None:
-    """The output gate starts where SiLU is one: with gates around zero a read begins with a random sign."""
-    gated = mixer.gated_norm
-
-    def opened(y: Tensor, gate: Tensor, *rest: Any) -> Tensor:
-        return gated(y, gate + SILU_IS_ONE, *rest)
-
-    mixer.gated_norm = opened
 
 
 def late_keys_half() -> None:
@@ -380,8 +354,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "spans of 25 to 1600": spread(25, 100, 400, 1600), "spans of 50 to 400": spread(50, 100, 200, 400),
     "own gradient first": own_first(0.02), "own gradient first, 0.1": own_first(0.1),
     "W2 x 2": second(2.0), "W2 x 4": second(4.0), "W2 x 8": second(8.0),
-    "copy start": copy_start, "late keys of half the heads": late_keys_half, "keys as queries": keys_as_queries,
-    "open gate": open_gate,
+    "late keys of half the heads": late_keys_half, "keys as queries": keys_as_queries,
 }  # fmt: skip
 
 

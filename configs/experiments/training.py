@@ -37,9 +37,17 @@ NS_PERIOD = 2
 # with 0.15 83 %, with 0.4 60 % (heads of 16, rate 0.01, one seed, keys as drawn).
 ETA_SUM, ORTHOGONAL = 1.0, 0.15
 GATE_RANK = 8
-# Deep memories have exact outer gradients here, which can be had of sequences as short as these. What follows a mixer's
-# name is another share of the gradient through the anchors: the trainer's default, and none.
-SHARES = {", damped": 0.3, ", first order": 0.0}
+# What a Gated DeltaNet's keys, output gate and values start with in `our starts`: as the memories' do.
+STARTS = ("late_keys", "open_gate", "copy_start")
+OUR_STARTS = dict.fromkeys(STARTS, True)
+# What follows a mixer's name changes keys of its section: [memory], or [delta] of the delta nets.
+VARIANTS: dict[str, dict[str, Any]] = {
+    ", damped": {"anchor_gradient": 0.3},
+    ", first order": {"anchor_gradient": 0.0},
+    ", starts as drawn": dict.fromkeys(STARTS, False),
+    ", our starts": OUR_STARTS,
+    ", a write every 8": {"ns_period": 8},
+}
 # What each mixer is: a symbol of `model.pattern` and the memory's preset.
 SYMBOLS = {
     "atlas": ("M", "atlas"),
@@ -61,6 +69,7 @@ SETTINGS = {
     "hidden": HIDDEN, "feed_forward": FEED_FORWARD, "layers": LAYERS, "heads": HEADS, "window": WINDOW, "chunk": CHUNK,
     "gate_rank": GATE_RANK, "ns_period": NS_PERIOD, "eta_sum": ETA_SUM, "orthogonal": ORTHOGONAL, "init_std": INIT_STD,
     "embedding_std": EMBEDDING_STD, "betas": BETAS, "clip": CLIP,
+    **{f"memory.{start}": getattr(MemoryConfig(), start) for start in STARTS},
 }  # fmt: skip
 NOTHING: dict[str, float | None] = {"accuracy": None, "loss": None}
 
@@ -78,8 +87,8 @@ class Schedule:
 
 
 def plain_of(mixer: str) -> tuple[str, str]:
-    """A mixer's name without the suffix of SHARES, and that suffix."""
-    suffix = next((suffix for suffix in SHARES if mixer.endswith(suffix)), "")
+    """A mixer's name without the suffix of VARIANTS, and that suffix."""
+    suffix = next((suffix for suffix in VARIANTS if mixer.endswith(suffix)), "")
     return mixer.removesuffix(suffix), suffix
 
 
@@ -93,6 +102,7 @@ def config_of(mixer: str, size: int, tokens: int, vocabulary: int, *, mlp: bool)
     if plain not in SYMBOLS:
         raise ValueError(f"mixer={mixer!r} is unknown; choose one of {', '.join(SYMBOLS)}")
     symbol, preset = SYMBOLS[plain]
+    own = VARIANTS.get(suffix, {})
     config = Config(
         model=ModelConfig(
             pattern=(symbol + "-" * mlp) * LAYERS,
@@ -102,8 +112,8 @@ def config_of(mixer: str, size: int, tokens: int, vocabulary: int, *, mlp: bool)
             seq_length=tokens,
             init_std=INIT_STD,
         ),
-        memory=_memory(preset, size, SHARES.get(suffix, 1.0)),
-        delta=DeltaConfig(heads=HEADS, head_dim=size) if symbol == "G" else DeltaConfig(),
+        memory=_memory(preset, size, own),
+        delta=DeltaConfig(heads=HEADS, head_dim=size, **own) if symbol == "G" else DeltaConfig(),
         attention=AttentionConfig(
             heads=HEADS, head_dim=HIDDEN // HEADS, window=size if mixer == "sliding window" else tokens
         ),
@@ -113,14 +123,15 @@ def config_of(mixer: str, size: int, tokens: int, vocabulary: int, *, mlp: bool)
     return config
 
 
-def _memory(preset: str, size: int, anchor_gradient: float) -> MemoryConfig:
+def _memory(preset: str, size: int, own: dict[str, Any]) -> MemoryConfig:
     if not preset:
         return MemoryConfig()
     memory = replace(MemoryConfig(), preset=preset, heads=HEADS, head_dim=size, gate_rank=GATE_RANK, **PRESETS[preset])
-    memory = replace(memory, anchor_gradient=anchor_gradient)
     # Short sequences: several chunks, and windows shorter than one.
     memory = replace(memory, chunk=min(memory.chunk, CHUNK), window=min(memory.window, WINDOW), eta_sum=ETA_SUM)
-    return replace(memory, ns_period=NS_PERIOD, eta_start=ORTHOGONAL) if memory.ns_steps else memory
+    if memory.ns_steps:
+        memory = replace(memory, ns_period=NS_PERIOD, eta_start=ORTHOGONAL)
+    return replace(memory, **own)
 
 
 def state_floats(config: Config) -> int:

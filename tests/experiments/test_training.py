@@ -65,11 +65,18 @@ def test_compression_is_read_from_the_last_output_alone() -> None:
     assert gradient[:-1].abs().max() == 0 and gradient[-1].abs().max() > 0
 
 
-def test_a_suffix_names_the_share_of_the_outer_gradient() -> None:
+def test_a_suffix_changes_keys_of_the_mixers_section() -> None:
     names = {"atlas": 1.0, "atlas, damped": 0.3, "atlas, first order": 0.0}
     for name, share in names.items():
         config = training.config_of(name, 8, TOKENS, VOCABULARY, mlp=False)
         assert (config.memory.preset, config.memory.anchor_gradient) == ("atlas", share)
+        assert config.memory.ns_period == training.NS_PERIOD and config.memory.open_gate
+    rare = training.config_of("atlas, a write every 8", 8, TOKENS, VOCABULARY, mlp=False)
+    assert rare.memory.ns_period == 8
+    drawn = training.config_of("titans, starts as drawn", 8, TOKENS, VOCABULARY, mlp=False)
+    assert not (drawn.memory.late_keys or drawn.memory.open_gate or drawn.memory.copy_start)
+    ours = training.config_of("gated delta, our starts", 8, TOKENS, VOCABULARY, mlp=False)
+    assert ours.delta.late_keys and ours.delta.open_gate and ours.delta.copy_start
 
 
 def test_an_unknown_mixer_is_refused() -> None:
