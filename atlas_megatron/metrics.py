@@ -58,12 +58,29 @@ def read(run_directory: str | Path) -> list[Record]:
     path = Path(run_directory) / METRICS
     if not path.is_file():
         raise ValueError(f"{path} is missing; give the directory of a run that has trained")
-    return _whole_records(path)
+    records = _whole_records(path)
+    if not records:
+        raise ValueError(f"{path} holds no record; give the directory of a run that has trained")
+    return records
 
 
 def _whole_records(path: Path) -> list[Record]:
-    # A killed process can leave its last line unfinished.
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    """Raises ValueError, with the line's number, where one of them is no record."""
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        # A killed process can leave its last line unfinished.
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            record, why = None, str(error)
+        else:
+            why = "no object with a step and a loss"
+        if not isinstance(record, dict) or not {"step", "loss"} <= record.keys() or type(record["step"]) is not int:
+            raise ValueError(f"line {number} of {path} is no record of a step ({why}); remove that line")
+        records.append(record)
+    return records
 
 
 class Speed:

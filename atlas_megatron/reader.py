@@ -168,7 +168,17 @@ class HuggingFaceReader:
             written.unlink(missing_ok=True)
 
     def load_memory(self, path: Path) -> None:
-        self._memory = self._model.load_memory(path)
+        memory = self._model.load_memory(path)
+        try:
+            # A token on trial: states of another form show where they are used.
+            with torch.no_grad():
+                self._model(torch.zeros(1, 1, dtype=torch.int64, device=self.device), past_key_values=copy.copy(memory))
+        except (RuntimeError, TypeError, LookupError, AttributeError, AssertionError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{path} is no memory of one text of this model ({reason}); give another file") from error
+        self._memory = memory
 
     @torch.no_grad()
     def read(self, tokens: Tensor, keep: int | None = None) -> Tensor:

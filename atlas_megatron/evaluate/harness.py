@@ -7,11 +7,15 @@ of one's own says. Importing this module raises ValueError where lm-eval is not 
 from __future__ import annotations
 
 import difflib
+import io
 import json
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from atlas_megatron.evaluate.continuations import Answer, Generation, Question, alike, ask, batches, write
 from atlas_megatron.reader import Reader
@@ -20,6 +24,7 @@ from atlas_megatron.streaming import check_sampling
 try:
     import datasets
     import lm_eval.tasks
+    import sqlitedict
     from huggingface_hub import constants
     from lm_eval import simple_evaluate
     from lm_eval.api.model import TemplateLM
@@ -200,7 +205,7 @@ def run(
     if shots is not None and shots < 0:
         raise ValueError(f"shots={shots} must be 0 or more")
     model = AtlasLM(reader, batch, segment, seed)
-    with _offline():
+    with _offline(), patch.object(sqlitedict, "SqliteDict", partial(sqlitedict.SqliteDict, decode=_plain)):
         manager = _manager(tasks, include_path)
         loaded = _load(manager, tasks)
         results = simple_evaluate(
@@ -227,6 +232,21 @@ def knows(task: str, include_path: Path | None = None) -> bool:
         task
         in TaskManager(include_path=[*(theirs / name for name in LIKE_OURS), *own], include_defaults=False).all_tasks
     )
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, texts and lists of them; no class."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it would run {module}.{name}")
+
+
+def _plain(stored: bytes) -> Any:
+    """An answer that lm-eval kept, which it would unpickle without limits. Raises ValueError where it is none."""
+    try:
+        return _PlainUnpickler(io.BytesIO(bytes(stored))).load()
+    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"a kept answer cannot be read ({error}); remove the file answers_* among results") from error
 
 
 @contextmanager

@@ -122,10 +122,14 @@ class AtlasCache:
                 if found:
                     raise ValueError(f"{path} is the memory of another model: {'; '.join(found)}; load it into its own")
                 memory = json.loads(said["memory"])
+                if len(memory["layers"]) != len(config.pattern):
+                    raise ValueError(f"{path} has {len(memory['layers'])} layers, the model {len(config.pattern)}")
                 cache.states = [_restored(state, file.get_tensor) for state in memory["layers"]]
                 cache.position = _restored(memory["position"], file.get_tensor)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read: {error}; give a file that save_memory wrote") from error
+        except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}); give a file that save_memory wrote") from error
         return cache
 
 

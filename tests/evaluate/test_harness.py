@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import pickle
 import shutil
 import sys
 from dataclasses import replace
@@ -405,3 +406,17 @@ def test_without_lm_eval_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(ValueError, match=r"need the lm-eval package .* pip install -e '\.\[eval\]' -c constraints"):
         importlib.import_module(harness.__name__)
+
+
+def test_a_kept_answer_runs_nothing() -> None:
+    ran: list[str] = []
+
+    class Payload:
+        def __reduce__(self) -> Any:
+            return ran.append, ("ran",)
+
+    assert harness._plain(pickle.dumps((-1.5, True))) == (-1.5, True)
+    for raw in (pickle.dumps(Payload()), b"", b"no pickle"):
+        with pytest.raises(ValueError, match="a kept answer cannot be read"):
+            harness._plain(raw)
+    assert not ran

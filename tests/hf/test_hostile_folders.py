@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from atlas_megatron.hf import weights
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
@@ -124,3 +126,30 @@ def test_a_description_that_is_none_is_refused(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"is no Hugging Face folder|holds a model of type None"):
         checked(folder)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {}, {"memory": "{}"}, {"memory": '{"layers": [], "position": 0}'}, {"memory": "["}, {"model": "[" * 100_000},
+        {"memory": '{"layers": [null, null], "position": {"tensor": "none"}}'},
+        {"memory": '{"layers": [{"state": "Other", "fields": {}}, null], "position": 3}'},
+        {"memory": '{"layers": [{"tensor": "x"}, {"tensor": "x"}], "position": 3}'},
+        {"memory": '{"layers": [{"state": "AtlasState", "fields": {"x": 1}}, null], "position": 3}'},
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_a_memory_of_another_form_is_refused(folder: Path, tmp_path: Path, changed: dict[str, str]) -> None:
+    reader = HuggingFaceReader(folder)
+    reader.read(torch.tensor([[1, 2, 3]]))
+    reader.save_memory(tmp_path / "kept")
+    with safe_open(str(tmp_path / "kept"), "pt") as file:
+        said = file.metadata()
+    reader.load_memory(tmp_path / "kept")
+    save_file({"x": torch.zeros(2, 2)}, str(tmp_path / "other"), said | changed)
+    with pytest.raises(ValueError, match=str(tmp_path / "other")) as refused:
+        reader.load_memory(tmp_path / "other")
+    assert "\n" not in str(refused.value)
+    (tmp_path / "other").write_bytes((tmp_path / "kept").read_bytes()[:-10])
+    with pytest.raises(ValueError, match="cannot be read"):
+        reader.load_memory(tmp_path / "other")

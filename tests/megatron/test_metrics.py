@@ -116,3 +116,17 @@ def test_a_run_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [path.name for path in written] == ["loss.png", "position_loss.png"]
     for path in written:
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("line", [b"{", b"[]", b"3", b"{}", b'{"step": "1", "loss": 1}', b"[" * 100_000, b"\xff\xfe"])
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: bytes) -> None:
+    file = tmp_path / metrics.METRICS
+    file.write_bytes(b'{"step": 1, "loss": 2.0}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=rf"line 2 of {file} is no record of a step .*remove that line"):
+        metrics.read(tmp_path)
+    # What a killed process left unfinished is no line yet.
+    file.write_bytes(b'{"step": 1, "loss": 2.0}\n' + line)
+    assert [record["step"] for record in metrics.read(tmp_path)] == [1]
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match="holds no record"):
+        metrics.read(tmp_path)
