@@ -9,7 +9,10 @@ from atlas_megatron.config_values import toml_value
 from atlas_megatron.presets import PRESETS
 
 # Where a run lies, and how it is watched and repaired, make nothing of what it learns another.
-ASIDE = ("run.directory", "data.workers", "data.allow_change", "log.", "resilience.", "parallel.")
+ASIDE = (
+    "run.directory", "data.workers", "data.allow_change", "log.", "resilience.", "parallel.", "checkpoint.",
+    "train.log_every", "train.stats_every",
+)  # fmt: skip
 
 
 def changed_toml(config: Config) -> str:
