@@ -21,6 +21,9 @@ CONTEXT_MODES = ("auto", "heads", "handoff", "heads+handoff")
 PACKED = "M*FARLDG-"
 # Sizes of FP8 products.
 FP8_MULTIPLE = 16
+# Of one process: each is a process more.
+MOST_WORKERS = 1024
+LONGEST_MINUTES = 365 * 24 * 60
 # Lifted features a head: a memory's matrices grow with them.
 WIDEST = 4096
 
@@ -80,8 +83,17 @@ def _check_ranges(config: Config) -> None:
     for key in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(train, key) < 1:
             raise ValueError(f"train.{key}={getattr(train, key)} must lie in [0, 1)")
-    if config.data.workers < 0:
-        raise ValueError(f"data.workers={config.data.workers} must be 0 (none beside the process itself) or more")
+    if not 0 <= config.data.workers <= MOST_WORKERS:
+        raise ValueError(
+            f"data.workers={config.data.workers} must be 0 (none beside the process itself) or more, {MOST_WORKERS} at "
+            "most"
+        )
+    for name, minutes in (
+        ("parallel.timeout_minutes", config.parallel.timeout_minutes),
+        ("resilience.hang_minutes", config.resilience.hang_minutes),
+    ):
+        if minutes > LONGEST_MINUTES:
+            raise ValueError(f"{name}={minutes} is longer than a year; give {LONGEST_MINUTES} minutes at most")
     if attention.persistent < 0:
         raise ValueError(f"attention.persistent={attention.persistent} must be 0 or more")
     for key in ("devices_per_node", "context_slices"):
