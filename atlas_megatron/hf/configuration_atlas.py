@@ -109,7 +109,7 @@ class AtlasConfig(PretrainedConfig):
     """An ATLAS model. pattern: one symbol a layer, M * F A C R L D G - as in `model.pattern`, without pipeline cuts.
 
     memory, attention, recurrent, delta: the sections of those names; keys that are not given start as SECTIONS has
-    them. Raises ValueError for a key that a section does not have.
+    them. gradient_reach: see `memory_atlas.reach_of`. Raises ValueError for a key that a section does not have.
     """
 
     model_type = "atlas"
@@ -137,6 +137,7 @@ class AtlasConfig(PretrainedConfig):
         recurrent: dict[str, Any] | None = None,
         delta: dict[str, Any] | None = None,
         use_cache: bool = True,
+        gradient_reach: int | None = None,
         bos_token_id: int | None = None,
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
@@ -157,6 +158,7 @@ class AtlasConfig(PretrainedConfig):
         self.recurrent = _complete("recurrent", recurrent)
         self.delta = _complete("delta", delta)
         self.use_cache = use_cache
+        self.gradient_reach = gradient_reach
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .configuration_atlas import AtlasConfig
 from .convolution_atlas import ShortConvolution, edge_starts, unrounded, wide
@@ -31,6 +32,8 @@ from .kernels_atlas import (
     write_logit,
 )
 from .place_atlas import Place
+
+logger = logging.get_logger(__name__)
 
 # As in pretraining: a learned step size stays below so many times its start.
 ETA_HEADROOM = 10.0
@@ -56,6 +59,7 @@ class AtlasMemory(nn.Module):
         super().__init__()
         self.memory = memory = config.section("memory")
         self.rule = rule_of(memory)
+        self.trained, self.gradient_reach = config.seq_length, reach_of(config)
         self.write_budget = 0.0  # of the loss, for each token's write gate; a trainer sets it
         self.epsilon, self.init_std = config.norm_epsilon, config.init_std
         hidden, heads, width = config.hidden_size, memory.heads, memory.heads * memory.head_dim
@@ -104,22 +108,51 @@ class AtlasMemory(nn.Module):
         q, k, v, tail = self.convolution(qkv, tail, place.documents)
         gates = self.gates(x, k, v)
         with unrounded(x):
-            y, after = omega_memory(
-                self.lifted(q),
-                self.lifted(k, key=True),
-                v,
-                gates,
-                self.start_weights(),
-                self.rule,
-                state=held,
-                residual=(q, k) if self.own_residual else None,
-                impl=self.memory.impl,
-                positions=place.documents,
-                products=qkv.dtype,
-            )
+            y, after = self.scanned(q, k, v, gates, held, place.documents, qkv.dtype)
             branch = branch.squeeze(-2) if self.branch_bias is None else branch.squeeze(-2) + self.branch_bias
             y = gated_norm(y, branch, self.norm_gain, self.epsilon, self.memory.impl)
         return self.linear_out(y.flatten(2)), AtlasState(after, tail)
+
+    def scanned(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Gates,
+        state: State | None,
+        documents: Tensor | None,
+        products: torch.dtype,
+    ) -> tuple[Tensor, State]:
+        """What q [B, T, H, K] read while k and v are written, and the memory after; gradients end at `gradient_reach`.
+
+        Beyond the length of training the product of Jacobians, one a chunk, may be of any size: at 8 times that length
+        a fresh omeganet's gradient had a norm of 1e19.
+        """
+        tokens, outputs = q.shape[1], []
+        reach = self.gradient_reach if torch.is_grad_enabled() and tokens > self.trained else 0
+        if reach:
+            logger.warning_once(
+                f"{tokens} tokens are read at once, more than the {self.trained} of training: gradients go back over "
+                f"{reach} tokens of a memory; config.gradient_reach says how far, 0 over all"
+            )
+        for first in range(0, tokens, reach or tokens):
+            part = slice(first, first + (reach or tokens))
+            y, state = omega_memory(
+                self.lifted(q[:, part]),
+                self.lifted(k[:, part], key=True),
+                v[:, part],
+                Gates(**{f.name: getattr(gates, f.name)[:, part] for f in fields(Gates)}),
+                self.start_weights(),
+                self.rule,
+                state=state.map(Tensor.detach) if first and state is not None else state,
+                residual=(q[:, part], k[:, part]) if self.own_residual else None,
+                impl=self.memory.impl,
+                positions=None if documents is None else documents[:, part],
+                products=products,
+            )
+            outputs.append(y)
+        assert state is not None
+        return torch.cat(outputs, 1), state
 
     def read(self, q: Tensor, state: AtlasState | None) -> Tensor:
         """What the memory as it stands answers to q [B, T, H, K], without a write: [B, T, H, K]."""
@@ -179,6 +212,15 @@ class AtlasMemory(nn.Module):
     def start_weights(self) -> tuple[Tensor, ...]:
         """The memory before the first token, [H, rows, cols] each."""
         return tuple(wide(w) for w in (self.start_first, self.start_second, self.start_gate) if w is not None)
+
+
+def reach_of(config: AtlasConfig) -> int:
+    """Tokens over which gradients go back through a memory in a call longer than training: given, or a quarter of the
+    length of training, in whole chunks; 0: all, as exponential kernels need, which keep their sources as they are."""
+    memory, given = config.section("memory"), config.gradient_reach
+    if memory.kernel != "lifted":
+        return 0
+    return max(1, config.seq_length // 4 // memory.chunk) * memory.chunk if given is None else given
 
 
 def rule_of(memory: SimpleNamespace) -> MemoryRule:
