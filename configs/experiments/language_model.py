@@ -24,7 +24,7 @@ import protocol
 import record
 from atlas_megatron.config import WITH_MEMORY, has, load
 from protocol import Contender, Protocol
-from recipe_rows import OURS
+from recipe_rows import DRAWN, OURS
 
 GPU = torch.cuda.is_available()
 BASE = record.ROOT / "configs" / ("experiments/language_model_gpu.toml" if GPU else "quickstart.toml")
@@ -41,7 +41,7 @@ SILENCED = "train.validate_silenced=true"  # what the memories contribute
 # base's. ATLAS stands here with several periods: beside OmegaNet, which writes at every token, a write a chunk reads
 # its own chunk late.
 CONTENDERS: dict[str, Contender] = {
-    "atlas": Contender(asks="a write a chunk of 64"),
+    "atlas": Contender(asks="a write every 16 tokens"),
     "OmegaNet": Contender(("memory.preset=omeganet",), "without Muon; a write a token"),
     "titans": Contender(("memory.preset=titans",), "a write a token"),
     "Gated DeltaNet": Contender(("model.pattern=G-*-G-", "delta.head_dim=32"), "baseline"),
@@ -51,7 +51,8 @@ CONTENDERS: dict[str, Contender] = {
     "attention (Transformer++)": Contender(("model.pattern=F-F-F-",), "baseline"),
     "sliding window": Contender(("model.pattern=*-*-*-",), "baseline"),
     "DeltaNet": Contender(("model.pattern=D-*-D-", "delta.head_dim=32"), "baseline"),
-    "atlas, a write every 16": Contender(("memory.ns_period=16",), "the period"),
+    "atlas, a write a chunk": Contender(("memory.ns_period=64",), "the period"),
+    "atlas, starts as drawn": Contender(DRAWN, "keys, output gate and values as they are drawn"),
     "c = 1": Contender(("memory.window=1",), "the paper's Table 6"),
     "without phi": Contender(("memory.feature_map=identity",), "the paper's Table 6"),
     "linear memory": Contender(("memory.memory=linear", "memory.norm=none"), "the paper's Table 6"),
