@@ -12,7 +12,6 @@ import json
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -205,7 +204,7 @@ def run(
     if shots is not None and shots < 0:
         raise ValueError(f"shots={shots} must be 0 or more")
     model = AtlasLM(reader, batch, segment, seed)
-    with _offline(), patch.object(sqlitedict, "SqliteDict", partial(sqlitedict.SqliteDict, decode=_plain)):
+    with _offline(), patch.object(sqlitedict, "SqliteDict", _PlainAnswers):
         manager = _manager(tasks, include_path)
         loaded = _load(manager, tasks)
         results = simple_evaluate(
@@ -332,3 +331,10 @@ def scores(results: dict[str, Any]) -> dict[str, tuple[float, float]]:
             label = f"{name} {metric}" + ("" if filtered == "none" else f" ({filtered})")
             found[label] = (float(value), float(error) if isinstance(error, int | float) else 0.0)
     return found
+
+
+class _PlainAnswers(sqlitedict.SqliteDict):  # type: ignore[misc]
+    """lm-eval's kept answers, read as plain data."""
+
+    def __init__(self, path: str, autocommit: bool = False) -> None:
+        super().__init__(path, autocommit=autocommit, decode=_plain)

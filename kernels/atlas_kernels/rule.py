@@ -143,7 +143,7 @@ MOST_TRIED = 1 << 16
 
 def _nearest_divisor(n: int, wanted: int) -> int:
     small = [d for d in range(1, min(isqrt(n), MOST_TRIED) + 1) if n % d == 0]
-    return min((*small, *(n // d for d in small)), key=lambda d: abs(d - wanted))
+    return min((*small, *(n // d for d in small)), key=lambda d: (abs(d - wanted), d))
 
 
 @dataclass(frozen=True)

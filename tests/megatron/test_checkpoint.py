@@ -61,10 +61,15 @@ def test_a_rerun_is_bit_equal(unbroken: Path, tmp_path: Path) -> None:
     assert_same_end(tmp_path / "run", unbroken / "run")
 
 
+def saved_in(run: Path) -> list[str]:
+    """The names of a run's checkpoints."""
+    return sorted(path.name for path in checkpoint.folder_of(run).glob("step_*"))
+
+
 @pytest.mark.parametrize("step", [2, 4])
 def test_resuming_is_bit_equal(copied: tuple[Path, Path], unbroken: Path, step: int) -> None:
     config, run = copied
-    for saved in checkpoint.folder_of(run).iterdir():
+    for saved in checkpoint.folder_of(run).glob("step_*"):
         if int(saved.name.removeprefix("step_")) > step:
             shutil.rmtree(saved)
     assert main([str(config), f"run.directory={run}"]) == 0
@@ -83,10 +88,7 @@ def test_saving_while_training_goes_on_saves_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(shards, "Thread", Late)
         assert main([*words, "checkpoint.every=4"]) == 0
-    assert sorted(path.name for path in checkpoint.folder_of(tmp_path / "run").iterdir()) == [
-        "step_00000004",
-        "step_00000006",
-    ]
+    assert saved_in(tmp_path / "run") == ["step_00000004", "step_00000006"]
     assert_same_end(tmp_path / "run", unbroken / "run")
     shutil.rmtree(checkpoint.folder_of(tmp_path / "run") / "step_00000006")
     assert main(words) == 0
@@ -178,13 +180,13 @@ def test_a_checkpoint_of_another_model_is_refused(
     copied: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, run = copied
-    before = sorted(path.name for path in checkpoint.folder_of(run).iterdir())
+    before = saved_in(run)
     assert main([str(config), f"run.directory={run}", "memory.window=8", "model.ffn_hidden_size=64"]) == 2
     said = capsys.readouterr().err
     assert "memory.window: 8, the checkpoint has 4" in said
     assert "model.ffn_hidden_size: 64, the checkpoint has 48" in said
     assert said.count("\n") == 1
-    assert sorted(path.name for path in checkpoint.folder_of(run).iterdir()) == before
+    assert saved_in(run) == before
 
 
 @pytest.mark.parametrize("while_training", ["false", "true"])
@@ -208,7 +210,7 @@ def test_a_full_disk_leaves_what_was_saved(
     assert "the checkpoint of step 6 was not saved" in said
     assert "make room there" in said
     assert said.count("\n") == 1
-    assert sorted(path.name for path in checkpoint.folder_of(run).iterdir()) == ["step_00000002", "step_00000004"]
+    assert saved_in(run) == ["step_00000002", "step_00000004"]
     assert main([str(config), f"run.directory={run}"]) == 0
     assert_same_end(run, unbroken / "run")
 
@@ -216,7 +218,7 @@ def test_a_full_disk_leaves_what_was_saved(
 def test_a_checkpoint_stands_alone_and_old_ones_go(unbroken: Path, tmp_path: Path) -> None:
     words = [str(unbroken / "tiny.toml"), f"run.directory={tmp_path}/run", "checkpoint.every=1", "checkpoint.keep=2"]
     assert main(words) == 0
-    kept = sorted(checkpoint.folder_of(tmp_path / "run").iterdir())
+    kept = sorted(checkpoint.folder_of(tmp_path / "run").glob("step_*"))
     assert [path.name for path in kept] == ["step_00000005", "step_00000006"]
     marker = json.loads((kept[-1] / checkpoint.MARKER).read_text())
     assert marker["step"] == STEPS

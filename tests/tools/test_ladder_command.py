@@ -56,4 +56,4 @@ def test_bad_words_are_one_line(words: list[str], said: str, capsys: pytest.Capt
 
 def test_show_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["show", "1.3B"]) == 0
-    assert "1,296,505,984" in capsys.readouterr().out
+    assert "1,296,551,040" in capsys.readouterr().out
