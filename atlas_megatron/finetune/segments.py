@@ -38,9 +38,10 @@ class SegmentReader(nn.Module):
         super().__init__()
         self.language_model = language_model
         self.segment, self.checkpointing = segment, checkpointing
-        if segment > language_model.config.seq_length:
+        inner: Any = language_model
+        if segment > inner.config.seq_length:
             # A last segment is as long as its batch's longest row: its gradients end where those of a whole one do.
-            for layer in language_model.modules():
+            for layer in inner.modules():
                 if hasattr(layer, "gradient_reach"):
                     layer.trained = 0
 
