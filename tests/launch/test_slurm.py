@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,7 +128,13 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Slurm) -> None:
 
 
 def test_what_a_restart_would_not_mend_is_not_requeued(slurm: Slurm) -> None:
+    # Missing before, slurm.sh would not submit it: they go while the job starts.
+    gone = [slurm.root / f"nothing{suffix}" for suffix in (".bin", ".idx")]
+    for copy in gone:
+        shutil.copy(slurm.config.with_name(f"train{copy.suffix}"), copy)
     job = slurm.submit("wrong", f"data.train={slurm.root}/nothing")
+    for copy in gone:
+        copy.unlink()
     assert slurm.ended(job) == "FAILED", slurm.out("wrong", job)
     said = slurm.out("wrong", job)
     assert "stopped, for a restart would change nothing: atlas-train: " in said and f"{slurm.root}/nothing" in said
