@@ -208,7 +208,10 @@ def test_a_lock_that_says_nothing_is_taken_over(
     monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.1)
     monkeypatch.setattr(run_lock, "SETTLE_SECONDS", 0.0)
     (tmp_path / run_lock.NAME).write_text(text)
-    run_lock.RunLock(tmp_path, print).release()
+    lock = run_lock.RunLock(tmp_path, print)
+    assert (tmp_path / run_lock.NAME).read_text() != text
+    lock.release()
+    assert not (tmp_path / run_lock.NAME).exists()
 
 
 def test_a_file_system_that_does_not_sync_folders_holds_a_checkpoint(
