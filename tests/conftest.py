@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +26,12 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     torch.set_num_threads(share)
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
+
+# Code of exported folders is copied to where only this process reads: transformers imports it by the folder's name, and
+# reads where to copy it when it is imported itself.
+modules = tempfile.mkdtemp(prefix="modules-")
+atexit.register(shutil.rmtree, modules, ignore_errors=True)
+os.environ["HF_MODULES_CACHE"] = modules
 
 
 @pytest.fixture

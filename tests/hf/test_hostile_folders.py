@@ -55,12 +55,9 @@ def changed(folder: Path, **keys: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))
 
 
-def test_the_installed_code_reads_the_weights_unless_the_folders_is_asked_for(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_installed_code_reads_the_weights_unless_the_folders_is_asked_for(folder: Path) -> None:
     reader = HuggingFaceReader(folder)
     assert reader.read(torch.tensor([[1, 2, 3]])).shape == (1, 3, 272)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     with pytest.raises(SystemExit, match="code of the folder ran"):
         HuggingFaceReader(folder, trust_remote_code=True)
 

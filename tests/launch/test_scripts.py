@@ -130,7 +130,10 @@ def test_a_job_that_cannot_train_does_not_wait_in_the_queue(stubs: Stubs) -> Non
 def test_a_missing_sbatch_is_said_before_anything_is_checked(stubs: Stubs) -> None:
     (stubs.folder / "sbatch").unlink()
     (stubs.folder / "atlas-train").write_text("#!/usr/bin/env bash\ntouch \"$STUB_LOG.ran\"\nexit 1\n")
-    said = stubs.run(SLURM, *TWO, PATH=f"{stubs.folder}:/usr/bin:/bin")
+    # A PATH of its own: /usr/bin has an sbatch where SLURM is installed.
+    for name in ("basename", "bash", "cat", "dirname", "realpath", "sed", "touch"):
+        (stubs.folder / name).symlink_to(shutil.which(name) or name)
+    said = stubs.run(SLURM, *TWO, PATH=str(stubs.folder))
     assert said.returncode == 2 and "sbatch is not on PATH" in said.stderr
     assert not stubs.log.with_name("called.ran").exists()
 
