@@ -33,7 +33,7 @@ test: setup ## run the test suite, a process a core, but for the longer tests of
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-parallel: setup ## run those, and whole commands that take long: every layout against one process, moving checkpoints
-	@$(RUN) -m pytest -m "parallel or slow" $(ARGS)
+	@$(RUN) -m pytest -m "parallel or slow" --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slurm: setup ## run jobs on a SLURM of two nodes that it starts here (Debian: apt-get install slurm-wlm munge)
 	@$(RUN) -m pytest -m slurm $(ARGS)
