@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from atlas_megatron import integrity, step_folders
+from atlas_megatron.scratch import write_whole
 
 FILE = "best.json"
 
@@ -35,9 +35,7 @@ def note(parent: Path, step: int, validation_loss: float) -> None:
     before = read(parent)
     if before and before.step != step and before.validation_loss <= validation_loss:
         return
-    written = parent / f"{FILE}.tmp"
-    written.write_text(json.dumps(asdict(Best(step, validation_loss))), encoding="utf-8")
-    os.replace(written, parent / FILE)
+    write_whole(parent / FILE, json.dumps(asdict(Best(step, validation_loss))))
 
 
 def line(parent: Path) -> str:

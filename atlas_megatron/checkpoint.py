@@ -1,6 +1,6 @@
 """Checkpoints: whole or not there at all, and enough in them that a resumed run ends where an unbroken one does.
 
-`checkpoints/step_00000200` is written under a `.tmp` name and renamed once `complete.json`, which lists every
+`checkpoints/step_00000200` is written under an `.unfinished` name and renamed once `complete.json`, which lists every
 file's size and checksum, is on the disk. Sharding is Megatron's (`dist_checkpointing`): another layout can load it.
 """
 

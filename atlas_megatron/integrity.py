@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from atlas_megatron.scratch import file_beside, remove_left
+
 MARKER = "complete.json"
 LARGEST_MARKER = 64 << 20  # bytes; of a hundred thousand files it has twenty million
 # What file systems say of a call that they do not offer.
@@ -76,16 +78,16 @@ def mark(folder: Path, says: dict[str, Any], known: dict[str, str], name: str = 
 
     known: checksums of its files that are there already; the others are computed here.
     """
+    remove_left(folder / name)
     paths = sorted(path for path in folder.rglob("*") if path.name != name)
     for path in paths:
         sync(path)
     files = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
     sums = {path: known[path] if path in known else checksum(file) for path, file in files.items()}
     sizes = {path: file.stat().st_size for path, file in files.items()}
-    unnamed = folder / f"{name}.tmp"
-    unnamed.write_text(json.dumps(says | {"files": sizes, "crc32": sums}, indent=1))
-    sync(unnamed)
-    os.replace(unnamed, folder / name)
+    with file_beside(folder / name) as unnamed:
+        unnamed.write_text(json.dumps(says | {"files": sizes, "crc32": sums}, indent=1))
+        sync(unnamed)
     sync(folder)
 
 

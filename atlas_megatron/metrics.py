@@ -27,6 +27,7 @@ from rich.table import Table
 
 from atlas_megatron import weights_and_biases
 from atlas_megatron.config import Config
+from atlas_megatron.scratch import write_whole
 from atlas_megatron.version import versions
 
 Record = dict[str, Any]
@@ -206,9 +207,7 @@ class RunLog:
 def _open_after(path: Path, resumed_step: int) -> Any:
     """Open the metrics to append to, without the records of steps that will be taken again."""
     kept = [r for r in _whole_records(path) if r["step"] <= resumed_step] if path.is_file() else []
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    temporary.replace(path)
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
     return path.open("a", encoding="utf-8")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from atlas_megatron.config import WITH_MEMORY, Config
 from atlas_megatron.parallel.cpu import flush_denormals
 from atlas_megatron.pieces import Spoken as Spoken  # what a reader's text goes through, in and out
 from atlas_megatron.pieces import pieces as pieces
+from atlas_megatron.scratch import file_beside
 from atlas_megatron.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -159,13 +159,8 @@ class HuggingFaceReader:
             self._memory.select(torch.tensor(rows))
 
     def save_memory(self, path: Path) -> None:
-        # Beside it, then renamed: what was there goes only for a whole one.
-        written = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with file_beside(path) as written:
             self._memory.save_memory(written)
-            os.replace(written, path)
-        finally:
-            written.unlink(missing_ok=True)
 
     def load_memory(self, path: Path) -> None:
         memory = self._model.load_memory(path)

@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from atlas_megatron.scratch import write_whole
+
 PACKAGES = ("torch", "megatron-core", "numpy", "matplotlib")
 
 Cell = dict[str, Any]
@@ -65,9 +67,7 @@ class Results:
     def _save(self) -> None:
         # Renamed whole: an interrupted run leaves the cells it had.
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_whole(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
 def commit() -> str:

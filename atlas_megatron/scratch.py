@@ -1,4 +1,7 @@
-"""A folder that gets its name when it is whole, built beside it; what a killed process left there is removed."""
+"""What gets its name when it is whole: a folder or a file, built beside its target under a name that is ours alone.
+
+What a killed process left there is removed by the next; whatever else lies beside a target is the user's.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,66 @@ import fcntl
 import glob
 import json
 import os
+import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # In every scratch folder of ours, held locked by the process that builds there: the kernel lets go when it ends.
 MARKER = "unfinished.json"
 NEW, OLD = "new", "old"
+# What follows a file's name while it is written; locked in the same way.
+UNFINISHED = ".unfinished"
+OF_A_FILE = re.compile(rf"\.[0-9a-f]{{16}}{re.escape(UNFINISHED)}")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when all has gone well, and is removed otherwise.
+
+    Raises ValueError where the target exists.
+    """
+    remove_left(target)
+    if os.path.lexists(target):
+        raise ValueError(f"{target} exists; choose another target, or remove it first")
+    with built_beside(target) as built:
+        yield built
+        if os.path.lexists(target):
+            raise ValueError(f"{target} was made by somebody else meanwhile; choose another target")
+
+
+@contextmanager
+def file_beside(target: Path) -> Iterator[Path]:
+    """An empty file to fill, which takes the place of `target` when all has gone well, and is removed otherwise.
+
+    Raises ValueError where something else than a file is there, as a device.
+    """
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{target} is no file that can be replaced; name another one")
+    remove_left(target)
+    early = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    marker = os.open(early, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    written = early
+    try:
+        # Locked before anybody takes it for one that was left; without locks it is never taken for one.
+        if _locked(marker):
+            written = early.with_name(f"{early.name}{UNFINISHED}")
+            os.rename(early, written)
+        yield written
+        os.replace(written, target)
+    finally:
+        with suppress(FileNotFoundError):
+            written.unlink()
+        os.close(marker)
+
+
+def write_whole(target: Path, text: str) -> None:
+    """Write a text file: whoever reads it finds all of it, or what was there. Raises as `file_beside`."""
+    with file_beside(target) as written:
+        written.write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -66,7 +120,10 @@ def remove_left(target: Path) -> None:
 
     Where one died between taking the earlier `target` away and putting the new one there, the earlier one comes back.
     """
-    for scratch in target.parent.glob(f".{glob.escape(target.name)}.*"):
+    for scratch in list(target.parent.glob(f".{glob.escape(target.name)}.*")):
+        if OF_A_FILE.fullmatch(scratch.name[len(target.name) + 1 :]):
+            _remove_file(scratch)
+            continue
         try:
             marker = os.open(scratch / MARKER, os.O_RDWR | os.O_NOFOLLOW)
         except OSError:
@@ -77,6 +134,19 @@ def remove_left(target: Path) -> None:
                 shutil.rmtree(scratch, ignore_errors=True)
         finally:
             os.close(marker)
+
+
+def _remove_file(left: Path) -> None:
+    """Remove an unfinished file, unless the process that writes it lives."""
+    try:
+        marker = os.open(left, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        if _locked(marker):
+            left.unlink(missing_ok=True)
+    finally:
+        os.close(marker)
 
 
 def _is_of(marker: int, target: Path) -> bool:

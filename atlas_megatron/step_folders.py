@@ -1,4 +1,4 @@
-"""Which folders beside each other are a run's checkpoints: `step_00000200`, while it is written with `.tmp` behind it.
+"""Which folders beside each other are a run's checkpoints: `step_00000200`, with `.unfinished` behind it while written.
 
 Whatever else lies there is the user's: a copy under another name, or under the number of another step. It is neither
 read, nor counted, nor removed.
@@ -16,7 +16,8 @@ from pathlib import Path
 from atlas_megatron import integrity
 
 NAME = re.compile(r"step_(\d{8,15})")
-UNFINISHED = ".tmp"
+# A name that no user gives: a copy `step_00000200.tmp` is theirs.
+UNFINISHED = ".unfinished"
 
 
 def name_of(step: int) -> str:

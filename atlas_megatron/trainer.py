@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -35,6 +34,7 @@ from atlas_megatron.parallel.cpu import device
 from atlas_megatron.provenance import Provenance, refusal
 from atlas_megatron.resuming import changed_keys
 from atlas_megatron.run_lock import RunLock
+from atlas_megatron.scratch import write_whole
 from atlas_megatron.stopping import StopSignals
 from atlas_megatron.stragglers import Stragglers
 from atlas_megatron.validation import Validation
@@ -86,9 +86,7 @@ class Trainer:
         if world.rank() == 0:
             # What a finished run was trained with stays; whoever reads it finds all of it or what was there.
             if self.position.step < config.train.steps or not (directory / checkpoint.CONFIG).is_file():
-                unnamed = directory / f"{checkpoint.CONFIG}.tmp"
-                unnamed.write_text(to_toml(config), encoding="utf-8")
-                os.replace(unnamed, directory / checkpoint.CONFIG)
+                write_whole(directory / checkpoint.CONFIG, to_toml(config))
         for line in wrong:
             self._say(line)
         if resumed:

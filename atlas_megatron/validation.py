@@ -21,6 +21,7 @@ from atlas_megatron.mixers.memory import AtlasMixer
 from atlas_megatron.parallel import world
 from atlas_megatron.parallel.cpu import device
 from atlas_megatron.positions import SlidingWindows
+from atlas_megatron.scratch import write_whole
 
 POSITION_LOSS = "position_loss.json"
 
@@ -74,7 +75,7 @@ class Validation:
                 "tokens_a_position": sums[1].mean().item(),
                 "loss": (sums[0] / sums[1]).tolist(),
             }
-            (Path(self._config.run.directory) / POSITION_LOSS).write_text(json.dumps(by_position))
+            write_whole(Path(self._config.run.directory) / POSITION_LOSS, json.dumps(by_position))
 
     def _evaluate(self, dataset: Dataset) -> Tensor:
         """Sums of loss and mask at each position [2, seq_length] over the first validation sequences of a set."""

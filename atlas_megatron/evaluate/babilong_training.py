@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -15,6 +14,7 @@ import numpy as np
 from atlas_megatron.evaluate.babilong import LABELS, Babilong, babilong
 from atlas_megatron.evaluate.babilong_files import Row
 from atlas_megatron.evaluate.filler import TextFolder
+from atlas_megatron.scratch import file_beside
 from atlas_megatron.tokenizer import Tokenizer
 
 TRAINING = 1  # in the seeds, which are else those of `tasks.make`: no example of the evaluation is learned from
@@ -58,15 +58,10 @@ def write_rows(rows: Iterator[Row], file: Path, as_text: bool = False) -> int:
     if file.exists():
         raise ValueError(f"{file} exists; remove it or give another name")
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{file.name}.unfinished")
     count = 0
-    try:
-        with unfinished.open("w", encoding="utf-8") as lines:
-            for row in rows:
-                fields = {"text": f"{row.input}\n{row.question}\n{row.target}"} if as_text else asdict(row)
-                lines.write(json.dumps(fields, ensure_ascii=False) + "\n")
-                count += 1
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with file_beside(file) as unfinished, unfinished.open("w", encoding="utf-8") as lines:
+        for row in rows:
+            fields = {"text": f"{row.input}\n{row.question}\n{row.target}"} if as_text else asdict(row)
+            lines.write(json.dumps(fields, ensure_ascii=False) + "\n")
+            count += 1
     return count

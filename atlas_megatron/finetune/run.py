@@ -6,21 +6,24 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from atlas_megatron.config import WITH_MEMORY
 from atlas_megatron.finetune import checkpoints
 from atlas_megatron.finetune.examples import Examples, Loader, collate
 from atlas_megatron.finetune.segments import SegmentReader
 from atlas_megatron.finetune.settings import Settings, check, check_budget, read_deepspeed, read_model
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
-from atlas_megatron.hf.folders import new_folder
-from atlas_megatron.hf.weights import INDEX, SUMS, note_sums
+from atlas_megatron.hf.memory_atlas import reach_of
+from atlas_megatron.hf.weights import INDEX, SUMS, described_in, note_sums
+from atlas_megatron.hf.weights import check as check_weights
 from atlas_megatron.parallel.cpu import flush_denormals
 from atlas_megatron.records import Skipped
+from atlas_megatron.scratch import new_folder
 
 REPORT = "finetune.json"  # what a folder that came out was trained with, and what the run said
 SHARD_SIZE = "2GB"
@@ -38,6 +41,7 @@ class Plan:
     validation: Examples | None
     world_size: int
     skipped: Skipped | None = None  # bad records that were left out
+    done: bool = False  # the folder that comes out is there, and of this very run
 
     @property
     def segment(self) -> int:
@@ -45,10 +49,59 @@ class Plan:
         return min(self.settings.segment or self.config.seq_length, self.train.longest)
 
     @property
+    def reach(self) -> int:
+        """Tokens after which gradients of memories end, as the exported model ends them in its own forward: where a
+        sequence is longer than those of training, and --detach-every is not given. 0: they do not end for that."""
+        chosen = self.settings.detach_every is not None
+        return 0 if chosen or self.train.longest <= self.config.seq_length else self._bound
+
+    @property
+    def _bound(self) -> int:
+        """As `reach`, whatever is asked for; 0 for a model without memories that gradients could explode in."""
+        return reach_of(self.config) if set(WITH_MEMORY) & set(self.config.pattern) else 0
+
+    @property
+    def detach_every(self) -> int:
+        """Segments over which gradients flow, 0 for all of them: given, or as `reach` asks."""
+        if self.settings.detach_every is not None:
+            return self.settings.detach_every
+        return max(1, self.reach // self.segment) if self.reach else 0
+
+    @property
+    def window(self) -> int:
+        """Tokens over which gradients flow at most."""
+        whole = self.train.longest
+        return min(whole, self.detach_every * self.segment) if self.detach_every else whole
+
+    @property
+    def gradients(self) -> str:
+        """Where gradients end, in words."""
+        if not self.reach:
+            return f"detached every {self.detach_every} segments" if self.detach_every else "over every cut"
+        ends = min(self.reach, self.detach_every * self.segment)
+        return f"detached every {self.detach_every} segments, those of memories every {ends:,} tokens"
+
+    @property
+    def on_length(self) -> str:
+        """A line on gradients and the length of training; empty where no sequence is longer."""
+        trained, longest = self.config.seq_length, self.train.longest
+        if self.reach:
+            return (
+                f"sequences of up to {longest:,} tokens are longer than the {trained:,} of training: gradients do not "
+                "pass further than the exported model's own; --detach-every 0 lets them pass over every cut"
+            )
+        if self._bound and self.window > trained:
+            return (
+                f"warning: gradients pass over up to {self.window:,} tokens, more than the {trained:,} of training, and "
+                "may explode; leave out --detach-every, or watch the gradient norm"
+            )
+        return ""
+
+    @property
     def checkpointing(self) -> bool:
         """Unless it is said: where the gradients go over cuts."""
         chosen = self.settings.checkpointing
-        return self.settings.detach_every != 1 and self.train.longest > self.segment if chosen is None else chosen
+        return self.detach_every != 1 and self.train.longest > self.segment if chosen is None else chosen
 
     @property
     def steps(self) -> int:
@@ -59,7 +112,9 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same where a run goes on from a checkpoint."""
-        return self.settings.decides() | {
+        reach = {"reach": self.reach} if self.reach else {}
+        return self.settings.decides() | reach | {
+            "detach_every": self.detach_every,
             "steps": self.steps,
             "segment": self.segment,
             "sequences": self.train.sequences,
@@ -77,6 +132,10 @@ def world_size() -> int:
 def plan(settings: Settings, devices: int) -> Plan:
     """Check everything that can be wrong, and read the data. Raises ValueError."""
     check(settings, devices)
+    there = _settings_of(settings.out)
+    if there is not None:
+        # Before the data are read, which may take long.
+        _refuse_other(settings.out, there, {k: v for k, v in settings.decides().items() if k != "detach_every"})
     config = read_model(settings.model)
     check_budget(settings, config)
     deepspeed = read_deepspeed(settings.deepspeed) if settings.deepspeed else None
@@ -89,7 +148,37 @@ def plan(settings: Settings, devices: int) -> Plan:
             f"the data hold {train.sequences} sequences, fewer than --batch {settings.batch}; give more data, a "
             "smaller --length or a smaller --batch"
         )
-    return Plan(settings, config, deepspeed, train, validation, devices, loader.skipped)
+    planned = Plan(settings, config, deepspeed, train, validation, devices, loader.skipped)
+    if there is None:
+        return planned
+    ours = json.loads(json.dumps(planned.identity()))
+    _refuse_other(settings.out, there, dict.fromkeys(there) | ours)
+    check_weights(settings.out, described_in(settings.out))
+    return replace(planned, done=True)
+
+
+def _settings_of(out: Path) -> dict[str, Any] | None:
+    """What a folder that came out was trained with; None where nothing is there. Raises ValueError for any other."""
+    if not out.exists() and not out.is_symlink():
+        return None
+    try:
+        said = json.loads((out / REPORT).read_bytes())["settings"]
+        if isinstance(said, dict):
+            return said
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise ValueError(
+        f"--out {out} exists and holds no {REPORT} of a run; nothing is written over: choose another, or remove it"
+    )
+
+
+def _refuse_other(out: Path, there: dict[str, Any], ours: dict[str, Any]) -> None:
+    changed = checkpoints.changed(ours, there)
+    if changed:
+        raise ValueError(
+            f"--out {out} exists, of a run with other settings: {changed}; nothing is written over: choose another, or "
+            "remove it"
+        )
 
 
 def finetune(run: Plan) -> Path:
@@ -110,7 +199,7 @@ def finetune(run: Plan) -> Path:
     if run.deepspeed is not None:
         _join_deepspeed()
     language_model = _load(run, arguments)
-    reader = SegmentReader(language_model, run.segment, checkpointing=run.checkpointing)
+    reader = SegmentReader(language_model, run.segment, checkpointing=run.checkpointing, reach=run.reach)
     progress = Progress()
     trainer = progress.trainer = StateTrainer(
         model=reader,
@@ -119,7 +208,7 @@ def finetune(run: Plan) -> Path:
         eval_dataset=run.validation.dataset if run.validation else None,
         data_collator=collate,
         callbacks=[progress],
-        detach_every=settings.detach_every,
+        detach_every=run.detach_every,
         write_budget=settings.write_budget,
         identity=run.identity(),
         keep=settings.keep,
@@ -140,13 +229,12 @@ def finetune(run: Plan) -> Path:
 
 
 def _opening(run: Plan, resumed: Path | None) -> str:
-    far = f"detached every {run.settings.detach_every} segments" if run.settings.detach_every else "over every cut"
     words = (
         f"{run.train.sequences:,} sequences, {run.train.tokens:,} tokens; {run.steps:,} steps of {run.settings.batch} "
-        f"sequences, processes: {run.world_size}; segments of {run.segment:,} tokens, gradients {far}"
+        f"sequences, processes: {run.world_size}; segments of {run.segment:,} tokens, gradients {run.gradients}"
         f"{', recomputed' if run.checkpointing else ''}"
     )
-    return f"{words}\ngoing on from {resumed}" if resumed else words
+    return "\n".join(filter(None, (words, run.on_length, f"going on from {resumed}" if resumed else "")))
 
 
 def _arguments(run: Plan) -> Any:

@@ -1,33 +1,11 @@
-"""What both directions of a conversion share: a target that is whole or absent, lists of disagreements."""
+"""What both directions of a conversion share: lists of parameters, and of disagreements."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from atlas_megatron.hf.names import Name
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` to fill, which gets its name when all has gone well and is removed otherwise.
-
-    Raises ValueError where the target exists.
-    """
-    if target.exists():
-        raise ValueError(f"{target} exists; choose another target, or remove it first")
-    temporary = target.with_name(f"{target.name}.tmp")
-    # Of a conversion that was killed.
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_shapes(

@@ -284,9 +284,9 @@ def test_a_run_that_stopped_early_is_requeued_while_it_gets_on(stubs: Stubs, tmp
 
 
 def test_a_half_written_checkpoint_is_no_progress(stubs: Stubs, tmp_path: Path) -> None:
-    half = f"mkdir -p {tmp_path}/run/checkpoints/step_00000009.tmp {tmp_path}/run/checkpoints/step_00000008"
+    half = f"mkdir -p {tmp_path}/run/checkpoints/step_00000009.unfinished {tmp_path}/run/checkpoints/step_00000008"
     said = job(
-        stubs, ON_SRUN=f"{saved(tmp_path, 3)}; {half}; touch {tmp_path}/run/checkpoints/step_00000009.tmp/complete.json"
+        stubs, ON_SRUN=f"{saved(tmp_path, 3)}; {half}; touch {tmp_path}/run/checkpoints/step_00000009.unfinished/complete.json"
     )
     assert "requeued; it will go on from step 3" in said.stdout
 

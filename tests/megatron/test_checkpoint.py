@@ -166,10 +166,10 @@ def test_half_written_checkpoints_are_skipped_and_named(
     data = next((folder / "step_00000006").glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-1])
     (folder / "step_00000004" / checkpoint.MARKER).unlink()
-    (folder / "step_00000008.tmp").mkdir()
+    (folder / "step_00000008.unfinished").mkdir()
     newest, skipped = checkpoint.latest(run)
     assert newest == folder / "step_00000002"
-    assert [path.name for path in skipped] == ["step_00000008.tmp", "step_00000006", "step_00000004"]
+    assert [path.name for path in skipped] == ["step_00000008.unfinished", "step_00000006", "step_00000004"]
     assert main([str(config), f"run.directory={run}"]) == 0
     said = capsys.readouterr().out
     assert "skipped the half-written checkpoint" in said
