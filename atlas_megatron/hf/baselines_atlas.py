@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_atlas import AtlasConfig
-from .convolution_atlas import ShortConvolution, edge_starts, unrounded, wide
-from .kernels_atlas import Gates, MemoryRule, State, gated_norm, omega_memory
+from .convolution_atlas import ShortConvolution, edge_starts, wide
+from .kernels_atlas import Gates, MemoryRule, State, gated_norm, omega_memory, unrounded
 from .place_atlas import Place
 
 # Of a head: one for each gate, and the GRU's inside its reset.

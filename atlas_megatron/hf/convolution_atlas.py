@@ -5,7 +5,6 @@ Dims: B batch, T tokens, H heads, K head size, L taps.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -36,14 +35,6 @@ class ShortConvolution(nn.Module):
 def wide(x: Tensor) -> Tensor:
     """At least float32: gates near 1 and small steps of an inner loop do not survive bfloat16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def unrounded(x: Tensor) -> AbstractContextManager[object]:
-    """Around an inner loop: autocast would round the operands that `wide` has widened. x: any tensor of the call."""
-    kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
 
 
 def edge_starts(section: SimpleNamespace, projection: nn.Linear, convolution: ShortConvolution) -> dict[str, Tensor]:

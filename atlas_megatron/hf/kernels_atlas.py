@@ -21,10 +21,12 @@ try:
         read_memory,
         retained,
         short_convolution,
+        unrounded,
         write_gate,
         write_logit,
     )
 except ImportError:
+    from .autocast import unrounded  # type: ignore[no-redef]
     from .dual import DualState  # type: ignore[no-redef]
     from .edges import SILU_IS_ONE, copying, gated_norm, late_keys, short_convolution  # type: ignore[no-redef]
     from .features import initial_coefficients, lift, lifted_width  # type: ignore[no-redef]
@@ -57,6 +59,7 @@ __all__ = [
     "read_memory",
     "retained",
     "short_convolution",
+    "unrounded",
     "write_gate",
     "write_logit",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .configuration_atlas import AtlasConfig
-from .convolution_atlas import ShortConvolution, edge_starts, unrounded, wide
+from .convolution_atlas import ShortConvolution, edge_starts, wide
 from .kernels_atlas import (
     Gates,
     MemoryRule,
@@ -28,6 +28,7 @@ from .kernels_atlas import (
     omega_memory,
     read_memory,
     retained,
+    unrounded,
     write_gate,
     write_logit,
 )

@@ -1,5 +1,6 @@
 """The ATLAS memory: a deep neural memory that learns, at test time, from a sliding window of the context."""
 
+from .autocast import unrounded
 from .dual import DualState
 from .edges import SILU_IS_ONE, copying, gated_norm, late_keys, short_convolution
 from .features import FEATURE_MAPS, initial_coefficients, lift, lifted_width
@@ -30,6 +31,7 @@ __all__ = [
     "read_memory",
     "retained",
     "short_convolution",
+    "unrounded",
     "write_gate",
     "write_logit",
 ]

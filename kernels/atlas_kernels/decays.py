@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import unrounded_backward
+
 
 def decay_matrix(gate: Tensor) -> Tensor:
     """T[t, s] = prod_{r=s+1..t} gate_r for s <= t, else 0. gate [..., C] in [0, 1] -> [..., C, C].
@@ -30,6 +32,7 @@ class _DecayMatrix(torch.autograd.Function):
         return products
 
     @staticmethod
+    @unrounded_backward
     def backward(ctx, grad: Tensor) -> Tensor:
         # d T[t,s] / d gate_r = T[t,r] T[r-1,s] for s < r <= t.
         (products,) = ctx.saved_tensors

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import chunked
+from .autocast import unrounded_backward
 from .decays import decay_matrix, pair_band, source_band
 from .memories import Matrices, MatrixReader, memory_of, oriented
 from .products import times_transpose
@@ -177,6 +178,7 @@ class _Attended(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @unrounded_backward
     def backward(ctx, grad):
         x, scale, own_weights, own_keys, own_values, cache_weights, *blocks = ctx.saved_tensors
         keys, values = _joined(blocks, own_keys, own_values)

@@ -16,6 +16,8 @@ import math
 import torch
 from torch import Tensor
 
+from .autocast import unrounded_backward
+
 _C = 2.0 * math.sqrt(2.0 / math.pi)
 _A = 0.044715
 
@@ -55,6 +57,7 @@ class _Gelu(torch.autograd.Function):
         return z * s
 
     @staticmethod
+    @unrounded_backward
     def backward(ctx, grad: Tensor) -> Tensor:
         return _first(*ctx.saved_tensors).mul_(grad)
 
@@ -68,6 +71,7 @@ class _GeluWithDerivative(torch.autograd.Function):
         return z * s, first
 
     @staticmethod
+    @unrounded_backward
     def backward(ctx, grad_h: Tensor, grad_first: Tensor) -> Tensor:
         z, s, first = ctx.saved_tensors
         p = _slope(z)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import unrounded_backward
 from .reference import LAYER_NORM_EPSILON
 
 
@@ -34,6 +35,7 @@ class _PullThroughLayerNorm(torch.autograd.Function):
         return _jacobian_times(o, mean, inverse_sd, e)
 
     @staticmethod
+    @unrounded_backward
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         o, n, mean, inverse_sd, e = ctx.saved_tensors
         grad_e = _jacobian_times(o, mean, inverse_sd, grad)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .autocast import unrounded, unrounded_backward
+
 EPSILON = 1e-7
 # Steps on one Gram matrix. Its rounding is as large as singular values of 2e-4 squared, and the jordan steps blow what
 # is small up by 3.4 each: five on one Gram matrix leave 40 times the error of the direct form in float32, two no more.
@@ -60,13 +62,11 @@ def newton_schulz(S: Tensor, steps: int, coefficients: str = "jordan") -> Tensor
         # Squares of float16 overflow from 256 on, and a Gram matrix of half precision rounds away what the steps of
         # the schedule are to lift.
         return newton_schulz(S.float(), steps, coefficients).to(S.dtype)
-    if not S.is_meta and torch.is_autocast_enabled(S.device.type):
-        with torch.autocast(S.device.type, enabled=False):
-            return newton_schulz(S, steps, coefficients)
     if S.shape[-2] > S.shape[-1]:
         return newton_schulz(S.mT, steps, coefficients).mT
-    X = _Normalised.apply(S)
-    return gram_form(X, table) if 2 * S.shape[-1] >= 3 * S.shape[-2] else direct_form(X, table)
+    with unrounded(S):
+        X = _Normalised.apply(S)
+        return gram_form(X, table) if 2 * S.shape[-1] >= 3 * S.shape[-2] else direct_form(X, table)
 
 
 class _Normalised(torch.autograd.Function):
@@ -81,6 +81,7 @@ class _Normalised(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @unrounded_backward
     def backward(ctx, grad: Tensor) -> Tensor:
         X, norm = ctx.saved_tensors
         along = (grad * X).sum((-2, -1), keepdim=True).div_(norm.masked_fill(norm == 0, 1.0))
@@ -131,6 +132,7 @@ class _OnOneGramMatrix(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @unrounded_backward
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         X, *rest = ctx.saved_tensors
         steps = len(ctx.table)

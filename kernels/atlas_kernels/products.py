@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .autocast import unrounded_backward
+
 
 def times_transpose(a: Tensor, b: Tensor) -> Tensor:
     """a b^T: a [G, m, k], b [G, n, k] -> [G, m, n]."""
@@ -33,6 +35,7 @@ class _TimesTranspose(torch.autograd.Function):
         return torch.bmm(a, b.mT)
 
     @staticmethod
+    @unrounded_backward
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
         need_a, need_b = ctx.needs_input_grad
@@ -48,6 +51,7 @@ class _StepPair(torch.autograd.Function):
         return written, (t * S).baddbmm_(wide.mT, to_s * narrow)
 
     @staticmethod
+    @unrounded_backward
     def backward(ctx, grad_w: Tensor, grad_s: Tensor):
         W, S, last, to_w, to_s, wide, narrow = ctx.saved_tensors
         a, k, t = last.unsqueeze(-1).unbind(1)

@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .autocast import unrounded_backward
+
 
 def widen(x: Tensor, sources: Tensor, wide: Tensor, narrow: Tensor, *terms: Tensor) -> Tensor:
     """[G, C, n] -> [G, C, w]. sources [G, C, I] is the C above; wide [G, I, w] and narrow [G, I, n] the u and x.
@@ -42,6 +44,7 @@ class _Widen(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @unrounded_backward
     def backward(ctx, grad):
         x, sources, wide, narrow, scores, *terms = ctx.saved_tensors
         grad_scores = torch.bmm(grad, wide.mT)
@@ -70,6 +73,7 @@ class _Narrow(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @unrounded_backward
     def backward(ctx, grad):
         h, sources, wide, narrow, scores, *rest = ctx.saved_tensors
         count = len(rest) // 3

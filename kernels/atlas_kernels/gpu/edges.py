@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from atlas_kernels.autocast import unrounded_backward
 from atlas_kernels.gpu.variants import Variant
 
 PARTS = 3  # q, k, v
@@ -277,6 +278,7 @@ class _ShortConvolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @unrounded_backward
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         qkv, taps, before, positions = ctx.saved_tensors
         (batch, tokens, heads, _, width), block = qkv.shape, _block(qkv.shape[-1])
@@ -314,6 +316,7 @@ class _GatedNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @unrounded_backward
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         y, gate, gain = ctx.saved_tensors
         (batch, tokens, heads, width), block = y.shape, _block(y.shape[-1])

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from atlas_kernels.autocast import unrounded_backward
 from atlas_kernels.gpu.newton_schulz_backward import backward_blocks, backward_whole
 from atlas_kernels.gpu.newton_schulz_forward import RANK_BLOCK, forward_blocks, forward_whole
 from atlas_kernels.gpu.variants import Variant
@@ -218,6 +219,7 @@ class _NewtonSchulz(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @unrounded_backward
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         S, norms, table = ctx.saved_tensors
         result = torch.empty_like(S)

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from atlas_kernels.autocast import unrounded_backward
 from atlas_kernels.decays import decay_matrix
 from atlas_kernels.gpu.newton_schulz import PRODUCTS, Source, coefficient_table, launch_backward, launch_forward, plan
 from atlas_kernels.gpu.newton_schulz_forward import RANK_BLOCK
@@ -144,6 +145,7 @@ class _OrthogonalStep(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @unrounded_backward
     def backward(ctx: Any, grad_out: Tensor, grad_w: Tensor, grad_s: Tensor) -> tuple[Tensor | None, ...]:
         x, alphas, of_writes, thetas, sums, last_theta, last_sums, W, S, wide, narrow, O, norms, table = (  # noqa: E741
             ctx.saved_tensors
@@ -187,6 +189,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @unrounded_backward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, M = ctx.saved_tensors
         grad = grad.contiguous()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from atlas_kernels.autocast import unrounded_backward
 from atlas_kernels.chunked import SegmentScan, Tokens
 from atlas_kernels.gpu.scan_backward import read_backward_kernel
 from atlas_kernels.gpu.scan_forward import read_kernel, write_kernel
@@ -146,6 +147,7 @@ class _SegmentScan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @unrounded_backward
     def backward(ctx, grad_y, *grad_matrices):
         q, x, v, r, alphas, kappas, sources, last, to_w, to_s, o, read, scores, *slots = ctx.saved_tensors
         shape, count = ctx.shape, ctx.count
