@@ -30,9 +30,13 @@ examples:
     python tools/finetune.py exported/340m --data data/books/train --validation data/books/validation \\
         --out tuned/books --length 16384 --devices 16 --batch 16 --dry-run
 
-Run the same command again and it goes on from the newest whole checkpoint in OUT.training. OUT appears when the run is
-done, with the code, configuration and tokenizer that came in.
+Run the same command again and it goes on from the newest whole checkpoint in OUT.training, or says that it is done. OUT
+appears when the run is done, with the code, configuration and tokenizer that came in.
 """
+ON_DETACHING = (
+    "truncate gradients at every N-th cut, 0: at none (default: 0; where a sequence is longer than those that the "
+    "model was trained on, gradients of memories end after a quarter of that length, as the exported model's do)"
+)
 ON_MEMORY = (
     "give a smaller --segment or --micro-batch, --checkpointing, or a higher stage of ZeRO: --dry-run tells each"
 )
@@ -77,6 +81,13 @@ def _finetune(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.devices:
         raise ValueError("--devices is of --dry-run; torchrun --nproc-per-node says on how many processes a run is")
+    if planned.done:
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"{settings.out} is done: these settings trained it for {planned.steps:,} steps; choose another --out "
+                "to train anew"
+            )
+        return 0
     out = run.finetune(planned)
     if os.environ.get("RANK", "0") == "0":
         print(f"wrote {out}; checkpoints are in {settings.work}, to remove when it is good")
@@ -91,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add("model", type=Path, metavar="MODEL_FOLDER", help="an exported model; the code installed here reads its weights")
     add("--trust-remote-code", action="store_true", help="run the code that lies in the model's folder instead")
     add("--data", nargs="+", required=True, metavar="FILE", help="text, JSON, .parquet, or a prefix of .bin/.idx")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="the model that comes out; must not exist")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="the model that comes out; nothing is written over")
     add("--config", type=Path, metavar="TOML", help="options by their names here; the command line's own win")
     add("--deepspeed", type=Path, metavar="JSON", help="configs/deepspeed/{zero1,zero2,zero3,zero3_offload}.json")
     add("--validation", nargs="+", default=(), metavar="FILE", help="as --data, of which the loss is told")
@@ -107,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     add = context.add_argument
     add("--length", type=int, help="tokens of a text's sequence (default: the model's seq_length); of answers the most")
     add("--segment", type=int, help="tokens read at once (default: the model's seq_length)")
-    add("--detach-every", type=int, metavar="N", help="truncate gradients at every N-th cut (default: 0, at none)")
+    add("--detach-every", type=int, metavar="N", help=ON_DETACHING)
     add(
         "--checkpointing",
         action=argparse.BooleanOptionalAction,

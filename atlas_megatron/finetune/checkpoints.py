@@ -44,6 +44,12 @@ def all_in(work: Path) -> list[Path]:
     return sorted(folders, key=step_of, reverse=True)
 
 
+def changed(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """In which of our settings a run is another, in words; empty where in none."""
+    names = [name for name in ours if ours[name] != theirs.get(name)]
+    return "; ".join(f"{name} is {ours[name]!r}, was {theirs.get(name)!r}" for name in names)
+
+
 def mark(folder: Path, identity: dict[str, Any]) -> None:
     """Make a checkpoint whole, once all of it is written."""
     integrity.mark(folder, {IDENTITY: identity}, {}, MARKER)
@@ -114,14 +120,10 @@ def _wrong(folder: Path, identity: dict[str, Any], work: Path) -> str:
 
 
 def _check_identity(folder: Path, ours: dict[str, Any], theirs: dict[str, Any], work: Path) -> None:
-    changed = [
-        f"{name} is {ours.get(name)!r}, was {theirs.get(name)!r}"
-        for name in ours | theirs
-        if ours.get(name) != theirs.get(name)
-    ]
-    if changed:
+    found = changed(ours | dict.fromkeys(theirs.keys() - ours.keys()), theirs)
+    if found:
         raise ValueError(
-            f"{folder} is of a run with other settings: {'; '.join(changed)}; give those of it, another --out, or "
+            f"{folder} is of a run with other settings: {found}; give those of it, another --out, or "
             f"remove {work}"
         )
 

@@ -50,9 +50,7 @@ def report(run: Plan) -> Group:
         "sequences, their tokens": f"{run.train.sequences:,}, {run.train.tokens:,}",
         "longest sequence": f"{run.train.longest:,} tokens, {cuts:,} cuts",
         "segment": f"{run.segment:,} tokens",
-        "gradients": "over every cut"
-        if not run.settings.detach_every
-        else f"detached every {run.settings.detach_every} segments",
+        "gradients": run.gradients,
         "read again in the backward": "yes" if run.checkpointing else "no",
         "steps": f"{run.steps:,} of {run.settings.batch:,} sequences",
         "tokens of the run, about": f"{steps * run.train.tokens // run.train.sequences:,}",
@@ -74,18 +72,12 @@ def described(run: Plan) -> Config:
         name: replace(getattr(whole, name), **values) for name, values in run.config.sections().items()
     }
     config = replace(whole, **sections, parallel=ParallelConfig())
-    alive = run.segment if run.checkpointing else window_tokens(run)
+    alive = run.segment if run.checkpointing else run.window
     return replace(
         config,
         model=replace(config.model, seq_length=alive),
         train=replace(config.train, micro_batch=run.settings.micro_batch, global_batch=run.settings.micro_batch),
     )
-
-
-def window_tokens(run: Plan) -> int:
-    """Tokens over which gradients flow."""
-    every = run.settings.detach_every
-    return min(run.train.longest, every * run.segment) if every else run.train.longest
 
 
 def held(run: Plan, stage: int) -> Held:
@@ -112,7 +104,7 @@ def _carried(run: Plan, config: Config) -> float:
     Weights, momentum and anchor of a memory, keys and values of a window; full attention and exponential kernels keep
     all that was read, at every cut.
     """
-    cuts = max(0, -(-window_tokens(run) // run.segment) - 1)
+    cuts = max(0, -(-run.window // run.segment) - 1)
     memory, attention = config.memory, config.attention
     read = cuts * (cuts + 1) / 2 * run.segment  # tokens behind all cuts together
     shapes, size = weight_shapes(memory), 2 if run.settings.bf16 else FLOAT
@@ -148,7 +140,7 @@ def _bytes(size: float) -> str:
 
 def _notes(run: Plan) -> list[str]:
     zero = run.deepspeed["zero_optimization"] if run.deepspeed else {}
-    notes = []
+    notes = [run.on_length] if run.on_length else []
     if "offload_optimizer" in zero:
         notes.append("offload_optimizer: the optimizer's part lies in the host's memory instead")
     if "offload_param" in zero:

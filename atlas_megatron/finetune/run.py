@@ -92,8 +92,8 @@ class Plan:
             )
         if self._bound and self.window > trained:
             return (
-                f"warning: gradients pass over up to {self.window:,} tokens, more than the {trained:,} of training, and "
-                "may explode; leave out --detach-every, or watch the gradient norm"
+                f"warning: gradients pass over up to {self.window:,} tokens, more than the {trained:,} of training, "
+                "and may explode; leave out --detach-every, or watch the gradient norm"
             )
         return ""
 
@@ -112,9 +112,11 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same where a run goes on from a checkpoint."""
-        reach = {"reach": self.reach} if self.reach else {}
-        return self.settings.decides() | reach | {
-            "detach_every": self.detach_every,
+        far: int | str = self.detach_every
+        if self.reach:
+            far = f"left to the length of training ({far}, memories after {self.reach} tokens)"
+        return self.settings.decides() | {
+            "detach_every": far,
             "steps": self.steps,
             "segment": self.segment,
             "sequences": self.train.sequences,

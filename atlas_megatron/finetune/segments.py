@@ -29,21 +29,21 @@ class Window:
 class SegmentReader(nn.Module):
     """A model of language with its loss on a window, one forward however many segments the window has.
 
-    checkpointing: of a segment only its memory at the start is kept, and the backward reads it again.
+    checkpointing: of a segment only its memory at the start is kept, and the backward reads it again. reach: tokens
+    after which a memory's gradients end inside of a segment, counted from its start; 0: nowhere.
     """
 
     accepts_loss_kwargs = True  # Trainer: the loss is divided by the targets of the whole batch, here
 
-    def __init__(self, language_model: nn.Module, segment: int, *, checkpointing: bool) -> None:
+    def __init__(self, language_model: nn.Module, segment: int, *, checkpointing: bool, reach: int = 0) -> None:
         super().__init__()
         self.language_model = language_model
         self.segment, self.checkpointing = segment, checkpointing
-        inner: Any = language_model
-        if segment > inner.config.seq_length:
-            # A last segment is as long as its batch's longest row: its gradients end where those of a whole one do.
-            for layer in inner.modules():
-                if hasattr(layer, "gradient_reach"):
-                    layer.trained = 0
+        layers: Any = language_model.modules()
+        for layer in layers:
+            if hasattr(layer, "gradient_reach"):
+                # In every segment, however short its batch's rows leave it.
+                layer.trained, layer.gradient_reach = 0, reach
 
     @property
     def config(self) -> Any:

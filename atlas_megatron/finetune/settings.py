@@ -32,7 +32,7 @@ class Settings:
     skip_bad: bool = False
     length: int = 0
     segment: int = 0
-    detach_every: int = 0
+    detach_every: int | None = None  # 0: nowhere; None: nowhere, or as the length of training asks (see Plan)
     checkpointing: bool | None = None
     epochs: float = 1.0
     steps: int = 0
@@ -75,7 +75,7 @@ class Settings:
 
 
 def check(settings: Settings, world_size: int) -> None:
-    """Raise ValueError for numbers that cannot be, what is not installed, and a target that is there already."""
+    """Raise ValueError for numbers that cannot be, what is not installed, and a target in the model's folder."""
     _check_numbers(settings)
     settings.accumulation(world_size)
     wanted = ["transformers", "accelerate", "safetensors"] + (["deepspeed"] if settings.deepspeed else [])
@@ -90,8 +90,6 @@ def check(settings: Settings, world_size: int) -> None:
             "--bf16 needs --deepspeed, whose optimizer keeps the weights in float32 beside it; add for example "
             "--deepspeed configs/deepspeed/zero1.json, or leave --bf16 out"
         )
-    if settings.out.exists():
-        raise ValueError(f"--out {settings.out} exists, and nothing is written over; choose another, or remove it")
     model = settings.model.resolve()
     if model == settings.work.resolve() or model in settings.out.resolve().parents:
         raise ValueError(f"--out {settings.out} lies in the model's own folder; choose a folder outside of it")
@@ -102,8 +100,9 @@ def _check_numbers(settings: Settings) -> None:
     at_least |= {"save_every": 1, "validate_every": 1, "log_every": 1, "keep": 2, "weight_decay": 0, "clip": 0}
     at_least |= {"write_budget": 0}
     for name, least in at_least.items():
-        if getattr(settings, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; give {least} or more")
+        given = getattr(settings, name)
+        if given is not None and given < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {given}; give {least} or more")
     for name in ("lr", "epochs"):
         if not getattr(settings, name) > 0:
             raise ValueError(f"--{name} is {getattr(settings, name)}; give a number greater than 0")

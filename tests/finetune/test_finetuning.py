@@ -184,8 +184,36 @@ def test_an_epoch_has_the_steps_that_trainer_takes(root: Path, batch: int, micro
     assert replace(planned, train=replace(planned.train, sequences=7)).steps == steps
 
 
+def test_beyond_the_length_of_training_gradients_end_as_the_exported_models_do(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Trained on 32 tokens in chunks of 8: a quarter is one chunk.
+    def planned(**given: Any) -> run.Plan:
+        return run.plan(Settings(root / "model", (str(root / "text.txt"),), root / "none", batch=1, **given), 1)
+
+    far = planned(length=512)
+    assert (far.segment, far.detach_every, far.reach, far.window) == (32, 1, 8, 32)
+    assert "up to 512 tokens are longer than the 32 of training" in far.on_length
+    assert planned(length=512, segment=4).detach_every == 2
+    wide = planned(length=512, segment=128)
+    assert (wide.detach_every, wide.reach) == (1, 8)
+    within = planned()
+    assert (within.detach_every, within.reach, within.on_length) == (0, 0, "")
+    # What is given holds, with a warning where it is further than training went.
+    assert (planned(length=512, detach_every=1).reach, planned(length=512, detach_every=1).on_length) == (0, "")
+    for every, window in {0: 512, 4: 128}.items():
+        said = planned(length=512, detach_every=every).on_length
+        assert said.startswith(f"warning: gradients pass over up to {window} ")
+    assert far.identity() != planned(length=512, detach_every=1).identity()
+
+    line = words(root, root / "far", length=512, segment=32)
+    assert finetune.main([*line, "--dry-run"]) == 0
+    assert "do not pass further than the exported model's own" in " ".join(capsys.readouterr().out.split())
+
+
 def test_stages_share_out_what_they_say(root: Path) -> None:
-    given = Settings(root / "model", (str(root / "text.txt"),), root / "none", length=64, segment=16, batch=4)
+    data = (str(root / "text.txt"),)
+    given = Settings(root / "model", data, root / "none", length=64, segment=16, batch=4, detach_every=0)
     planned = run.plan(given, 4)
     size = 4 * sum(value.numel() for value in weights(root / "model").values())
     held = [estimate.held(planned, stage) for stage in range(4)]
@@ -244,9 +272,27 @@ def test_folders_that_are_no_models_are_refused(root: Path, tmp_path: Path, caps
     refused("does not hold the model's code")
 
 
-def test_nothing_is_written_over(root: Path, tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert finetune.main(words(root, tuned)) == 2
-    _assert_line(capsys.readouterr().err, "exists, and nothing is written over")
+def test_a_run_that_is_done_says_so_and_nothing_is_written_over(
+    root: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = bytes_of(tuned)
+    assert finetune.main(words(root, tuned)) == 0
+    assert f"{tuned} is done: these settings trained it for 4 steps" in capsys.readouterr().out
+    others: dict[str, dict[str, Any]] = {"lr is 0.1, was 0.003": {"lr": 0.1}, "steps is 3, was 4": {"steps": 3}}
+    for said, given in {**others, "detach_every is 1, was .left to": {"detach_every": 1}}.items():
+        assert finetune.main(words(root, tuned, **given)) == 2
+        _assert_line(capsys.readouterr().err, f"exists, of a run with other settings: {said}.*; nothing is written")
+    assert bytes_of(tuned) == before
+    # Neither a folder of something else, nor one whose weights are not those that were written.
+    (tmp_path / "other").mkdir()
+    assert finetune.main(words(root, tmp_path / "other")) == 2
+    _assert_line(capsys.readouterr().err, "exists and holds no finetune.json of a run; nothing is written over")
+    shutil.copytree(tuned, tmp_path / "flipped")
+    spoilt = bytearray((tuned / "model.safetensors").read_bytes())
+    spoilt[-1] ^= 1
+    (tmp_path / "flipped/model.safetensors").write_bytes(spoilt)
+    assert finetune.main(words(root, tmp_path / "flipped")) == 2
+    _assert_line(capsys.readouterr().err, "is not what was written: its checksum is")
     assert finetune.main(words(root, root / "model/inside")) == 2
     _assert_line(capsys.readouterr().err, "lies in the model's own folder")
 

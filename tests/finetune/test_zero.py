@@ -22,7 +22,7 @@ pytestmark = pytest.mark.parallel
 LOSS = 1e-4
 # Of what training moves a parameter by: Adam divides by a gradient's own size, rounding included.
 MOVED = 1e-2
-FULL: dict[str, Any] = {"segment": 48}
+FULL: dict[str, Any] = {"segment": 48, "detach_every": 0}
 # Answers at the end of texts of several lengths: windows without a target, processes with fewer segments.
 TRUNCATED: dict[str, Any] = {"segment": 24, "detach_every": 2}
 
