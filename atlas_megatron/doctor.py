@@ -17,11 +17,18 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+if Path(sys.argv[0]).stem in ("atlas-doctor", "doctor"):
+    # Before torch, which takes seconds.
+    from atlas_megatron.ending import say_interrupts
+
+    say_interrupts("atlas-doctor")
+
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from atlas_kernels import Gates, MemoryRule, omega_memory
+from atlas_megatron.ending import command
 from atlas_megatron.version import add_version
 
 # Relative RMS between the chunk form and the reference in float32: the tests' tolerance.
@@ -62,10 +69,17 @@ EXTRAS = (
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Print the screen; 0, or 1 where a self-test failed."""
+    """Print the screen; its exit status, of which 1 is a self-test that failed."""
+    return command("atlas-doctor", lambda: _look(_parser().parse_args(words)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="atlas-doctor", description=__doc__, epilog="example: atlas-doctor")
     add_version(parser)
-    parser.parse_args(words)
+    return parser
+
+
+def _look(_: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", category=UserWarning)
     # First the processes: they are forked, which is safe only before torch has threads.
     checks = {"all-reduce of two processes, gloo": all_reduce("gloo", 2)}

@@ -7,14 +7,21 @@ Status 1 is NaN or inf and nothing else: launch/job.sbatch and people tell by it
 from __future__ import annotations
 
 import errno
+import io
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from threading import current_thread, main_thread
+from types import TracebackType
+from typing import Any, NamedTuple
 
 NON_FINITE, USER, LOST, UNFORESEEN = 1, 2, 3, 5
+# 128 and the signal's number, as shells say it.
+INTERRUPTED, TERMINATED = 130, 143
+ON_MEMORY = "give it less at once, or take a machine with more memory"
 # What says in a RuntimeError, which has no type of its own, that memory could not be had.
 NO_MEMORY = (
     *("out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc"),
@@ -26,6 +33,10 @@ NOT_WRITTEN = (
     "Worker failure",  # Megatron's, of a part of a checkpoint
 )
 GONE = "who read the output has gone away; nothing more is done: send it to a file, or read it to its end"
+
+
+class Terminated(SystemExit):
+    """SIGTERM, as an error: what was begun is removed on the way."""
 
 
 class Ending(NamedTuple):
@@ -64,21 +75,78 @@ def ending_of(error: BaseException, on_memory: str) -> Ending | None:
     return None
 
 
-def ended(command: str, work: Callable[[], int], on_memory: str, *, says: bool = True) -> int:
-    """Do a command's work; its exit status. Interrupts and argparse's exits go through.
+def command(
+    name: str, work: Callable[[], int], *, on_memory: str = ON_MEMORY, left: str = "", says: bool = True
+) -> int:
+    """`ended`, and Ctrl-C too is a line and a status. left: what an interrupt leaves, or what to do then."""
+    try:
+        return ended(name, work, on_memory, left=left, says=says)
+    except KeyboardInterrupt:
+        return _said(name, Ending(INTERRUPTED, "; ".join(filter(None, ("interrupted", left)))), says)
+
+
+def ended(name: str, work: Callable[[], int], on_memory: str, *, left: str = "", says: bool = True) -> int:
+    """Do a command's work; its exit status. Interrupts and argparse's exits go through, SIGTERM ends as an error does.
 
     says: whether this process, of several that meet the same error, is the one to say it.
     """
     try:
-        status = work()
-        return status if flushed() else _said(command, Ending(USER, GONE), says)
+        with _terminating():
+            print_anything()
+            status = work()
+        return _with_output(name, status, says)
     except (KeyboardInterrupt, GeneratorExit):
         raise
+    except Terminated:
+        return _said(name, Ending(TERMINATED, "; ".join(filter(None, ("ended by SIGTERM", left)))), says)
     except BaseException as error:
         found = ending_of(error, on_memory)
         if found is None and isinstance(error, SystemExit):
+            # argparse's, after --help: which nobody may have taken.
+            if not error.code and _with_output(name, 0, says):
+                return USER
             raise
-        return _said(command, found or unforeseen(error), says)
+        return _said(name, found or unforeseen(error), says)
+
+
+@contextmanager
+def _terminating() -> Iterator[None]:
+    """Within: SIGTERM raises Terminated, once; a second one kills."""
+    if current_thread() is not main_thread() or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        yield
+        return
+    process = os.getpid()
+
+    def stop(number: int, _: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.getpid() != process:
+            # A child that was forked: nothing of it is ours to remove.
+            os.kill(os.getpid(), number)
+        raise Terminated(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def print_anything() -> None:
+    """What the terminal's encoding has no character for is shown by its number: a name or a text is no error."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def say_interrupts(name: str) -> None:
+    """From here on Ctrl-C where nothing catches it, as while libraries are imported, is a line and no traceback."""
+
+    def hook(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> Any:
+        if not issubclass(kind, KeyboardInterrupt):
+            return sys.__excepthook__(kind, error, at)
+        _said(name, Ending(INTERRUPTED, "interrupted"), True)
+        os._exit(INTERRUPTED)
+
+    sys.excepthook = hook
 
 
 def unforeseen(error: BaseException) -> Ending:
@@ -95,26 +163,32 @@ def one_line(error: BaseException) -> str:
     return lines[0] if isinstance(error, RuntimeError) and lines else " ".join(lines)
 
 
-def flushed() -> bool:
-    """Bring what was printed on its way; False where nobody takes it, and from then on nothing is printed."""
+def flushed() -> OSError | ValueError | None:
+    """Bring what was printed on its way; else what was in the way, and from then on nothing is printed."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-        return True
-    except (OSError, ValueError):
+        return None
+    except (OSError, ValueError) as error:
         with suppress(OSError, ValueError, AttributeError):
             # Python flushes once more when it ends, and would complain.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())
             os.close(nowhere)
-        return False
+        return error
 
 
-def _said(command: str, ending: Ending, says: bool) -> int:
+def _with_output(name: str, status: int, says: bool) -> int:
+    """The status of work whose output is on its way; where it cannot be written, the work is not done."""
+    error = flushed()
+    return _said(name, ending_of(error, "") or Ending(USER, GONE), says) if error else status
+
+
+def _said(name: str, ending: Ending, says: bool) -> int:
     flushed()
     with suppress(OSError, ValueError):
-        if says:
-            print(f"{command}: {ending.line}", file=sys.stderr, flush=True)
+        if says and sys.stderr is not None:
+            print(f"{name}: {ending.line}", file=sys.stderr, flush=True)
     return ending.status
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from atlas_megatron.ending import ended
+from atlas_megatron.ending import command
 from atlas_megatron.version import add_version
 
 if TYPE_CHECKING:
@@ -120,13 +120,13 @@ def main(words: Sequence[str] | None = None) -> int:
     from atlas_megatron.train import quieten
 
     parser = _parser()
-    asked = parser.parse_args(words)
-    quieten()
-    try:
-        return ended(parser.prog, lambda: _run(asked), "give a smaller --segment, or a smaller model")
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
+
+    def work() -> int:
+        asked = parser.parse_args(words)
+        quieten()
+        return _run(asked)
+
+    return command(parser.prog, work, on_memory="give a smaller --segment, or a smaller model")
 
 
 def _parser() -> argparse.ArgumentParser:

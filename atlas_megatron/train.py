@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from atlas_megatron.ending import LOST, ending_of, flushed, unforeseen
+from atlas_megatron.ending import GONE, LOST, USER, Ending, ending_of, flushed, print_anything, unforeseen
 from atlas_megatron.stopping import StopSignals
 
 if TYPE_CHECKING:
@@ -53,10 +53,18 @@ def main(words: Sequence[str] | None = None) -> int:
     # meanwhile ends the run after its first step, saved.
     with StopSignals() as signals:
         try:
-            return _main(words, signals)
+            print_anything()
+            status = _main(words, signals)
+            error = flushed()
+            if error and not status:
+                _say_once((ending_of(error, ON_MEMORY) or Ending(USER, GONE)).line)
+                return USER
+            return status
         except KeyboardInterrupt:
             _say_once("interrupted; no step of this start was saved")
             return 130
+        finally:
+            flushed()
 
 
 def _main(words: Sequence[str] | None, signals: StopSignals) -> int:
@@ -64,10 +72,10 @@ def _main(words: Sequence[str] | None, signals: StopSignals) -> int:
     from atlas_megatron.config import load
     from atlas_megatron.machine import Machine, is_machine_word
 
-    arguments = _parser().parse_intermixed_args(words)
-    words = [word for word in arguments.overrides if arguments.dry_run and is_machine_word(word)]
     config = None
     try:
+        arguments = _parser().parse_intermixed_args(words)
+        words = [word for word in arguments.overrides if arguments.dry_run and is_machine_word(word)]
         machine = Machine.of(words)
         config = load(arguments.config, [word for word in arguments.overrides if word not in words])
         if arguments.dry_run:
@@ -87,8 +95,6 @@ def _main(words: Sequence[str] | None, signals: StopSignals) -> int:
         else:
             _say_once(line, error)
         return status
-    finally:
-        flushed()
 
 
 def _say_once(line: str, error: BaseException | None = None) -> None:

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from atlas_kernels import Gates, MemoryRule, initial_coefficients, lift, omega_memory
 from atlas_megatron.config import MemoryConfig
+from atlas_megatron.ending import command
 from atlas_megatron.parallel.cpu import flush_denormals
 from atlas_megatron.results import commit
 from atlas_megatron.version import add_version
@@ -207,7 +208,12 @@ def print_tables(report: dict) -> None:
     console.print(table)
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
+    """What the command line asks for; its exit status, of which 1 is a check that failed."""
+    return command("bench_memory", lambda: _bench(_parser().parse_args(words)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="example: python tools/bench_memory.py --rounds 9 --json docs/results/memory_cpu.json",
@@ -215,7 +221,10 @@ def main() -> int:
     add_version(parser)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds a shape (default 7)")
     parser.add_argument("--json", type=Path, default=Path("runs/bench_memory.json"), help="where the figures go")
-    arguments = parser.parse_args()
+    return parser
+
+
+def _bench(arguments: argparse.Namespace) -> int:
     flush_denormals()
     tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", str(ROOT / "tests" / "kernels")], cwd=ROOT)
     if tests.returncode:

@@ -12,7 +12,7 @@ import json
 import platform
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from atlas_kernels import Gates, initial_coefficients, lift, omega_memory
 from atlas_megatron.config import MemoryConfig
+from atlas_megatron.ending import command
 from atlas_megatron.mixers.memory_layout import eta_start, lifted, weight_shapes
 from atlas_megatron.parallel.cpu import flush_denormals
 from atlas_megatron.presets import PRESETS
@@ -117,7 +118,12 @@ def measure(rounds: int) -> dict[str, dict]:
     }
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
+    """What the command line asks for; its exit status, of which 1 is a check that failed."""
+    return command("bench_presets", lambda: _bench(_parser().parse_args(words)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -126,7 +132,10 @@ def main() -> int:
     add_version(parser)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
     parser.add_argument("--json", type=Path, default=Path("runs/bench_presets.json"), help="where the figures go")
-    arguments = parser.parse_args()
+    return parser
+
+
+def _bench(arguments: argparse.Namespace) -> int:
     flush_denormals()
     measured = measure(arguments.rounds)
     shape = f"T={TOKENS} B={BATCH}, {HEADS} heads of {HEAD_DIM}, float32"

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from atlas_megatron.ending import command
 from atlas_megatron.version import add_version
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -22,18 +23,14 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; its exit status: 0 done, 2 a user's error."""
-    arguments = _parser().parse_intermixed_args(words)
-    _quieten()
-    from atlas_megatron.ending import ended
 
     def convert() -> int:
+        arguments = _parser().parse_intermixed_args(words)
+        _quieten()
         return _export(arguments) if arguments.direction == "export" else _import(arguments)
 
-    try:
-        return ended("convert_hf", convert, "give a smaller --shard-size, or a machine with more memory")
-    except KeyboardInterrupt:
-        print("convert_hf: interrupted; nothing was left behind", file=sys.stderr)
-        return 130
+    remedy, left = "give a smaller --shard-size, or a machine with more memory", "nothing was left behind"
+    return command("convert_hf", convert, on_memory=remedy, left=left)
 
 
 def size_of(text: str) -> int:

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +31,7 @@ import gpu_goals
 import quickstart
 from atlas_kernels import gated_norm, newton_schulz, short_convolution
 from atlas_megatron.config import MemoryConfig, load
+from atlas_megatron.ending import command
 from atlas_megatron.mixers.memory_layout import memory_flops
 from atlas_megatron.presets import PRESETS
 from atlas_megatron.results import commit
@@ -367,7 +368,12 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
+    """What the command line asks for; its exit status, of which 1 is a check that failed."""
+    return command("gpu_check", lambda: _check(_parser().parse_args(words)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -375,7 +381,10 @@ def main() -> int:
     )
     add_version(parser)
     parser.add_argument("--out", type=Path, default=Path("docs/results/gpu"), help="folder of check.json and check.md")
-    arguments = parser.parse_args()
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print("gpu_check: no GPU is visible; run it on a machine with one (make test checks the rest)", file=sys.stderr)
         return 2

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from atlas_megatron.ending import command
 from atlas_megatron.version import add_version
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,7 +128,12 @@ def show(measured: dict[str, dict[str, Any]]) -> None:
     Console(width=120).print(table)
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
+    """What the command line asks for; its exit status, of which 1 is a check that failed."""
+    return command("kernel_resources", lambda: _measure(_parser(), words))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -136,7 +143,11 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
     what.add_argument("--check", action="store_true", help="compare with it; exit 1 where something grew")
-    arguments = parser.parse_args()
+    return parser
+
+
+def _measure(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> int:
+    arguments = parser.parse_args(words)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: interpreted kernels are not compiled; unset it")
     if arguments.check and not TABLE.exists():

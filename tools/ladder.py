@@ -10,11 +10,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+if __name__ == "__main__":
+    # Before torch and Megatron, which take seconds.
+    from atlas_megatron.ending import say_interrupts
+
+    say_interrupts("ladder")
+
 from rich.console import Console
 from rich.table import Table
 
 from atlas_megatron import ladder
 from atlas_megatron.config import Config
+from atlas_megatron.ending import command
 from atlas_megatron.machine import Machine
 from atlas_megatron.model import flops_per_token, num_params
 from atlas_megatron.version import add_version
@@ -161,33 +168,37 @@ def write(folder: Path, contents: dict[str, str], *, replaces: bool) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> int:
+    """Show or write rungs; an exit status."""
+    return command("ladder", lambda: _ladder(_parser().parse_args(words)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ladder.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_version(parser)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in (("show", "a table of the rungs"), ("write", "their TOMLs and lists")):
-        command = commands.add_parser(name, help=what)
+        one = commands.add_parser(name, help=what)
         if name == "write":
-            command.add_argument("folder", type=Path, metavar="FOLDER")
-            command.add_argument("--replace", action="store_true", help="overwrite files that differ")
-        command.add_argument("rungs", nargs="*", metavar="RUNG", help="default: all; for example 20M 1.3B")
-        command.add_argument("--tokens-per-parameter", type=float, default=ladder.TOKENS_PER_PARAMETER)
-        command.add_argument("--memory", metavar="SIZE", help="of a device (default 80GiB; of a CPU's process 4GiB)")
-        command.add_argument("--gpus-per-node", type=int, metavar="G", help="default 8")
-    arguments = parser.parse_args(words)
-    try:
-        if arguments.gpus_per_node is not None and arguments.gpus_per_node < 1:
-            raise ValueError(f"--gpus-per-node {arguments.gpus_per_node} is no number of GPUs; give at least 1")
-        found = rungs(arguments)
-        if arguments.command == "show":
-            # Whole numbers before a narrow screen's width: a terminal wraps, a cut figure says nothing.
-            Console(width=160, soft_wrap=True).print(show(found))
-        else:
-            write(arguments.folder, files(found), replaces=arguments.replace)
-    except (ValueError, OSError) as error:
-        print(f"ladder: {error}", file=sys.stderr)
-        return 2
+            one.add_argument("folder", type=Path, metavar="FOLDER")
+            one.add_argument("--replace", action="store_true", help="overwrite files that differ")
+        one.add_argument("rungs", nargs="*", metavar="RUNG", help="default: all; for example 20M 1.3B")
+        one.add_argument("--tokens-per-parameter", type=float, default=ladder.TOKENS_PER_PARAMETER)
+        one.add_argument("--memory", metavar="SIZE", help="of a device (default 80GiB; of a CPU's process 4GiB)")
+        one.add_argument("--gpus-per-node", type=int, metavar="G", help="default 8")
+    return parser
+
+
+def _ladder(arguments: argparse.Namespace) -> int:
+    if arguments.gpus_per_node is not None and arguments.gpus_per_node < 1:
+        raise ValueError(f"--gpus-per-node {arguments.gpus_per_node} is no number of GPUs; give at least 1")
+    found = rungs(arguments)
+    if arguments.command == "show":
+        # Whole numbers before a narrow screen's width: a terminal wraps, a cut figure says nothing.
+        Console(width=160, soft_wrap=True).print(show(found))
+    else:
+        write(arguments.folder, files(found), replaces=arguments.replace)
     return 0
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from atlas_megatron.ending import command
 from atlas_megatron.evaluate.babilong_training import training_rows, write_rows
 from atlas_megatron.evaluate.filler import TextFolder
 from atlas_megatron.tokenizer import load_tokenizer
@@ -49,18 +50,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Write what the command line asks for; 0, or 2 after one line on what is wrong."""
-    arguments = _parser().parse_args(words)
-    try:
-        tokenizer = load_tokenizer(arguments.tokenizer)
-        folder = TextFolder(arguments.filler, tokenizer)
-        rows = training_rows(
-            arguments.tasks, tokenizer, tuple(arguments.lengths), arguments.count, arguments.seed, folder
-        )
-        count = write_rows(rows, arguments.out, arguments.as_text)
-    except (ValueError, OSError) as error:
-        print(f"make_babilong: {error}", file=sys.stderr)
-        return 2
+    """Write what the command line asks for; its exit status."""
+    return command("make_babilong", lambda: _make(_parser().parse_args(words)), left="nothing was written")
+
+
+def _make(arguments: argparse.Namespace) -> int:
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    folder = TextFolder(arguments.filler, tokenizer)
+    rows = training_rows(arguments.tasks, tokenizer, tuple(arguments.lengths), arguments.count, arguments.seed, folder)
+    count = write_rows(rows, arguments.out, arguments.as_text)
     print(f"wrote {count:,} examples to {arguments.out}")
     return 0
 

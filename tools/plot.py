@@ -11,6 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    # Before matplotlib, which takes seconds.
+    from atlas_megatron.ending import say_interrupts
+
+    say_interrupts("plot")
+
 import numpy
 from matplotlib import pyplot
 from matplotlib.axes import Axes
@@ -18,6 +24,7 @@ from matplotlib.figure import Figure
 
 import plot_diagnostics
 from atlas_megatron import plotting
+from atlas_megatron.ending import command
 from atlas_megatron.metrics import Record, read
 from atlas_megatron.version import add_version
 
@@ -212,24 +219,28 @@ def _running_mean(values: numpy.ndarray, window: int) -> numpy.ndarray:
 
 
 def main(words: Sequence[str] | None = None) -> int:
+    """Draw what the command line asks for; its exit status."""
+    return command("plot", lambda: _plot(_parser().parse_args(words)), left="pictures that are there are whole")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="plot.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_version(parser)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory, with metrics.jsonl")
     parser.add_argument("--out", metavar="FILE", help="where the comparison goes (default: compare.png in the first)")
-    arguments = parser.parse_args(words)
-    try:
-        if arguments.out and len(arguments.runs) < 2:
-            raise ValueError(f"--out {arguments.out} names a comparison, but one run was given; give two or leave it")
-        for run in arguments.runs:
-            for path in plot_run(run):
-                print(path)
-        if len(arguments.runs) > 1:
-            print(compare_runs(arguments.runs, arguments.out))
-    except (ValueError, OSError) as error:
-        print(f"plot: {error}", file=sys.stderr)
-        return 2
+    return parser
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    if arguments.out and len(arguments.runs) < 2:
+        raise ValueError(f"--out {arguments.out} names a comparison, but one run was given; give two or leave it")
+    for run in arguments.runs:
+        for path in plot_run(run):
+            print(path)
+    if len(arguments.runs) > 1:
+        print(compare_runs(arguments.runs, arguments.out))
     return 0
 
 

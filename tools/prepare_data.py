@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from threading import current_thread, main_thread
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from atlas_megatron.ending import command
 from atlas_megatron.version import add_version
 
 EXAMPLES = """\
@@ -82,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prepare(arguments: argparse.Namespace) -> None:
+def _prepare(arguments: argparse.Namespace) -> int:
     # Writing token files uses no accelerator, so what core says of absent ones is noise here.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     # Here, not at the top: Megatron loads torch, and --help and the worker processes do without.
@@ -112,29 +111,14 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if not arguments.train_tokenizer and Path(summary.tokenizer) == arguments.out / "tokenizer":
         print(f"{arguments.tokenizer} has no tokenizer.json; converted, it is {summary.tokenizer}")
     print(f"{arguments.out} " + (f"written; vocabulary {summary.vocab_size:,}" if written else "is up to date"))
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """Prepare what the command line asks for; 0, or 2 after one line on what is wrong."""
-    arguments = _parser().parse_args(words)
-    before = signal.signal(signal.SIGTERM, _stop) if current_thread() is main_thread() else None
-    try:
-        _prepare(arguments)
-    except (ValueError, OSError) as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("prepare_data: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
     return 0
 
 
-def _stop(number: int, _: object) -> None:
-    """End as by an error, so that what was begun is removed."""
-    sys.exit(128 + number)
+def main(words: Sequence[str] | None = None) -> int:
+    """Prepare what the command line asks for; its exit status."""
+    remedy = "give fewer --workers, or leave out the documents that are too large"
+    work = lambda: _prepare(_parser().parse_args(words))  # noqa: E731
+    return command("prepare_data", work, on_memory=remedy, left="nothing was written")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
+if __name__ == "__main__":
+    # Before torch, which takes seconds.
+    from atlas_megatron.ending import say_interrupts
+
+    say_interrupts("quickstart")
+
 import torch
 import torch.multiprocessing
 from rich.console import Console
@@ -22,6 +28,7 @@ import prepare_data
 from atlas_megatron import train
 from atlas_megatron.config import WITH_MEMORY, Config, has, load
 from atlas_megatron.corpus import Summary, standard_library
+from atlas_megatron.ending import command
 from atlas_megatron.stopping import SIGNALS
 from atlas_megatron.version import add_version
 
@@ -154,7 +161,12 @@ def _table(config: Config) -> Table:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the quickstart; 0, or 2 after one line on what is wrong."""
+    """Run the quickstart; its exit status is that of what ended it."""
+    work = lambda: _quickstart(_parser().parse_args(words).overrides)  # noqa: E731
+    return command("quickstart", work, on_memory=train.ON_MEMORY, left="the same command goes on")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quickstart.py",
         description=__doc__,
@@ -162,31 +174,30 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     add_version(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"changes to {CONFIG.name}")
-    overrides = parser.parse_args(words).overrides
-    try:
-        config = load(CONFIG, overrides)
-        if not config.train.validate_every:
-            raise ValueError("train.validate_every=0 leaves nothing to show at the end; give a number of steps")
-        # Data of one's own is left alone: preparing would replace its folder.
-        ours = config.data.train == load(CONFIG).data.train
-        count, micro_batch = layout(config, _devices())
-        failed = prepare(config) if ours else 0
-        silenced = [SILENCED] if has(config.model.pattern, WITH_MEMORY) else []
-        words = [str(CONFIG), *silenced, *overrides, f"train.micro_batch={micro_batch}"]
-        failed = failed or train_side_by_side(words, count)
-        if failed:
-            return failed
-        from atlas_megatron.metrics import read
+    return parser
 
-        if read(config.run.directory)[-1]["step"] < config.train.steps:
-            return 0  # asked to stop; training has said so, and the same command goes on
-        directory = Path(config.run.directory)
-        plot.plot_run(directory)
-        sample = _write_sample(directory)
-        Console(soft_wrap=True).print(_table(config))
-    except (ValueError, OSError) as error:
-        print(f"quickstart: {error}", file=sys.stderr)
-        return 2
+
+def _quickstart(overrides: Sequence[str]) -> int:
+    config = load(CONFIG, overrides)
+    if not config.train.validate_every:
+        raise ValueError("train.validate_every=0 leaves nothing to show at the end; give a number of steps")
+    # Data of one's own is left alone: preparing would replace its folder.
+    ours = config.data.train == load(CONFIG).data.train
+    count, micro_batch = layout(config, _devices())
+    failed = prepare(config) if ours else 0
+    silenced = [SILENCED] if has(config.model.pattern, WITH_MEMORY) else []
+    words = [str(CONFIG), *silenced, *overrides, f"train.micro_batch={micro_batch}"]
+    failed = failed or train_side_by_side(words, count)
+    if failed:
+        return failed
+    from atlas_megatron.metrics import read
+
+    if read(config.run.directory)[-1]["step"] < config.train.steps:
+        return 0  # asked to stop; training has said so, and the same command goes on
+    directory = Path(config.run.directory)
+    plot.plot_run(directory)
+    sample = _write_sample(directory)
+    Console(soft_wrap=True).print(_table(config))
     print(f"{sample}\n\n{sample.read_text(encoding='utf-8')}")
     print(f"pictures: loss.png, position_loss.png, diagnostics.png in {directory}")
     print(f"curves: tensorboard --logdir {directory}")

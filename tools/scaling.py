@@ -7,15 +7,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+if __name__ == "__main__":
+    # Before matplotlib and torch, which take seconds.
+    from atlas_megatron.ending import say_interrupts
+
+    say_interrupts("scaling")
 
 from matplotlib import pyplot
 from rich.console import Console
 from rich.table import Table
 
 from atlas_megatron import scaling
+from atlas_megatron.ending import command
 from atlas_megatron.results import commit, versions
 from atlas_megatron.version import add_version
 from plot import STYLE
@@ -71,6 +79,12 @@ def write(kinds: Sequence[scaling.Kind], against: str, out: Path, command: str) 
 
 
 def main(words: Sequence[str] | None = None) -> int:
+    """Fit what the command line asks for; its exit status."""
+    words = sys.argv[1:] if words is None else words
+    return command("scaling", lambda: _fit(_parser().parse_args(words), shlex.join(words)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scaling.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -79,14 +93,12 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--compare", metavar="KEY", default="", help="a curve for each value of this key of the config")
     parser.add_argument("--against", choices=tuple(scaling.AGAINST), default="compute")
     parser.add_argument("--out", type=Path, metavar="NAME", default=Path("runs/scaling"), help="default runs/scaling")
-    arguments = parser.parse_args(words)
-    command = " ".join(["python tools/scaling.py", *(sys.argv[1:] if words is None else words)])
-    try:
-        kinds = scaling.kinds_of(scaling.read_runs(arguments.runs, arguments.compare), arguments.against)
-        written = write(kinds, arguments.against, arguments.out, command)
-    except (ValueError, OSError) as error:
-        print(f"scaling: {error}", file=sys.stderr)
-        return 2
+    return parser
+
+
+def _fit(arguments: argparse.Namespace, words: str) -> int:
+    kinds = scaling.kinds_of(scaling.read_runs(arguments.runs, arguments.compare), arguments.against)
+    written = write(kinds, arguments.against, arguments.out, f"python tools/scaling.py {words}")
     Console(soft_wrap=True).print(table(kinds))
     print("\n".join(scaling.sentences(kinds, arguments.against)))
     print("\n".join(map(str, written)))

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from atlas_megatron.corpus import fingerprint
-from atlas_megatron.ending import ended
+from atlas_megatron.ending import command
 from atlas_megatron.version import add_version
 
 if TYPE_CHECKING:
@@ -67,13 +67,14 @@ def main(words: Sequence[str] | None = None) -> int:
 
     parser = _parser()
     words = sys.argv[1:] if words is None else words
-    given = parser.parse_intermixed_args(words)
-    quieten()
-    try:
-        return ended(parser.prog, lambda: _run(given, tuple(words)), "give a smaller --batch, --segment or --lengths")
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+
+    def work() -> int:
+        given = parser.parse_intermixed_args(words)
+        quieten()
+        return _run(given, tuple(words))
+
+    remedy, left = "give a smaller --batch, --segment or --lengths", "the same command goes on from here"
+    return command(parser.prog, work, on_memory=remedy, left=left)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from atlas_megatron import train
+from atlas_megatron.ending import command
 from atlas_megatron.plotting import STYLE as STYLE
 from atlas_megatron.results import Cell as Cell
 from atlas_megatron.results import Results
@@ -154,10 +154,5 @@ def _timed(job: Callable[[], Cell]) -> Cell:
 
 
 def run(name: str, experiment: Callable[[], None]) -> int:
-    """Run a script's body; 0, or 2 after one line on what is wrong."""
-    try:
-        experiment()
-    except (ValueError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run a script's body; its exit status."""
+    return command(name, lambda: experiment() or 0, left="the same command goes on from here")
