@@ -102,6 +102,13 @@ def prepare(
     return summary, True
 
 
+def is_own(out: Path, vocab_size: int) -> bool:
+    """Whether a script may make its own data anew, as with another Python's sources: these were prepared with its
+    vocabulary. What was prepared with another one is somebody else's. Raises ValueError for a broken summary."""
+    earlier = Summary.read(out)
+    return earlier is not None and earlier.vocab_size == vocab_size
+
+
 def _refuse_to_lose(out: Path, files: Sequence[Path], options: Options) -> None:
     """Raise ValueError if replacing `out` would remove what is not an earlier preparation."""
     if out.exists() and not out.is_dir():

@@ -398,8 +398,9 @@ def _check(arguments: argparse.Namespace) -> int:
     report.section(gpu_goals.NEWTON_SCHULZ, bench_newton_schulz)
     report.section(gpu_goals.MEMORY_OP, bench_op)
     report.section("edges of the memory", bench_edges)
-    if not (DATA / "train.bin").is_file():
-        quickstart.prepare(load(quickstart.CONFIG))
+    failed = 0 if (DATA / "train.bin").is_file() else quickstart.prepare(load(quickstart.CONFIG))
+    if failed:
+        return failed
     report.section("loss of the first steps", lambda: loss_curves(scratch))
     report.section(gpu_goals.TRAINING, lambda: bench_training(scratch, report.over))
     written = {

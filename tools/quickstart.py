@@ -27,7 +27,7 @@ import plot
 import prepare_data
 from atlas_megatron import train
 from atlas_megatron.config import WITH_MEMORY, Config, has, load
-from atlas_megatron.corpus import Summary, standard_library
+from atlas_megatron.corpus import standard_library
 from atlas_megatron.ending import command
 from atlas_megatron.stopping import SIGNALS
 from atlas_megatron.version import add_version
@@ -42,12 +42,14 @@ SILENCED = "train.validate_silenced=true"  # validate without writes too: what t
 
 def prepare(config: Config) -> int:
     """Corpus, tokenizer and indexed data where `config` looks for them; an exit status."""
+    # Here, not at the top: it takes seconds, which --help should not cost.
+    from atlas_megatron.prepare import is_own
+
     files = [str(file) for file in standard_library(CORPUS_BYTES)]
     out = Path(config.data.train[0]).parent
     options = ["--train-tokenizer", str(config.model.vocab_size), "--validation", str(HELD_OUT)]
-    earlier = Summary.read(out)
-    if earlier is not None and earlier.vocab_size == config.model.vocab_size:
-        options.append("--overwrite")  # of the quickstart itself, by another Python's sources
+    if is_own(out, config.model.vocab_size):
+        options.append("--overwrite")
     return prepare_data.main([*files, "--out", str(out), *options])
 
 

@@ -37,11 +37,12 @@ CORPUS_BYTES, HELD_OUT = 10_000_000, 0.04  # of the standard library, as in the 
 
 def prepare_bytes() -> None:
     """The quickstart's corpus as bytes, where the base looks for it."""
-    from atlas_megatron.prepare import Options, prepare
+    from atlas_megatron.prepare import Options, is_own, prepare
 
     folder = Path(load(BASE).data.train[0]).parent
     options = Options(train_vocab=BYTES, validation=HELD_OUT, workers=len(os.sched_getaffinity(0)))
-    prepare([str(file) for file in standard_library(CORPUS_BYTES)], folder, options, lambda stage, size: None)
+    files = [str(file) for file in standard_library(CORPUS_BYTES)]
+    prepare(files, folder, options, lambda stage, size: None, overwrite=is_own(folder, BYTES))
 
 
 def draw(results: record.Record, names: Sequence[str], seeds: Sequence[int]) -> None:

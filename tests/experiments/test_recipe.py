@@ -56,6 +56,28 @@ def test_quick_leaves_a_table_and_does_nothing_twice(tiny: Path, no_more_jobs: C
     assert recipe.main(words) == 0
 
 
+def test_its_bytes_are_made_anew_where_python_was_updated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / f"{number}.py" for number in range(40)]
+    for file in files:
+        file.write_text(f"number = {file.stem}\n" * 9)
+    base, folder = tmp_path / "base.toml", tmp_path / "bytes"
+    base.write_text(f'[data]\ntrain = ["{folder}/train"]\n')
+    monkeypatch.setattr(recipe, "BASE", base)
+    monkeypatch.setattr(recipe, "HELD_OUT", 0.3)
+    monkeypatch.setattr(recipe, "standard_library", lambda _: files)
+    recipe.prepare_bytes()
+    first = (folder / "data.json").read_text()
+    files[0].write_text("another = 1\n")
+    recipe.prepare_bytes()
+    second = (folder / "data.json").read_text()
+    assert first != second
+    # Of another vocabulary, they are not its own.
+    monkeypatch.setattr(recipe, "BYTES", 260)
+    with pytest.raises(ValueError, match="prepared from other inputs or with other settings"):
+        recipe.prepare_bytes()
+    assert (folder / "data.json").read_text() == second
+
+
 def test_a_run_that_meets_nan_is_a_row(tiny: Path) -> None:
     """And what the configuration refuses; the cells beside it stay."""
     base = recipe.BASE
