@@ -167,7 +167,7 @@ def _run(asked: argparse.Namespace) -> int:
     if asked.prompt_file not in (None, "-") and not Path(asked.prompt_file).is_file():
         raise ValueError(f"--prompt-file {asked.prompt_file} is no file; give one, or - for standard input")
     from atlas_megatron.reader import open_reader
-    from atlas_megatron.text_files import opened
+    from atlas_megatron.text_files import opened, standard_input
 
     reader = open_reader(asked.model, trust_remote_code=asked.trust_remote_code)
     sampling = Sampling(asked.temperature, asked.top_p, asked.seed, asked.top_k)
@@ -178,9 +178,12 @@ def _run(asked: argparse.Namespace) -> int:
         return _converse(speaker, asked.tokens, asked.stop)
     start = time.perf_counter()
     if asked.prompt is not None:
+        # As of $(cat FILE): its mark, and bytes that are no UTF-8.
+        asked.prompt = asked.prompt.encode("utf-8", "surrogateescape").decode("utf-8-sig", errors="replace")
         read = speaker.read(io.StringIO(asked.prompt))
     elif asked.prompt_file == "-":
-        read = speaker.read(sys.stdin)
+        with standard_input() as text:
+            read = speaker.read(text)
     else:
         with opened(Path(asked.prompt_file)) as found:  # compressed or not
             read = speaker.read(io.TextIOWrapper(found.bytes, encoding="utf-8-sig", errors="replace"))
@@ -250,16 +253,19 @@ def _note(what: str, tokens: int, seconds: float) -> None:
 
 def _converse(speaker: Speaker, tokens: int, stops: Sequence[str]) -> int:
     """Turns from standard input until its end: each line is read into the memory, then continued."""
+    from atlas_megatron.text_files import standard_input
+
     print(f"{FORGET} empties the memory, {QUIT} ends", file=sys.stderr)
-    while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line or line.strip() == QUIT:
-            return 0
-        if line.strip() == FORGET:
-            speaker.forget()
-        elif speaker.read(io.StringIO(line)):
-            _speak(speaker, tokens, stops)
+    with standard_input() as text:
+        while True:
+            print("> ", end="", file=sys.stderr, flush=True)
+            line = text.readline()
+            if not line or line.strip() == QUIT:
+                return 0
+            if line.strip() == FORGET:
+                speaker.forget()
+            elif speaker.read(io.StringIO(line)):
+                _speak(speaker, tokens, stops)
 
 
 if __name__ == "__main__":

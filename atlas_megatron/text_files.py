@@ -9,6 +9,7 @@ import codecs
 import hashlib
 import io
 import lzma
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,6 +109,25 @@ def opened_text(file: Path) -> Iterator[TextIO]:
     """The text of a file without a byte order mark, line ends as they are; the caller has seen that it is UTF-8."""
     with opened(file) as found, io.TextIOWrapper(found.bytes, encoding="utf-8-sig", newline="") as text:
         yield text
+
+
+@contextmanager
+def standard_input() -> Iterator[TextIO]:
+    """Standard input as UTF-8 without a byte order mark, whatever the locale; bytes that are none are replaced.
+
+    Raises ValueError where it is closed.
+    """
+    if sys.stdin is None:
+        raise ValueError("standard input is closed; give a file")
+    buffer = getattr(sys.stdin, "buffer", None)
+    if buffer is None:
+        yield sys.stdin  # text already
+        return
+    text = io.TextIOWrapper(buffer, encoding="utf-8-sig", errors="replace")
+    try:
+        yield text
+    finally:
+        text.detach()
 
 
 def measured(file: Path) -> Measured:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -205,6 +206,40 @@ def test_bad_input_is_one_line(
     assert main(["model", *words]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+class Listening(Counting):
+    """Says what it was given to read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[int] = []
+
+    def read(self, tokens: torch.Tensor, keep: int | None = None) -> torch.Tensor:
+        self.heard += tokens[0].tolist()
+        return super().read(tokens, keep)
+
+
+@pytest.mark.parametrize("way", ["--prompt", "a file", "standard input", "--interactive"])
+def test_a_byte_order_mark_is_no_part_of_a_prompt(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = b"\xef\xbb\xbfab \xff\n"
+    listening = Listening()
+    monkeypatch.setattr(readers, "open_reader", lambda path, trust_remote_code: listening)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="ascii"))
+    (tmp_path / "prompt.txt").write_bytes(raw)
+    words = {
+        "--prompt": ["--prompt", os.fsdecode(raw)],
+        "a file": ["--prompt-file", str(tmp_path / "prompt.txt")],
+        "standard input": ["--prompt-file", "-"],
+        "--interactive": ["--interactive"],
+    }[way]
+    assert main(["model", *words, "--tokens", "1"]) == 0
+    text = "ab \N{REPLACEMENT CHARACTER}\n"
+    heard = listening.tokenizer.encode(text)
+    assert listening.heard[: len(heard)] == heard
+    assert "\ufeff" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("exported", [False, True], ids=["run", "exported"])
