@@ -266,7 +266,8 @@ def restore(folder: Path, config: Config, trained: Trained) -> Position:
         _set_random_state(loaded["random"])
     # Runs from before batches could be skipped, or tokens were counted, have not saved all of it.
     found = {f.name: loaded.get(f.name, f.default) for f in fields(Position)}
-    found["tokens"] = found["tokens"] or found["step"] * config.train.global_batch * config.model.seq_length
+    before = load_saved(folder / CONFIG)
+    found["tokens"] = found["tokens"] or found["step"] * before.train.global_batch * before.model.seq_length
     return Position(**found)
 
 

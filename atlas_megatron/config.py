@@ -201,6 +201,9 @@ class TrainConfig:
     # late_write_budget, where that is not 0: by then what is read is known, and the rest can be left unwritten.
     write_budget: float = 0.0
     late_write_budget: float = 0.0
+    # Tokens over which gradients go back through a memory, in whole chunks; 0: over the whole sequence. A run whose
+    # model.seq_length has grown takes a quarter of the length that it began with, as exported models do.
+    gradient_reach: int = 0
     recompute: bool = False  # recompute each layer's activations in the backward
     deterministic: bool = False  # two runs of one layout are bit-equal on a GPU too; refuses what cannot be
     validate_every: int = 100  # steps; 0 never
@@ -392,7 +395,7 @@ def model_differences(ours: Config, theirs: Config) -> list[str]:
     """The fields, as ``section.key: ours, theirs``, in which two configurations describe different models.
 
     How a model is run (implementation and outer gradient of the memory, Transformer Engine, pipeline cuts) is not part
-    of what it is.
+    of what it is, nor is how long its sequences are: ours may be longer.
     """
     found = []
     for section in ("model", "memory", "attention", "recurrent", "delta"):
@@ -403,8 +406,10 @@ def model_differences(ours: Config, theirs: Config) -> list[str]:
                 continue
             if f.name == "pattern":
                 mine, other = mine.replace("|", ""), other.replace("|", "")
-            if mine != other:
-                found.append(f"{section}.{f.name}: {mine!r}, the checkpoint has {other!r}")
+            grows = f.name == "seq_length"
+            if mine != other and not (grows and mine > other):
+                more = " (it may grow, not shrink)" if grows else ""
+                found.append(f"{section}.{f.name}: {mine!r}, the checkpoint has {other!r}{more}")
     return found
 
 

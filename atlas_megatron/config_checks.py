@@ -68,7 +68,7 @@ def _check_ranges(config: Config) -> None:
                 raise ValueError(f"{name}.{key}={getattr(section, key)} must be greater than 0")
     for key in (
         *("warmup_steps", "weight_decay", "clip_grad", "validate_every", "validate_sequences", "min_lr"),
-        *("write_budget", "late_write_budget"),
+        *("write_budget", "late_write_budget", "gradient_reach"),
     ):
         if not getattr(train, key) >= 0:
             raise ValueError(f"train.{key}={getattr(train, key)} must be 0 or more")
@@ -255,6 +255,12 @@ def _check_memory(config: Config) -> None:
         raise ValueError(
             f"model.seq_length={length} is not a multiple of memory.chunk={memory.chunk}; "
             f"nearest: {max(1, round(length / memory.chunk)) * memory.chunk}"
+        )
+    if config.train.gradient_reach % memory.chunk:
+        nearest = max(1, round(config.train.gradient_reach / memory.chunk)) * memory.chunk
+        raise ValueError(
+            f"train.gradient_reach={config.train.gradient_reach} is not a multiple of memory.chunk={memory.chunk}; "
+            f"nearest: {nearest}"
         )
     if memory.step_in_momentum and (memory.omega_gates != "none" or not memory.momentum):
         raise ValueError(

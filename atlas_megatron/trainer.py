@@ -32,7 +32,7 @@ from atlas_megatron.parallel import world
 from atlas_megatron.parallel.context import settle
 from atlas_megatron.parallel.cpu import device
 from atlas_megatron.provenance import Provenance, refusal
-from atlas_megatron.resuming import changed_keys
+from atlas_megatron.resuming import changed_keys, going_on, longer_sequences, samples_as_long
 from atlas_megatron.run_lock import RunLock
 from atlas_megatron.scratch import write_whole
 from atlas_megatron.stopping import StopSignals
@@ -52,11 +52,13 @@ class Trainer:
         on. lock: the run's, looked at before anything is saved. Raises ValueError for data that cannot be trained on, a
         checkpoint of another model, or where all are damaged.
         """
-        self.config = config
         directory = Path(config.run.directory)
         resumed, wrong = checkpoint.to_resume(directory)
+        before = load_saved(resumed / checkpoint.CONFIG) if resumed else config
         if resumed:
             checkpoint.check_same_model(resumed, config)
+            config = going_on(config, before)
+        self.config = config
         train = config.train
         sequences = train.validate_sequences if train.validate_every else 0
         train_set, validation_set = build_datasets(config, train.steps * train.global_batch, sequences)
@@ -69,9 +71,8 @@ class Trainer:
             config, validation_set, self.trained.chunks, partial(self._run, forward_only=True)
         )
         self.position = checkpoint.restore(resumed, config, self.trained) if resumed else Position()
-        differs = changed_keys(config, load_saved(resumed / checkpoint.CONFIG), self.position.step) if resumed else ""
-        if "data" in changes:
-            self.position = replace(self.position, consumed_samples=0)
+        consumed = 0 if "data" in changes else samples_as_long(config, before, self.position.consumed_samples)
+        self.position = replace(self.position, consumed_samples=consumed)
         self._saver = checkpoint.Saver(config, provenance)
         self._batches = Batches(train_set, config, self.position.consumed_samples, endless=True)
         self._speed = Speed(config, flops_per_token(config).training, torch.distributed.get_world_size())
@@ -91,8 +92,10 @@ class Trainer:
             self._say(line)
         if resumed:
             self._say(f"resumed from {resumed}")
-        if differs:
-            self._say(differs)
+        for said in (changed_keys, longer_sequences):
+            line = said(config, before, self.position.step)
+            if line:
+                self._say(line)
         if changes:
             self._say(f"another {' and other '.join(changes)} than before, as data.allow_change=true allows")
 

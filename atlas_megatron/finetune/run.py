@@ -50,10 +50,11 @@ class Plan:
 
     @property
     def reach(self) -> int:
-        """Tokens after which gradients of memories end, as the exported model ends them in its own forward: where a
-        sequence is longer than those of training, and --detach-every is not given. 0: they do not end for that."""
-        chosen = self.settings.detach_every is not None
-        return 0 if chosen or self.train.longest <= self.config.seq_length else self._bound
+        """Tokens after which gradients of memories end, as the exported model ends them in its own forward, where
+        --detach-every is not given: those of its config.gradient_reach, or, for sequences longer than those of
+        training, a quarter of that length. 0: they do not end for that."""
+        ends = self.train.longest > (self.config.gradient_reach or self.config.seq_length)
+        return self._bound if ends and self.settings.detach_every is None else 0
 
     @property
     def _bound(self) -> int:
@@ -83,12 +84,12 @@ class Plan:
 
     @property
     def on_length(self) -> str:
-        """A line on gradients and the length of training; empty where no sequence is longer."""
+        """A line on gradients and the length of training; empty where it bounds nothing."""
         trained, longest = self.config.seq_length, self.train.longest
         if self.reach:
             return (
-                f"sequences of up to {longest:,} tokens are longer than the {trained:,} of training: gradients do not "
-                "pass further than the exported model's own; --detach-every 0 lets them pass over every cut"
+                f"sequences of up to {longest:,} tokens, {trained:,} in training: gradients do not pass further than "
+                "the exported model's own; --detach-every 0 lets them pass over every cut"
             )
         if self._bound and self.window > trained:
             return (

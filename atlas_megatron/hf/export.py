@@ -130,7 +130,7 @@ def described(config: megatron.Config) -> AtlasConfig:
         if "impl" in section:
             section["impl"] = "auto"  # the choice was for the machine that trained
     keys: dict[str, Any] = asdict(config.model) | sections
-    return AtlasConfig(**keys)
+    return AtlasConfig(**keys, gradient_reach=config.train.gradient_reach or None)
 
 
 def _of[T](source: Path, read: Callable[[Path], T]) -> T:

@@ -93,8 +93,13 @@ class MemoryAsContext(_Joined):
     def forward(self, x: Tensor, state: ContextState | None, place: Place) -> tuple[Tensor, ContextState]:
         """[B, T, hidden] -> [B, T, hidden] and the state after; every row stands at the same position."""
         state, outputs, start = state or ContextState(None, None, None, None), [], 0
+        reach, ended = self.memory.reach_in(place.tokens), 0
         while start < place.tokens:
             first = place.first + start
+            if reach and start - ended >= reach and first % self.segment == 0 and state.memory:
+                # Also what the next segment is answered from: gradients would pass the end by that way.
+                memory, ended = state.memory.ended(), start
+                state = ContextState(memory, memory, None, None)
             stop = min(start + self.segment - first % self.segment, place.tokens)
             part = Place(first, stop - start, None, place.first + stop)
             y, state = self._within(x[:, start:stop], state, part)

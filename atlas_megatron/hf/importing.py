@@ -39,13 +39,16 @@ def import_folder(source: Path, run: Path, overrides: Sequence[str] = ()) -> Pat
         end = copy_tokenizer(source, folder / TOKENIZER, description.vocab_size)
         words = [f"run.directory={json.dumps(str(run))}"]
         words += [] if end is None else [f"data.tokenizer={json.dumps(str(run / TOKENIZER))}"]
+        words += [f"train.gradient_reach={description.gradient_reach}"] if description.gradient_reach else []
         config = _configured(description, folder, [*words, *overrides])
         (folder / checkpoint.CONFIG).write_text(to_toml(config), encoding="utf-8")
         step = checkpoint.folder_of(folder) / f"step_{0:08d}"
         step.mkdir(parents=True)
         if end is not None:
             shutil.copytree(folder / TOKENIZER, step, dirs_exist_ok=True)
-        _write_checkpoint(weights, parameters, step, config)
+        # The checkpoint's sequences are those that its weights were trained on; the run's may be longer.
+        trained = replace(config, model=replace(config.model, seq_length=description.seq_length))
+        _write_checkpoint(weights, parameters, step, trained)
     return run
 
 

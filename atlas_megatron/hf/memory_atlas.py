@@ -52,6 +52,10 @@ class AtlasState:
     memory: State
     tail: Tensor
 
+    def ended(self) -> AtlasState:
+        """The same, whose memory no gradient goes back through."""
+        return AtlasState(self.memory.map(Tensor.detach), self.tail)
+
 
 class AtlasMemory(nn.Module):
     """Sequence mixer of an `M` layer. A row of `linear_qkvg` belongs to one head: its q, k, v and output gate."""
@@ -60,7 +64,9 @@ class AtlasMemory(nn.Module):
         super().__init__()
         self.memory = memory = config.section("memory")
         self.rule = rule_of(memory)
-        self.trained, self.gradient_reach = config.seq_length, reach_of(config)
+        # Longer calls end their gradients; where a reach is given, all calls do.
+        self.trained = config.seq_length if config.gradient_reach is None else 0
+        self.gradient_reach = reach_of(config)
         self.write_budget = 0.0  # of the loss, for each token's write gate; a trainer sets it
         self.epsilon, self.init_std = config.norm_epsilon, config.init_std
         hidden, heads, width = config.hidden_size, memory.heads, memory.heads * memory.head_dim
@@ -130,19 +136,14 @@ class AtlasMemory(nn.Module):
         a fresh omeganet's gradient had a norm of 1e19.
         """
         tokens, outputs = q.shape[1], []
-        reach = self.gradient_reach if torch.is_grad_enabled() and tokens > self.trained else 0
-        if reach:
-            logger.warning_once(
-                f"{tokens} tokens are read at once, more than the {self.trained} of training: gradients go back over "
-                f"{reach} tokens of a memory; config.gradient_reach says how far, 0 over all"
-            )
+        reach = self.reach_in(tokens)
         for first in range(0, tokens, reach or tokens):
             part = slice(first, first + (reach or tokens))
             y, state = omega_memory(
                 self.lifted(q[:, part]),
                 self.lifted(k[:, part], key=True),
                 v[:, part],
-                Gates(**{f.name: getattr(gates, f.name)[:, part] for f in fields(Gates)}),
+                Gates(gates.alpha[:, part], gates.eta[:, part], gates.theta[:, part], gates.gamma[:, part]),
                 self.start_weights(),
                 self.rule,
                 state=state.map(Tensor.detach) if first and state is not None else state,
@@ -154,6 +155,16 @@ class AtlasMemory(nn.Module):
             outputs.append(y)
         assert state is not None
         return torch.cat(outputs, 1), state
+
+    def reach_in(self, tokens: int) -> int:
+        """Tokens over which gradients go back in a call of so many; 0: all. Said where training had fewer."""
+        reach = self.gradient_reach if torch.is_grad_enabled() and tokens > self.trained else 0
+        if reach and self.trained:
+            logger.warning_once(
+                f"{tokens} tokens are read at once, more than the {self.trained} of training: gradients go back over "
+                f"{reach} tokens of a memory; config.gradient_reach says how far, 0 over all"
+            )
+        return reach
 
     def read(self, q: Tensor, state: AtlasState | None) -> Tensor:
         """What the memory as it stands answers to q [B, T, H, K], without a write: [B, T, H, K]."""
@@ -216,8 +227,8 @@ class AtlasMemory(nn.Module):
 
 
 def reach_of(config: AtlasConfig) -> int:
-    """Tokens over which gradients go back through a memory in a call longer than training: given, or a quarter of the
-    length of training, in whole chunks; 0: all, as exponential kernels need, which keep their sources as they are."""
+    """Tokens over which gradients go back through a memory: given, or, in calls longer than training, a quarter of its
+    length, in whole chunks; 0: all, as exponential kernels need, which keep their sources as they are."""
     memory, given = config.section("memory"), config.gradient_reach
     if memory.kernel != "lifted":
         return 0

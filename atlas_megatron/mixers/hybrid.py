@@ -19,6 +19,7 @@ from atlas_megatron.mixers.base import Mixer
 from atlas_megatron.mixers.linears import MixerLinears
 from atlas_megatron.mixers.memory import AtlasMixer, AtlasState
 from atlas_megatron.mixers.memory_layout import weight_shapes
+from atlas_megatron.mixers.reach import ended
 from atlas_megatron.parallel.scan import Shards
 
 
@@ -143,8 +144,13 @@ class MemoryAsContext(_Joined):
         state, chain = state or ContextState(None, None, None, None, 0), self.shards.tokens
         if chain.rank > 0:
             state = self._received(hidden_states, state)
-        outputs, start = [], 0
+        outputs, start, reach = [], 0, self.memory.gradient_reach if torch.is_grad_enabled() else 0
         while start < hidden_states.shape[0]:
+            if reach and state.position % self.segment == 0 and state.memory and state.memory.memory:
+                # In whole segments: what the next one is answered from is the memory after the last.
+                if state.position // reach > (state.position - self.segment) // reach:
+                    memory = AtlasState(ended(state.memory.memory), state.memory.tail)
+                    state = ContextState(memory, memory, None, None, state.position)
             stop = start + self.segment - state.position % self.segment
             y, state = self._within(hidden_states[start:stop], state)
             outputs.append(y)

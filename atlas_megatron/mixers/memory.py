@@ -46,6 +46,7 @@ from atlas_megatron.mixers.memory_layout import (
     memory_flops,
     weight_shapes,
 )
+from atlas_megatron.mixers.reach import ended, stretches
 
 HISTOGRAM_BINS = 32
 SPECTRUM_QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -74,6 +75,8 @@ class AtlasMixer(Mixer):
         memory, hidden = settings.memory, settings.model.hidden_size
         self.memory = memory
         self.write_budget = 0.0  # of the loss, for each token's write gate; the trainer sets it
+        # An exponential kernel keeps its sources as they are: there is nothing to end.
+        self.gradient_reach = settings.train.gradient_reach if memory.kernel == "lifted" else 0
         self.silent = False  # set it for whole sequences, and the memory stays at its start weights: reads, no writes
         self.rule = memory.rule()
         width = memory.heads * memory.head_dim
@@ -215,19 +218,28 @@ class AtlasMixer(Mixer):
         state: State | None,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        return omega_memory(
-            self._lifted(q, heads),
-            self._lifted(k, heads, key=True),
-            v,
-            gates,
-            self._start(heads),
-            self.rule,
-            state=state,
-            residual=(q, k) if self._own_residual() else None,
-            impl=self.memory.impl,
-            positions=positions,
-            products=self.config.params_dtype,
-        )
+        outputs, tokens = [], q.shape[1]
+        # A state's position is the sequence's, but of packed documents.
+        known = state.position if state is not None else None
+        first = known if isinstance(known, int) else self.shards.chain.rank * tokens
+        for part, ends in stretches(tokens, first, self.gradient_reach if torch.is_grad_enabled() else 0):
+            own = (q[:, part], k[:, part])
+            y, state = omega_memory(
+                self._lifted(own[0], heads),
+                self._lifted(own[1], heads, key=True),
+                v[:, part],
+                Gates(**{name: gate[:, part] for name, gate in vars(gates).items()}),
+                self._start(heads),
+                self.rule,
+                state=ended(state) if ends and state is not None else state,
+                residual=own if self._own_residual() else None,
+                impl=self.memory.impl,
+                positions=None if positions is None else positions[:, part],
+                products=self.config.params_dtype,
+            )
+            outputs.append(y)
+        assert state is not None
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state
 
     def blank(self, tokens: tuple[Tensor, ...], heads: slice, position: int | Tensor) -> MemoryState:
         """Before any token, but for its position."""

@@ -193,7 +193,7 @@ def test_beyond_the_length_of_training_gradients_end_as_the_exported_models_do(
 
     far = planned(length=512)
     assert (far.segment, far.detach_every, far.reach, far.window) == (32, 1, 8, 32)
-    assert "up to 512 tokens are longer than the 32 of training" in far.on_length
+    assert "up to 512 tokens, 32 in training: gradients do not pass further" in far.on_length
     assert planned(length=512, segment=4).detach_every == 2
     wide = planned(length=512, segment=128)
     assert (wide.detach_every, wide.reach) == (1, 8)

@@ -136,6 +136,25 @@ def test_a_pass_that_is_recomputed_hands_on_twice() -> None:
         assert (own[name] - gradient).norm() <= TOLERANCE * gradient.norm(), name
 
 
+def test_gradients_end_at_the_same_tokens_over_ranks() -> None:
+    """Inside of a rank's tokens and at its borders, which a gradient must not pass either."""
+    cases = [("M-A-", "handoff", 16, False), ("M-", "handoff", 24, True), ("C-", "handoff", 16, False)]
+    cases += [("M-", "heads+handoff", 24, False)]
+    alone = []
+    for layers, _, reach, packed in cases:
+        config = case(layers, "atlas", packed)
+        alone.append(replace(config, train=replace(config.train, gradient_reach=reach)))
+    shared = [models.spread(config, RANKS, mode, **NODES) for config, (_, mode, *_) in zip(alone, cases, strict=True)]
+    whole = [replace(config, train=replace(config.train, gradient_reach=0)) for config in alone]
+    expected = processes.run(1, models.losses_and_gradients, [*alone, *whole])[0]
+    together = processes.run(RANKS, models.losses_and_gradients, shared)[0]
+    for one, many, (_, everything) in zip(expected, together, expected[len(cases) :], strict=False):
+        torch.testing.assert_close(many[0], one[0], rtol=1e-6, atol=1e-6)
+        for name, gradient in one[1].items():
+            assert (many[1][name] - gradient).norm() <= TOLERANCE * gradient.norm(), name
+        assert any((gradient - everything[name]).norm() > 1e-6 * gradient.norm() for name, gradient in one[1].items())
+
+
 def test_a_stream_goes_on_over_ranks() -> None:
     """Pieces of a sequence, each spread over the ranks, with a state between them: logits and gradients."""
     configs = [
