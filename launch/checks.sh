@@ -1,4 +1,4 @@
-# What local.sh and slurm.sh share: where the commands are, how to refuse, the words of a command line. Sourced.
+# What local.sh, slurm.sh and ladder.sh share: where commands are, how to refuse, the words of a command line. Sourced.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -17,6 +17,13 @@ command_of() {
   [[ -x "$found" ]] ||
     refuse "$1 is not in ${ATLAS_BIN:-$ROOT/.venv/bin, nor on PATH}; run make setup, or set ATLAS_BIN to its folder"
   echo "$found"
+}
+
+# Prints the versions, as every command does, and leaves.
+say_versions() {
+  local command
+  command="$(command_of atlas-train)" || exit 2
+  exec "$command" --version
 }
 
 # $1 is section.key=value, and no path with an equals sign in it.

@@ -16,6 +16,7 @@ is checked before the first one starts. Without --local each becomes a job of it
   --rungs A,B  only these of the list, by their configs' names
   --runs DIR   run.directory=DIR/RUNG of each (default: as the configs say); one DIR for each preset that is compared
   --dry-run    check, and print what would be started
+  --version    print the versions and leave
 
 examples:
   launch/ladder.sh configs/scale/gpu.list --partition gpu --time 24:00:00 --dry-run
@@ -36,7 +37,8 @@ read_words() {
       word="$1"
     fi
     case "$word" in
-      -h | --help) usage && exit 0 ;;
+      -h | --help) usage; exit 0 ;;
+      --version) say_versions ;;
       --local) here=1 ;;
       --dry-run) dry=1 ;;
       --rungs) has_value "$1" $# && only="$2" && shift ;;
@@ -67,6 +69,8 @@ read_list() {
   [[ -f "$list" && -r "$list" ]] || refuse "list '$list' cannot be read; give a file that tools/ladder.py wrote"
   folder="$(dirname "$list")"
   while read -r config count rest || [[ -n "$config" ]]; do
+    # As another system's editor writes a file: with a byte order mark, and carriage returns.
+    config="${config#$'\xef\xbb\xbf'}" config="${config%$'\r'}" count="${count%$'\r'}" rest="${rest%$'\r'}"
     [[ -n "$config" && "$config" != \#* ]] || continue
     [[ "$count" =~ ^[1-9][0-9]{0,5}$ && (-z "$rest" || "$rest" == \#*) ]] ||
       refuse "line '$config $count $rest' of $list is no rung; write a config and its nodes, for example 20m.toml 1"
@@ -115,15 +119,18 @@ check_rung() {
   fi
   ((nodes[$1] == 1)) ||
     refuse "$(basename "${rungs[$1]}" .toml) wants ${nodes[$1]} nodes, and --local is this machine; choose others: --rungs"
-  local processes place
+  local processes place said
   processes="$(count_gpus)"
   for place in "${!passed[@]}"; do
     [[ "${passed[place]}" != --processes ]] || processes="${passed[place + 1]}"
   done
   is_number --processes "$processes" 0 2
   ((processes > 0)) || processes=1
-  LOCAL_WORLD_SIZE="$processes" check "${rungs[$1]}" "$(command_of atlas-train)" "${rungs[$1]}" --dry-run \
-    "world=$processes" ${overrides[@]+"${overrides[@]}"} >/dev/null
+  said="$(LOCAL_WORLD_SIZE="$processes" check "${rungs[$1]}" "$(command_of atlas-train)" "${rungs[$1]}" --dry-run \
+    "world=$processes" ${overrides[@]+"${overrides[@]}"})" || exit 2
+  # A later rung's would be found after hours.
+  said="$(sed -n 's/^cannot train yet: //p' <<<"$said")"
+  [[ -z "$said" || -n "$dry" ]] || refuse "$(basename "${rungs[$1]}" .toml): ${said%%$'\n'*}"
   check "${rungs[$1]}" "$ROOT/launch/local.sh" "${words[@]}" --dry-run
 }
 

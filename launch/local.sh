@@ -13,6 +13,7 @@ the run's: 0 done or saved, 1 NaN, 2 a user's error, 3 a lost process, 4 a hung 
 
   --processes N  that many processes; on a machine without a GPU they share its cores
   --dry-run      print the command only
+  --version      print the versions and leave
 
 examples:
   launch/local.sh configs/quickstart.toml
@@ -27,7 +28,8 @@ main() {
   local -a overrides=()
   while (($#)); do
     case "$1" in
-      -h | --help) usage && exit 0 ;;
+      -h | --help) usage; exit 0 ;;
+      --version) say_versions ;;
       --processes) has_value "$1" $# && processes="$2" && shift ;;
       --dry-run) dry=1 ;;
       -*) refuse "option '$1' is unknown; see local.sh --help" ;;

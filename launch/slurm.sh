@@ -29,6 +29,7 @@ and goes on; after preemption, a lost node or a crash too, from the newest whole
   --logs DIR              default runs/logs
   --sbatch OPTION         any other option of sbatch, for example --sbatch=--qos=high
   --dry-run               check the config and print what would be submitted
+  --version               print the versions and leave
 
 Logs: DIR/NAME-JOB.out is the job's own, DIR/NAME-JOB/node-NODE.log all that a node says, and below
 DIR/NAME-JOB/start-K/NODE every rank's stdout and stderr by themselves.
@@ -56,7 +57,8 @@ read_words() {
       word="$1"
     fi
     case "$word" in
-      -h | --help) usage && exit 0 ;;
+      -h | --help) usage; exit 0 ;;
+      --version) say_versions ;;
       --dry-run) dry=1 ;;
       --*) has_value "$word" $# && read_option "$word" "$2" && shift ;;
       -*) refuse "option '$word' is unknown; see slurm.sh --help" ;;
@@ -175,22 +177,30 @@ read_directory() {
   directory+="$rest"
 }
 
+# Refuses a run that would end before its first step by a dry run's report $1; only says so where all is a dry run.
+can_train() {
+  local missing
+  missing="$(sed -n 's/^cannot train yet: //p' <<<"$1")"
+  [[ -z "$missing" || -n "$dry" ]] || refuse "${missing%%$'\n'*}"
+  [[ -z "$missing" ]] || sed -n 's/^cannot train yet: /slurm.sh: &/p' <<<"$1" >&2
+}
+
 # Sets `directory`; with a sweep, of the run without it.
 check_config() {
-  local said value missing
+  local said value
   local -a values words
   atlas_train="$(command_of atlas-train)"
   said="$(dry_run ${overrides[@]+"${overrides[@]}"})"
   read_directory "$said"
   grep -E '^(fits|does not fit):' <<<"$said" || true
-  missing="$(sed -n 's/^cannot train yet: //p' <<<"$said")"
-  [[ -z "$missing" || -n "$dry" ]] || refuse "${missing%%$'\n'*}"
-  [[ -z "$missing" ]] || sed -n 's/^cannot train yet: /slurm.sh: &/p' <<<"$said" >&2
+  # A sweep's own values may be what is missing.
+  [[ -n "$array" ]] || can_train "$said"
   [[ -n "$array" ]] || return 0
   IFS=, read -ra values <<<"${array#*=}"
   for value in "${values[@]}"; do
     element "$value" "$(element_directory "$directory" "${array%%=*}" "$value")"
-    dry_run "${words[@]}" >/dev/null
+    said="$(dry_run "${words[@]}")"
+    can_train "$said"
   done
 }
 

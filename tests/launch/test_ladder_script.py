@@ -48,6 +48,22 @@ def test_a_dry_run_starts_nothing(stubs: Stubs) -> None:
     ]
 
 
+def test_a_list_of_another_systems_editor_is_read(stubs: Stubs, short: Path) -> None:
+    short.write_bytes(b"\xef\xbb\xbf" + short.read_bytes().replace(b"# two\n", b"").replace(b"\n", b"\r\n"))
+    said = stubs.run(LADDER, str(short), "--dry-run")
+    assert said.returncode == 0 and said.stdout.count("sbatch --parsable") == 2, said.stderr
+
+
+def test_locally_what_a_later_rung_lacks_is_said_before_the_first_trains(stubs: Stubs, short: Path) -> None:
+    short.write_text("small.toml 1\nlarge.toml 1")
+    lacks = "#!/usr/bin/env bash\necho fits\n[[ $1 != *large.toml ]] || echo 'cannot train yet: a.idx does not exist'\n"
+    (stubs.folder / "atlas-train").write_text(lacks)
+    said = stubs.run(LADDER, str(short), "--local")
+    assert said.returncode == 2 and said.stderr.endswith("ladder.sh: large: a.idx does not exist\n")
+    assert "torchrun" not in said.stdout
+    assert stubs.run(LADDER, str(short), "--local", "--dry-run").returncode == 0
+
+
 def test_locally_one_after_the_other_until_one_fails(stubs: Stubs, short: Path) -> None:
     refused = stubs.run(LADDER, str(short), "--local")
     assert refused.returncode == 2 and "large wants 4 nodes, and --local is this machine" in refused.stderr

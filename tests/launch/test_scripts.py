@@ -80,6 +80,17 @@ def test_the_scripts_parse_and_explain_themselves(stubs: Stubs) -> None:
         assert said.returncode == 0 and "examples:" in said.stdout and os.access(script, os.X_OK)
 
 
+def test_every_launcher_says_its_versions_as_the_commands_do(stubs: Stubs) -> None:
+    (stubs.folder / "atlas-train").write_text('#!/usr/bin/env bash\necho "atlas-train $*"\n')
+    launchers = [file for file in (ROOT / "launch").glob("*.sh") if "usage()" in file.read_text()]
+    assert {LOCAL, SLURM} < set(launchers)
+    for script in launchers:
+        said = stubs.run(script, CONFIG, "--version")
+        assert (said.returncode, said.stdout, said.stderr) == (0, "atlas-train --version\n", "")
+        absent = stubs.run(script, "--version", ATLAS_BIN="/nowhere")
+        assert absent.returncode == 2 and absent.stderr.startswith(f"{script.name}: atlas-train is not in /nowhere")
+
+
 @pytest.mark.parametrize(
     ("gpus", "words", "count"),
     [("", [], 1), ("0,1,2", [], 3), ("", ["--processes", "2"], 2), ("-1", ["--processes", "2"], 2), ("0,-1,2", [], 1)],
@@ -125,6 +136,22 @@ def test_a_job_that_cannot_train_does_not_wait_in_the_queue(stubs: Stubs) -> Non
     assert said.returncode == 2 and said.stderr == "slurm.sh: data/a.idx does not exist\n" and stubs.called() == []
     dry = stubs.run(SLURM, *TWO, "--dry-run")
     assert dry.returncode == 0 and dry.stderr == "slurm.sh: cannot train yet: data/a.idx does not exist\n"
+
+
+def test_of_a_sweep_every_run_has_what_it_trains_on(stubs: Stubs) -> None:
+    """And the run without the sweep need not: the values may be what it lacks."""
+    missing = "cannot train yet: {} does not exist"
+    report = f"""case " $* " in
+      *" data.train=here "*) ;;
+      *" data.train=gone "*) echo '{missing.format("gone.idx")}' ;;
+      *) echo '{missing.format("data.train")}' ;;
+    esac
+    printf '[run]\\ndirectory = "runs/a"\\nfits: about 1 GiB\\n'"""
+    (stubs.folder / "atlas-train").write_text(f"#!/usr/bin/env bash\n{report}\n")
+    said = stubs.run(SLURM, *TWO, "--logs", str(stubs.folder), "--array", "data.train=here,gone")
+    assert (said.returncode, said.stderr, stubs.called()) == (2, "slurm.sh: gone.idx does not exist\n", [])
+    said = stubs.run(SLURM, *TWO, "--logs", str(stubs.folder), "--array", "data.train=here,here")
+    assert said.returncode == 0 and len(stubs.called()) == 1, said.stderr
 
 
 def test_a_missing_sbatch_is_said_before_anything_is_checked(stubs: Stubs) -> None:
@@ -284,9 +311,10 @@ def test_a_run_that_stopped_early_is_requeued_while_it_gets_on(stubs: Stubs, tmp
 
 
 def test_a_half_written_checkpoint_is_no_progress(stubs: Stubs, tmp_path: Path) -> None:
-    half = f"mkdir -p {tmp_path}/run/checkpoints/step_00000009.unfinished {tmp_path}/run/checkpoints/step_00000008"
+    parent = tmp_path / "run/checkpoints"
+    half = f"mkdir -p {parent}/step_00000009.unfinished {parent}/step_00000008"
     said = job(
-        stubs, ON_SRUN=f"{saved(tmp_path, 3)}; {half}; touch {tmp_path}/run/checkpoints/step_00000009.unfinished/complete.json"
+        stubs, ON_SRUN=f"{saved(tmp_path, 3)}; {half}; touch {parent}/step_00000009.unfinished/complete.json"
     )
     assert "requeued; it will go on from step 3" in said.stdout
 
