@@ -25,6 +25,7 @@ from atlas_megatron.config import ParallelConfig, load
 from atlas_megatron.hf import export, importing
 from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM
 from atlas_megatron.parallel import world
+from atlas_megatron.resuming import going_on, longer_sequences
 from atlas_megatron.tokenizer import train_tokenizer
 from twins import CALM, settings
 
@@ -83,6 +84,28 @@ def test_the_way_there_and_back_changes_no_byte(saved: Path, tmp_path: Path, nam
     again = export.export(tmp_path / "run", tmp_path / "again", shard_size=20_000)
     assert_same(tensors(again), tensors(folder))
     assert (again / "config.json").read_text() == (folder / "config.json").read_text()
+
+
+def test_an_import_may_lengthen_sequences(saved: Path, tmp_path: Path) -> None:
+    """The checkpoint says what its weights were trained on: from there the first start tells what follows."""
+    folder = export.export(saved / "untied", tmp_path / "model")
+    importing.import_folder(folder, tmp_path / "run", ["model.seq_length=128"])
+    (step,) = checkpoint.folder_of(tmp_path / "run").iterdir()
+    run, before = load(tmp_path / "run" / checkpoint.CONFIG), load(step / checkpoint.CONFIG)
+    assert (run.model.seq_length, before.model.seq_length) == (128, 32)
+    assert longer_sequences(going_on(run, before), before, 0).startswith("sequences grow from 32 to 128 tokens")
+    checkpoint.check_same_model(step, run)
+    with pytest.raises(ValueError, match=r"seq_length: 16, the folder has 32 \(it may grow, not shrink\); leave"):
+        importing.import_folder(folder, tmp_path / "shorter", ["model.seq_length=16"])
+    # How far gradients go back travels both ways.
+    importing.import_folder(folder, tmp_path / "reach", ["model.seq_length=128", "train.gradient_reach=8"])
+    config = load(tmp_path / "reach" / checkpoint.CONFIG)
+    described = export.described(config)
+    assert (config.train.gradient_reach, described.gradient_reach) == (8, 8)
+    described.architectures, described.auto_map = ["AtlasForCausalLM"], export.AUTO_MAP
+    described.save_pretrained(folder)
+    importing.import_folder(folder, tmp_path / "again")
+    assert load(tmp_path / "again" / checkpoint.CONFIG).train.gradient_reach == 8
 
 
 def test_checkpoints_of_other_layouts_are_the_same_model(saved: Path, tmp_path: Path) -> None:
