@@ -97,5 +97,8 @@ def test_within_the_length_of_training_nothing_is_left_out() -> None:
 def test_how_far_gradients_go_back() -> None:
     reach = lambda **keys: fresh("omeganet", **keys).model.layers[0].mixer.gradient_reach  # noqa: E731
     assert reach() == 32 and reach(reach=64) == 64 and reach(reach=0) == 0
+    for bad in (-8, 1.5, "far", True):
+        with pytest.raises(ValueError, match="gradient_reach=.* is no number of tokens"):
+            fresh("omeganet", reach=bad)  # type: ignore[arg-type]
     model = fresh("dot")
     assert model.model.layers[0].mixer.gradient_reach == 0
