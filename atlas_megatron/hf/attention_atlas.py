@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_atlas import AtlasConfig
-from .place_atlas import Place
+from .place_atlas import Place, of_any_length
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class WindowAttention(nn.Module):
         q, k = rotate(unrotated, turn), rotate(k, turn)
         if state is not None:
             k, v = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
-        kept = max(0, k.shape[2] - (self.window - 1)) if self.window else 0
+        kept = max(0, k.shape[2] - (self.window - 1)) if self.window and not of_any_length(x) else 0
         # Copies: views would keep what has left the window.
         after = AttentionState(k[:, :, kept:].clone(), v[:, :, kept:].clone()) if kept else AttentionState(k, v)
         return self.projected(self.attended(q, unrotated, k, v, place.documents)), after
@@ -62,7 +62,7 @@ class WindowAttention(nn.Module):
     def attended(self, q: Tensor, unrotated: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
         """q [B, H, T, K] over k, v [B, H, P+T, K], whose last T are the queries' own tokens."""
         tokens, total = q.shape[2], k.shape[2]
-        if self.window and tokens > self.window:
+        if self.window and not of_any_length(q) and tokens > self.window:
             return self._in_blocks(q, unrotated, k, v, documents)
         if total == tokens and self.persistent is None and documents is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -1,6 +1,11 @@
 """The memory's mathematics: the installed atlas_kernels, or, without them, the copies that travel with a model."""
 
+import functools
+from collections.abc import Callable
+
 import torch
+
+from .place_atlas import exporting
 
 try:
     from atlas_kernels import (
@@ -37,9 +42,22 @@ except ImportError:
     from .rule import Gates, MemoryRule, MemoryState  # type: ignore[no-redef]
     from .write_gate import budgeted, retained, write_gate, write_logit  # type: ignore[no-redef]
 
-# torch.compile leaves the inner loop as it is: its shapes follow documents and cuts, and the GPU has kernels for it.
-omega_memory = torch.compiler.disable(omega_memory)
-read_memory = torch.compiler.disable(read_memory)
+
+
+def uncompiled[**Given, Found](scan: Callable[Given, Found]) -> Callable[Given, Found]:
+    """torch.compile leaves the inner loop as it is: its shapes follow documents and cuts, and the GPU has kernels for
+    it. An exported graph takes it up, unrolled over the tokens."""
+    left = torch.compiler.disable(scan)
+
+    @functools.wraps(scan)
+    def called(*given: Given.args, **named: Given.kwargs) -> Found:
+        return scan(*given, **named) if exporting() else left(*given, **named)
+
+    return called
+
+
+omega_memory = uncompiled(omega_memory)
+read_memory = uncompiled(read_memory)
 
 __all__ = [
     "SILU_IS_ONE",

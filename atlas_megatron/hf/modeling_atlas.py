@@ -24,7 +24,7 @@ from .cache_atlas import AtlasCache
 from .configuration_atlas import AtlasConfig
 from .hybrid_atlas import MemoryAsContext, MemoryAsGate
 from .memory_atlas import AtlasMemory
-from .place_atlas import Place, exporting, padding_of, place_of
+from .place_atlas import Place, exporting, of_any_length, padding_of, place_of
 
 logger = logging.get_logger(__name__)
 
@@ -146,6 +146,12 @@ class AtlasModel(AtlasPreTrainedModel):
             raise ValueError(
                 f"the input has shape {tuple(x.shape[:2])}, no token; give at least one, such as the end-of-text token "
                 "that every text begins after"
+            )
+        unrolled = sorted(set(self.config.pattern) - set("*F-"))
+        if unrolled and of_any_length(x):
+            raise ValueError(
+                f"the length is dynamic, and an exported graph unrolls the memory of {', '.join(unrolled)} layers over "
+                "its tokens; export it with a fixed length (the batch may be dynamic), and pad to that"
             )
         asked, keeps = self._caching(past_key_values, use_cache)
         read, columns = (0, 0) if past_key_values is None else (past_key_values.position, past_key_values.columns)

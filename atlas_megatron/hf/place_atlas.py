@@ -65,7 +65,14 @@ class Padding:
 
 def exporting() -> bool:
     """Whether a graph is exported, which can ask nothing of a tensor. torch.compile can, and claims to export too."""
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    if torch.compiler.is_dynamo_compiling():
+        return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+    return torch.compiler.is_exporting()
+
+
+def of_any_length(x: Tensor) -> bool:
+    """Whether x [..., T, width] stands for any number of tokens, in a graph that is exported so."""
+    return isinstance(x.shape[-2], torch.SymInt) and exporting()
 
 
 def padding_of(mask: Tensor | None, read: Position, batch: int, tokens: int) -> Padding | None:

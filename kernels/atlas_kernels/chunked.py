@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -58,10 +58,9 @@ class Inputs:
 
     def split(self, lengths: list[int]) -> list[Inputs]:
         """Stretches of the given lengths (one split a tensor: its backward is one concatenation)."""
-        parts: dict[str, Any] = {
-            name: [None] * len(lengths) if t is None else t.split(lengths, 1) for name, t in vars(self).items()
-        }
-        return [Inputs(**{name: stretches[i] for name, stretches in parts.items()}) for i in range(len(lengths))]
+        own = (getattr(self, field.name) for field in fields(self))
+        parts: list[Any] = [[None] * len(lengths) if t is None else t.split(lengths, 1) for t in own]
+        return [Inputs(*stretches) for stretches in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -411,7 +410,8 @@ def _chunk_by_chunk(
     anchor_of, writes = by
     memory, outputs = memory_of(rule), []
     # Taken apart at once: the backward of one index is a whole segment of zeros.
-    qs, read_qs, xs, vs, rs = (t.unbind() for t in vars(whole).values())
+    tensors = (whole.q, whole.read_residual, whole.x, whole.v, whole.r)
+    qs, read_qs, xs, vs, rs = (t.unbind() for t in tensors)
 
     def step(n: int, weights: Matrices, momentum: Matrices, anchor: Matrices) -> tuple[Tensor, Matrices, Matrices]:
         factors = memory.factors(anchor_of(rule.anchor_of(anchor)), xs[n], vs[n], rs[n])

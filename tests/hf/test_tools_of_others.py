@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.export import Dim
 
 from atlas_megatron.hf import configuration_atlas
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
@@ -172,6 +173,31 @@ def test_an_exported_graph_reads_padded_rows(pattern: str) -> None:
         other[0, 5] = 0
         with pytest.raises(RuntimeError, match="leaves out tokens inside a text"):
             graph(input_ids=read, attention_mask=other, position_ids=positions)
+
+
+@pytest.mark.parametrize("pattern", [pytest.param("M-", marks=pytest.mark.slow), "D-*-"])
+def test_a_strictly_traced_graph_is_the_same(pattern: str) -> None:
+    model = moved(settings(pattern, **CALM), torch.float32)
+    read, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.int64)
+    mask[1, :5] = 0
+    given = {"input_ids": read, "attention_mask": mask}
+    graph = torch.export.export(model, (), given, strict=True).module()
+    with torch.no_grad():
+        torch.testing.assert_close(graph(**given)["logits"], model(**given, use_cache=False).logits)
+
+
+def test_a_graph_reads_any_batch_and_any_length_where_nothing_is_unrolled() -> None:
+    given, other = {"input_ids": tokens(3, 12)}, {"input_ids": tokens(2, 30)}
+    batch, length = Dim("batch", max=64), Dim("length", min=2, max=64)
+    cases = (("D-", {0: batch}, {"input_ids": tokens(2, 12)}), ("*-F-", {0: batch, 1: length}, other))
+    for pattern, free, read in cases:
+        model = moved(settings(pattern), torch.float32)
+        graph = torch.export.export(model, (), given, dynamic_shapes={"input_ids": free}).module()
+        with torch.no_grad():
+            torch.testing.assert_close(graph(**read)["logits"], model(**read).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="the length is dynamic, and an exported graph unrolls the memory of M layers"):
+        model = moved(settings("M-*-", **CALM), torch.float32)
+        torch.export.export(model, (), given, dynamic_shapes={"input_ids": {1: length}})
 
 
 @pytest.mark.slow
