@@ -125,7 +125,8 @@ def fingerprint(files: Sequence[Path], options: str) -> str:
     digest = hashlib.sha256(f"{options}\n".encode())
     for file in files:
         stat = file.stat()
-        digest.update(f"{file}\t{stat.st_size}\t{stat.st_mtime_ns}\n".encode())
+        # Of a name that is no UTF-8, the bytes.
+        digest.update(f"{file}\t{stat.st_size}\t{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

@@ -32,6 +32,19 @@ NOT_WRITTEN = (
     *("PytorchStreamWriter", "inline_container", "No space left", "File too large", "Disk quota", "I/O error"),
     "Worker failure",  # Megatron's, of a part of a checkpoint
 )
+# What to do about what the system says, where it does not say it itself.
+ADVICE = {
+    errno.ENOENT: "give one that is there",
+    errno.EACCES: "ask for access to it, or give another place",
+    errno.EPERM: "ask for access to it, or give another place",
+    errno.EROFS: "give another place",
+    errno.EEXIST: "give another name",
+    errno.ENOTDIR: "a file lies where a folder is needed: give another place",
+    errno.EISDIR: "give a file",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EIO: "look after the disk",
+}
 GONE = "who read the output has gone away; nothing more is done: send it to a file, or read it to its end"
 
 
@@ -66,6 +79,11 @@ def ending_of(error: BaseException, on_memory: str) -> Ending | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         where = f" for {error.filename}" if error.filename else ""
         return Ending(USER, f"{error.strerror}{where}; make room there, then start the same command again")
+    if isinstance(error, UnicodeEncodeError):
+        text = error.object[:200]
+        return Ending(USER, f"{text!r} has no form in {error.encoding} ({error.reason}); give another name")
+    if isinstance(error, OSError) and error.filename is not None and error.errno in ADVICE:
+        return Ending(USER, f"{error.filename}: {error.strerror}; {ADVICE[error.errno]}")
     if isinstance(error, ValueError | OSError):
         return Ending(USER, said)
     if isinstance(error, ArithmeticError):

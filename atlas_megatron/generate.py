@@ -30,6 +30,7 @@ EXAMPLES = """examples:
 """
 TRUST_HELP = "run the code that lies in an exported folder; without it, the code installed here reads its weights"
 FORGET, QUIT = "/forget", "/quit"
+NOTHING = "the prompt holds no token; give at least one character"
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ class Speaker:
         from atlas_megatron.streaming import check_sampling
 
         check_sampling(sampling.temperature, sampling.top_p, sampling.top_k)
-        if segment < 1:
-            raise ValueError(f"--segment {segment} must be at least 1 token")
+        _check_segment(segment)
         self.reader, self.sampling, self.segment = reader, sampling, segment
         self._generator = torch.Generator(reader.device).manual_seed(sampling.seed)
         self._logits: Tensor | None = None  # of the token after all that was read, [1, vocabulary]
@@ -163,6 +163,9 @@ def _parser() -> argparse.ArgumentParser:
 def _run(asked: argparse.Namespace) -> int:
     if asked.tokens < 1:
         raise ValueError(f"--tokens {asked.tokens} must be at least 1")
+    if asked.prompt is not None:
+        # As of $(cat FILE): its mark, and bytes that are no UTF-8.
+        asked.prompt = asked.prompt.encode("utf-8", "surrogateescape").decode("utf-8-sig", errors="replace")
     _check(asked)
     if asked.prompt_file not in (None, "-") and not Path(asked.prompt_file).is_file():
         raise ValueError(f"--prompt-file {asked.prompt_file} is no file; give one, or - for standard input")
@@ -178,8 +181,6 @@ def _run(asked: argparse.Namespace) -> int:
         return _converse(speaker, asked.tokens, asked.stop)
     start = time.perf_counter()
     if asked.prompt is not None:
-        # As of $(cat FILE): its mark, and bytes that are no UTF-8.
-        asked.prompt = asked.prompt.encode("utf-8", "surrogateescape").decode("utf-8-sig", errors="replace")
         read = speaker.read(io.StringIO(asked.prompt))
     elif asked.prompt_file == "-":
         with standard_input() as text:
@@ -188,7 +189,7 @@ def _run(asked: argparse.Namespace) -> int:
         with opened(Path(asked.prompt_file)) as found:  # compressed or not
             read = speaker.read(io.TextIOWrapper(found.bytes, encoding="utf-8-sig", errors="replace"))
     if not read:
-        raise ValueError("the prompt holds no token; give at least one character")
+        raise ValueError(NOTHING)
     _note(f"read {read:,} tokens", read, time.perf_counter() - start)
     if asked.save_memory:
         reader.save_memory(asked.save_memory)
@@ -203,18 +204,40 @@ def _run(asked: argparse.Namespace) -> int:
 
 
 def _check(asked: argparse.Namespace) -> None:
-    """Raise ValueError for options that do not go together."""
+    """Raise ValueError for options that cannot be, or do not go together: before a model is loaded."""
+    from atlas_megatron.streaming import check_sampling
+
+    check_sampling(asked.temperature, asked.top_p, asked.top_k)
+    _check_segment(asked.segment)
     if asked.samples < 1:
         raise ValueError(f"--samples {asked.samples} must be at least 1")
+    if not 0 <= asked.seed < 2**63 - asked.samples:
+        raise ValueError(f"--seed {asked.seed} is out of range; give a number from 0 to below 2^63")
     if asked.samples > 1 and (asked.interactive or asked.temperature == 0):
         why = "--interactive takes one" if asked.interactive else "--temperature 0 gives the same text each time"
         raise ValueError(f"--samples {asked.samples}, but {why}; leave one of them out")
     if "" in asked.stop:
         raise ValueError("--stop '' ends before anything is written; give a text")
-    if asked.interactive and asked.save_memory:
+    if asked.prompt == "":
+        raise ValueError(NOTHING)
+    _check_memories(asked)
+
+
+def _check_memories(asked: argparse.Namespace) -> None:
+    saved, loaded = asked.save_memory, asked.load_memory
+    if asked.interactive and saved:
         raise ValueError("--save-memory is of a prompt; leave out --interactive")
-    if asked.save_memory and not asked.save_memory.parent.is_dir():
-        raise ValueError(f"--save-memory {asked.save_memory} lies in no folder; make {asked.save_memory.parent} first")
+    if saved and not saved.parent.is_dir():
+        raise ValueError(f"--save-memory {saved} lies in no folder; make {saved.parent} first")
+    if saved and saved.exists() and not saved.is_file():
+        raise ValueError(f"--save-memory {saved} is no file that can be replaced; name another one")
+    if loaded and not loaded.is_file():
+        raise ValueError(f"--load-memory {loaded} is no file; give one that --save-memory wrote")
+
+
+def _check_segment(tokens: int) -> None:
+    if tokens < 1:
+        raise ValueError(f"--segment {tokens} must be at least 1 token")
 
 
 def until(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -105,6 +106,6 @@ def _share(text: str) -> float:
 def _bytes(text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([A-Za-z]+)", text)
     size = float(found[1]) * UNITS.get(found[2], 0) if found else 0.0
-    if size <= 0:
+    if not 0 < size < math.inf:
         raise ValueError(f"'memory={text}' is no size; write a number and one of {', '.join(UNITS)}: memory=80GiB")
     return size

@@ -117,6 +117,7 @@ class HuggingFaceReader:
         try:
             from safetensors import SafetensorError
             from transformers import AutoModelForCausalLM
+            from transformers.utils import logging as theirs
         except ImportError as error:
             raise ValueError(
                 f"{folder} is a Hugging Face model, and reading it needs the transformers package; install it with: "
@@ -126,6 +127,8 @@ class HuggingFaceReader:
         from atlas_megatron.hf.weights import check, described_in, files_of
 
         check(folder, described_in(folder))
+        # It would stand before the one line of what is wrong.
+        theirs.disable_progress_bar()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
         try:

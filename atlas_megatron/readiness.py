@@ -1,10 +1,13 @@
-"""What would keep a run from its first step, found without a process or a model: data, tokenizer, devices, packages."""
+"""What would keep a run from its first step, found without a process or a model: data, tokenizer, directory, devices,
+and packages."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +27,19 @@ def wrong_with_data(config: Config) -> list[str]:
         partial(sources, config, validated),
         partial(_check_tokenizer, config, (*config.data.train, *validated)),
     ]
-    return [line for line in map(_refusal, checks) if line]
+    # The same word may be in several sets.
+    return list(dict.fromkeys(line for line in map(_refusal, checks) if line))
+
+
+def wrong_with_directory(config: Config) -> list[str]:
+    """What keeps a run from writing to its directory; empty where it can, or can make it."""
+    directory = Path(config.run.directory)
+    there = next((path for path in (directory, *directory.parents) if os.path.lexists(path)), Path())
+    if not there.is_dir():
+        return [f"run.directory={directory}: {there} is no folder; choose another run.directory"]
+    if not os.access(there, os.W_OK | os.X_OK):
+        return [f"run.directory={directory}: nothing can be written to {there}; choose another run.directory"]
+    return []
 
 
 def wrong_with_devices(config: Config) -> list[str]:

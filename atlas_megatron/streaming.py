@@ -14,6 +14,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
+# Below it logits over the temperature may be infinite; the likeliest token is drawn long before.
+COLDEST = 1e-6
+
 
 class StreamContext:
     """One state for each layer that has one, by layer number; passed to the model as `inference_context`.
@@ -123,12 +126,15 @@ def sample(
     logits: Tensor, temperature: float, top_p: float, generator: torch.Generator, top_k: int = 0
 ) -> Tensor:
     """One token a row [B, 1] of logits [B, vocabulary]; arguments as in `generate`."""
-    if temperature == 0:
+    if temperature < COLDEST:
         return logits.argmax(-1, keepdim=True)
     probabilities, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
     if top_k:
         probabilities, order = probabilities[:, :top_k], order[:, :top_k]
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     # A token stays if what comes before it does not yet hold top_p: the first always does.
-    probabilities = probabilities.where(probabilities.cumsum(-1) - probabilities < top_p, 0.0)
+    kept = probabilities.cumsum(-1) - probabilities < top_p
+    # Also where top_p is no number of the probabilities' type any more.
+    kept[:, 0] = True
+    probabilities = probabilities.where(kept, 0.0)
     return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator))

@@ -21,6 +21,7 @@ from atlas_megatron.declared_tokens import CONFIG, END_OF_TEXT, added_tokens, en
 from atlas_megatron.older_tokenizers import converted
 
 BYTE_ALPHABET = 256
+LARGEST_VOCABULARY = 1 << 22  # tokens; the trainer reserves memory for all of them before it reads
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
         raise ValueError(
             f"a byte-level vocabulary of {vocab_size} is too small; give at least {least}, all bytes and {END_OF_TEXT}"
         )
+    if vocab_size > LARGEST_VOCABULARY:
+        raise ValueError(f"a vocabulary of {vocab_size} is too large to train; give at most {LARGEST_VOCABULARY}")
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -109,9 +109,21 @@ def test_what_would_keep_it_from_training_is_named(
     assert any(line.startswith("model.transformer_engine=true wants a GPU") for line in named)
     assert main([str(config), "--dry-run", "data.train=[]"]) == 0
     assert "cannot train yet: data.train is empty" in capsys.readouterr().out
+    blocked = tmp_path / "train.bin"
+    for directory in (blocked, blocked / "run", "/dev/null"):
+        assert main([str(config), "--dry-run", f"run.directory={directory}"]) == 0
+        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cannot")]
+        assert len(said) == 1 and said[0].endswith("is no folder; choose another run.directory")
+    assert main([str(config), "--dry-run", "data.train=nan x"]) == 0
+    assert capsys.readouterr().out.count("cannot train yet: the weight of x is nan") == 1
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert main([str(config), "--dry-run"]) == 0
+    assert f"nothing can be written to {tmp_path}; choose another" in capsys.readouterr().out
 
 
 def test_sizes_and_devices() -> None:
+    with pytest.raises(ValueError, match="is no size"):
+        Machine.of([f"memory={'9' * 400}GiB"])
     found = Machine.of(["memory=1.5GiB", "world=16"])
     assert (found.devices, found.memory) == (16, 1.5 * 2**30)
     assert Machine.of(["device=H200"]).memory == 139 * 2**30

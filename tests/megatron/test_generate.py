@@ -123,6 +123,12 @@ def test_the_likeliest_tokens_alone_are_drawn() -> None:
     assert {int(sample(logits, 9.0, 1.0, generator, top_k=9)) for _ in range(99)} == {0, 1, 2, 3}
 
 
+def test_however_little_is_left_to_draw_from_a_token_is_drawn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for temperature, top_p in ((1.0, 1e-300), (1e-300, 0.5), (1e300, 1e-40)):
+        assert int(sample(torch.tensor([[0.0, 3.0, 1.0]]), temperature, top_p, generator)) in range(3)
+
+
 def test_several_samples_go_on_from_one_prompt(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,12 +203,19 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
         (["--prompt", "a", "--stop", ""], "--stop '' ends before anything is written"),
         (["--prompt", "a", "--save-memory", "no/such/file"], "lies in no folder; make no/such first"),
         (["--prompt-file", "missing.txt"], "--prompt-file missing.txt is no file"),
+        (["--prompt", "a", "--temperature", "inf"], "temperature=inf must be 0"),
+        (["--prompt", "a", "--top-p", "nan"], "top_p=nan must lie in (0, 1]"),
+        (["--prompt", "a", "--seed", "-1"], "--seed -1 is out of range"),
+        (["--prompt", "a", "--seed", "99999999999999999999"], "--seed 99999999999999999999 is out of range"),
+        (["--prompt", "a", "--save-memory", "/dev/null"], "/dev/null is no file that can be replaced"),
+        (["--prompt", "a", "--save-memory", "/"], "/ is no file that can be replaced"),
+        (["--prompt", "a", "--load-memory", "missing"], "--load-memory missing is no file"),
     ],
 )
 def test_bad_input_is_one_line(
     words: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "open_reader", lambda path, trust_remote_code: Counting())
+    monkeypatch.setattr(readers, "open_reader", lambda *_, **__: pytest.fail("loaded a model before it looked"))
     assert main(["model", *words]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1

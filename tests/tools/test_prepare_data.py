@@ -1,6 +1,7 @@
 """tools/prepare_data.py: every input kind becomes the right tokens; bad input costs nothing."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -194,3 +195,20 @@ def test_the_standard_library_is_a_corpus() -> None:
     assert files == standard_library(300_000) and len(files) > 5
     assert sum(file.stat().st_size for file in files) <= 300_000
     assert not any("site-packages" in file.parts for file in files)
+
+
+def test_a_file_of_any_name_is_read(tmp_path: Path, tokenizer: str) -> None:
+    """Of bytes that are no UTF-8 too, as other systems write them."""
+    names = [b"a\nb.txt", b"-c d.txt", b"\xff.txt", "\u00e9\U0001f642*.txt".encode()]
+    for number, name in enumerate(names):
+        (tmp_path / os.fsdecode(name)).write_text(TEXTS[number])
+    inputs = [str(tmp_path / os.fsdecode(name)) for name in names]
+    options = Options(tokenizer=tokenizer, validation=0)
+    assert prepare(inputs, tmp_path / "out", options, quiet)[0].splits["train"].documents == len(names)
+    assert prepare(inputs, tmp_path / "out", options, quiet)[1] is False
+
+
+@pytest.mark.parametrize("vocabulary", [-5, 0, 256, 2**31, 10**20])
+def test_a_vocabulary_that_cannot_be_is_refused(tmp_path: Path, vocabulary: int) -> None:
+    with pytest.raises(ValueError, match=f"vocabulary of {vocabulary} is too"):
+        train_tokenizer(TEXTS, vocabulary, tmp_path / "tokenizer")

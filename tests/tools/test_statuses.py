@@ -78,7 +78,7 @@ def test_each_ending_has_one_status_and_one_line(
     command = command_of(module)
     wanted = {
         ValueError("what was given\nis wrong"): (USER, "what was given is wrong"),
-        FileNotFoundError(errno.ENOENT, "No such file", "a b"): (USER, "No such file: 'a b'"),
+        FileNotFoundError(errno.ENOENT, "No such file", "a b"): (USER, "a b: No such file; give one that is there"),
         OSError(errno.ENOSPC, "No space left on device"): (USER, "No space left on device; make room"),
         MemoryError(): (USER, "memory does not suffice"),
         NonFiniteError("loss is nan"): (NON_FINITE, "loss is nan"),
