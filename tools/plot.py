@@ -20,12 +20,12 @@ if __name__ == "__main__":
 import numpy
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 import plot_diagnostics
 from atlas_megatron import plotting
 from atlas_megatron.ending import command
 from atlas_megatron.metrics import Record, read
+from atlas_megatron.plotting import plain, save
 from atlas_megatron.version import add_version
 
 # Draws one run's part of a panel: axes, records, colour, label.
@@ -44,25 +44,25 @@ examples:
 def plot_run(directory: str | Path) -> list[Path]:
     """Write the pictures into the run's directory; raises ValueError where it has no metrics."""
     folder = Path(directory)
-    records = _records(folder)
+    records, name = _records(folder), plain(folder.absolute().name)
     written = []
     with pyplot.style.context(STYLE):
         figure, axes = pyplot.subplots(layout="constrained")
         _draw_loss(axes, records)
-        axes.set_title(f"{folder.name}: loss")
-        written.append(_saved(figure, folder / "loss.png"))
+        axes.set_title(f"{name}: loss")
+        written.append(save(figure, folder / "loss.png"))
 
         by_position = folder / "position_loss.json"
         if by_position.is_file():
-            validation = json.loads(by_position.read_text())
+            losses, stride, step = _read_positions(by_position)
             figure, axes = pyplot.subplots(layout="constrained")
-            _draw_positions(axes, numpy.array(validation["loss"]), validation["stride"])
-            axes.set_title(f"{folder.name}: validation loss along the context, step {validation['step']}")
-            written.append(_saved(figure, folder / "position_loss.png"))
+            _draw_positions(axes, losses, stride)
+            axes.set_title(f"{name}: validation loss along the context, step {step}")
+            written.append(save(figure, folder / "position_loss.png"))
 
-        diagnostics = plot_diagnostics.figure(records, folder.name)
+        diagnostics = plot_diagnostics.figure(records, name)
         if diagnostics is not None:
-            written.append(_saved(diagnostics, folder / "diagnostics.png"))
+            written.append(save(diagnostics, folder / "diagnostics.png"))
     return written
 
 
@@ -75,9 +75,9 @@ def compare_runs(directories: Sequence[str | Path], out: str | Path | None = Non
     them.
     """
     folders = [Path(directory) for directory in directories]
-    names = [folder.name for folder in folders]
+    names = [plain(folder.absolute().name) for folder in folders]
     if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
+        names = [plain(str(folder)) for folder in folders]
     runs = dict(zip(names, map(_records, folders), strict=True))
     panels = _panels(runs)
     with pyplot.style.context(STYLE):
@@ -97,7 +97,7 @@ def compare_runs(directories: Sequence[str | Path], out: str | Path | None = Non
             axes.xaxis.set_major_formatter(lambda value, _: f"{value * 1e6 / scale:g}")
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize="small", handlelength=3)
-        return _saved(figure, folders[0] / "compare.png" if out is None else Path(out))
+        return save(figure, folders[0] / "compare.png" if out is None else Path(out))
 
 
 def _panels(runs: dict[str, list[Record]]) -> dict[str, tuple[str, Draw]]:
@@ -147,14 +147,24 @@ def _records(folder: Path) -> list[Record]:
     records = read(folder)
     if not records:
         raise ValueError(f"{folder} has no finished step; train first")
+    for record in records:
+        if not all(isinstance(record.get(key), int | float) for key in ("loss", "tokens")):
+            raise ValueError(f"step {record['step']} of {folder} has no loss, or no tokens; remove it in metrics.jsonl")
     return records
 
 
-def _saved(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    pyplot.close(figure)
-    return path
+def _read_positions(file: Path) -> tuple[numpy.ndarray, int, int]:
+    """Losses by position, the distance of its windows, and the step. Raises ValueError for another form."""
+    try:
+        said = json.loads(file.read_bytes())
+        losses, stride, step = numpy.array(said["loss"], dtype=float), said["stride"], said["step"]
+        if losses.ndim != 1 or type(stride) is not int or not 0 < stride <= len(losses):
+            raise ValueError(f"{losses.shape} losses, stride {stride!r}")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is no loss by position ({error}); remove it: the run writes it anew when it validates"
+        ) from error
+    return losses, stride, step
 
 
 def _millions(records: list[Record]) -> numpy.ndarray:
@@ -234,8 +244,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    if arguments.out and len(arguments.runs) < 2:
+    if arguments.out is not None and len(arguments.runs) < 2:
         raise ValueError(f"--out {arguments.out} names a comparison, but one run was given; give two or leave it")
+    if arguments.out is not None:
+        plotting.check_name(Path(arguments.out))
     for run in arguments.runs:
         for path in plot_run(run):
             print(path)

@@ -24,7 +24,9 @@ from rich.table import Table
 
 from atlas_megatron import scaling
 from atlas_megatron.ending import command
+from atlas_megatron.plotting import save
 from atlas_megatron.results import commit, versions
+from atlas_megatron.scratch import write_whole
 from atlas_megatron.version import add_version
 from plot import STYLE
 
@@ -61,7 +63,7 @@ def write(kinds: Sequence[scaling.Kind], against: str, out: Path, command: str) 
     paths = [out.parent / f"{out.name}.{ending}" for ending in ("json", "md", "png")]
     out.parent.mkdir(parents=True, exist_ok=True)
     made = {"command": command, "commit": commit(), "versions": versions()}
-    paths[0].write_text(json.dumps(made | scaling.content(kinds, against), indent=1) + "\n", encoding="utf-8")
+    write_whole(paths[0], json.dumps(made | scaling.content(kinds, against), indent=1) + "\n")
     head = "| run | kind | parameters | without embeddings | tokens | FLOPs | inner loop | loss |"
     lines = [head, "|---|---|" + "---:|" * 6, *(f"| {' | '.join(row)} |" for row in rows(kinds))]
     parts = [
@@ -69,12 +71,11 @@ def write(kinds: Sequence[scaling.Kind], against: str, out: Path, command: str) 
         *scaling.sentences(kinds, against), "\n".join(lines), f"{scaling.METHOD}.",
         f"Made by `{command}`, commit {made['commit']}; numbers in [{paths[0].name}]({paths[0].name}).",
     ]  # fmt: skip
-    paths[1].write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_whole(paths[1], "\n\n".join(parts) + "\n")
     with pyplot.style.context(STYLE):
         figure, axes = pyplot.subplots(layout="constrained")
         scaling.draw(axes, kinds, against)
-        figure.savefig(paths[2])
-        pyplot.close(figure)
+        save(figure, paths[2])
     return paths
 
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from atlas_megatron.evaluate.recall import Point
-from atlas_megatron.plotting import STYLE
+from atlas_megatron.plotting import STYLE, plain, save
 
 
 def recall(path: Path, title: str, metrics: Mapping[str, Sequence[Point]]) -> None:
@@ -36,7 +35,7 @@ def recall(path: Path, title: str, metrics: Mapping[str, Sequence[Point]]) -> No
             axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         for axes, of in ((scores, title), (speed, "tokens/s read"), (memory, "peak memory (MiB)")):
             _against_length(axes, of)
-        _save(figure, path)
+        save(figure, path)
 
 
 def perplexity(
@@ -63,7 +62,7 @@ def perplexity(
         if 0 in contexts:
             axes.set_xticks(lengths, ["none" if not context else f"{context:,}" for context in contexts])
             axes.minorticks_off()
-        _save(figure, path)
+        save(figure, path)
 
 
 def shares(path: Path, title: str, points: Mapping[int, tuple[float, float]], chance: Mapping[int, float]) -> None:
@@ -77,7 +76,7 @@ def shares(path: Path, title: str, points: Mapping[int, tuple[float, float]], ch
         axes.set_ylim(-0.03, 1.03)
         axes.legend()
         _against_length(axes, title)
-        _save(figure, path)
+        save(figure, path)
 
 
 def bars(path: Path, title: str, scores: Mapping[str, tuple[float, float]]) -> None:
@@ -87,8 +86,8 @@ def bars(path: Path, title: str, scores: Mapping[str, tuple[float, float]]) -> N
         means, errors = zip(*scores.values(), strict=True)
         axes.barh(list(scores), means, xerr=errors, height=0.6)
         axes.invert_yaxis()
-        axes.set_title(title, fontsize="medium")
-        _save(figure, path)
+        axes.set_title(plain(title), fontsize="medium")
+        save(figure, path)
 
 
 def _shown(length: int) -> int:
@@ -99,9 +98,4 @@ def _shown(length: int) -> int:
 def _against_length(axes: Axes, title: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xlabel("tokens")
-    axes.set_title(title, fontsize="medium")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path)
-    pyplot.close(figure)
+    axes.set_title(plain(title), fontsize="medium")

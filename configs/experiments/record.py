@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from atlas_megatron import train
 from atlas_megatron.ending import command
 from atlas_megatron.plotting import STYLE as STYLE
+from atlas_megatron.plotting import save
 from atlas_megatron.results import Cell as Cell
 from atlas_megatron.results import Results
 
@@ -103,8 +103,7 @@ class Record(Results):
 
     def save_figure(self, figure: Figure) -> None:
         """The picture, beside the JSON."""
-        figure.savefig(self.path.with_suffix(".png"))
-        pyplot.close(figure)
+        save(figure, self.path.with_suffix(".png"))
 
     def write_text(self, title: str, paragraphs: Sequence[str]) -> None:
         """The text, beside the JSON: what was seen, and the command that shows it again. A table stays as it is."""

@@ -71,3 +71,77 @@ def test_a_comparison_has_no_empty_panel(tmp_path: Path) -> None:
         (tmp_path / name / "metrics.jsonl").write_text(lines)
     assert len(plot._panels({"a": records(9, None)})) == 1
     assert plot.compare_runs([tmp_path / "a", tmp_path / "b"]).read_bytes().startswith(b"\x89PNG")
+
+
+def write_run(folder: Path, made: list[dict[str, object]], positions: str = "") -> Path:
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in made))
+    if positions:
+        (folder / "position_loss.json").write_text(positions)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [("", "'.' is no picture's name"), ("x.zzz", "let it end with one of"), ("x", "is no picture's name"),
+     ("folder.png", "is no file that can be replaced"), ("a/x.png", "")],
+)  # fmt: skip
+def test_what_a_comparison_cannot_be_called_is_said_before_anything_is_drawn(
+    out: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    runs = [str(write_run(tmp_path / name, records(3, None))) for name in ("a", "b")]
+    before = sorted(tmp_path.rglob("*"))
+    assert plot.main([*runs, "--out", out]) == (2 if said else 0)
+    shown = capsys.readouterr().err
+    assert said in shown and shown.count("\n") == bool(said)
+    assert (sorted(tmp_path.rglob("*")) == before) == bool(said)
+
+
+def test_a_picture_is_whole_or_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "a", records(3, None))
+    (run / "loss.png").write_bytes(b"before")
+
+    def torn(self: object, file: Path, **_: object) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", torn)
+    assert plot.main([str(run)]) == 2
+    assert (run / "loss.png").read_bytes() == b"before" and len(list(run.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "positions",
+    ["", "{}", "[1]", '{"loss": [], "stride": 0, "step": 1}', '{"loss": "x", "stride": 1, "step": 1}', "[" * 99999,
+     '{"loss": [1, [2]], "stride": 1, "step": 1}', '{"loss": [1], "stride": 2, "step": 1}'],
+    ids=range(8),
+)  # fmt: skip
+def test_a_broken_loss_by_position_is_named(
+    positions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "a", records(3, None))
+    (run / "position_loss.json").write_text(positions)
+    assert plot.main([str(run)]) == 2
+    said = capsys.readouterr().err
+    assert f"{run}/position_loss.json is no loss by position" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("wrong", [{"tokens": "many"}, {"loss": None}, {"tokens": [1]}])
+def test_a_record_that_cannot_be_drawn_is_named(
+    wrong: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "a", [*records(3, None), {"step": 4, "loss": 1.0, "tokens": 9} | wrong])
+    assert plot.main([str(run)]) == 2
+    assert "step 4 of" in capsys.readouterr().err
+
+
+def test_a_run_of_any_name_is_drawn(tmp_path: Path) -> None:
+    """No mathematics, no second line, and not left out of the legend."""
+    runs = [write_run(tmp_path / name, records(3, None)) for name in (r"a$\x$", "_b", "two\nlines")]
+    out = plot.compare_runs(runs)
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert [plot.plain(run.name) for run in runs] == [r"a\$\x\$", " _b", "two lines"]
+    for run in runs:
+        plot.plot_run(run)
