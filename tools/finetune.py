@@ -9,6 +9,7 @@ import sys
 import tomllib
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from atlas_megatron.version import add_version
@@ -68,6 +69,8 @@ def _finetune(arguments: argparse.Namespace) -> int:
     from atlas_megatron.finetune import run
     from atlas_megatron.finetune.settings import from_arguments
 
+    if arguments.devices is not None and arguments.devices < 1:
+        raise ValueError(f"--devices is {arguments.devices}; give 1 or more")
     settings = from_arguments(vars(arguments))
     planned = run.plan(settings, arguments.devices or run.world_size())
     if planned.skipped and planned.skipped.count and os.environ.get("RANK", "0") == "0":
@@ -88,7 +91,12 @@ def _finetune(arguments: argparse.Namespace) -> int:
                 "to train anew"
             )
         return 0
-    out = run.finetune(planned)
+    try:
+        out = run.finetune(planned)
+    except BaseException:
+        with suppress(OSError):
+            settings.work.rmdir()  # where nothing came into it
+        raise
     if os.environ.get("RANK", "0") == "0":
         print(f"wrote {out}; checkpoints are in {settings.work}, to remove when it is good")
     return 0
@@ -100,7 +108,11 @@ def _parser() -> argparse.ArgumentParser:
     add_version(parser)
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL_FOLDER", help="an exported model; the code installed here reads its weights")
-    add("--trust-remote-code", action="store_true", help="run the code that lies in the model's folder instead")
+    add(
+        "--trust-remote-code",
+        action=argparse.BooleanOptionalAction,
+        help="run the code that lies in the model's folder instead",
+    )
     add("--data", nargs="+", required=True, metavar="FILE", help="text, JSON, .parquet, or a prefix of .bin/.idx")
     add("--out", type=Path, required=True, metavar="FOLDER", help="the model that comes out; nothing is written over")
     add("--config", type=Path, metavar="TOML", help="options by their names here; the command line's own win")
@@ -150,7 +162,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--keep", type=int, help="checkpoints that are kept (default: 2)")
     add("--validate-every", type=int, metavar="STEPS", help="(default: 100)")
     add("--log-every", type=int, metavar="STEPS", help="(default: 1)")
-    add("--dry-run", action="store_true", help="tell parameters, tokens, steps and memory by ZeRO stage; train nothing")
+    add(
+        "--dry-run",
+        action=argparse.BooleanOptionalAction,
+        help="tell parameters, tokens, steps and memory by ZeRO stage; train nothing",
+    )
     add("--devices", type=int, metavar="N", help="of --dry-run (default: those of this run)")
     return parser
 

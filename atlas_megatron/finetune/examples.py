@@ -135,10 +135,13 @@ class Loader:
             parts.append(Pieces(self._text(texts), self.length))
         parts = [part for part in parts if len(part)]
         if not parts:
-            bad = f", {self.skipped.count:,} bad records left out" if self.skipped and self.skipped.count else ""
+            if self.skipped and self.skipped.count:
+                raise ValueError(
+                    f"{', '.join(words)}: nothing is left to learn from after {self.skipped.count:,} bad records, the "
+                    f"first of them: {self.skipped.named[0]}"
+                )
             raise ValueError(
-                f"{', '.join(words)}: no sequence of {self.length} tokens in it{bad}; give more text, or a smaller "
-                "--length"
+                f"{', '.join(words)}: no sequence of {self.length} tokens in it; give more text, or a smaller --length"
             )
         return Examples(
             ConcatDataset(parts),

@@ -22,6 +22,10 @@ ANSWER, MESSAGES = "target", "messages"  # the fields that make a record a promp
 LEARNED_ROLE = "assistant"
 
 
+class TurnError(ValueError):
+    """A chat whose learned turns cannot be told from the others."""
+
+
 class Prompts:
     """Of one model and one template."""
 
@@ -59,6 +63,8 @@ class Prompts:
         """Prompt, answer and end, and how many of the first tokens are not learned. Raises ValueError."""
         prompt = self._prompt({name: field(record, name) for name in FIELD.findall(self.template)})
         answer = [*self.tokenizer.encode(field(record, ANSWER)), self.tokenizer.eod]
+        if len(prompt) + len(answer) < 2:
+            raise ValueError(f"{record.place}: prompt and answer are empty; remove it")
         return np.asarray([*prompt, *answer], dtype=np.int32), max(1, len(prompt))
 
     def _prompt(self, values: Mapping[str, str]) -> list[int]:
@@ -103,14 +109,20 @@ class Prompts:
                 f"{record.place} is a chat, and the tokenizer in {self.folder} has no chat template; put its "
                 "chat_template.jinja there"
             )
-        from jinja2 import TemplateError
+        from jinja2 import TemplateSyntaxError
 
         try:
             ids, learned = self._masked(messages) if self._marks_turns() else self._by_turns(messages)
-        except (TemplateError, TypeError, KeyError) as error:
-            raise ValueError(f"{record.place}: the chat template refuses it ({error}); mend or remove it") from error
-        except ValueError as error:
+        except TemplateSyntaxError as error:
+            raise ValueError(
+                f"the chat template in {self.folder} is none ({error}, line {error.lineno}); mend its "
+                "chat_template.jinja"
+            ) from error
+        except TurnError as error:
             raise ValueError(f"{record.place}: {error}") from error
+        except Exception as error:  # a template is a program, which may fail in any way
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(f"{record.place}: the chat template refuses it ({reason}); mend or remove it") from error
         if not any(learned):
             raise ValueError(f"{record.place}: no turn of the {LEARNED_ROLE}, so nothing is learned; remove it")
         special = {*self._special_ids.values(), self.tokenizer.eod}
@@ -138,7 +150,7 @@ class Prompts:
                 before = self._written(messages[:number], answering=True)
                 after = self._written(messages[: number + 1])
                 if not text.startswith(before) or not text.startswith(after):
-                    raise ValueError(
+                    raise TurnError(
                         f"the chat template writes turn {number + 1} otherwise when more follow, and does not mark "
                         "it as generated; give each turn as a chat of its own"
                     )

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,11 @@ def plan(settings: Settings, devices: int) -> Plan:
             "smaller --length or a smaller --batch"
         )
     planned = Plan(settings, config, deepspeed, train, validation, devices, loader.skipped)
+    if settings.warmup >= planned.steps:
+        raise ValueError(
+            f"--warmup {settings.warmup} must be less than the {planned.steps:,} steps of the run; give a smaller one, "
+            "more data, or more --epochs or --steps"
+        )
     if there is None:
         return planned
     ours = json.loads(json.dumps(planned.identity()))
@@ -193,6 +199,9 @@ def finetune(run: Plan) -> Path:
 
     settings = run.settings
     flush_denormals()
+    if not torch.cuda.is_available():
+        # accelerate imports DeepSpeed where it is installed, which says at length what it does not find.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     theirs.set_verbosity_error()
     theirs.disable_progress_bar()
     resumed = checkpoints.newest(settings.work, run.identity())
@@ -226,6 +235,14 @@ def finetune(run: Plan) -> Path:
             "the device's memory is full; give a smaller --segment or --micro-batch, --checkpointing, or a higher "
             f"stage of ZeRO, as --dry-run tells them ({str(error).splitlines()[0]})"
         ) from error
+    except RuntimeError as error:
+        if "without overflow" in str(error):
+            raise ValueError(f"an update is too large for its numbers ({error}); give a smaller --lr") from error
+        raise
+    except AssertionError as error:
+        if run.deepspeed is not None and _raised_by(error).startswith("deepspeed."):
+            raise ValueError(f"DeepSpeed refuses --deepspeed {settings.deepspeed} ({error}); mend it") from error
+        raise
     _write(run, trainer)
     trainer.accelerator.end_training()
     return settings.out
@@ -285,7 +302,6 @@ def _prepare_deepspeed() -> None:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.setdefault("MASTER_PORT", "29500")
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
 
         # Sums through shared memory: minutes of a compiler, where gloo's will do.
@@ -330,6 +346,13 @@ def _write(run: Plan, trainer: Any) -> None:
         # Each once: what is tied has two names in a state, and one as a parameter.
         names = [name for name, _ in language_model.named_parameters()]
         weights = {name: weights[f"language_model.{name}"].to(dtype) for name in names}
+        bad = next((name for name, value in weights.items() if not value.isfinite().all()), None)
+        if bad is not None:
+            # The loss of a last step says nothing of the weights after it.
+            raise ValueError(
+                f"{bad} is not finite after step {trainer.state.global_step}, and nothing is written; remove "
+                f"{run.settings.work}, and start again with a smaller --lr, a longer --warmup or a smaller --clip"
+            )
         with new_folder(run.settings.out) as folder:
             language_model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
             for file in run.settings.model.iterdir():
@@ -339,6 +362,12 @@ def _write(run: Plan, trainer: Any) -> None:
             report = {"settings": run.identity(), "history": trainer.state.log_history}
             (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     trainer.accelerator.wait_for_everyone()
+
+
+def _raised_by(error: BaseException) -> str:
+    """The module that raised an error."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
 
 
 def _silence_printer(trainer: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from atlas_megatron.hf.weights import check as check_weights
 from atlas_megatron.hf.weights import described_in
 
 SCHEDULES = ("cosine", "linear", "constant")
+LARGEST_SEED = 2**32 - 1  # that numpy takes
 # `{field}` of a prompt, or `{field.of.field}`.
 FIELD = re.compile(r"\{([\w.]+)\}")
 
@@ -90,6 +92,11 @@ def check(settings: Settings, world_size: int) -> None:
             "--bf16 needs --deepspeed, whose optimizer keeps the weights in float32 beside it; add for example "
             "--deepspeed configs/deepspeed/zero1.json, or leave --bf16 out"
         )
+    if settings.out.name in ("", ".."):
+        raise ValueError(f"--out {str(settings.out)!r} is no folder of its own; name one, for example tuned/first")
+    for parent in (settings.work, *settings.out.parents):
+        if parent.is_symlink() and not parent.exists() or parent.exists() and not parent.is_dir():
+            raise ValueError(f"--out {settings.out} needs {parent} as a folder, and it is none; choose another --out")
     model = settings.model.resolve()
     if model == settings.work.resolve() or model in settings.out.resolve().parents:
         raise ValueError(f"--out {settings.out} lies in the model's own folder; choose a folder outside of it")
@@ -103,9 +110,16 @@ def _check_numbers(settings: Settings) -> None:
         given = getattr(settings, name)
         if given is not None and given < least:
             raise ValueError(f"--{name.replace('_', '-')} is {given}; give {least} or more")
+    for name in ("lr", "epochs", "weight_decay", "clip", "write_budget"):
+        if not math.isfinite(getattr(settings, name)):
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; give a finite number")
     for name in ("lr", "epochs"):
         if not getattr(settings, name) > 0:
             raise ValueError(f"--{name} is {getattr(settings, name)}; give a number greater than 0")
+    if settings.length == 1:
+        raise ValueError("--length is 1, and a sequence of one token predicts none; give 2 or more")
+    if not 0 <= settings.seed <= LARGEST_SEED:
+        raise ValueError(f"--seed is {settings.seed}; give 0 to {LARGEST_SEED}")
     if settings.schedule not in SCHEDULES:
         raise ValueError(f"--schedule {settings.schedule!r} is unknown; one of {', '.join(SCHEDULES)}")
 
@@ -121,6 +135,11 @@ def read_model(folder: Path) -> AtlasConfig:
         raise ValueError(
             f"the code in {folder} is older than fine-tuning, whose cache cannot be detached; export it again with "
             "tools/convert_hf.py"
+        )
+    dtype = described.dtype
+    if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
+        raise ValueError(
+            f"{folder}/config.json says that dtype is {dtype}, which no model comes out in; give bfloat16 or float32"
         )
     check_weights(folder, described)
     return described
@@ -148,12 +167,14 @@ def read_deepspeed(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"--deepspeed {file} cannot be read ({error}); see configs/deepspeed") from error
     zero = said.get("zero_optimization") if isinstance(said, dict) else None
-    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+    if not isinstance(zero, dict) or type(zero.get("stage")) is not int or zero["stage"] not in (1, 2, 3):
         raise ValueError(f"{file} does not set zero_optimization.stage to 1, 2 or 3; see configs/deepspeed")
     gathered = "stage3_gather_16bit_weights_on_model_save"
     if zero["stage"] == 3 and not zero.get(gathered):
         raise ValueError(f"{file} leaves out {gathered}, without which no model could be written; set it to true")
-    return said
+    # What the options here say, and DeepSpeed wants to be told.
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return dict.fromkeys(sizes, "auto") | said
 
 
 def from_arguments(given: dict[str, Any]) -> Settings:

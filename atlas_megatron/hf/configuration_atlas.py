@@ -159,7 +159,7 @@ class AtlasConfig(PretrainedConfig):
         self.delta = _complete("delta", delta)
         self.use_cache = use_cache
         if gradient_reach is not None and (type(gradient_reach) is not int or gradient_reach < 0):
-            raise ValueError(f"gradient_reach={gradient_reach!r} is no number of tokens; give 0 or more, or leave it out")
+            raise ValueError(f"gradient_reach={gradient_reach!r} is no number of tokens; give 0 or more, or none")
         self.gradient_reach = gradient_reach
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id

@@ -18,6 +18,7 @@ from atlas_megatron.hf.folders import check_shapes
 from atlas_megatron.hf.names import OUTPUT, Name, parameters_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"  # of PEFT
 SUMS = "checksums.json"  # of the files with weights, as they were written
 
 
@@ -60,6 +61,11 @@ def files_of(folder: Path) -> list[str]:
 def described_in(folder: Path) -> AtlasConfig:
     """What a folder's config.json describes. Raises ValueError where that is no ATLAS model."""
     file = folder / "config.json"
+    if (folder / ADAPTER).is_file() and not file.is_file():
+        raise ValueError(
+            f"{folder} holds a LoRA adapter and no model; merge it first: PeftModel.from_pretrained(model, folder)"
+            ".merge_and_unload().save_pretrained(...), with the code and tokenizer of the exported folder beside it"
+        )
     try:
         said = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -69,6 +75,9 @@ def described_in(folder: Path) -> AtlasConfig:
     kind = said.get("model_type") if isinstance(said, dict) else None
     if kind != AtlasConfig.model_type:
         raise ValueError(f"{folder} holds a model of type {kind!r}; give an exported atlas model")
+    length = said.get("seq_length", 1)
+    if type(length) is not int or length < 1:
+        raise ValueError(f"{file} says that seq_length is {length!r}, which is no number of tokens; restore it")
     try:
         return AtlasConfig.from_dict(said)
     except (TypeError, ValueError, AttributeError, KeyError, LookupError) as error:

@@ -143,6 +143,11 @@ def test_nothing_is_left_that_looks_whole(root: Path, capsys: pytest.CaptureFixt
     assert finetune.main(words(root, root / "nan", lr=1e30, clip=0)) == 2
     assert "the loss became nan at step 2" in capsys.readouterr().err
     assert not (root / "nan").exists()
+    # Of a last step the loss says nothing: what it leaves is looked at.
+    assert finetune.main(words(root, root / "last", lr=1e38, clip=0, steps=1)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("finetune: ") and ("is not finite after step 1" in said or "is too large" in said)
+    assert not (root / "last").exists()
 
 
 def test_the_dry_run_tells_and_writes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,6 +235,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "more than there is": ({"batch": 2000}, "sequences, fewer than --batch 2000"),
     "negative": ({"segment": -1}, "--segment is -1; give 0 or more"),
     "learning rate": ({"lr": 0}, "--lr is 0.0; give a number greater than 0"),
+    "not a number": ({"weight_decay": "nan"}, "--weight-decay is nan; give a finite number"),
+    "too long": ({"epochs": "inf"}, "--epochs is inf; give a finite number"),
+    "one token": ({"length": 1}, "--length is 1, and a sequence of one token predicts none; give 2 or more"),
+    "seed": ({"seed": -1}, "--seed is -1; give 0 to 4294967295"),
+    "warmup": ({"warmup": 4}, "--warmup 4 must be less than the 4 steps of the run"),
+    "fewer devices than one": ({"devices": -1}, "--devices is -1; give 1 or more"),
     "schedule": ({"schedule": "step"}, "--schedule 'step' is unknown; one of cosine"),
     "bfloat16 alone": ({"bf16": None}, "--bf16 needs --deepspeed"),
     "no DeepSpeed configuration": ({"deepspeed": "none.json"}, "--deepspeed none.json cannot be read"),
@@ -258,9 +269,16 @@ def test_folders_that_are_no_models_are_refused(root: Path, tmp_path: Path, caps
     model = tmp_path / "model"
     refused("is no Hugging Face folder .* give one that tools/convert_hf.py export wrote")
     model.mkdir()
+    (model / "adapter_config.json").write_text("{}")
+    refused("holds a LoRA adapter and no model; merge it first")
     (model / "config.json").write_text('{"model_type": "llama"}')
     refused("holds a model of type 'llama'; give an exported atlas model")
     shutil.copytree(root / "model", model, dirs_exist_ok=True)
+    whole = json.loads((model / "config.json").read_text())
+    for key, value, said in (("seq_length", 0, "seq_length is 0, which"), ("dtype", "int8", "dtype is torch.int8")):
+        (model / "config.json").write_text(json.dumps(whole | {key: value}))
+        refused(said)
+    (model / "config.json").write_text(json.dumps(whole))
     (model / "model.safetensors").unlink()
     refused("holds neither model.safetensors")
     (model / "model.safetensors").write_bytes(b"half a file")
@@ -283,6 +301,12 @@ def test_a_run_that_is_done_says_so_and_nothing_is_written_over(
         assert finetune.main(words(root, tuned, **given)) == 2
         _assert_line(capsys.readouterr().err, f"exists, of a run with other settings: {said}.*; nothing is written")
     assert bytes_of(tuned) == before
+    # No place for a folder.
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "taken.training").write_text("mine")
+    for out in (Path(), tmp_path / "..", tmp_path / "file/inside", tmp_path / "taken"):
+        assert finetune.main(words(root, out)) == 2
+        _assert_line(capsys.readouterr().err, "is no folder of its own|as a folder, and it is none")
     # Neither a folder of something else, nor one whose weights are not those that were written.
     (tmp_path / "other").mkdir()
     assert finetune.main(words(root, tmp_path / "other")) == 2

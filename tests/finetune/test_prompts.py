@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow
@@ -153,6 +154,33 @@ def test_a_chat_needs_a_template(folder: Path, tmp_path: Path) -> None:
             loader(folder).load([file])
     finally:
         (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}{{ m['role']", "the chat template in .* is none .*, line 1.; mend its chat_template"),
+        ("{{ 1 / 0 }}", "line 1: the chat template refuses it .division by zero.; mend or remove it"),
+        ("{{ messages[0].nothing.more }}", "line 1: the chat template refuses it .*no attribute 'nothing'"),
+    ],
+)
+def test_a_broken_template_is_named(folder: Path, tmp_path: Path, template: str, said: str) -> None:
+    own = shutil.copytree(folder, tmp_path / "own")
+    (own / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=said):
+        loader(own).load([write(tmp_path / "chats.jsonl", {"messages": CHAT})])
+
+
+def test_where_all_records_are_bad_the_first_is_named(folder: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "chats.jsonl", {"messages": [{"role": "system", "content": "be kind"}]})
+    with pytest.raises(ValueError, match="nothing is left to learn from after 1 bad records.* no turn of the"):
+        loader(folder, skip_bad=True).load([file])
+    with pytest.raises(ValueError, match="line 1: prompt and answer are empty; remove it"):
+        bare = shutil.copytree(folder, tmp_path / "bare")
+        backend = Backend.from_file(str(bare / "tokenizer.json"))
+        backend.post_processor = processors.TemplateProcessing(single="$A")
+        backend.save(str(bare / "tokenizer.json"))
+        loader(bare, prompt="").load([write(tmp_path / "empty.jsonl", {"target": ""})])
 
 
 def test_text_under_a_nested_key_long_documents_and_bad_lines(
