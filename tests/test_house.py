@@ -130,3 +130,10 @@ def test_test_files_have_names_of_their_own() -> None:
     """pytest imports them by their base names."""
     names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
     assert not {name for name in names if names.count(name) > 1}
+
+
+def test_every_injected_fault_has_its_test() -> None:
+    named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", (ROOT / "docs/faults.md").read_text(encoding="utf-8"))
+    assert named
+    missing = [f"{f}::{t}" for f, t in named if f"def {t}(" not in (ROOT / "tests" / f).read_text(encoding="utf-8")]
+    assert not missing
