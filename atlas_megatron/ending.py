@@ -77,7 +77,9 @@ def ending_of(error: BaseException, on_memory: str) -> Ending | None:
     if isinstance(error, MemoryError) or any(word in str(error) for word in NO_MEMORY):
         return Ending(USER, f"memory does not suffice ({said or 'MemoryError'}); {on_memory}")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        where = f" for {error.filename}" if error.filename else ""
+        # Of a copy, the second name is the target's.
+        name = error.filename2 or error.filename
+        where = f" for {name}" if name else ""
         return Ending(USER, f"{error.strerror}{where}; make room there, then start the same command again")
     if isinstance(error, UnicodeEncodeError):
         text = error.object[:200]

@@ -4,7 +4,6 @@ and packages."""
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from atlas_megatron.config import WITH_DELTA, WITH_MEMORY, Config, has
 from atlas_megatron.data import blend, check_tokenizer, check_tokenizer_of, sources
+from atlas_megatron.scratch import refusal
 from atlas_megatron.tokenizer import load_tokenizer
 
 
@@ -33,13 +33,8 @@ def wrong_with_data(config: Config) -> list[str]:
 
 def wrong_with_directory(config: Config) -> list[str]:
     """What keeps a run from writing to its directory; empty where it can, or can make it."""
-    directory = Path(config.run.directory)
-    there = next((path for path in (directory, *directory.parents) if os.path.lexists(path)), Path())
-    if not there.is_dir():
-        return [f"run.directory={directory}: {there} is no folder; choose another run.directory"]
-    if not os.access(there, os.W_OK | os.X_OK):
-        return [f"run.directory={directory}: nothing can be written to {there}; choose another run.directory"]
-    return []
+    why = refusal(Path(config.run.directory))
+    return [f"run.directory={config.run.directory}: {why}; choose another run.directory"] if why else []
 
 
 def wrong_with_devices(config: Config) -> list[str]:

@@ -39,7 +39,9 @@ class Results:
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
             there = stored["settings"]
-        except (ValueError, KeyError) as error:
+            if not (isinstance(there, dict) and isinstance(stored["cells"], dict)):
+                raise ValueError("its settings or its cells are no object")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{self.path} holds no results; move it away, or choose another --out") from error
         other = sorted(key for key in settings | there if settings.get(key) != there.get(key))
         if other:

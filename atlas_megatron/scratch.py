@@ -47,7 +47,7 @@ def file_beside(target: Path) -> Iterator[Path]:
     Raises ValueError where something else than a file is there, as a device.
     """
     if target.exists() and not target.is_file():
-        raise ValueError(f"{target} is no file that can be replaced; name another one")
+        raise ValueError(f"{target} is no file that can be replaced; move it away, or name another one")
     remove_left(target)
     early = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     marker = os.open(early, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
@@ -63,6 +63,16 @@ def file_beside(target: Path) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             written.unlink()
         os.close(marker)
+
+
+def refusal(directory: Path) -> str:
+    """Why nothing can be written to a folder that is there or would be made; empty where it can."""
+    there = next((path for path in (directory, *directory.parents) if os.path.lexists(path)), Path())
+    if not there.is_dir():
+        return f"{there} is no folder"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"nothing can be written to {there}"
+    return ""
 
 
 def write_whole(target: Path, text: str) -> None:

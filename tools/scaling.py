@@ -61,6 +61,8 @@ def write(kinds: Sequence[scaling.Kind], against: str, out: Path, command: str) 
     """OUT.json, OUT.md and OUT.png."""
     # A name may have dots of its own: with_suffix would take what follows the last one.
     paths = [out.parent / f"{out.name}.{ending}" for ending in ("json", "md", "png")]
+    if not out.name:
+        raise ValueError(f"--out '{out}' is no name; give one, for example --out runs/scaling")
     out.parent.mkdir(parents=True, exist_ok=True)
     made = {"command": command, "commit": commit(), "versions": versions()}
     write_whole(paths[0], json.dumps(made | scaling.content(kinds, against), indent=1) + "\n")

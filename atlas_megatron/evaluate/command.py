@@ -20,6 +20,7 @@ from rich.table import Table
 
 from atlas_megatron.corpus import fingerprint
 from atlas_megatron.ending import command
+from atlas_megatron.scratch import refusal
 from atlas_megatron.version import add_version
 
 if TYPE_CHECKING:
@@ -162,6 +163,9 @@ def _run(given: argparse.Namespace, words: tuple[str, ...]) -> int:
     from atlas_megatron.reader import open_reader
 
     reader = open_reader(given.model, trust_remote_code=given.trust_remote_code)
+    # Before hours of reading.
+    if why := refusal(out):
+        raise ValueError(f"results would lie in {out}, but {why}; give another --out")
     console = Console(soft_wrap=True)
     for name in own:
         console.print(_whole(_measure(name, reader, asked)))

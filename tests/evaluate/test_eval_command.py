@@ -14,6 +14,7 @@ import pytest
 import tiny_run
 from atlas_megatron import checkpoint
 from atlas_megatron.config import load
+from atlas_megatron.evaluate import command
 from atlas_megatron.evaluate.command import lengths_of, main
 from atlas_megatron.hf.export import export
 from atlas_megatron.model import build_model
@@ -205,6 +206,16 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and error.startswith("atlas-eval: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_results_have_a_place_before_anything_is_measured(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_measure", lambda *_: pytest.fail("measured what cannot be kept"))
+    (tmp_path / "file").touch()
+    assert evaluate("perplexity", run, "--out", tmp_path / "file" / "out") == 2
+    said = capsys.readouterr().err
+    assert f"but {tmp_path}/file is no folder; give another --out" in said and said.count("\n") == 1
 
 
 def test_help_has_examples_and_every_task() -> None:

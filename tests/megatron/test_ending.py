@@ -54,6 +54,7 @@ def closed_by_rich() -> BaseException:
         (raised(lambda: torch.empty(1 << 40, 1 << 40)), USER, "memory does not suffice"),
         (raised(lambda: numpy.empty(1 << 60, numpy.uint8)), USER, "memory does not suffice"),
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), USER, "No space left on device for /data/x"),
+        (OSError(errno.ENOSPC, "No space left", "from", None, "to"), USER, "No space left for to; make room"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), USER, "Disk quota exceeded; make room"),
         (PermissionError(errno.EACCES, "Permission denied", "/a b"), USER, "/a b: Permission denied; ask for access"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/a/b"), USER, "/a/b: Not a directory; a file lies"),

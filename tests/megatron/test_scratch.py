@@ -104,6 +104,26 @@ def test_results_and_the_best_leave_a_users_file_beside_them(tmp_path: Path) -> 
     assert (tmp_path / "r.json").is_file() and (tmp_path / "best.json").is_file()
 
 
+@pytest.mark.parametrize("stored", ["", "[]", "{}", '{"settings": 3}', '{"settings": {}, "cells": 3}', "[" * 99999])
+def test_results_of_another_form_are_left_and_named(tmp_path: Path, stored: str) -> None:
+    (tmp_path / "r.json").write_text(stored)
+    with pytest.raises(ValueError, match=r"r\.json holds no results; move it away, or choose another --out"):
+        results.Results(tmp_path / "r.json", {}, {})
+    assert (tmp_path / "r.json").read_text() == stored
+
+
+def test_where_nothing_can_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("gone")
+    for name in ("file", "file/a/b", "link", "link/a"):
+        assert scratch.refusal(tmp_path / name) == f"{tmp_path / name.split('/')[0]} is no folder"
+    monkeypatch.chdir(tmp_path)
+    for free in (tmp_path, tmp_path / "a/b", Path("a/b"), Path()):
+        assert scratch.refusal(free) == ""
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert scratch.refusal(tmp_path / "a") == f"nothing can be written to {tmp_path}"
+
+
 def test_there_is_no_second_way() -> None:
     """A name that a user could have given is nowhere written to."""
     for file in (ROOT / "atlas_megatron").rglob("*.py"):

@@ -149,6 +149,16 @@ def test_other_data_is_refused_by_name(
     assert f"{one} has {section}.{key}=" in error and f"{two} has {value!r}" in error and error.count("\n") == 1
 
 
+def test_without_a_name_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = made(tmp_path, config_of(16))
+    assert command.main([run, "--out", ""]) == 2
+    assert "--out '.' is no name" in capsys.readouterr().err
+    assert [str(path) for path in tmp_path.iterdir()] == [run]
+
+
 def test_runs_that_are_no_points_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = made(tmp_path, config_of(16))
     unvalidated = made(tmp_path, config_of(32), validation_loss=None)
