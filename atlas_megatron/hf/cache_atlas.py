@@ -83,6 +83,12 @@ class AtlasCache:
     def crop(self, *_: Any) -> None:
         raise ValueError("a memory cannot be cropped: what it has learned from later tokens is in its weights")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> AtlasCache:
+        """A memory of its own, so that one prompt can be continued twice; within the graph, where there is one."""
+        kept = copy.copy(self)
+        kept._map(torch.Tensor.clone)
+        return kept
+
     def detach(self) -> AtlasCache:
         """The same memory without the graph that made it: gradients of what reads on from it end here."""
         kept = copy.copy(self)

@@ -251,7 +251,8 @@ def graph_bytes(rule: MemoryRule, state: MemoryState, tokens: int, held_of_step:
     sources = tokens / rule.chunk * (rule.chunk + rule.window - 1)
     values = (4.3 if rule.ns_steps else 8.5) * sources * sum(sum(w.shape[2:]) for w in state.weights)
     # The iterates of each write.
-    values += held_of_step * rule.ns_steps * tokens / rule.ns_period * sum(w[0, 0].numel() for w in state.weights)
+    entries = sum(math.prod(w.shape[2:]) for w in state.weights)
+    values += held_of_step * rule.ns_steps * tokens / rule.ns_period * entries
     return values * batch * heads * state.weights[0].element_size()
 
 

@@ -230,7 +230,7 @@ def _scores(
         weights = torch.cat([scale * weights, own_weights], -1)
         # A later source has no weight, but its score must not set the maximum.
         sources = own_weights.shape[-1]
-        later = torch.ones_like(own_weights[0], dtype=torch.bool).triu(sources - x.shape[1] + 1)
+        later = own_weights.new_ones(own_weights.shape[1:], dtype=torch.bool).triu(sources - x.shape[1] + 1)
         kernel[..., kernel.shape[-1] - sources :].masked_fill_(later, -torch.inf)
     if softmax and kernel.shape[-1]:
         kernel -= kernel.amax(-1, keepdim=True)
