@@ -262,6 +262,11 @@ def _check_memory(config: Config) -> None:
             f"train.gradient_reach={config.train.gradient_reach} is not a multiple of memory.chunk={memory.chunk}; "
             f"nearest: {nearest}"
         )
+    if config.train.gradient_reach and memory.kernel != "lifted":
+        raise ValueError(
+            f"train.gradient_reach={config.train.gradient_reach} with memory.kernel={memory.kernel!r}, which keeps its "
+            "sources as they are, and gradients to all of them; set train.gradient_reach=0"
+        )
     if memory.step_in_momentum and (memory.omega_gates != "none" or not memory.momentum):
         raise ValueError(
             f"memory.step_in_momentum=true came with omega_gates={memory.omega_gates!r}, momentum="

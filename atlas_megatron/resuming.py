@@ -56,7 +56,7 @@ def longer_sequences(config: Config, before: Config, step: int) -> str:
     tokens = config.train.global_batch * ours
     said = [f"sequences grow from {theirs:,} to {ours:,} tokens, and a step reads {tokens:,}"]
     if has(config.model.pattern, WITH_MEMORY):
-        said.append("the weights are as they were, with the retention that starts and training gave them")
+        said.append("retention is in the weights and stays what it was, derived from the first length or learned")
         reach = config.train.gradient_reach
         if config.memory.kernel == "lifted" and reach < ours:
             said.append(f"gradients of memories end every {reach:,} tokens (train.gradient_reach={ours} for none)")

@@ -15,6 +15,8 @@ from atlas_megatron.finetune.segments import (
     widened,
     windows,
 )
+from atlas_megatron.hf.export import described
+from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM
 from twins import CALM, moved, settings, tokens
 
 # transformers takes the loss in float32, whatever the model is in.
@@ -136,3 +138,26 @@ def test_padding_on_the_right_changes_neither_loss_nor_gradients() -> None:
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-6, atol=0)
     assert_close(found[1][1], found[0][1])
     assert segments_with_targets(widened(read, shifted(labels), 60)[1], SEGMENT).tolist() == [True] * 4 + [False]
+
+
+def test_gradients_on_sixteen_times_the_length_of_training_keep_their_size() -> None:
+    """Detached at every cut, and inside of a segment after a quarter of the length of training."""
+    config = settings("M-C-", **CALM, eta_sum=0.5)
+
+    def norm(length: int, segment: int, reach: int, detach_every: int) -> float:
+        torch.manual_seed(0)
+        reader = SegmentReader(AtlasForCausalLM(described(config)), segment, checkpointing=False, reach=reach)
+        read, memory = tokens(1, length), None
+        targets = shifted(read)
+        for window in windows([True] * (length // segment), segment, detach_every):
+            piece = slice(window.start, window.stop)
+            loss, memory = reader(read[:, piece], targets[:, piece], memory, torch.tensor(length - 1))
+            loss.backward()
+            memory = memory.detach()
+        return float(torch.nn.utils.clip_grad_norm_(reader.parameters(), 1e30))
+
+    trained = config.model.seq_length
+    usual = norm(trained, trained, 0, 0)
+    for segment in (trained, 4 * trained):
+        assert norm(16 * trained, segment, trained // 4, 1) < 100 * usual
+    assert not norm(16 * trained, trained, 0, 0) < 100 * usual

@@ -49,7 +49,7 @@ def test_what_follows_is_said() -> None:
     before = sized(64)
     grown = going_on(sized(256), before)
     said = longer_sequences(grown, before, 5)
-    assert said.startswith("sequences grow from 64 to 256 tokens, and a step reads 2,048; the weights are as they were")
+    assert said.startswith("sequences grow from 64 to 256 tokens, and a step reads 2,048; retention is in the weights")
     assert "gradients of memories end every 16 tokens (train.gradient_reach=256 for none)" in said
     assert "read again" in said and "read again" not in longer_sequences(grown, before, 0)
     assert longer_sequences(grown, grown, 5) == longer_sequences(grown, before, 1000) == ""
@@ -69,6 +69,9 @@ def test_gradients_end_at_the_same_tokens_on_every_rank() -> None:
 def test_a_reach_is_in_whole_chunks() -> None:
     with pytest.raises(ValueError, match="train.gradient_reach=12 is not a multiple of memory.chunk=8; nearest: 16"):
         validate(replace(sized(64), train=replace(Config().train, gradient_reach=12)), 1)
+    kept = sized(64, kernel="exponential", feature_map="identity", ns_steps=0, momentum=False)
+    with pytest.raises(ValueError, match="gradient_reach=64 with memory.kernel='exponential', which keeps its sources"):
+        validate(replace(kept, train=replace(kept.train, gradient_reach=64)), 1)
     with pytest.raises(ValueError, match="train.gradient_reach=-8 must be 0 or more"):
         validate(replace(sized(64), train=replace(Config().train, gradient_reach=-8)), 1)
 
