@@ -16,9 +16,10 @@ from atlas_megatron.version import add_version
 
 EXAMPLES = """\
 examples:
-  text, in sequences of 32,768 tokens read in segments of 2,048, gradients over every cut, on one device
+  text, in sequences of 32,768 tokens read in segments of 2,048, on one device; where that is longer than in training,
+  gradients end as the exported model's do, or, with --detach-every 0, pass over every cut
     python tools/finetune.py exported/340m --data 'books/*.txt' --out tuned/340m --length 32768 --segment 2048
-  the same on 8 GPUs with ZeRO-2 in bfloat16, truncated: the memory is detached every 4 segments
+  the same on 8 GPUs with ZeRO-2 in bfloat16, gradients over 4 segments at a time
     torchrun --nproc-per-node 8 tools/finetune.py exported/340m --data 'books/*.txt' --out tuned/340m \\
         --length 32768 --segment 2048 --detach-every 4 --deepspeed configs/deepspeed/zero2.json --bf16
   prompts with answers (a line: {"input": ..., "question": ..., "target": ...}); only the answers are learned
