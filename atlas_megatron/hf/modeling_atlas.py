@@ -24,7 +24,7 @@ from .cache_atlas import AtlasCache
 from .configuration_atlas import AtlasConfig
 from .hybrid_atlas import MemoryAsContext, MemoryAsGate
 from .memory_atlas import AtlasMemory
-from .place_atlas import Place, exporting, of_any_length, padding_of, place_of
+from .place_atlas import Place, Unpacked, exporting, of_any_length, padding_of, place_of
 
 logger = logging.get_logger(__name__)
 
@@ -137,7 +137,7 @@ class AtlasModel(AtlasPreTrainedModel):
         attention_mask [B, T], or with columns for what was read before: 0 for padding, on the left; on the right where
         no cache is asked for. What is given at padding is without meaning. position_ids [B or 1, T]: 0 where a packed
         document begins; None: all of a row is one text. Raises ValueError for padding and documents that a layer
-        cannot keep apart, padding inside a text, and a cache of another kind.
+        cannot keep apart in a cache, padding inside a text, and a cache of another kind.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -165,10 +165,11 @@ class AtlasModel(AtlasPreTrainedModel):
         # Without a cache, every row's text is moved to the first column, as if it stood alone.
         aligned = padding is not None and not asked and (padding.right or not keeps or bool(self._alike()))
         place = place_of(read, columns, batch, tokens, position_ids, padding, aligned)
-        if place.documents is not None and self._alike():
+        alone = place.documents is not None and bool(self._alike())
+        if alone and asked:
             raise ValueError(
                 f"attention_mask has padding on the left, or position_ids packed documents, which this model cannot "
-                f"keep apart: {self._alike()}; give texts of one length, one a row, or use_cache=False with padding"
+                f"keep apart in a cache: {self._alike()}; give texts of one length, one a row, or use_cache=False"
             )
         moved = padding if aligned and padding is not None and padding.left else None
         x = x if moved is None else moved.to_the_left(x)
@@ -177,7 +178,7 @@ class AtlasModel(AtlasPreTrainedModel):
         x, states, seen = self._through(x, past_key_values, place, output_hidden_states)
         if moved is not None:
             x, seen = moved.back(x), [moved.back(hidden) for hidden in seen]
-        if keeps and not aligned:
+        if keeps and not aligned and not alone:
             past_key_values = AtlasCache(self.config) if past_key_values is None else past_key_values
             past_key_values.advance(states, place.after, tokens, padding is None or padding.begun)
         return BaseModelOutputWithPast(
@@ -188,7 +189,11 @@ class AtlasModel(AtlasPreTrainedModel):
         self, x: Tensor, cache: AtlasCache | None, place: Place, remember: bool
     ) -> tuple[Tensor, list[Any], list[Tensor]]:
         """x [B, T, hidden] after every layer and the last norm; the layers' states; what went into each, and came out
-        in the end, where it is to be remembered."""
+        in the end, where it is to be remembered. Documents become rows where a layer wants rows that stand alike; the
+        states are then of no use."""
+        unpacked = Unpacked.of(place.documents) if place.documents is not None and self._alike() else None
+        if unpacked is not None:
+            x, place = unpacked.apart(x), Place(0, unpacked.length, None, unpacked.length)
         before = cache.states if cache is not None else [None] * len(self.layers)
         states, seen = [], []
         for layer, state in zip(self.layers, before, strict=True):
@@ -197,7 +202,8 @@ class AtlasModel(AtlasPreTrainedModel):
             x, after = layer(x, state, place)
             states.append(after)
         x = self.norm(x)
-        return x, states, [*seen, x] if remember else []
+        seen = [*seen, x] if remember else []
+        return (x, states, seen) if unpacked is None else (unpacked.back(x), states, [unpacked.back(h) for h in seen])
 
     def _caching(self, cache: AtlasCache | None, use_cache: bool | None) -> tuple[bool, bool]:
         """Whether a cache was asked for, and whether one is kept. Raises ValueError for one that cannot be read on."""

@@ -63,6 +63,36 @@ class Padding:
         return x.gather(1, column.view(*column.shape, *[1] * (x.dim() - 2)).expand_as(x))
 
 
+@dataclass(frozen=True)
+class Unpacked:
+    """Packed documents as rows of their own, for layers that want all rows to stand alike: N rows of L columns.
+
+    places [B T]: of each token among the N L of the rows; what no token takes follows a document. shape: (B, T).
+    """
+
+    places: Tensor
+    rows: int
+    length: int
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, documents: Tensor) -> Unpacked:
+        """documents: those of a `Place`."""
+        begins = documents == 0
+        begins[:, 0] = True
+        number, length = begins.flatten().cumsum(0) - 1, int(documents.max()) + 1
+        return cls(number * length + documents.flatten(), int(number[-1]) + 1, length, tuple(documents.shape))
+
+    def apart(self, x: Tensor) -> Tensor:
+        """[B, T, ...] -> [N, L, ...]."""
+        empty = x.new_zeros(self.rows * self.length, *x.shape[2:])
+        return empty.index_copy(0, self.places, x.flatten(0, 1)).unflatten(0, (self.rows, self.length))
+
+    def back(self, x: Tensor) -> Tensor:
+        """The inverse of `apart`."""
+        return x.flatten(0, 1).index_select(0, self.places).unflatten(0, self.shape)
+
+
 def exporting() -> bool:
     """Whether a graph is exported, which can ask nothing of a tensor. torch.compile can, and claims to export too."""
     if torch.compiler.is_dynamo_compiling():

@@ -64,12 +64,14 @@ def test_so_do_exponential_kernels(preset: str) -> None:
         torch.testing.assert_close(found[row : row + 1, pad:], model(read[row : row + 1, pad:]).logits, **TOLERANCE)
 
 
-@pytest.mark.parametrize("pattern", APART)
+@pytest.mark.parametrize("pattern", [*APART, "C-", "exponential", "softmax"])
 @torch.no_grad()
 def test_packed_documents_are_read_apart(pattern: str) -> None:
     from transformers import DataCollatorWithFlattening
 
-    model, whole = moved(settings(pattern, **CALM)), tokens(1, 40)[0]
+    exponential = {"preset": "dot", "window": 5, "kernel": pattern}
+    config = settings(pattern, **CALM) if pattern.endswith("-") else settings("M-C-", **exponential)
+    model, whole = moved(config), tokens(1, 40)[0]
     texts = whole.split([13, 1, 26])
     batch = DataCollatorWithFlattening()([{"input_ids": text.tolist(), "labels": text.tolist()} for text in texts])
     assert batch["position_ids"][0, 12:16].tolist() == [12, 0, 0, 1]
@@ -78,6 +80,11 @@ def test_packed_documents_are_read_apart(pattern: str) -> None:
     torch.testing.assert_close(found.logits, torch.cat([one.logits for one in alone], 1), **TOLERANCE)
     expected = (alone[0].loss * 12 + alone[2].loss * 25) / 37
     torch.testing.assert_close(found.loss, expected)
+    if pattern not in APART:
+        assert found.past_key_values is None
+        with pytest.raises(ValueError, match="packed documents, which this model cannot keep apart in a cache"):
+            model(**batch, use_cache=True)
+        return
     # What follows goes on with the last document.
     after = tokens(1, 5, seed=3)
     cache = model(whole[None], position_ids=batch["position_ids"]).past_key_values
@@ -86,9 +93,10 @@ def test_packed_documents_are_read_apart(pattern: str) -> None:
     torch.testing.assert_close(found, model(together).logits[:, 26:], **TOLERANCE)
 
 
+@pytest.mark.parametrize("pattern", ["M-*-", "C-"])
 @torch.no_grad()
-def test_packed_rows_may_be_padded() -> None:
-    model, read = moved(settings("M-*-", **CALM)), tokens(2, 30)
+def test_packed_rows_may_be_padded(pattern: str) -> None:
+    model, read = moved(settings(pattern, **CALM)), tokens(2, 30)
     positions, mask = torch.arange(30).expand(2, -1).clone(), torch.ones(2, 30, dtype=torch.int64)
     positions[0, 11:], positions[1, 24:] = torch.arange(19), 0
     mask[1, 24:] = 0
@@ -97,6 +105,8 @@ def test_packed_rows_may_be_padded() -> None:
     for row, start, stop in pieces:
         alone = model(read[row : row + 1, start:stop]).logits
         torch.testing.assert_close(found[row : row + 1, start:stop], alone, **TOLERANCE)
+    if pattern == "C-":
+        return
     # On the left, with a cache.
     turned, left = torch.cat([positions[1:, 24:], positions[1:, :24]], 1), mask[1:].flip(1)
     given = torch.cat([read[1:, 24:], read[1:, :24]], 1)
@@ -116,6 +126,18 @@ def test_positions_that_cannot_be_followed_are_refused() -> None:
     cache = model(read).past_key_values
     with pytest.raises(ValueError, match=r"position_ids begins at \[0, 0\], and the cache has read \[9, 9\] tokens"):
         model(read, past_key_values=cache, position_ids=torch.arange(9)[None])
-    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    with pytest.raises(ValueError, match="position_ids packed documents, which this model cannot keep apart: C layers"):
-        moved(settings("C-", **CALM))(read, position_ids=packed)
+
+
+def test_gradients_of_packed_documents_are_those_of_each() -> None:
+    model, read = moved(settings("C-", **CALM)), tokens(1, 20)
+    positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
+    found = []
+    for packed in (True, False):
+        model.zero_grad()
+        if packed:
+            model(read, position_ids=positions, output_hidden_states=True).logits.square().sum().backward()
+        else:
+            for piece in read.split([8, 12], 1):
+                model(piece).logits.square().sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*found, **TOLERANCE)
