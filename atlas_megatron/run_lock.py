@@ -93,8 +93,12 @@ def held(run_directory: str | Path, say: Callable[[str], None]) -> Iterator[RunL
 class RunLock:
     """The held lock of a run's directory."""
 
-    def __init__(self, directory: Path, say: Callable[[str], None]) -> None:
-        """Take it. Raises ValueError where another process holds it, OSError where nothing can be written there."""
+    def __init__(self, directory: Path, say: Callable[[str], None], key: str = "run.directory") -> None:
+        """Take it. key: what the user names the directory by.
+
+        Raises ValueError where another process holds it, OSError where nothing can be written there.
+        """
+        self._key = key
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / NAME
         self._own = Holder.of_this_process()
@@ -169,7 +173,7 @@ class RunLock:
         if lives:
             raise ValueError(
                 f"{self._path.parent} is in use by {holder or 'another process'}; let it end or stop it, or choose "
-                "another run.directory"
+                f"another {self._key}"
             )
         if _read(self._path) != holder:
             return False
@@ -177,7 +181,7 @@ class RunLock:
         time.sleep(SETTLE_SECONDS)
         now = _read(self._path)
         if now != self._own:
-            raise ValueError(f"{self._path.parent} is in use by {now}, which was faster; choose another run.directory")
+            raise ValueError(f"{self._path.parent} is in use by {now}, which was faster; choose another {self._key}")
         say(f"took over {self._path}: {holder or 'its holder'} is gone")
         return True
 

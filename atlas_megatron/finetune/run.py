@@ -7,7 +7,10 @@ import math
 import os
 import shutil
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +194,29 @@ def _refuse_other(out: Path, there: dict[str, Any], ours: dict[str, Any]) -> Non
 
 
 def finetune(run: Plan) -> Path:
-    """Train, from the newest whole checkpoint on where there is one, and write the folder. Raises ValueError."""
+    """Train, from the newest whole checkpoint on where there is one, and write the folder.
+
+    Raises ValueError; also where another process trains for the same folder.
+    """
+    with _alone(run.settings.work):
+        return _finetune(run)
+
+
+@contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Within: no other run writes there. The first process holds the lock; where it cannot, the launcher ends all."""
+    # Here: it imports Megatron, which takes seconds.
+    from atlas_megatron.run_lock import RunLock
+
+    lock = RunLock(work, partial(print, flush=True), "--out") if os.environ.get("RANK", "0") == "0" else None
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release()
+
+
+def _finetune(run: Plan) -> Path:
     # transformers is quiet where it has nothing to say that a line of ours does not.
     from transformers.utils import logging as theirs
 

@@ -20,6 +20,7 @@ import finetune
 from atlas_megatron.finetune import estimate, run
 from atlas_megatron.finetune.examples import collate
 from atlas_megatron.finetune.settings import Settings
+from atlas_megatron.run_lock import RunLock
 
 ROOT = Path(__file__).parents[2]
 ZERO2 = str(ROOT / "configs/deepspeed/zero2.json")
@@ -137,6 +138,17 @@ def test_answers_are_learned_in_truncated_windows_and_validated(
             lost += float(model(**batch, use_cache=False).loss) * learned
         counted += learned
     assert float(said.rpartition(" ")[2]) == pytest.approx(lost / counted, rel=1e-4)
+
+
+def test_one_run_at_a_time_trains_for_a_folder(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = RunLock(root / "shared.training", print)
+    try:
+        assert finetune.main(words(root, root / "shared")) == 2
+        _assert_line(capsys.readouterr().err, "shared.training is in use by process .* choose another --out")
+    finally:
+        held.release()
+    # What was refused before a step leaves no folder.
+    assert not (root / "shared.training").exists() or not list((root / "shared.training").iterdir())
 
 
 def test_nothing_is_left_that_looks_whole(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
