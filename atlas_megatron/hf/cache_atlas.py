@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,11 @@ class AtlasCache:
         self.position: Position = 0
         self.columns = 0
         self.begun = True  # every row has text, and no column that follows is padding
+
+    @property
+    def rows(self) -> int | None:
+        """Of the batch; None: nothing was read yet."""
+        return next((t.shape[0] for state in self.states for t in _tensors(state)), None)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the batch read since the cache was made, or loaded: what `generate` need not read again."""
@@ -137,6 +142,18 @@ class AtlasCache:
         except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged ({error!r}); give a file that save_memory wrote") from error
         return cache
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of a state."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif is_dataclass(value):
+        for f in fields(value):
+            yield from _tensors(getattr(value, f.name))
 
 
 def _mapped(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:

@@ -142,18 +142,8 @@ class AtlasModel(AtlasPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if x.shape[1] == 0:
-            raise ValueError(
-                f"the input has shape {tuple(x.shape[:2])}, no token; give at least one, such as the end-of-text token "
-                "that every text begins after"
-            )
-        unrolled = sorted(set(self.config.pattern) - set("*F-"))
-        if unrolled and of_any_length(x):
-            raise ValueError(
-                f"the length is dynamic, and an exported graph unrolls the memory of {', '.join(unrolled)} layers over "
-                "its tokens; export it with a fixed length (the batch may be dynamic), and pad to that"
-            )
-        asked, keeps = self._caching(past_key_values, use_cache)
+        self._check_shape(x)
+        asked, keeps = self._caching(past_key_values, use_cache, x.shape[0])
         read, columns = (0, 0) if past_key_values is None else (past_key_values.position, past_key_values.columns)
         batch, tokens = x.shape[:2]
         padding = padding_of(attention_mask, read, batch, tokens)
@@ -205,12 +195,36 @@ class AtlasModel(AtlasPreTrainedModel):
         seen = [*seen, x] if remember else []
         return (x, states, seen) if unpacked is None else (unpacked.back(x), states, [unpacked.back(h) for h in seen])
 
-    def _caching(self, cache: AtlasCache | None, use_cache: bool | None) -> tuple[bool, bool]:
+    def _check_shape(self, x: Tensor) -> None:
+        """Raise ValueError where x is not [B, T, hidden] of at least one token; and where a graph is exported for any
+        T, if a layer is unrolled over it."""
+        if x.dim() != 3:
+            shape = (*x.shape[:-1],)
+            raise ValueError(f"the input has shape {shape}; expected [B, T], one text a row: add a dimension")
+        if x.shape[1] == 0:
+            raise ValueError(
+                f"the input has shape {tuple(x.shape[:2])}, no token; give at least one, such as the end-of-text token "
+                "that every text begins after"
+            )
+        unrolled = sorted(set(self.config.pattern) - set("*F-"))
+        if unrolled and of_any_length(x):
+            raise ValueError(
+                f"the length is dynamic, and an exported graph unrolls the memory of {', '.join(unrolled)} layers over "
+                "its tokens; export it with a fixed length (the batch may be dynamic), and pad to that"
+            )
+
+    def _caching(self, cache: AtlasCache | None, use_cache: bool | None, rows: int) -> tuple[bool, bool]:
         """Whether a cache was asked for, and whether one is kept. Raises ValueError for one that cannot be read on."""
         if cache is not None and not callable(getattr(cache, "advance", None)):
             raise ValueError(
                 f"past_key_values is a {type(cache).__name__}, and this model's state is a memory: leave it out, and "
                 "pass on the AtlasCache that the call returns (or that load_memory reads)"
+            )
+        held = getattr(cache, "rows", None)
+        if held is not None and held != rows:
+            raise ValueError(
+                f"past_key_values has read {held} rows, and the input has {rows}; give as many, or choose rows "
+                "by cache.select(rows), or repeat them by cache.batch_repeat_interleave(times)"
             )
         # A checkpointed layer reads again in the backward; where nothing is differentiated, none is.
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():

@@ -146,3 +146,13 @@ def test_what_a_memory_cannot_do_is_refused(model: AtlasForCausalLM) -> None:
         model(prompt, past_key_values=((torch.zeros(1, 1, 3, 4),) * 2,))
     with pytest.raises(ValueError, match="flex_attention"):
         copy.deepcopy(model).set_attn_implementation("flex_attention")
+
+
+@torch.no_grad()
+def test_shapes_that_do_not_fit_are_named(model: AtlasForCausalLM) -> None:
+    with pytest.raises(ValueError, match=r"the input has shape \(9,\); expected \[B, T\]"):
+        model(tokens(2, 9)[0])
+    cache = model(tokens(2, 9)).past_key_values
+    for rows in (1, 3):
+        with pytest.raises(ValueError, match=f"past_key_values has read 2 rows, and the input has {rows}"):
+            model(tokens(rows, 3), past_key_values=copy.deepcopy(cache))
