@@ -4,7 +4,8 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 # One line: what is wrong, what was given, what to do.
 refuse() {
-  echo "${0##*/}: $*" >&2
+  local said="$*"
+  echo "${0##*/}: ${said//$'\n'/ }" >&2
   exit 2
 }
 
@@ -48,9 +49,9 @@ count_gpus() {
   fi
 }
 
-# The option $1 came with a value.
+# The option $1 came with a value: of so many words ($2) the next is not empty ($3), as that of an unset variable is.
 has_value() {
-  (($2 >= 2)) || refuse "$1 came without a value; see ${0##*/} --help"
+  (($2 >= 2)) && [[ -n "$3" ]] || refuse "$1 came without a value; see ${0##*/} --help"
 }
 
 # The value $2 of the option $1 is a whole number of at least $3.

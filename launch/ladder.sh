@@ -41,12 +41,12 @@ read_words() {
       --version) say_versions ;;
       --local) here=1 ;;
       --dry-run) dry=1 ;;
-      --rungs) has_value "$1" $# && only="$2" && shift ;;
-      --runs) has_value "$1" $# && runs="${2%/}" && shift ;;
+      --rungs) has_value "$1" $# "${2-}" && only="$2" && shift ;;
+      --runs) has_value "$1" $# "${2-}" && runs="${2%/}" && shift ;;
       --nodes) refuse "--nodes came with a list, which has each rung's own; change them there" ;;
       --job-name | --array) refuse "$word is of one job; a ladder has one a rung: leave it out" ;;
       # What else there is of options, slurm.sh and local.sh know, each with a value.
-      --*) has_value "$1" $# && passed+=("$1" "$2") && shift ;;
+      --*) has_value "$1" $# "${2-}" && passed+=("$1" "$2") && shift ;;
       run.directory=*) refuse "'$word' would be the directory of every rung; write --runs DIR" ;;
       *)
         if is_override "$word"; then
@@ -75,6 +75,7 @@ read_list() {
     [[ "$count" =~ ^[1-9][0-9]{0,5}$ && (-z "$rest" || "$rest" == \#*) ]] ||
       refuse "line '$config $count $rest' of $list is no rung; write a config and its nodes, for example 20m.toml 1"
     name="$(basename "$config" .toml)"
+    [[ " ${known[*]-} " != *" $name "* ]] || refuse "rung '$name' is in $list twice; leave one out, or rename it"
     known+=("$name")
     [[ -z "$only" || ",$only," == *",$name,"* ]] || continue
     [[ "$config" == /* ]] || config="$folder/$config"

@@ -30,7 +30,7 @@ main() {
     case "$1" in
       -h | --help) usage; exit 0 ;;
       --version) say_versions ;;
-      --processes) has_value "$1" $# && processes="$2" && shift ;;
+      --processes) has_value "$1" $# "${2-}" && processes="$2" && shift ;;
       --dry-run) dry=1 ;;
       -*) refuse "option '$1' is unknown; see local.sh --help" ;;
       *)

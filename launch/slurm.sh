@@ -60,7 +60,7 @@ read_words() {
       -h | --help) usage; exit 0 ;;
       --version) say_versions ;;
       --dry-run) dry=1 ;;
-      --*) has_value "$word" $# && read_option "$word" "$2" && shift ;;
+      --*) has_value "$word" $# "${2-}" && read_option "$word" "$2" && shift ;;
       -*) refuse "option '$word' is unknown; see slurm.sh --help" ;;
       *)
         if is_override "$word"; then
@@ -124,12 +124,12 @@ check_words() {
   fi
   processes="${processes:-1}"
   is_number --processes-per-node "$processes" 1 2
-  [[ -z "$time" || "$time" =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] ||
+  [[ -z "$time" || "$time" =~ ^([0-9]{1,6}-)?[0-9]{1,9}(:[0-9]{1,9}){0,2}$ ]] ||
     refuse "--time $time is no time; write minutes, HH:MM:SS or D-HH:MM:SS, for example --time 24:00:00"
   # Asked to save as soon as it starts, a job would take a step and requeue, for ever.
   [[ -z "$time" ]] || (($(seconds_of "$time") > 10#$before)) ||
     refuse "--time $time is no longer than --save-before $before (seconds); give more time, or a shorter --save-before"
-  [[ -z "$array" || "$array" =~ ^[a-z_0-9]+\.[a-z_0-9]+=.*[^,]$ ]] ||
+  [[ -z "$array" || ("$array" =~ ^[a-z_0-9]+\.[a-z_0-9]+=.*[^,]$ && "$array" != *$'\n'*) ]] ||
     refuse "--array $array is no sweep; write section.key=A,B,C, for example --array train.lr=1e-3,3e-3"
   name="${name:-$(basename "$config" .toml)}"
   [[ "$name" =~ ^[A-Za-z0-9._-]+$ ]] || refuse "--job-name '$name' becomes a folder's name; use letters, digits, . _ -"
@@ -187,8 +187,9 @@ can_train() {
 
 # Sets `directory`; with a sweep, of the run without it.
 check_config() {
-  local said value
+  local said value element
   local -a values words
+  local -A known=()
   atlas_train="$(command_of atlas-train)"
   said="$(dry_run ${overrides[@]+"${overrides[@]}"})"
   read_directory "$said"
@@ -198,7 +199,10 @@ check_config() {
   [[ -n "$array" ]] || return 0
   IFS=, read -ra values <<<"${array#*=}"
   for value in "${values[@]}"; do
-    element "$value" "$(element_directory "$directory" "${array%%=*}" "$value")"
+    element="$(element_directory "$directory" "${array%%=*}" "$value")"
+    [[ -z "${known[$element]-}" ]] || refuse "--array $array makes two runs of $element; give each value once"
+    known["$element"]=1
+    element "$value" "$element"
     said="$(dry_run "${words[@]}")"
     can_train "$said"
   done
@@ -251,7 +255,7 @@ main() {
   compose
   typed "${submission[@]}"
   [[ -z "$dry" ]] || exit 0
-  mkdir -p "$logs"
+  mkdir -p "$logs" 2>/dev/null || refuse "--logs $logs cannot be made; give a folder of yours"
   local job
   job="$("${submission[@]}")" || refuse "sbatch did not take the job; it says why above"
   echo "job ${job%%;*}; its logs: $logs/$name-${job%%;*}*"

@@ -108,6 +108,8 @@ def test_a_list_that_is_none_is_refused(stubs: Stubs, short: Path, line: str) ->
     short.write_text(f"small.toml 1\n{line}\n")
     said = stubs.run(LADDER, str(short))
     assert said.returncode == 2 and "is no rung; write a config and its nodes" in said.stderr and stubs.called() == []
+    short.write_text("small.toml 1\nsmall.toml 2\n")
+    assert "rung 'small' is in " in stubs.run(LADDER, str(short)).stderr
     short.write_text("# nothing\n")
     assert "has no rung; write lines" in stubs.run(LADDER, str(short)).stderr
     short.write_text("gone.toml 1\n")

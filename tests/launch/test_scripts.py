@@ -150,7 +150,7 @@ def test_of_a_sweep_every_run_has_what_it_trains_on(stubs: Stubs) -> None:
     (stubs.folder / "atlas-train").write_text(f"#!/usr/bin/env bash\n{report}\n")
     said = stubs.run(SLURM, *TWO, "--logs", str(stubs.folder), "--array", "data.train=here,gone")
     assert (said.returncode, said.stderr, stubs.called()) == (2, "slurm.sh: gone.idx does not exist\n", [])
-    said = stubs.run(SLURM, *TWO, "--logs", str(stubs.folder), "--array", "data.train=here,here")
+    said = stubs.run(SLURM, *TWO, "--logs", str(stubs.folder), "--array", "data.train=here")
     assert said.returncode == 0 and len(stubs.called()) == 1, said.stderr
 
 
@@ -251,6 +251,13 @@ def test_a_sweep_checks_every_value_and_gives_each_a_directory(stubs: Stubs) -> 
         ([CONFIG, "--nodes", "1", "train.lr=bad"], "1 nodes of 8: atlas-train: train.lr='bad' is no number"),
         ([CONFIG, "--nodes", "1", "--memory-per-gpu", "80GiB"], "--memory-per-gpu 80GiB is too little"),
         ([CONFIG, "--nodes", "1", "--job-name", "a/b"], "--job-name 'a/b' becomes a folder's name"),
+        ([CONFIG, "--nodes", "1", "--job-name", "a\nb"], "--job-name 'a b' becomes a folder's name"),
+        ([CONFIG, "--nodes", "1", "--time", ""], "--time came without a value"),
+        ([CONFIG, "--nodes", "1", "--partition="], "--partition came without a value"),
+        ([CONFIG, "--nodes", "1", "--time", "9" * 20], "is no time; write minutes"),
+        ([CONFIG, "--nodes", "1", "--array", "train.lr=1\n2"], "is no sweep; write section.key=A,B,C"),
+        ([CONFIG, "--nodes", "1", "--array", "data.train=a/b,a_b"], "makes two runs of runs/quickstart-data.train=a_b"),
+        ([CONFIG, "--nodes", "1", "--logs", "/dev/null"], "--logs /dev/null cannot be made; give a folder of yours"),
     ],
 )
 def test_slurm_refuses_before_it_submits(stubs: Stubs, words: list[str], reason: str) -> None:
