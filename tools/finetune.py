@@ -67,13 +67,13 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _finetune(arguments: argparse.Namespace) -> int:
     # Here, not at the top: transformers and Megatron take seconds, which --help should not cost.
-    from atlas_megatron.finetune import run
+    from atlas_megatron.finetune import plan, run
     from atlas_megatron.finetune.settings import from_arguments
 
     if arguments.devices is not None and arguments.devices < 1:
         raise ValueError(f"--devices is {arguments.devices}; give 1 or more")
     settings = from_arguments(vars(arguments))
-    planned = run.plan(settings, arguments.devices or run.world_size())
+    planned = plan.plan(settings, arguments.devices or plan.world_size())
     if planned.skipped and planned.skipped.count and os.environ.get("RANK", "0") == "0":
         print(planned.skipped, file=sys.stderr)
     if arguments.dry_run:

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import exported
 import finetune
-from atlas_megatron.finetune import estimate, run
+from atlas_megatron.finetune import estimate
 from atlas_megatron.finetune.examples import collate
+from atlas_megatron.finetune.plan import REPORT, Plan, plan
 from atlas_megatron.finetune.settings import Settings
 from atlas_megatron.run_lock import RunLock
 
@@ -47,7 +48,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def losses(folder: Path) -> list[float]:
-    history = json.loads((folder / run.REPORT).read_text())["history"]
+    history = json.loads((folder / REPORT).read_text())["history"]
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
@@ -64,7 +65,7 @@ def tuned(root: Path) -> Path:
 
 def test_what_comes_out_loads_like_what_went_in(root: Path, tuned: Path) -> None:
     found, came = bytes_of(tuned), bytes_of(root / "model")
-    assert found.keys() == came.keys() | {run.REPORT}
+    assert found.keys() == came.keys() | {REPORT}
     assert {name for name in came if found[name] != came[name]} == {"model.safetensors", "checksums.json"}
     model = AutoModelForCausalLM.from_pretrained(tuned, trust_remote_code=True)
     assert model.dtype == torch.bfloat16
@@ -128,7 +129,7 @@ def test_answers_are_learned_in_truncated_windows_and_validated(
     assert finetune.main([*line, "--validation", str(data)]) == 0
     (said,) = [line for line in capsys.readouterr().out.splitlines() if "validation loss" in line]
     # The same, the last two of the twelve included, by whole readings of what came out.
-    planned = run.plan(Settings(root / "model", (str(data),), root / "none"), 1)
+    planned = plan(Settings(root / "model", (str(data),), root / "none"), 1)
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
     lost, counted = 0.0, 0
     for number in range(planned.train.sequences):
@@ -197,7 +198,7 @@ def test_options_come_from_a_file_and_the_line_wins(
 def test_an_epoch_has_the_steps_that_trainer_takes(root: Path, batch: int, micro_batch: int, steps: int) -> None:
     data = (str(root / "answers.jsonl"),)
     given = Settings(root / "model", data, root / "none", batch=batch, micro_batch=micro_batch)
-    planned = run.plan(given, 1)
+    planned = plan(given, 1)
     assert replace(planned, train=replace(planned.train, sequences=7)).steps == steps
 
 
@@ -205,8 +206,8 @@ def test_beyond_the_length_of_training_gradients_end_as_the_exported_models_do(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Trained on 32 tokens in chunks of 8: a quarter is one chunk.
-    def planned(**given: Any) -> run.Plan:
-        return run.plan(Settings(root / "model", (str(root / "text.txt"),), root / "none", batch=1, **given), 1)
+    def planned(**given: Any) -> Plan:
+        return plan(Settings(root / "model", (str(root / "text.txt"),), root / "none", batch=1, **given), 1)
 
     far = planned(length=512)
     assert (far.segment, far.detach_every, far.reach, far.window) == (32, 1, 8, 32)
@@ -231,14 +232,14 @@ def test_beyond_the_length_of_training_gradients_end_as_the_exported_models_do(
 def test_stages_share_out_what_they_say(root: Path) -> None:
     data = (str(root / "text.txt"),)
     given = Settings(root / "model", data, root / "none", length=64, segment=16, batch=4, detach_every=0)
-    planned = run.plan(given, 4)
+    planned = plan(given, 4)
     size = 4 * sum(value.numel() for value in weights(root / "model").values())
     held = [estimate.held(planned, stage) for stage in range(4)]
     assert [found.parameters for found in held] == [size, size, size, size / 4]
     assert [found.gradients for found in held] == [size, size, size / 4, size / 4]
     assert [found.optimizer for found in held] == [2 * size, 3 * size / 4, 3 * size / 4, 3 * size / 4]
     # Recomputed, only a segment is alive; over all cuts without that, everything.
-    kept = run.plan(Settings(**{**vars(given), "checkpointing": False}), 4)
+    kept = plan(Settings(**{**vars(given), "checkpointing": False}), 4)
     assert estimate.held(kept, 0).activations == pytest.approx(4 * held[0].activations, rel=0.2)
 
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 import exported
 from atlas_megatron.finetune.examples import Loader, collate
-from atlas_megatron.finetune.run import plan
+from atlas_megatron.finetune.plan import plan
 from atlas_megatron.finetune.segments import IGNORED
 from atlas_megatron.finetune.settings import Settings
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
@@ -204,8 +204,8 @@ def test_an_empty_validation_is_said_before_the_data_are_read(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write(tmp_path / "short.jsonl", {"text": "short"})
-    monkeypatch.setattr("atlas_megatron.finetune.run.check", lambda *_: None)
-    monkeypatch.setattr("atlas_megatron.finetune.run.read_model", lambda _: CONFIG)
+    monkeypatch.setattr("atlas_megatron.finetune.plan.check", lambda *_: None)
+    monkeypatch.setattr("atlas_megatron.finetune.plan.read_model", lambda _: CONFIG)
     settings = Settings(folder, (str(tmp_path / "there is none.txt"),), tmp_path / "out", validation=(file,))
     with pytest.raises(ValueError, match="short.jsonl: no sequence of 16 tokens in it"):
         plan(settings, 1)

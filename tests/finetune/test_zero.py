@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import exported
-from atlas_megatron.finetune.run import REPORT
+from atlas_megatron.finetune.plan import REPORT
 from test_finetuning import ROOT, losses, weights
 
 pytest.importorskip("deepspeed", reason="ZeRO needs deepspeed: pip install -e '.[deepspeed]' -c constraints.txt")
