@@ -68,6 +68,10 @@ class AtlasCache:
         """Columns of the batch read since the cache was made, or loaded: what `generate` need not read again."""
         return self.columns
 
+    def reset(self) -> None:
+        """Forget all that was read."""
+        self.states, self.position, self.columns, self.begun = [None] * len(self.states), 0, 0, True
+
     def advance(self, states: list[Any], position: Position, columns: int, begun: bool = True) -> None:
         """Take over what the layers leave after so many more columns."""
         self.begun = begun

@@ -24,7 +24,7 @@ from .cache_atlas import AtlasCache
 from .configuration_atlas import AtlasConfig
 from .hybrid_atlas import MemoryAsContext, MemoryAsGate
 from .memory_atlas import AtlasMemory
-from .place_atlas import Place, Unpacked, exporting, of_any_length, padding_of, place_of
+from .place_atlas import Place, Unpacked, check_packing, exporting, of_any_length, padding_of, place_of
 
 logger = logging.get_logger(__name__)
 
@@ -141,6 +141,7 @@ class AtlasModel(AtlasPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        check_packing(position_ids, ignored)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         self._check_shape(x)
         asked, keeps = self._caching(past_key_values, use_cache, x.shape[0])
@@ -317,6 +318,7 @@ class AtlasForCausalLM(AtlasPreTrainedModel, GenerationMixin):
         **rest: Any,
     ) -> CausalLMOutputWithPast:
         """As AtlasModel. labels [B, T]: input_ids again; they are shifted here, and -100 is left out of the loss."""
+        check_packing(position_ids, rest)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

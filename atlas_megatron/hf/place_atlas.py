@@ -5,12 +5,16 @@ Dims: B batch, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# What other models take the borders of packed documents from.
+PACKING = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 # Tokens read before a call: of every row alike, or [B] int64 of each.
 Position = int | Tensor
 
@@ -103,6 +107,16 @@ def exporting() -> bool:
 def of_any_length(x: Tensor) -> bool:
     """Whether x [..., T, width] stands for any number of tokens, in a graph that is exported so."""
     return isinstance(x.shape[-2], torch.SymInt) and exporting()
+
+
+def check_packing(position_ids: Tensor | None, given: Mapping[str, Any]) -> None:
+    """Raise ValueError where packed documents are said in another way than by position_ids, which would go unheard."""
+    said = [name for name in PACKING if given.get(name) is not None]
+    if said and position_ids is None:
+        raise ValueError(
+            f"{said[0]} was given without position_ids, by which this model tells packed documents apart; give them "
+            "too: they count up by one, and begin at 0 where a document does"
+        )
 
 
 def padding_of(mask: Tensor | None, read: Position, batch: int, tokens: int) -> Padding | None:

@@ -141,3 +141,19 @@ def test_gradients_of_packed_documents_are_those_of_each() -> None:
                 model(piece).logits.square().sum().backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*found, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_borders_that_are_said_in_another_way_are_refused_or_repeated(model: AtlasForCausalLM) -> None:
+    from transformers import DataCollatorWithFlattening
+
+    whole = tokens(1, 9)
+    borders = torch.tensor([0, 4, 9], dtype=torch.int32)
+    for bare in (model, model.model):
+        with pytest.raises(ValueError, match="cu_seqlens was given without position_ids, by which this model tells"):
+            bare(whole, cu_seqlens=borders)
+    texts = [{"input_ids": piece.tolist()} for piece in whole[0].split([4, 5])]
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(texts)
+    assert batch["cu_seq_lens_q"].tolist() == borders.tolist()
+    found = model(**batch).logits
+    torch.testing.assert_close(found[:, 4:], model(whole[:, 4:]).logits, **TOLERANCE)

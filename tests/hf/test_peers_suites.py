@@ -69,6 +69,9 @@ def test_one_prompt_is_continued_twice_from_a_copy(model: AtlasForCausalLM) -> N
             found = model(text, past_key_values=copy.deepcopy(copied)).logits
             torch.testing.assert_close(found, model(torch.cat([read, text], 1)).logits[:, 9:], rtol=1e-4, atol=1e-4)
         assert copied.get_seq_length() == 9
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(model(read, past_key_values=cache).logits, model(read).logits)
 
 
 def test_so_within_a_graph() -> None:
