@@ -61,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
         # Every process meets what goes wrong; one says it.
         return ended("finetune", finetune, ON_MEMORY, says=os.environ.get("RANK", "0") == "0")
     except KeyboardInterrupt:
-        print("finetune: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        print("finetune: interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
         return 130
 
 
