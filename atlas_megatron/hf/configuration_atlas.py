@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import transformers
 from packaging.version import Version
 from transformers import PretrainedConfig
+
+if TYPE_CHECKING:
+    # transformers takes the model class that it loaded with a configuration for every later one of the same code, and
+    # counts what this line names to it: a folder with other code of the model then gets its own.
+    from .modeling_atlas import AtlasForCausalLM  # noqa: F401
 
 # Of transformers; setup.py names the same. This file is the first that is imported of a model.
 MINIMUM = "5.0.0"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ import pytest
 import torch
 from torch import nn
 from torch.export import Dim
+from transformers import AutoModelForCausalLM
 
 from atlas_megatron.hf import configuration_atlas
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
+from atlas_megatron.hf.export import AUTO_MAP, code_files
 from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM, AtlasModel
 from twins import CALM, moved, settings, tokens
 
@@ -209,6 +213,25 @@ def test_a_compiled_model_gives_the_same() -> None:
     with torch.no_grad():
         for given in ({}, {"attention_mask": mask}, {"position_ids": torch.arange(12)[None]}):
             torch.testing.assert_close(compiled(read, **given).logits, model(read, **given).logits)
+
+
+def test_folders_of_one_name_run_code_of_their_own(tmp_path: Path) -> None:
+    """Two exports, the second of another version of this project."""
+    folders = []
+    for version, pattern in (("old", "M-"), ("new", "G-")):
+        folder = tmp_path / version / "exported"
+        model = moved(settings(pattern, **CALM), torch.float32)
+        model.config.auto_map, model.config.architectures = AUTO_MAP, ["AtlasForCausalLM"]
+        model.save_pretrained(folder)
+        for file in code_files():
+            shutil.copyfile(file, folder / file.name)
+        with (folder / "baselines_atlas.py").open("a") as code:
+            code.write(f"\n\nVERSION = {version!r}\n")
+        folders.append((version, folder, model))
+    for version, folder, model in (*folders, folders[0]):
+        again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        code = sys.modules[type(again).__module__.replace("modeling", "baselines")]
+        assert version == code.VERSION and same(model, again)
 
 
 def test_pipelines(tmp_path: Path) -> None:
