@@ -176,6 +176,12 @@ def unforeseen(error: BaseException) -> Ending:
     return Ending(UNFORESEEN, f"unforeseen: {type(error).__name__}: {one_line(error)}; the traceback stands above")
 
 
+def line_of(error: ValueError | OSError) -> str:
+    """What a user's error is told as, where others than its own process tell it."""
+    found = ending_of(error, ON_MEMORY)
+    return found.line if found else one_line(error)
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, on a line of its own."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

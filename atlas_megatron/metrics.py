@@ -271,8 +271,10 @@ def summary_table(records: list[Record], parameters: int) -> Table:
     table = Table("measure", "value", title="run summary")
     table.columns[1].justify = "right"
     table.add_row("parameters", f"{parameters:,}")
-    table.add_row("tokens seen", f"{records[-1]['tokens']:,}")
-    table.add_row("tokens/s, median, a device", f"{median(r['tokens_per_second'] for r in records):,.0f}")
+    table.add_row("tokens seen", f"{records[-1].get('tokens', 0):,}")
+    # A record that somebody shortened has none.
+    speeds = [r["tokens_per_second"] for r in records if "tokens_per_second" in r]
+    table.add_row("tokens/s, median, a device", f"{median(speeds):,.0f}" if speeds else "unknown")
     table.add_row("training loss, nats a token", f"{records[-1]['loss']:.4f}")
     validated = [r for r in records if "validation_loss" in r]
     if validated:

@@ -33,6 +33,10 @@ def wrong_with_data(config: Config) -> list[str]:
 
 def wrong_with_directory(config: Config) -> list[str]:
     """What keeps a run from writing to its directory; empty where it can, or can make it."""
+    try:
+        config.run.directory.encode()
+    except UnicodeEncodeError:
+        return [f"run.directory={config.run.directory!r} holds bytes that are no UTF-8; choose another run.directory"]
     why = refusal(Path(config.run.directory))
     return [f"run.directory={config.run.directory}: {why}; choose another run.directory"] if why else []
 

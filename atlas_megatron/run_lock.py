@@ -20,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from threading import Event, Thread
 
+from atlas_megatron.ending import line_of
 from atlas_megatron.parallel import world
 
 NAME = "run.lock"
@@ -79,7 +80,7 @@ def held(run_directory: str | Path, say: Callable[[str], None]) -> Iterator[RunL
         try:
             lock = RunLock(Path(run_directory), say)
         except (ValueError, OSError) as error:
-            refusal = str(error)
+            refusal = line_of(error)
     (refusal,) = world.from_first([refusal])
     if refusal:
         raise ValueError(refusal) if world.rank() == 0 else SystemExit(REFUSED)
@@ -232,7 +233,7 @@ def _ticks(pid: int) -> str:
     """When a process started, in the kernel's count; empty where there is none, or one that has ended."""
     try:
         # Behind the command's name, which may hold anything: the state first, the start as the 20th.
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return ""
     return "" if state in "ZX" else fields[18]

@@ -178,10 +178,13 @@ def _train(config: Config, signals: StopSignals) -> int:
     from atlas_megatron.metrics import read, summary_table
     from atlas_megatron.model import num_params
     from atlas_megatron.parallel import world
+    from atlas_megatron.readiness import wrong_with_directory
     from atlas_megatron.trainer import Trainer
 
     validate(config, world.size())
     room.check_training(config, world.size())
+    for line in wrong_with_directory(config):
+        raise ValueError(line)
     first = world.rank() == 0
     world.join(config)
     try:

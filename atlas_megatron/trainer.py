@@ -23,6 +23,7 @@ from atlas_megatron import checkpoint, non_finite
 from atlas_megatron.checkpoint import Position, Trained
 from atlas_megatron.config import WITH_MEMORY, Config, has, load_saved, to_toml
 from atlas_megatron.data import Batch, Batches, build_datasets, micro_batches, trained_bytes_per_token
+from atlas_megatron.ending import line_of
 from atlas_megatron.metrics import LOW_MEMORY_SHARE, Record, RunLog, Speed
 from atlas_megatron.mixers.base import Documents
 from atlas_megatron.model import build_chunks, flops_per_token
@@ -109,7 +110,7 @@ class Trainer:
             try:
                 log = RunLog(self.config, self.position.step, bytes_per_token)
             except (ValueError, OSError) as error:
-                refused = str(error)
+                refused = line_of(error)
         (refused,) = world.from_first([refused])
         if refused:
             raise ValueError(refused)

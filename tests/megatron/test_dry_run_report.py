@@ -114,6 +114,11 @@ def test_what_would_keep_it_from_training_is_named(
         assert main([str(config), "--dry-run", f"run.directory={directory}"]) == 0
         said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cannot")]
         assert len(said) == 1 and said[0].endswith("is no folder; choose another run.directory")
+    assert main([str(config), f"run.directory={blocked}"]) == 2
+    assert capsys.readouterr().err == f"atlas-train: run.directory={blocked}: {blocked} is no folder; choose another " \
+        "run.directory\n"
+    assert main([str(config), "run.directory=\udcff"]) == 2
+    assert "holds bytes that are no UTF-8; choose another run.directory" in capsys.readouterr().err
     assert main([str(config), "--dry-run", "data.train=nan x"]) == 0
     assert capsys.readouterr().out.count("cannot train yet: the weight of x is nan") == 1
     monkeypatch.setattr("os.access", lambda *_: False)

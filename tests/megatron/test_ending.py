@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from atlas_megatron.ending import LOST, NON_FINITE, UNFORESEEN, USER, ended, ending_of
+from atlas_megatron.ending import LOST, NON_FINITE, UNFORESEEN, USER, ended, ending_of, line_of
 from atlas_megatron.non_finite import NonFiniteError
 from atlas_megatron.parallel.world import LostProcessError
 
@@ -74,6 +74,12 @@ def test_what_nobody_foresaw_is_told_with_its_traceback(capsys: pytest.CaptureFi
     assert ended("atlas-x", lambda: {}["missing"], REMEDY) == UNFORESEEN
     said = capsys.readouterr().err
     assert "Traceback" in said and said.splitlines()[-1].startswith("atlas-x: unforeseen: KeyError: 'missing'")
+
+
+def test_a_line_of_another_process_is_the_same() -> None:
+    assert line_of(OSError(errno.ENOSPC, "No space left")).startswith("No space left; make room there")
+    assert line_of(FileNotFoundError(errno.ENOENT, "No such file", "a")) == "a: No such file; give one that is there"
+    assert line_of(ValueError("a\n b")) == "a b"
 
 
 def test_argparses_exit_and_ctrl_c_go_through() -> None:

@@ -101,6 +101,8 @@ def test_the_last_table(tmp_path: Path) -> None:
     assert values["tokens seen"] == "10,240"
     assert values["validation loss, nats a token"] == "4.8000"
     assert values["alpha mean, mean of layers"] == "0.8"
+    shortened = metrics.summary_table([{"step": 1, "loss": 1.0}], parameters=1)
+    assert list(shortened.columns[1].cells)[:3] == ["1", "0", "unknown"]
 
 
 def test_a_run_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
