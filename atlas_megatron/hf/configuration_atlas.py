@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import transformers
 from packaging.version import Version
 from transformers import PretrainedConfig
-
-if TYPE_CHECKING:
-    # transformers takes the model class that it loaded with a configuration for every later one of the same code, and
-    # counts what this line names to it: a folder with other code of the model then gets its own.
-    from .modeling_atlas import AtlasForCausalLM  # noqa: F401
 
 # Of transformers; setup.py names the same. This file is the first that is imported of a model.
 MINIMUM = "5.0.0"
@@ -22,6 +17,39 @@ if Version(transformers.__version__).release < Version(MINIMUM).release:
         f"transformers {transformers.__version__} is older than {MINIMUM}, the first that ATLAS models run with; "
         f"install a newer one: pip install 'transformers>={MINIMUM}'"
     )
+
+# All that travels with a model, in the form in which transformers reads of a file what belongs to it: 5.0.0 copies what
+# is named here alone, and later ones tell folders of one name apart by the content of these files.
+TRAVELS = """
+import .attention_atlas
+import .autocast
+import .baselines_atlas
+import .cache_atlas
+import .chunked
+import .convolution_atlas
+import .decays
+import .delta_rule
+import .dual
+import .edges
+import .features
+import .gelu
+import .hybrid_atlas
+import .kernels_atlas
+import .layer_norm
+import .memories
+import .memory_atlas
+import .modeling_atlas
+import .newton_schulz
+import .op
+import .packing
+import .place_atlas
+import .products
+import .reads
+import .reference
+import .rule
+import .write_gate
+import .writes
+"""
 
 # The keys of each section and where they start. What they mean: `atlas-train --help`.
 SECTIONS: dict[str, dict[str, Any]] = {

@@ -26,6 +26,37 @@ from .hybrid_atlas import MemoryAsContext, MemoryAsGate
 from .memory_atlas import AtlasMemory
 from .place_atlas import Place, Unpacked, check_packing, exporting, of_any_length, padding_of, place_of
 
+# As in configuration_atlas.py: transformers asks each file that it begins with.
+TRAVELS = """
+import .attention_atlas
+import .autocast
+import .baselines_atlas
+import .cache_atlas
+import .chunked
+import .configuration_atlas
+import .convolution_atlas
+import .decays
+import .delta_rule
+import .dual
+import .edges
+import .features
+import .gelu
+import .hybrid_atlas
+import .kernels_atlas
+import .layer_norm
+import .memories
+import .memory_atlas
+import .newton_schulz
+import .op
+import .packing
+import .place_atlas
+import .products
+import .reads
+import .reference
+import .rule
+import .write_gate
+import .writes
+"""
 logger = logging.get_logger(__name__)
 
 MIXERS: dict[str, type[nn.Module]] = {

@@ -7,15 +7,17 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.export import Dim
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, dynamic_module_utils
+from transformers.dynamic_module_utils import get_relative_imports
 
-from atlas_megatron.hf import configuration_atlas
+from atlas_megatron.hf import configuration_atlas, modeling_atlas
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
 from atlas_megatron.hf.export import AUTO_MAP, code_files
 from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM, AtlasModel
@@ -215,6 +217,17 @@ def test_a_compiled_model_gives_the_same() -> None:
             torch.testing.assert_close(compiled(read, **given).logits, model(read, **given).logits)
 
 
+@pytest.mark.parametrize("entry", [configuration_atlas, modeling_atlas])
+def test_each_entry_names_all_that_travels(entry: ModuleType) -> None:
+    """transformers 5.0.0 copies of a folder what its entries name, and nothing that those name in turn."""
+    file = Path(str(entry.__file__))
+    assert {*get_relative_imports(file), file.stem} == {other.stem for other in code_files()}
+
+
+@pytest.mark.skipif(
+    not hasattr(dynamic_module_utils, "_compute_local_source_files_hash"),
+    reason="this transformers keeps one copy of the code for all folders of a name",
+)
 def test_folders_of_one_name_run_code_of_their_own(tmp_path: Path) -> None:
     """Two exports, the second of another version of this project."""
     folders = []
