@@ -153,8 +153,10 @@ def _terminating() -> Iterator[None]:
 
 def print_anything() -> None:
     """What the terminal's encoding has no character for is shown by its number: a name or a text is no error."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")
+    output = sys.stdout
+    # In the C locale it is ASCII, and bytes of names alone come through.
+    if isinstance(output, io.TextIOWrapper) and (output.errors, output.encoding) != ("surrogateescape", "utf-8"):
+        output.reconfigure(errors="backslashreplace")
 
 
 def say_interrupts(name: str) -> None:
