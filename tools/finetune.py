@@ -61,7 +61,8 @@ def main(words: Sequence[str] | None = None) -> int:
         # Every process meets what goes wrong; one says it.
         return ended("finetune", finetune, ON_MEMORY, says=os.environ.get("RANK", "0") == "0")
     except KeyboardInterrupt:
-        print("finetune: interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
+        said = "interrupted; the same command goes on from the newest checkpoint, if there is one"
+        print(f"finetune: {said}", file=sys.stderr)
         return 130
 
 
