@@ -14,9 +14,16 @@ ATLAS = ("memory.preset=atlas", *DRAWN)
 # Of a Gated DeltaNet: what the memories start with by default.
 OURS = ("delta.late_keys=true", "delta.open_gate=true", "delta.copy_start=true")
 
+LONG, SHORT = "memory.alpha_start=0.998", ("memory.chunk=8", "memory.ns_period=8")
+
 
 def _atlas(*words: str, asks: str, trial: str = "") -> Contender:
     return Contender((*ATLAS, *words), asks, trial)
+
+
+def _started(*words: str, asks: str, trial: str = "") -> Contender:
+    """With the three starts that are the default."""
+    return Contender(("memory.preset=atlas", *words), asks, trial)
 
 
 def _member(preset: str, *words: str, asks: str = "the member as it is") -> Contender:
@@ -121,6 +128,26 @@ SCREEN: dict[str, Contender] = {
     "copies through an open gate": Contender(("memory.preset=atlas",), "8: all three; the default"),
     "Gated DeltaNet, late keys": Contender(("model.pattern=G-G-", "delta.late_keys=true"), "8: so its keys"),
     "Gated DeltaNet, copies through an open gate": Contender(("model.pattern=G-G-", *OURS), "8: all three"),
+    # With all three starts: the inner loss, how long a memory keeps, how fresh its anchors are.
+    "copies, dot loss": _started("memory.loss=dot", asks="what is written is the value, whatever the memory answers"),
+    "copies, dot loss, retention 0.998": _started("memory.loss=dot", LONG, asks="2"),
+    "copies, retention 0.998": _started(LONG, asks="2"),
+    "copies, read residual, retention 0.998": _started(
+        LONG, asks="the residual belongs to the read: the inner loss asks W1 act(W2 k) for v", trial="read residual"
+    ),
+    "copies, chunk 8": _started(*SHORT, asks="fresher anchors"),
+    "copies, chunk 8, damped": _started(*SHORT, "memory.anchor_gradient=0.3", asks="fresher anchors"),
+    "copies, chunk 8, dot loss, retention 0.998": _started(*SHORT, "memory.loss=dot", LONG, asks="all of it"),
+    "copies, provisional writes": _started(asks="5: each token's own step", trial="provisional, own steps"),
+    "copies, norm on the read": _started(asks="1", trial="read norm"),
+    "titans, copies": _started("memory.preset=titans", "memory.ns_period=1", asks="the member with these starts"),
+    "titans, copies, chunk 8": _started(
+        "memory.preset=titans", "memory.ns_period=1", "memory.chunk=8", asks="fresher anchors, larger steps"
+    ),
+    "omeganet, copies": _started("memory.preset=omeganet", "memory.ns_period=1", asks="the member with these starts"),
+    "omeganet, copies, chunk 8": _started(
+        "memory.preset=omeganet", "memory.ns_period=1", "memory.chunk=8", asks="fresher anchors, larger steps"
+    ),
     # 10: magnitude after Newton-Schulz.
     "x nuclear norm": _atlas(asks="10: steepest descent in the spectral norm", trial="steepest"),
     "x Frobenius norm": _atlas(asks="10", trial="sized"),

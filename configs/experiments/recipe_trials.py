@@ -207,13 +207,24 @@ class Provisional(Trial):
         return (steps @ (decay_matrix(theta) * same) @ band).unbind()
 
 
+class ProvisionalOwn(Trial):
+    """5: the same, each raw gradient with the step of its own token, so that nothing comes from later ones."""
+
+    def provisional(self, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor) -> tuple[Tensor, ...] | None:
+        tokens = torch.arange(alpha.shape[-1], device=alpha.device)
+        period = tokens // self.period
+        same = (period[:, None] == period[None, :]) & (tokens % self.period != self.period - 1)[:, None]
+        steps = decay_matrix(alpha) * -(eta / self.period).unsqueeze(-2) * same
+        return (steps @ (decay_matrix(theta) * same) @ band).unbind()
+
+
 # The size of momentum that counts as one.
 UNIT, MOST = 10.0, 4.0
 WRITERS: dict[str, type[Trial]] = {
     "weighed": Weighed, "steepest": Steepest, "sized": Sized,
     "saturating": Saturating, "floor 1": Floored, "floor 3": FlooredAt3, "floor 10": FlooredAt10,
     "clipped": Clipped, "tall": Tall, "last layer": LastLayer, "bounded": Bounded,
-    "provisional": Provisional,
+    "provisional": Provisional, "provisional, own steps": ProvisionalOwn,
 }  # fmt: skip
 
 
@@ -230,6 +241,11 @@ def no_residual() -> None:
 
     memories.Mlp.error = error  # type: ignore[method-assign]
     memories.Mlp.output = lambda self, o, r: o  # type: ignore[method-assign]
+
+
+def read_residual() -> None:
+    """The residual is the read's alone: the inner loss asks W1 act(W2 k) for v."""
+    memories.Mlp.error = lambda self, anchor, h, v, r: anchor.narrow(0, h) - v  # type: ignore[method-assign]
 
 
 def next_value() -> None:
@@ -349,8 +365,8 @@ def linear_keys() -> None:
 
 
 PATCHES: dict[str, Callable[[], None]] = {
-    "read norm": read_norm, "no residual": no_residual, "next value": next_value, "unit values": unit_values,
-    "linear keys": linear_keys, "large start": large_start,
+    "read norm": read_norm, "no residual": no_residual, "read residual": read_residual,
+    "next value": next_value, "unit values": unit_values, "linear keys": linear_keys, "large start": large_start,
     "spans of 25 to 1600": spread(25, 100, 400, 1600), "spans of 50 to 400": spread(50, 100, 200, 400),
     "own gradient first": own_first(0.02), "own gradient first, 0.1": own_first(0.1),
     "W2 x 2": second(2.0), "W2 x 4": second(4.0), "W2 x 8": second(8.0),
