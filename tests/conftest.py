@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ else:
     # What torch asks for before it multiplies matrices under torch.use_deterministic_algorithms.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# A shell has Ctrl-C ignored by what it starts in the background, and so by the processes that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Where several processes share the tests (pytest-xdist), each takes its share of the cores, and so do those it starts.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
