@@ -139,6 +139,7 @@ SCREEN: dict[str, Contender] = {
     "copies, chunk 8, damped": _started(*SHORT, "memory.anchor_gradient=0.3", asks="fresher anchors"),
     "copies, chunk 8, dot loss, retention 0.998": _started(*SHORT, "memory.loss=dot", LONG, asks="all of it"),
     "copies, provisional writes": _started(asks="5: each token's own step", trial="provisional, own steps"),
+    "copies, decay to the start": _started(asks="2: what decays is what was written", trial="to start"),
     "copies, norm on the read": _started(asks="1", trial="read norm"),
     "titans, copies": _started("memory.preset=titans", "memory.ns_period=1", asks="the member with these starts"),
     "titans, copies, chunk 8": _started(

@@ -218,6 +218,35 @@ class ProvisionalOwn(Trial):
         return (steps @ (decay_matrix(theta) * same) @ band).unbind()
 
 
+class ToStart(Trial):
+    """2: what decays is what was written: without writes the weights come back to their start, not to zero."""
+
+    def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[Reader, Leave]:
+        if n == 0:
+            self.start = weights
+        written = tuple(W - start for W, start in zip(weights, self.start, strict=True))
+        reader, leave = super().advance(n, written, momentum, factors)
+
+        def left() -> tuple[Matrices, Matrices]:
+            written, moved = leave()
+            return tuple(W + start for W, start in zip(written, self.start, strict=True)), moved
+
+        return _WithStart(reader, self.start), left
+
+
+class _WithStart:
+    """Reads of what was written, and of the start weights besides."""
+
+    def __init__(self, written: Reader, start: Matrices) -> None:
+        self.written, self.start = written, start
+
+    def widen(self, j: int, x: Tensor) -> Tensor:
+        return self.written.widen(j, x) + x @ self.start[j].mT
+
+    def narrow(self, j: int, h: Tensor) -> Tensor:
+        return self.written.narrow(j, h) + h @ self.start[j]
+
+
 # The size of momentum that counts as one.
 UNIT, MOST = 10.0, 4.0
 WRITERS: dict[str, type[Trial]] = {
@@ -225,6 +254,7 @@ WRITERS: dict[str, type[Trial]] = {
     "saturating": Saturating, "floor 1": Floored, "floor 3": FlooredAt3, "floor 10": FlooredAt10,
     "clipped": Clipped, "tall": Tall, "last layer": LastLayer, "bounded": Bounded,
     "provisional": Provisional, "provisional, own steps": ProvisionalOwn,
+    "to start": ToStart,
 }  # fmt: skip
 
 
