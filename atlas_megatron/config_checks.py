@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from atlas_kernels.features import FEATURE_MAPS, lifted_width
@@ -27,10 +28,57 @@ LONGEST_MINUTES = 365 * 24 * 60
 # Lifted features a head: a memory's matrices grow with them.
 WIDEST = 4096
 
+# What numpy's generators take, with room for pipeline ranks.
+LARGEST_SEED = 2**32 - 2**20 - 1
+# Keys, what holds of their values, and how it is said. Written so that NaN holds nowhere.
+RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "model.hidden_size model.ffn_hidden_size model.vocab_size model.seq_length model.norm_epsilon model.init_std "
+        "memory.heads memory.head_dim memory.expansion memory.degree memory.conv_size memory.gate_rank memory.eta_sum "
+        "attention.heads attention.head_dim attention.window attention.rotary_base attention.segment "
+        "recurrent.heads recurrent.head_dim delta.heads delta.head_dim delta.conv_size "
+        "train.steps train.global_batch train.micro_batch train.lr train.adam_eps train.log_every train.stats_every "
+        "checkpoint.every checkpoint.keep resilience.skips_in_a_row "
+        "parallel.tensor parallel.pipeline parallel.virtual parallel.context parallel.timeout_minutes",
+        lambda value: value > 0,
+        "be greater than 0",
+    ),
+    (
+        "train.warmup_steps train.weight_decay train.clip_grad train.validate_every train.validate_sequences "
+        "train.min_lr train.write_budget train.late_write_budget train.gradient_reach "
+        "resilience.hang_minutes resilience.straggler_every resilience.most_skipped resilience.most_returns "
+        "attention.persistent",
+        lambda value: value >= 0,
+        "be 0 or more",
+    ),
+    ("memory.alpha_start", lambda value: 0 <= value < 1, "be 0 (derived) or lie between 0 and 1"),
+    ("memory.eta_start", lambda value: value >= 0, "be 0 (derived) or more"),
+    ("memory.theta_start memory.gamma_start", lambda value: 0 < value < 1, "lie between 0 and 1, both excluded"),
+    ("train.adam_beta1 train.adam_beta2", lambda value: 0 <= value < 1, "lie in [0, 1)"),
+    (
+        "data.workers",
+        lambda value: 0 <= value <= MOST_WORKERS,
+        f"be 0 (none beside the process itself) or more, {MOST_WORKERS} at most",
+    ),
+    ("parallel.devices_per_node parallel.context_slices", lambda value: value >= 0, "be 0 (found out) or more"),
+)
+CHOICES: dict[str, tuple[str, ...]] = {
+    "memory.feature_map": tuple(FEATURE_MAPS),
+    "memory.omega_gates": ("pair", "source", "none"),
+    "memory.impl": ("auto", "reference", "chunked", "triton"),
+    "delta.impl": ("auto", "fla", "chunked"),
+    "parallel.context_mode": CONTEXT_MODES,
+    "train.precision": ("auto", "float32", "bfloat16"),
+    "resilience.non_finite": ("stop", "skip"),
+    "train.fp8": ("", "hybrid", "e4m3"),
+    "train.fp8_recipe": ("delayed", "tensorwise", "blockwise", "mxfp8"),
+}
 
 def validate(config: Config, world_size: int) -> None:
     """Raise ValueError where fields contradict each other, or do not fit `world_size` devices."""
     _check_ranges(config)
+    _check_choices(config)
+    _check_together(config)
     _check_parallel(config, world_size)
     _check_model(config)
     _check_batches(config, world_size)
@@ -50,57 +98,36 @@ def sequences_together(config: Config, world_size: int) -> int:
 
 
 def _check_ranges(config: Config) -> None:
-    model, memory, attention, train = config.model, config.memory, config.attention, config.train
-    positive = [
-        (model, "model", ("hidden_size", "ffn_hidden_size", "vocab_size", "seq_length", "norm_epsilon", "init_std")),
-        (memory, "memory", ("heads", "head_dim", "expansion", "degree", "conv_size", "gate_rank", "eta_sum")),
-        (attention, "attention", ("heads", "head_dim", "window", "rotary_base", "segment")),
-        (config.recurrent, "recurrent", ("heads", "head_dim")),
-        (config.delta, "delta", ("heads", "head_dim", "conv_size")),
-        (train, "train", ("steps", "global_batch", "micro_batch", "lr", "adam_eps", "log_every", "stats_every")),
-        (config.checkpoint, "checkpoint", ("every", "keep")),
-        (config.resilience, "resilience", ("skips_in_a_row",)),
-        (config.parallel, "parallel", ("tensor", "pipeline", "virtual", "context", "timeout_minutes")),
-    ]
-    for section, name, keys in positive:
-        for key in keys:
-            if not getattr(section, key) > 0:
-                raise ValueError(f"{name}.{key}={getattr(section, key)} must be greater than 0")
-    for key in (
-        *("warmup_steps", "weight_decay", "clip_grad", "validate_every", "validate_sequences", "min_lr"),
-        *("write_budget", "late_write_budget", "gradient_reach"),
-    ):
-        if not getattr(train, key) >= 0:
-            raise ValueError(f"train.{key}={getattr(train, key)} must be 0 or more")
-    for key in ("hang_minutes", "straggler_every", "most_skipped", "most_returns"):
-        if not getattr(config.resilience, key) >= 0:
-            raise ValueError(f"resilience.{key}={getattr(config.resilience, key)} must be 0 or more")
-    if not 0 <= memory.alpha_start < 1:
-        raise ValueError(f"memory.alpha_start={memory.alpha_start} must be 0 (derived) or lie between 0 and 1")
-    for key in ("theta_start", "gamma_start"):
-        if not 0 < getattr(memory, key) < 1:
-            raise ValueError(f"memory.{key}={getattr(memory, key)} must lie between 0 and 1, both excluded")
-    for key in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(train, key) < 1:
-            raise ValueError(f"train.{key}={getattr(train, key)} must lie in [0, 1)")
-    if not 0 <= config.data.workers <= MOST_WORKERS:
-        raise ValueError(
-            f"data.workers={config.data.workers} must be 0 (none beside the process itself) or more, {MOST_WORKERS} at "
-            "most"
-        )
+    for names, holds, rule in RANGES:
+        for name in names.split():
+            section, key = name.split(".")
+            value = getattr(getattr(config, section), key)
+            if not holds(value):
+                raise ValueError(f"{name}={value} must {rule}")
     for name, minutes in (
         ("parallel.timeout_minutes", config.parallel.timeout_minutes),
         ("resilience.hang_minutes", config.resilience.hang_minutes),
     ):
         if minutes > LONGEST_MINUTES:
             raise ValueError(f"{name}={minutes} is longer than a year; give {LONGEST_MINUTES} minutes at most")
-    if attention.persistent < 0:
-        raise ValueError(f"attention.persistent={attention.persistent} must be 0 or more")
-    for key in ("devices_per_node", "context_slices"):
-        if getattr(config.parallel, key) < 0:
-            raise ValueError(f"parallel.{key}={getattr(config.parallel, key)} must be 0 (found out) or more")
-    for name, section, symbols in (("memory", memory, WITH_MEMORY), ("delta", config.delta, WITH_DELTA)):
-        if section.late_keys and section.conv_size == 1 and has(model.pattern, symbols):
+    if not 0 <= config.run.seed <= LARGEST_SEED:
+        raise ValueError(f"run.seed={config.run.seed} is out of range; give a number from 0 to {LARGEST_SEED}")
+
+
+def _check_choices(config: Config) -> None:
+    for name, known in CHOICES.items():
+        section, key = name.split(".")
+        given = getattr(getattr(config, section), key)
+        if given not in known:
+            words = ", ".join(word or "''" for word in known)
+            raise ValueError(f"{name}={given!r} is unknown; choose one of {words}")
+
+
+def _check_together(config: Config) -> None:
+    """Keys of one section that contradict each other."""
+    train = config.train
+    for name, section, symbols in (("memory", config.memory, WITH_MEMORY), ("delta", config.delta, WITH_DELTA)):
+        if section.late_keys and section.conv_size == 1 and has(config.model.pattern, symbols):
             raise ValueError(
                 f"{name}.late_keys=true with {name}.conv_size=1, whose keys see no token before their own; set "
                 f"{name}.late_keys=false, or more taps"
@@ -110,11 +137,6 @@ def _check_ranges(config: Config) -> None:
         raise ValueError(
             f"run.directory={config.run.directory!r} is no folder of a run's own; name one, for example runs/first"
         )
-    # What numpy's generators take, with room for pipeline ranks.
-    if not 0 <= config.run.seed < 2**32 - 2**20:
-        raise ValueError(f"run.seed={config.run.seed} is out of range; give a number from 0 to {2**32 - 2**20 - 1}")
-    if memory.eta_start < 0:
-        raise ValueError(f"memory.eta_start={memory.eta_start} must be 0 (derived) or more")
     if train.min_lr > train.lr:
         raise ValueError(f"train.min_lr={train.min_lr} is above train.lr={train.lr}; lower it")
     if train.warmup_steps >= train.steps:
@@ -122,20 +144,6 @@ def _check_ranges(config: Config) -> None:
             f"train.warmup_steps={train.warmup_steps} must be less than train.steps={train.steps}; set "
             f"train.warmup_steps={train.steps // 4}, or more steps"
         )
-    for name, given, known in (
-        ("memory.feature_map", memory.feature_map, FEATURE_MAPS),
-        ("memory.omega_gates", memory.omega_gates, ("pair", "source", "none")),
-        ("memory.impl", memory.impl, ("auto", "reference", "chunked", "triton")),
-        ("delta.impl", config.delta.impl, ("auto", "fla", "chunked")),
-        ("parallel.context_mode", config.parallel.context_mode, CONTEXT_MODES),
-        ("train.precision", train.precision, ("auto", "float32", "bfloat16")),
-        ("resilience.non_finite", config.resilience.non_finite, ("stop", "skip")),
-        ("train.fp8", train.fp8, ("", "hybrid", "e4m3")),
-        ("train.fp8_recipe", train.fp8_recipe, ("delayed", "tensorwise", "blockwise", "mxfp8")),
-    ):
-        if given not in known:
-            words = ", ".join(word or "''" for word in known)
-            raise ValueError(f"{name}={given!r} is unknown; choose one of {words}")
 
 
 def _check_parallel(config: Config, world_size: int) -> None:
