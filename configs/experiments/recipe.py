@@ -85,7 +85,7 @@ def table(results: record.Record, names: Sequence[str], seeds: Sequence[int]) ->
 
 def describe(results: record.Record, names: Sequence[str], seeds: Sequence[int], steps: int, rows: int) -> None:
     """The table of what is there, of so many rows."""
-    config = load(BASE)
+    config = load(BASE, SCREEN[names[0]].words)
     tokens = steps * config.train.global_batch * config.model.seq_length
     results.write_text(
         "The recipe, searched",
