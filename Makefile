@@ -43,13 +43,13 @@ lint: setup ## ruff and mypy
 	@$(RUN) -m mypy
 
 bench-memory: setup $(BENCH) ## time the memory beside titans-pytorch's; prints a table and JSON
-	@$(RUN) tools/bench_memory.py $(ARGS)
+	@$(RUN) -m benchmarks.memory $(ARGS)
 
 bench-presets: setup ## time every preset beside omeganet, and packed documents beside one
-	@$(RUN) tools/bench_presets.py $(ARGS)
+	@$(RUN) -m benchmarks.presets $(ARGS)
 
 gpu-check: setup ## on a machine with one GPU: its tests, then every benchmark, into docs/results/gpu
-	@$(RUN) tools/gpu_check.py $(ARGS)
+	@$(RUN) -m benchmarks.gpu $(ARGS)
 
 $(INSTALLED): | $(RUN)
 	@$(RUN) $(IS_3_12) || { echo "$(VENV) is not of Python 3.12: remove it and run make setup again" >&2; exit 2; }

@@ -19,7 +19,7 @@ from pathlib import Path
 
 if Path(sys.argv[0]).stem in ("atlas-doctor", "doctor"):
     # Before torch, which takes seconds.
-    from atlas_megatron.ending import say_interrupts
+    from atlas_megatron.cli.ending import say_interrupts
 
     say_interrupts("atlas-doctor")
 
@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from atlas_kernels import Gates, MemoryRule, omega_memory
-from atlas_megatron.ending import command
-from atlas_megatron.version import add_version
+from atlas_megatron.cli.ending import command
+from atlas_megatron.cli.version import add_version
 
 # Relative RMS between the chunk form and the reference in float32: the tests' tolerance.
 TOLERANCE = 2e-4

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from atlas_megatron.ending import command
-from atlas_megatron.version import add_version
+from atlas_megatron.cli.ending import command
+from atlas_megatron.cli.options import add_trust_remote_code
+from atlas_megatron.cli.version import add_version
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from atlas_megatron.reader import Reader
+    from atlas_megatron.inference.reader import Reader
 
 EXAMPLES = """examples:
   atlas-generate runs/quickstart --prompt 'def main('
@@ -28,7 +29,6 @@ EXAMPLES = """examples:
   atlas-generate exported/atlas-340m --prompt-file book.txt --tokens 1 --save-memory book.memory
   atlas-generate exported/atlas-340m --load-memory book.memory --prompt 'In the end, '
 """
-TRUST_HELP = "run the code that lies in an exported folder; without it, the code installed here reads its weights"
 FORGET, QUIT = "/forget", "/quit"
 NOTHING = "the prompt holds no token; give at least one character"
 
@@ -50,7 +50,7 @@ class Speaker:
         """segment: tokens that are read at once. Raises ValueError for arguments out of range."""
         import torch
 
-        from atlas_megatron.streaming import check_sampling
+        from atlas_megatron.inference.streaming import check_sampling
 
         check_sampling(sampling.temperature, sampling.top_p, sampling.top_k)
         _check_segment(segment)
@@ -60,7 +60,7 @@ class Speaker:
 
     def read(self, file: TextIO) -> int:
         """Read a text to its end, in constant memory; the number of its tokens."""
-        from atlas_megatron.pieces import pieces
+        from atlas_megatron.data.pieces import pieces
 
         waiting: list[int] = []
         count = 0
@@ -75,8 +75,8 @@ class Speaker:
 
     def speak(self, tokens: int) -> Iterator[tuple[int, str]]:
         """Up to `tokens` (id, text) of the continuation; ends with the end of the document."""
-        from atlas_megatron.pieces import Spoken
-        from atlas_megatron.streaming import sample
+        from atlas_megatron.data.pieces import Spoken
+        from atlas_megatron.inference.streaming import sample
 
         spoken, sampling = Spoken(self.reader.tokenizer), self.sampling
         for left in reversed(range(tokens)):
@@ -117,7 +117,7 @@ class Speaker:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command; an exit status. What went wrong is one line on standard error."""
-    from atlas_megatron.train import quieten
+    from atlas_megatron.cli.quiet import quieten
 
     parser = _parser()
 
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     add_version(parser)
     what = "a run's directory, one of its checkpoints, or a folder exported for Hugging Face"
     parser.add_argument("model", metavar="MODEL", help=what)
-    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
+    add_trust_remote_code(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the text to continue")
     source.add_argument("--prompt-file", metavar="FILE", help="a file with it, of any length; - is standard input")
@@ -169,8 +169,8 @@ def _run(asked: argparse.Namespace) -> int:
     _check(asked)
     if asked.prompt_file not in (None, "-") and not Path(asked.prompt_file).is_file():
         raise ValueError(f"--prompt-file {asked.prompt_file} is no file; give one, or - for standard input")
-    from atlas_megatron.reader import open_reader
-    from atlas_megatron.text_files import opened, standard_input
+    from atlas_megatron.data.text_files import opened, standard_input
+    from atlas_megatron.inference.reader import open_reader
 
     reader = open_reader(asked.model, trust_remote_code=asked.trust_remote_code)
     sampling = Sampling(asked.temperature, asked.top_p, asked.seed, asked.top_k)
@@ -205,7 +205,7 @@ def _run(asked: argparse.Namespace) -> int:
 
 def _check(asked: argparse.Namespace) -> None:
     """Raise ValueError for options that cannot be, or do not go together: before a model is loaded."""
-    from atlas_megatron.streaming import check_sampling
+    from atlas_megatron.inference.streaming import check_sampling
 
     check_sampling(asked.temperature, asked.top_p, asked.top_k)
     _check_segment(asked.segment)
@@ -276,7 +276,7 @@ def _note(what: str, tokens: int, seconds: float) -> None:
 
 def _converse(speaker: Speaker, tokens: int, stops: Sequence[str]) -> int:
     """Turns from standard input until its end: each line is read into the memory, then continued."""
-    from atlas_megatron.text_files import standard_input
+    from atlas_megatron.data.text_files import standard_input
 
     print(f"{FORGET} empties the memory, {QUIT} ends", file=sys.stderr)
     with standard_input() as text:

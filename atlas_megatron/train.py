@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from atlas_megatron.ending import GONE, LOST, USER, Ending, ending_of, flushed, print_anything, unforeseen
-from atlas_megatron.stopping import StopSignals
+from atlas_megatron.cli.ending import GONE, LOST, USER, Ending, ending_of, flushed, print_anything, unforeseen
+from atlas_megatron.cli.quiet import quieten
+from atlas_megatron.resilience.stop_signals import StopSignals
 
 if TYPE_CHECKING:
     from atlas_megatron.config import Config
-    from atlas_megatron.machine import Machine
+    from atlas_megatron.estimate.machine import Machine
 
 EXAMPLES = """\
 examples:
@@ -70,7 +69,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def _main(words: Sequence[str] | None, signals: StopSignals) -> int:
     quieten()
     from atlas_megatron.config import load
-    from atlas_megatron.machine import Machine, is_machine_word
+    from atlas_megatron.estimate.machine import Machine, is_machine_word
 
     config = None
     try:
@@ -110,7 +109,8 @@ def _say_once(line: str, error: BaseException | None = None) -> None:
 
 def _what_is_left(config: Config | None) -> str:
     """What the same command would go on from."""
-    from atlas_megatron import integrity, step_folders
+    from atlas_megatron.checkpoint import step_folders
+    from atlas_megatron.files import integrity
 
     found = step_folders.checkpoints(Path(config.run.directory, "checkpoints")) if config else []
     saved = [folder for folder in found if integrity.is_marked(folder)]
@@ -120,8 +120,8 @@ def _what_is_left(config: Config | None) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from atlas_megatron.cli.version import add_version
     from atlas_megatron.config import describe
-    from atlas_megatron.version import add_version
 
     parser = argparse.ArgumentParser(
         prog="atlas-train",
@@ -148,12 +148,12 @@ def _parser() -> argparse.ArgumentParser:
 def _dry_run(config: Config, machine: Machine) -> int:
     from rich.console import Console
 
-    from atlas_megatron.config_checks import validate
-    from atlas_megatron.config_differences import changed_toml
-    from atlas_megatron.dry_run import DryRun
-    from atlas_megatron.machine import in_nodes
-    from atlas_megatron.model import parameter_dtype
-    from atlas_megatron.readiness import wrong_with_data, wrong_with_devices, wrong_with_directory
+    from atlas_megatron.config.checks import validate
+    from atlas_megatron.config.differences import changed_toml
+    from atlas_megatron.estimate.dry_run import DryRun
+    from atlas_megatron.estimate.machine import in_nodes
+    from atlas_megatron.model.build import parameter_dtype
+    from atlas_megatron.training.readiness import wrong_with_data, wrong_with_devices, wrong_with_directory
 
     config, world_size = in_nodes(config), machine.world_size(config)
     validate(config, world_size)
@@ -172,14 +172,16 @@ def _dry_run(config: Config, machine: Machine) -> int:
 def _train(config: Config, signals: StopSignals) -> int:
     from rich.console import Console
 
-    from atlas_megatron import best, checkpoint, room, run_lock
-    from atlas_megatron.config_checks import validate
-    from atlas_megatron.config_differences import changed_toml
-    from atlas_megatron.metrics import read, summary_table
-    from atlas_megatron.model import num_params
+    from atlas_megatron.checkpoint import best, checkpoint
+    from atlas_megatron.config.checks import validate
+    from atlas_megatron.config.differences import changed_toml
+    from atlas_megatron.estimate import room
+    from atlas_megatron.model.build import num_params
     from atlas_megatron.parallel import world
-    from atlas_megatron.readiness import wrong_with_directory
-    from atlas_megatron.trainer import Trainer
+    from atlas_megatron.resilience import run_lock
+    from atlas_megatron.training.metrics import read, summary_table
+    from atlas_megatron.training.readiness import wrong_with_directory
+    from atlas_megatron.training.trainer import Trainer
 
     validate(config, world.size())
     room.check_training(config, world.size())
@@ -229,22 +231,6 @@ def leaving_nothing_empty(config: Config) -> Iterator[None]:
             with suppress(OSError):
                 for folder in made:
                     folder.rmdir()
-
-
-def quieten() -> None:
-    """Leave the screen to the run's own lines, each once; call it before Megatron is imported.
-
-    Core warns of absent accelerators, and of itself, at every start. Other processes than the first would repeat it.
-    """
-    first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)  # it raises what it logs
-    silent = r"megatron\.|torch\.distributed\.|torch\.utils\.data"
-    for kind in (UserWarning, FutureWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=kind, module=silent)
-    # Core asks views of its gradient buffers for a gradient of their own; there is none, as it expects.
-    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
 
 
 if __name__ == "__main__":

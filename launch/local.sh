@@ -53,7 +53,7 @@ main() {
   torchrun="$(command_of torchrun)"
   local -a launcher=("$torchrun")
   # With the python beside it: torchrun without its own trace, and with the run's status.
-  [[ ! -x "${torchrun%/*}/python" ]] || launcher=("${torchrun%/*}/python" -m atlas_megatron.torchrun)
+  [[ ! -x "${torchrun%/*}/python" ]] || launcher=("${torchrun%/*}/python" -m atlas_megatron.cli.torchrun)
   local -a command=("${launcher[@]}" --standalone --nproc-per-node "$processes" -m atlas_megatron.train
     "$config" ${overrides[@]+"${overrides[@]}"})
   typed "${command[@]}"

@@ -41,13 +41,14 @@ os.environ["HF_MODULES_CACHE"] = modules
 def single_process_megatron(tmp_path: Path) -> Iterator[None]:
     """Megatron-Core in a world of one, seeded; on the CPU where there is no GPU."""
     from atlas_megatron.parallel import cpu
+    from atlas_megatron.parallel.device import backend
 
     cpu.install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     torch.distributed.init_process_group(
-        cpu.backend(), init_method=f"file://{tmp_path}/rendezvous", world_size=1, rank=0
+        backend(), init_method=f"file://{tmp_path}/rendezvous", world_size=1, rank=0
     )
     parallel_state.initialize_model_parallel()
     torch.manual_seed(1234)

@@ -17,6 +17,7 @@ from random import Random
 
 import numpy as np
 
+from atlas_megatron.data.tokenizer import Tokenizer
 from atlas_megatron.evaluate.babilong_files import Row
 from atlas_megatron.evaluate.babilong_prompts import EDITIONS, NEWEST, Edition
 from atlas_megatron.evaluate.filler import TextFolder
@@ -31,7 +32,6 @@ from atlas_megatron.evaluate.haystack import (
     room_for_context,
 )
 from atlas_megatron.evaluate.stories import PLACES, Story, tell
-from atlas_megatron.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 20
 TRIES = 100  # stories told for one that fits the length

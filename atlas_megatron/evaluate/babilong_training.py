@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from atlas_megatron.data.tokenizer import Tokenizer
 from atlas_megatron.evaluate.babilong import LABELS, Babilong, babilong
 from atlas_megatron.evaluate.babilong_files import Row
 from atlas_megatron.evaluate.filler import TextFolder
-from atlas_megatron.scratch import file_beside
-from atlas_megatron.tokenizer import Tokenizer
+from atlas_megatron.files.scratch import file_beside
 
 TRAINING = 1  # in the seeds, which are else those of `tasks.make`: no example of the evaluation is learned from
 

@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from atlas_megatron.corpus import fingerprint
-from atlas_megatron.ending import command
-from atlas_megatron.scratch import refusal
-from atlas_megatron.version import add_version
+from atlas_megatron.cli.ending import command
+from atlas_megatron.cli.options import add_trust_remote_code
+from atlas_megatron.cli.version import add_version
+from atlas_megatron.data.corpus import fingerprint
+from atlas_megatron.files.scratch import refusal
 
 if TYPE_CHECKING:
     from atlas_megatron.evaluate.perplexity import Text
-    from atlas_megatron.reader import Reader
-    from atlas_megatron.results import Results
+    from atlas_megatron.inference.reader import Reader
+    from atlas_megatron.reports.results import Results
 
 EXAMPLES = """examples:
   atlas-eval perplexity runs/quickstart
@@ -64,7 +65,7 @@ class Asked:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command; an exit status. What went wrong is one line on standard error."""
-    from atlas_megatron.train import quieten
+    from atlas_megatron.cli.quiet import quieten
 
     parser = _parser()
     words = sys.argv[1:] if words is None else words
@@ -80,7 +81,6 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from atlas_megatron.evaluate.reading import SEGMENT
-    from atlas_megatron.generate import TRUST_HELP
 
     parser = argparse.ArgumentParser(
         prog="atlas-eval",
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add_version(parser)
     parser.add_argument("tasks", nargs="+", metavar="TASK", help="what to measure, see below")
     parser.add_argument("model", metavar="MODEL", help="a run's directory, or a folder exported for Hugging Face")
-    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
+    add_trust_remote_code(parser)
     parser.add_argument("--lengths", default=LENGTHS, help=f"{SUFFIX_HELP}; default {LENGTHS}")
     parser.add_argument("--samples", type=int, default=16, help="examples a length (default 16)")
     parser.add_argument("--batch", type=int, default=4, help="examples read side by side (default 4)")
@@ -160,7 +160,7 @@ def _run(given: argparse.Namespace, words: tuple[str, ...]) -> int:
         given.model, lengths, given.samples, given.batch, given.segment, given.seed, given.filler, given.text,
         given.stories, out, given.tasks_folder, given.limit, words,
     )  # fmt: skip
-    from atlas_megatron.reader import open_reader
+    from atlas_megatron.inference.reader import open_reader
 
     reader = open_reader(given.model, trust_remote_code=given.trust_remote_code)
     # Before hours of reading.
@@ -218,7 +218,7 @@ def _measure(name: str, reader: Reader, asked: Asked) -> Table:
 
 def _results(name: str, reader: Reader, asked: Asked, **settings: Any) -> Results:
     """The task's file. `settings`: what its cells depend on; lengths and samples may grow."""
-    from atlas_megatron.results import Results
+    from atlas_megatron.reports.results import Results
 
     at = reader.weights.checkpoint
     settings |= {"model": asked.model, "checkpoint": at.name if at else "", "weights": reader.weights.digest}
@@ -311,9 +311,9 @@ def _perplexity(reader: Reader, asked: Asked) -> Table:
 
 def _text(reader: Reader, asked: Asked, longest: int) -> Text:
     """What perplexity is measured on. Raises ValueError where nothing was named and the model is no run with data."""
-    from atlas_megatron.data import blend, inspect
+    from atlas_megatron.data.batches import blend, inspect
     from atlas_megatron.evaluate import perplexity
-    from atlas_megatron.reader import MegatronReader
+    from atlas_megatron.inference.reader import MegatronReader
 
     if asked.text:
         prefix = asked.text.removesuffix(".bin").removesuffix(".idx")

@@ -16,9 +16,9 @@ from itertools import batched, groupby
 import torch
 from torch import Tensor
 
-from atlas_megatron.reader import Reader
-from atlas_megatron.streaming import sample
-from atlas_megatron.tokenizer import Tokenizer
+from atlas_megatron.data.tokenizer import Tokenizer
+from atlas_megatron.inference.reader import Reader
+from atlas_megatron.inference.streaming import sample
 
 ANY = 0  # a token after which nothing is asked
 

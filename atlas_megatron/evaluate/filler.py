@@ -13,9 +13,9 @@ from random import Random
 
 import numpy as np
 
+from atlas_megatron.data.text_files import MARK, is_utf8
+from atlas_megatron.data.tokenizer import Tokenizer
 from atlas_megatron.evaluate.haystack import PIECE, Filler, Stretch, encode
-from atlas_megatron.text_files import MARK, is_utf8
-from atlas_megatron.tokenizer import Tokenizer
 
 SUFFIXES = (".txt", ".md", ".rst", ".py")
 BLOCK = 65_536  # bytes of a file that are cut into sentences and encoded at once

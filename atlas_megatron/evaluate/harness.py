@@ -17,8 +17,8 @@ from typing import Any
 from unittest.mock import patch
 
 from atlas_megatron.evaluate.continuations import Answer, Generation, Question, alike, ask, batches, write
-from atlas_megatron.reader import Reader
-from atlas_megatron.streaming import check_sampling
+from atlas_megatron.inference.reader import Reader
+from atlas_megatron.inference.streaming import check_sampling
 
 try:
     import datasets

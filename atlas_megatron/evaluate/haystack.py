@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atlas_megatron.tokenizer import Tokenizer
+from atlas_megatron.data.tokenizer import Tokenizer
 
 PIECE = 65_536  # tokens of a context that are in memory at once, about
 

@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
-from atlas_megatron.corpus import documents, fingerprint
+from atlas_megatron.data.corpus import documents, fingerprint
+from atlas_megatron.data.pieces import pieces
+from atlas_megatron.data.records import holds_records
+from atlas_megatron.data.text_files import opened_text
+from atlas_megatron.data.tokenizer import Tokenizer
 from atlas_megatron.evaluate.reading import SEGMENT, PeakMemory, check_room, segments, watched
-from atlas_megatron.pieces import pieces
-from atlas_megatron.reader import Reader
-from atlas_megatron.records import holds_records
-from atlas_megatron.results import Cell
-from atlas_megatron.text_files import opened_text
-from atlas_megatron.tokenizer import Tokenizer
+from atlas_megatron.inference.reader import Reader
+from atlas_megatron.reports.results import Cell
 
 TARGET = 128  # tokens
 BINS_PER_OCTAVE = 2  # of positions

@@ -10,7 +10,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from atlas_megatron.evaluate.recall import Point
-from atlas_megatron.plotting import STYLE, plain, save
+from atlas_megatron.reports.style import STYLE, plain, save
 
 
 def recall(path: Path, title: str, metrics: Mapping[str, Sequence[Point]]) -> None:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from torch import Tensor
 
-from atlas_megatron.reader import Reader
+from atlas_megatron.inference.reader import Reader
 
 SEGMENT = 2048  # tokens of each context that are read at once
 PLAIN_LINE_SECONDS = 20.0  # between lines of progress where there is no terminal

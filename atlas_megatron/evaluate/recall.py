@@ -11,8 +11,8 @@ import torch
 
 from atlas_megatron.evaluate.haystack import Example, Question, encode
 from atlas_megatron.evaluate.reading import SEGMENT, Cost, answers, read_contexts
-from atlas_megatron.reader import Reader
-from atlas_megatron.results import Cell
+from atlas_megatron.inference.reader import Reader
+from atlas_megatron.reports.results import Cell
 
 ASKED_AT_ONCE = 64  # questions of one context
 

@@ -2,7 +2,7 @@
 
 Sequences of token ids as synthetic.py draws them; a score is the share of asked tokens that the likeliest
 token meets. The ids are the first ones of the model's vocabulary: no text, so this asks for what a model does in its
-context alone. MAD's other tasks ask for what training has taught (configs/experiments/mad.py). A name such as mqar is
+context alone. MAD's other tasks ask for what training has taught (experiments/mad.py). A name such as mqar is
 our generator's, mqar@zoology and mad_noisy_recall@mad are those benchmarks' own, though counted alike: the mean of the
 sequences' shares, where MAD has that of the classes'.
 """
@@ -29,8 +29,8 @@ from atlas_megatron.evaluate.synthetic import (
     in_context_recall,
     mqar,
 )
-from atlas_megatron.reader import Reader
-from atlas_megatron.results import Cell
+from atlas_megatron.inference.reader import Reader
+from atlas_megatron.reports.results import Cell
 
 MOST_IDS = 8192  # zoology's vocabulary
 PAIRS_SHARE = 16  # tokens of a sequence for each pair of MQAR: as zoology's 64 pairs in 1,024 tokens

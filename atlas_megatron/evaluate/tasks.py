@@ -17,6 +17,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from atlas_megatron.data.tokenizer import Tokenizer
 from atlas_megatron.evaluate import metrics
 from atlas_megatron.evaluate.babilong import LABELS, Babilong, babilong, exact, fits, from_row, hide, substring
 from atlas_megatron.evaluate.babilong_files import Row, read_rows, read_stories, rows_file
@@ -28,7 +29,6 @@ from atlas_megatron.evaluate.ruler.common_words import common_words
 from atlas_megatron.evaluate.ruler.frequent_words import frequent_words
 from atlas_megatron.evaluate.ruler.niah import niah
 from atlas_megatron.evaluate.ruler.tracking import tracking
-from atlas_megatron.tokenizer import Tokenizer
 
 # (name, tokenizer, length, seed, folder) -> Example
 Maker = Callable[[str, Tokenizer, int, tuple[int, ...], TextFolder | None], Example]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from atlas_megatron import integrity
+from atlas_megatron.files import integrity
 
 NAME = re.compile(r"checkpoint-(\d{1,15})")
 MARKER = "whole.json"  # of a checkpoint that was written to its end

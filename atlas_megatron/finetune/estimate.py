@@ -9,8 +9,8 @@ from rich.console import Group
 from rich.table import Table
 
 from atlas_megatron.config import WITH_MEMORY, Config, ParallelConfig
+from atlas_megatron.estimate.memory import footprint, parameters_at
 from atlas_megatron.finetune.plan import Plan
-from atlas_megatron.footprint import footprint, parameters_at
 from atlas_megatron.mixers.memory_layout import weight_shapes
 
 FLOAT = 4  # bytes

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from atlas_megatron.corpus import Summary, documents, expand
-from atlas_megatron.declared_tokens import CONFIG
+from atlas_megatron.data.corpus import Summary, documents, expand
+from atlas_megatron.data.declared_tokens import CONFIG
+from atlas_megatron.data.older_tokenizers import SENTENCEPIECE
+from atlas_megatron.data.pieces import pieces
+from atlas_megatron.data.prefixes import is_indexed, prefix_of
+from atlas_megatron.data.records import Skipped, go_past, holds_records, records
+from atlas_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from atlas_megatron.finetune.prompts import ANSWER, MESSAGES, Prompts
 from atlas_megatron.finetune.segments import IGNORED
 from atlas_megatron.finetune.settings import Settings
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
-from atlas_megatron.older_tokenizers import SENTENCEPIECE
-from atlas_megatron.pieces import pieces
-from atlas_megatron.prefixes import is_indexed, prefix_of
-from atlas_megatron.records import Skipped, go_past, holds_records, records
-from atlas_megatron.tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZERS = ("tokenizer.json", CONFIG, "vocab.json", *SENTENCEPIECE)  # one of these makes a folder a tokenizer's
 
@@ -162,7 +162,7 @@ class Loader:
         """The tokens of a .bin, where they lie."""
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-        from atlas_megatron.data import inspect
+        from atlas_megatron.data.batches import inspect
 
         inspect(prefix, self.vocab_size)
         summary = Summary.read(Path(prefix).parent)

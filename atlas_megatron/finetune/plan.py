@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from atlas_megatron.config import WITH_MEMORY
+from atlas_megatron.data.records import Skipped
 from atlas_megatron.finetune import checkpoints
 from atlas_megatron.finetune.examples import Examples, Loader
 from atlas_megatron.finetune.settings import Settings, check, check_budget, read_deepspeed, read_model
@@ -17,7 +18,6 @@ from atlas_megatron.hf.configuration_atlas import AtlasConfig
 from atlas_megatron.hf.memory_atlas import reach_of
 from atlas_megatron.hf.weights import check as check_weights
 from atlas_megatron.hf.weights import described_in
-from atlas_megatron.records import Skipped
 
 REPORT = "finetune.json"  # what a folder that came out was trained with, and what the run said
 

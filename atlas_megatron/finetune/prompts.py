@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from atlas_megatron.data.records import Record, check_unicode, value_at
+from atlas_megatron.data.tokenizer import Tokenizer
 from atlas_megatron.finetune.settings import FIELD
-from atlas_megatron.records import Record, check_unicode, value_at
-from atlas_megatron.tokenizer import Tokenizer
 
 ANSWER, MESSAGES = "target", "messages"  # the fields that make a record a prompt with its answer, or a chat
 LEARNED_ROLE = "assistant"

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
+from atlas_megatron.files.scratch import new_folder
 from atlas_megatron.finetune import checkpoints
 from atlas_megatron.finetune.examples import collate
 from atlas_megatron.finetune.plan import REPORT, Plan
 from atlas_megatron.finetune.segments import SegmentReader
 from atlas_megatron.hf.weights import INDEX, SUMS, note_sums
-from atlas_megatron.parallel.cpu import flush_denormals
-from atlas_megatron.scratch import new_folder
+from atlas_megatron.parallel.device import flush_denormals
 
 SHARD_SIZE = "2GB"
 BESIDE_WEIGHTS = (".py", ".json", ".jinja", ".txt", ".model")  # code, configuration, tokenizers of any kind
@@ -39,7 +39,7 @@ def finetune(run: Plan) -> Path:
 def _alone(work: Path) -> Iterator[None]:
     """Within: no other run writes there. The first process holds the lock; where it cannot, the launcher ends all."""
     # Here: it imports Megatron, which takes seconds.
-    from atlas_megatron.run_lock import RunLock
+    from atlas_megatron.resilience.run_lock import RunLock
 
     lock = RunLock(work, partial(print, flush=True), "--out") if os.environ.get("RANK", "0") == "0" else None
     try:

@@ -21,16 +21,17 @@ from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import CONFIG_NAME
 
 import atlas_kernels
-from atlas_megatron import checkpoint, integrity
 from atlas_megatron import config as megatron
+from atlas_megatron.checkpoint import checkpoint
+from atlas_megatron.checkpoint.safe_loading import load_tensors, read_metadata
+from atlas_megatron.files import integrity
+from atlas_megatron.files.scratch import new_folder
 from atlas_megatron.hf import modeling_atlas
 from atlas_megatron.hf.configuration_atlas import SECTIONS, AtlasConfig
 from atlas_megatron.hf.folders import check_shapes, listing
 from atlas_megatron.hf.names import EMBEDDING, OUTPUT, Name, parameters_of
 from atlas_megatron.hf.tokenizer_files import Specials, export_tokenizer
 from atlas_megatron.hf.weights import INDEX, WEIGHTS, note_sums
-from atlas_megatron.safe_loading import load_tensors, read_metadata
-from atlas_megatron.scratch import new_folder
 
 SHARD_SIZE = 2 << 30  # bytes; an export holds about two shards in memory, one read and one written
 # Where `trust_remote_code` finds the classes.

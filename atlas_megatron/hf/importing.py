@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from atlas_megatron import checkpoint
+from atlas_megatron.checkpoint import checkpoint
+from atlas_megatron.checkpoint.shards import write_shards
 from atlas_megatron.config import Config, ParallelConfig, load, model_differences, to_toml
-from atlas_megatron.config_checks import validate
+from atlas_megatron.config.checks import validate
+from atlas_megatron.files.scratch import new_folder
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
 from atlas_megatron.hf.folders import listing
 from atlas_megatron.hf.names import Name
 from atlas_megatron.hf.tokenizer_files import copy_tokenizer
 from atlas_megatron.hf.weights import Weights, check, described_in
 from atlas_megatron.parallel import world
-from atlas_megatron.scratch import new_folder
-from atlas_megatron.shards import write_shards
 
 TOKENIZER = "tokenizer"  # the folder of a run that holds it
 

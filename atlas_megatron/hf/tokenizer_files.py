@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atlas_megatron.declared_tokens import BY_NUMBER, CONFIG, SPECIAL, TOKENIZER_FILES, carried, read_object
-from atlas_megatron.tokenizer import Tokenizer, has_tokenizer_json, load_tokenizer, write_converted
+from atlas_megatron.data.declared_tokens import BY_NUMBER, CONFIG, SPECIAL, TOKENIZER_FILES, carried, read_object
+from atlas_megatron.data.tokenizer import Tokenizer, has_tokenizer_json, load_tokenizer, write_converted
 
 VOCABULARY = "tokenizer.json"
 # Tokens that a folder may name; transformers would give a new number to one that the vocabulary lacks.

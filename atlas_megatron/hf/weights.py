@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from atlas_megatron import integrity
+from atlas_megatron.files import integrity
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
 from atlas_megatron.hf.folders import check_shapes
 from atlas_megatron.hf.names import OUTPUT, Name, parameters_of

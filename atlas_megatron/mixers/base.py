@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -20,10 +20,8 @@ from torch import Tensor, nn
 
 from atlas_megatron.config import Config
 from atlas_megatron.mixers.linears import MixerLinears
+from atlas_megatron.mixers.stream import StreamContext
 from atlas_megatron.parallel.scan import Shards
-
-if TYPE_CHECKING:
-    from atlas_megatron.streaming import StreamContext
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from atlas_kernels import Gates, MemoryRule, MemoryState, State, gated_norm, initial_state, omega_memory
 from atlas_megatron.config import Config, MemoryConfig
+from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.mixers.base import Mixer, wide
 from atlas_megatron.mixers.convolution import convolved, initial_taps, open_gate, start_edges
 from atlas_megatron.mixers.linears import MixerLinears
 from atlas_megatron.mixers.memory_layout import memory_flops
-from atlas_megatron.presets import PRESETS
 
 logger = logging.getLogger(__name__)
 

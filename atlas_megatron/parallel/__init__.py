@@ -1,1 +1,1 @@
-"""Where Megatron-Core meets the devices."""
+"""Process groups, context parallelism, and Megatron-Core without a GPU."""

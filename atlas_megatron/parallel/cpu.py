@@ -1,7 +1,7 @@
 """Megatron-Core without a GPU: what core hard-codes to CUDA, redirected to CPU tensors and gloo.
 
-Nothing here is used on a machine with a GPU. Without one, every parallel layout runs as ordinary
-processes, by the same code path.
+Without a GPU every parallel layout runs as ordinary processes, by the same code path. On a machine with one,
+`install` does nothing.
 """
 
 from __future__ import annotations
@@ -15,29 +15,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from atlas_megatron.parallel.device import CPU, flush_denormals
+
 logger = logging.getLogger(__name__)
 
-_CPU = torch.device("cpu")
 _installed: TorchFunctionMode | None = None
-
-
-def device() -> torch.device:
-    """The device that this process computes on."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
-
-
-def backend() -> str:
-    """The torch.distributed backend for that device: nccl or gloo."""
-    return "nccl" if torch.cuda.is_available() else "gloo"
-
-
-def flush_denormals() -> None:
-    """Let a CPU take numbers nearer to zero than float32's normal ones (1.2e-38) for zero.
-
-    A memory that forgets decays through them: kept, they made a step of 4,096 tokens five times slower. Threads that
-    are started later do the same, so this comes before the first large operation.
-    """
-    torch.set_flush_denormal(True)
 
 
 def install() -> bool:
@@ -75,9 +57,9 @@ class _CudaMeansCpu(TorchFunctionMode):
             # The mixed-precision optimizer recognises its parameters by the names of CUDA tensor types.
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if _names_cuda(kwargs.get("device")):
-            kwargs = {**kwargs, "device": _CPU}
+            kwargs = {**kwargs, "device": CPU}
         if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
-            args = (args[0], _CPU, *args[2:])
+            args = (args[0], CPU, *args[2:])
         return func(*args, **kwargs)
 
 
@@ -117,7 +99,7 @@ def _nothing() -> Callable[..., None]:
 def _replace_devices_and_streams() -> None:
     no_stream = _NoStream()
     replaced: dict[str, Any] = {
-        "current_device": lambda: _CPU,
+        "current_device": lambda: CPU,
         "current_stream": lambda device=None: no_stream,
         "default_stream": lambda device=None: no_stream,
         "stream": lambda stream: contextlib.nullcontext(),

@@ -10,8 +10,6 @@ Dims: B batch, t tokens of a shard, H heads of this tensor-parallel rank, N rank
 
 from __future__ import annotations
 
-import math
-import os
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +17,6 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from atlas_megatron.config import WITH_DELTA, Config, has
 from atlas_megatron.parallel.context import ALONE, Chain, all_tokens, to_heads, to_sequence
 
 
@@ -115,32 +112,3 @@ def slicing(batch: int, heads: int, slices: int) -> tuple[int, int]:
     columns = max(d for d in range(1, min(heads, slices) + 1) if heads % d == 0)
     rows = max(d for d in range(1, min(batch, max(1, slices // columns)) + 1) if batch % d == 0)
     return batch // rows, heads // columns
-
-
-def context_levels(config: Config) -> tuple[int, int]:
-    """(ranks that exchange heads, ranks that hand on): what `parallel.context_mode` means for this model.
-
-    Raises ValueError where its heads do not divide so.
-    """
-    parallel, pattern = config.parallel, config.model.pattern
-    context, mode = parallel.context, parallel.context_mode
-    dealt = [config.memory.heads] if has(pattern, "MA") else []
-    dealt += [config.delta.heads] if has(pattern, WITH_DELTA) else []
-    heads = math.gcd(*dealt) // parallel.tensor if dealt else 1
-    node = parallel.devices_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-    # Ranks of a context-parallel group lie `tensor` apart.
-    near = max(1, node // parallel.tensor) if node else context
-    shares = [d for d in range(1, context + 1) if heads % d == context % d == 0]
-    fitting = {
-        "auto": [d for d in shares if d <= near],
-        "heads": [d for d in shares if d == context],
-        "handoff": [1],
-        "heads+handoff": [d for d in shares if 1 < d < context and d <= near],
-    }[mode]
-    if not fitting:
-        raise ValueError(
-            f"parallel.context_mode={mode!r} cannot exchange {heads} heads of a tensor-parallel rank among "
-            f"parallel.context={context} ranks, {near} of them in a node; ranks that could: "
-            f"{', '.join(map(str, shares))}: take context_mode='auto', or another parallel.context"
-        )
-    return fitting[-1], context // fitting[-1]

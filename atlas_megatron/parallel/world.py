@@ -18,9 +18,12 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 
 from atlas_megatron.config import Config
+from atlas_megatron.config.context_levels import context_levels
 from atlas_megatron.parallel import alone, cpu, determinism
-from atlas_megatron.parallel.scan import context_levels
-from atlas_megatron.stopping import RESUMES
+from atlas_megatron.parallel.device import backend
+
+# Ends the last line of a run that stopped for what a restart mends: launch/job.sbatch requeues by it.
+RESUMES = "start the same command again: it resumes from the newest whole checkpoint"
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +58,10 @@ def join(config: Config) -> None:
         # A single process needs no address: its store lives in memory. torchrun gives one in the environment.
         single = size() == 1
         store = torch.distributed.HashStore() if single else None
-        backend = alone.backend() if single and not torch.cuda.is_available() else cpu.backend()
+        chosen = alone.backend() if single and not torch.cuda.is_available() else backend()
         timeout = timedelta(minutes=config.parallel.timeout_minutes)
         with _a_port_in_use_said():
-            torch.distributed.init_process_group(backend, timeout=timeout, store=store, rank=rank(), world_size=size())
+            torch.distributed.init_process_group(chosen, timeout=timeout, store=store, rank=rank(), world_size=size())
     form_groups(config)
     seed(config.run.seed)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from atlas_megatron.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from atlas_megatron.evaluate.filler import TextFolder
 from atlas_megatron.evaluate.words import WORDS, word
-from atlas_megatron.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 VOCABULARY = 600
 

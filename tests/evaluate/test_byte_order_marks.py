@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import finetune
 from atlas_megatron import config
+from atlas_megatron.commands import finetune
+from atlas_megatron.data.tokenizer import Tokenizer
 from atlas_megatron.evaluate import perplexity
 from atlas_megatron.evaluate.babilong_files import Row, read_rows, read_stories
 from atlas_megatron.evaluate.filler import TextFolder
 from atlas_megatron.generate import Speaker
-from atlas_megatron.tokenizer import Tokenizer
 
 TEXT = "Mary went home. John is here."
 
@@ -66,7 +66,8 @@ def test_configs_and_options(tmp_path: Path) -> None:
 def test_a_prompt_of_a_file(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from atlas_megatron import generate, reader
+    from atlas_megatron import generate
+    from atlas_megatron.inference import reader
 
     read: list[str] = []
 

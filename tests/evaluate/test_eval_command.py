@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-import tiny_run
-from atlas_megatron import checkpoint
+from atlas_megatron.checkpoint import checkpoint
 from atlas_megatron.config import load
 from atlas_megatron.evaluate import command
 from atlas_megatron.evaluate.command import lengths_of, main
 from atlas_megatron.hf.export import export
-from atlas_megatron.model import build_model
+from atlas_megatron.model.build import build_model
 from atlas_megatron.parallel import world
+from tests.support import tiny_run
 
 PNG = b"\x89PNG"
 

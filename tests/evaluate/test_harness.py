@@ -19,17 +19,16 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-import cached_tasks
-import checkpoints
-import tiny_run
 from atlas_megatron.config import Config
+from atlas_megatron.data.tokenizer import train_tokenizer
 from atlas_megatron.evaluate import harness
 from atlas_megatron.evaluate.continuations import Generation, Question, alike, ask, write
 from atlas_megatron.evaluate.harness import AtlasLM, run
 from atlas_megatron.hf.export import export
-from atlas_megatron.reader import HuggingFaceReader, open_reader
-from atlas_megatron.tokenizer import train_tokenizer
-from twins import CALM, settings
+from atlas_megatron.inference.reader import HuggingFaceReader, open_reader
+from tests.support import cached_tasks, tiny_run
+from tests.support import hf_checkpoints as checkpoints
+from tests.support.hf_and_megatron import CALM, settings
 
 TOLERANCE = {"rel": 0, "abs": 1e-5}
 TEXT = "the memory learns at test time what the window of the text says. "

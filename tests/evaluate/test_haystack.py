@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
+from atlas_megatron.data.tokenizer import Tokenizer
 from atlas_megatron.evaluate.filler import TextFolder, repeated, sentences
 from atlas_megatron.evaluate.haystack import PIECE, Haystack, Needle, Stretch, encode
-from atlas_megatron.tokenizer import Tokenizer
 
 
 def counting(lengths: tuple[int, ...]):

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import bystander
-import make_babilong
+from atlas_megatron.commands import make_babilong
+from atlas_megatron.data.tokenizer import Tokenizer
 from atlas_megatron.evaluate.babilong_files import read_rows
 from atlas_megatron.evaluate.filler import TextFolder
 from atlas_megatron.evaluate.tasks import make
-from atlas_megatron.tokenizer import Tokenizer
+from tests.support import replay_facts as bystander
 
 
 def write(out: Path, tokenizer: Tokenizer, texts: Path, *words: str) -> int:

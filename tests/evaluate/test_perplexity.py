@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from atlas_megatron.data.tokenizer import Tokenizer
 from atlas_megatron.evaluate import perplexity
 from atlas_megatron.evaluate.perplexity import Text, after_context, along, bins, places, summary
-from atlas_megatron.model import build_model
-from atlas_megatron.reader import MegatronReader
-from atlas_megatron.tokenizer import Tokenizer
-from small_model import SMALL
+from atlas_megatron.inference.reader import MegatronReader
+from atlas_megatron.model.build import build_model
+from tests.support.small_model import SMALL
 
 CLOSE = {"rel": 1e-6, "abs": 1e-6}  # cells hold six decimals
 

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from atlas_megatron.data.tokenizer import Tokenizer
 from atlas_megatron.evaluate.filler import TextFolder
 from atlas_megatron.evaluate.haystack import Example
 from atlas_megatron.evaluate.ruler.frequent_words import zeta
@@ -14,7 +15,6 @@ from atlas_megatron.evaluate.ruler.shuffle import Shuffle
 from atlas_megatron.evaluate.ruler.tracking import Tracking, drawn_places, tracking
 from atlas_megatron.evaluate.tasks import find, make
 from atlas_megatron.evaluate.words import SHORT_WORDS, WORDS, word
-from atlas_megatron.tokenizer import Tokenizer
 
 SENTENCE = 250  # tokens; the longest has two uuids
 NEEDLE = re.compile(r"One of the special magic (\w+) for (\S+) is: (\S+)\.")

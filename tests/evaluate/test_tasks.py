@@ -6,11 +6,11 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from atlas_megatron.data.tokenizer import Tokenizer
 from atlas_megatron.evaluate.filler import TextFolder
 from atlas_megatron.evaluate.haystack import PIECE, Example, Question
 from atlas_megatron.evaluate.metrics import string_match_all, string_match_part
 from atlas_megatron.evaluate.tasks import TASKS, find, make, score
-from atlas_megatron.tokenizer import Tokenizer
 
 LONG = 10_000_000
 

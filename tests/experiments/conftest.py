@@ -1,15 +1,10 @@
-"""The experiments are scripts beside each other: their folder is where they find their neighbours."""
+"""What tests of experiments share."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "configs" / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
 
 
 class NoJobs:
@@ -29,6 +24,6 @@ class NoJobs:
 @pytest.fixture
 def no_more_jobs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Call it, and a cell that is asked for from then on fails the test."""
-    import record
+    from experiments.shared import record
 
     return lambda: monkeypatch.setattr(record, "ProcessPoolExecutor", NoJobs)

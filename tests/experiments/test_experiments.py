@@ -11,19 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import capacity
 from atlas_kernels import initial_coefficients, lift
-from record import Options, Record
+from experiments import capacity
+from experiments.shared.record import Options, Record
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def quick(name: str, out: Path) -> str:
     """Run `name --quick` as a user would; what it printed."""
-    script = ROOT / "configs" / "experiments" / f"{name}.py"
     done = subprocess.run(
-        [sys.executable, str(script), "--quick", "--out", str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", f"experiments.{name}", "--quick", "--out", str(out)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -44,7 +43,7 @@ def test_quick_run_leaves_results_and_a_second_one_leaves_them_alone(name: str, 
     stored = (tmp_path / f"{name}.json").read_text()
     content = json.loads(stored)
     assert {"command", "commit", "versions", "settings", "cells"} <= set(content)
-    assert content["command"] == f"python configs/experiments/{name}.py --quick"
+    assert content["command"] == f"python -m experiments.{name} --quick"
     assert len(printed.splitlines()) == len(content["cells"]) > 3
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert content["command"] in (tmp_path / f"{name}.md").read_text()

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "megatron"))
-
-import language_model
-import tiny_run
 from atlas_megatron.config import load
-from atlas_megatron.model import num_params
-from protocol import Protocol
+from atlas_megatron.model.build import num_params
+from experiments import language_model
+from experiments.shared.protocol import Protocol
+from tests.support import tiny_run
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import layout_curves
-import tiny_run
+from experiments import layout_curves
+from tests.support import tiny_run
 
 
 @pytest.mark.parallel

@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 
 import pytest
 
-import long_context as experiment
-from record import Options, Record
+from experiments import long_context as experiment
+from experiments.shared.record import Options, Record
 
 GRID = replace(experiment.QUICK, contenders=("gated delta",))
 

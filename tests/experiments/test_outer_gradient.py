@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "megatron"))
-
-import outer_gradient as experiment
-import tiny_run
 from atlas_megatron.config import load
+from experiments import outer_gradient as experiment
+from tests.support import tiny_run
 
 
 def test_pairs_differ_in_the_order_alone() -> None:

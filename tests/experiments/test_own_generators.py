@@ -8,12 +8,11 @@ from dataclasses import asdict
 import pytest
 import torch
 
-import mad as mad_script
-import mqar as mqar_script
-import record
-import training
 from atlas_megatron.evaluate import mad, zoology
 from atlas_megatron.evaluate.synthetic import NO_ANSWER, Batch
+from experiments import mad as mad_script
+from experiments import mqar as mqar_script
+from experiments.shared import record, training
 
 KEYS = mad.VOCABULARY // 2
 MEASURED = mad.tasks(tokens=64, short=24, copied=6, training=False)
@@ -192,9 +191,9 @@ def test_a_generator_is_chosen_and_named(tmp_path) -> None:
         assert torch.equal(batch.tokens, mqar_script.mixed(seed, 4, grid).tokens)
     stored = record.Record("mqar", asked, {"generator": asked.generator})
     assert stored.path.name == "mqar_zoology_2_passes.json"
-    assert stored.content["command"] == "python configs/experiments/mqar.py --quick --generator zoology --passes 2"
+    assert stored.content["command"] == "python -m experiments.mqar --quick --generator zoology --passes 2"
     plain = record.Record("mqar", record.options("mqar", "", ["--out", str(tmp_path)]), {})
-    assert plain.path.name == "mqar.json" and plain.content["command"] == "python configs/experiments/mqar.py"
+    assert plain.path.name == "mqar.json" and plain.content["command"] == "python -m experiments.mqar"
 
 
 @pytest.mark.parametrize("words", [["--passes", "2"], ["--generator", "zoology", "--passes", "0"]])

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "megatron"))
-
-import protocol
-import recipe
-import recipe_trials
-import tiny_run
 from atlas_megatron.config import load
-from atlas_megatron.config_checks import validate
-from atlas_megatron.model import num_params
-from recipe_rows import SCREEN
+from atlas_megatron.config.checks import validate
+from atlas_megatron.model.build import num_params
+from experiments import recipe
+from experiments.recipe_rows import SCREEN
+from experiments.shared import protocol
+from experiments.shared import trials as trials
+from tests.support import tiny_run
 
 
 @pytest.fixture
@@ -41,7 +38,7 @@ def test_every_row_is_valid_asks_something_and_has_the_first_ones_parameters() -
 
 def test_every_trial_is_known_and_tried() -> None:
     named = {part for row in SCREEN.values() if row.trial for part in row.trial.split(" + ")}
-    assert named == (set(recipe_trials.WRITERS) | set(recipe_trials.PATCHES))
+    assert named == (set(trials.WRITERS) | set(trials.PATCHES))
 
 
 def test_quick_leaves_a_table_and_does_nothing_twice(tiny: Path, no_more_jobs: Callable[[], None]) -> None:

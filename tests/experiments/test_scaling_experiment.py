@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "megatron"))
-
-import tiny_run
-from atlas_megatron import ladder
-
-FILE = Path(__file__).parents[2] / "configs" / "experiments" / "scaling.py"
-# By its file: tools/ has a script of the same name.
-_spec = importlib.util.spec_from_file_location("scaling_experiment", FILE)
-assert _spec and _spec.loader
-experiment = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(experiment)
+from atlas_megatron.scaling import ladder
+from experiments import scaling as experiment
+from tests.support import tiny_run
 
 
 def test_all_kinds_of_a_rung_are_as_large_and_see_the_same_tokens() -> None:

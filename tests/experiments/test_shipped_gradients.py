@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "megatron"))
-
-import shipped_gradients as experiment
-import tiny_run
 from atlas_megatron.config import load
-from atlas_megatron.presets import PRESETS
+from atlas_megatron.config.presets import PRESETS
+from experiments import shipped_gradients as experiment
+from tests.support import tiny_run
 
 CHUNKS = 64  # of a sequence
 TOKENS = 8  # of a chunk

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-import training
 from atlas_megatron.evaluate.synthetic import NO_ANSWER, Task, compression, mqar
-from atlas_megatron.parallel import cpu
-from atlas_megatron.streaming import StreamContext
-from training import Asked
+from atlas_megatron.mixers.stream import StreamContext
+from atlas_megatron.parallel.device import device
+from experiments.shared import training
+from experiments.shared.training import Asked
 
 TOKENS, VOCABULARY = 32, 64
 TASK = Task(lambda seed, count: mqar(seed, count, TOKENS, 4, VOCABULARY), VOCABULARY, TOKENS)
@@ -31,7 +31,7 @@ def test_the_counted_state_is_what_the_layers_carry(mixer: str) -> None:
     config = training.config_of(mixer, 8, TOKENS, VOCABULARY, mlp=False)
     context = StreamContext()
     with torch.no_grad():
-        tokens = torch.zeros(1, TOKENS, dtype=torch.long, device=cpu.device())
+        tokens = torch.zeros(1, TOKENS, dtype=torch.long, device=device())
         Asked(config, TASK).model(tokens, None, None, inference_context=context)  # no labels asked: every position
     momentum = "M" in config.model.pattern and config.memory.momentum
     found = sum(carried(state, momentum) for state in context.states.values())

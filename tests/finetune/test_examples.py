@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import exported
-import prepare_data
+from atlas_megatron.commands import prepare_data
+from atlas_megatron.data.tokenizer import load_tokenizer, train_tokenizer
 from atlas_megatron.finetune.examples import Loader, collate
 from atlas_megatron.finetune.segments import IGNORED
 from atlas_megatron.finetune.settings import Settings
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
-from atlas_megatron.tokenizer import load_tokenizer, train_tokenizer
+from tests.support import exported_models as exported
 
 CONFIG = AtlasConfig(vocab_size=exported.VOCABULARY, seq_length=64)
 

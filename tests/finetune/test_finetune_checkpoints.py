@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from atlas_megatron import integrity
+from atlas_megatron.files import integrity
 from atlas_megatron.finetune import checkpoints
 
 IDENTITY = {"steps": 6, "lr": 1e-4}

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import exported
-import finetune
+from atlas_megatron.commands import finetune
 from atlas_megatron.finetune import estimate
 from atlas_megatron.finetune.examples import collate
 from atlas_megatron.finetune.plan import REPORT, Plan, plan
 from atlas_megatron.finetune.settings import Settings
-from atlas_megatron.run_lock import RunLock
+from atlas_megatron.resilience.run_lock import RunLock
+from tests.support import exported_models as exported
 
 ROOT = Path(__file__).parents[2]
 ZERO2 = str(ROOT / "configs/deepspeed/zero2.json")

@@ -14,13 +14,13 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-import exported
+from atlas_megatron.data.tokenizer import load_tokenizer, train_tokenizer
 from atlas_megatron.finetune.examples import Loader, collate
 from atlas_megatron.finetune.plan import plan
 from atlas_megatron.finetune.segments import IGNORED
 from atlas_megatron.finetune.settings import Settings
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
-from atlas_megatron.tokenizer import load_tokenizer, train_tokenizer
+from tests.support import exported_models as exported
 
 SPECIAL = ["<|start|>", "<|user|>", "<|bot|>", "<|end|>"]
 CONFIG = AtlasConfig(vocab_size=exported.VOCABULARY + len(SPECIAL), seq_length=16)
@@ -186,8 +186,8 @@ def test_where_all_records_are_bad_the_first_is_named(folder: Path, tmp_path: Pa
 def test_text_under_a_nested_key_long_documents_and_bad_lines(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("atlas_megatron.corpus.HELD", 50)
-    monkeypatch.setattr("atlas_megatron.pieces.BLOCK", 40)
+    monkeypatch.setattr("atlas_megatron.data.corpus.HELD", 50)
+    monkeypatch.setattr("atlas_megatron.data.pieces.BLOCK", 40)
     tokenizer = load_tokenizer(folder)
     text = "".join(exported.LINES[:9])
     (tmp_path / "long.txt").write_text(text)

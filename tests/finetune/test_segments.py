@@ -17,7 +17,7 @@ from atlas_megatron.finetune.segments import (
 )
 from atlas_megatron.hf.export import described
 from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM
-from twins import CALM, moved, settings, tokens
+from tests.support.hf_and_megatron import CALM, moved, settings, tokens
 
 # transformers takes the loss in float32, whatever the model is in.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-import exported
 from atlas_megatron.finetune.plan import REPORT
-from test_finetuning import ROOT, losses, weights
+from tests.finetune.test_finetuning import ROOT, losses, weights
+from tests.support import exported_models as exported
 
 pytest.importorskip("deepspeed", reason="ZeRO needs deepspeed: pip install -e '.[deepspeed]' -c constraints.txt")
 pytestmark = pytest.mark.parallel

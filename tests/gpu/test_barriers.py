@@ -14,7 +14,7 @@ import torch
 
 from atlas_kernels import MemoryRule
 from atlas_kernels.gpu.newton_schulz import newton_schulz
-from device_problems import BFLOAT16_ON_A_GPU, outputs_and_gradients, rounded, small
+from tests.support.device_problems import BFLOAT16_ON_A_GPU, outputs_and_gradients, rounded, small
 
 pytestmark = BFLOAT16_ON_A_GPU
 

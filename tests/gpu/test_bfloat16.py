@@ -11,8 +11,8 @@ import torch
 from atlas_kernels import MemoryRule, omega_memory
 from atlas_kernels import newton_schulz as in_torch
 from atlas_kernels.gpu.newton_schulz import newton_schulz
-from device_problems import BFLOAT16_ON_A_GPU, NEWTON_SCHULZ_TOLERANCE, compare_rounded, rounded, small
-from problems import relative_rms
+from tests.support.device_problems import BFLOAT16_ON_A_GPU, NEWTON_SCHULZ_TOLERANCE, compare_rounded, rounded, small
+from tests.support.problems import relative_rms
 
 pytestmark = BFLOAT16_ON_A_GPU
 

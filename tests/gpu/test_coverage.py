@@ -10,7 +10,7 @@ import torch
 from atlas_kernels import check_implementation
 from atlas_megatron.config import load
 from atlas_megatron.mixers.memory_layout import weight_shapes
-from device_problems import DEVICE
+from tests.support.device_problems import DEVICE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FOR_GPUS = ["atlas-170m", "atlas-340m", "experiments/language_model_gpu", "scale/20m", "scale/1.3b", "scale/7b"]

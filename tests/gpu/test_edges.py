@@ -7,8 +7,8 @@ import torch
 
 from atlas_kernels.edges import gated_norm, short_convolution
 from atlas_kernels.gpu import edges
-from device_problems import BFLOAT16_ON_A_GPU, DEVICE
-from problems import assert_close, relative_rms
+from tests.support.device_problems import BFLOAT16_ON_A_GPU, DEVICE
+from tests.support.problems import assert_close, relative_rms
 
 # Relative RMS of float16, 11 bits, and bfloat16, 8: torch rounds after every step, the kernels once.
 HALF_TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 4e-2}

@@ -7,7 +7,7 @@ from atlas_kernels import newton_schulz as in_torch
 from atlas_kernels.gpu import newton_schulz as kernels
 from atlas_kernels.gpu.newton_schulz import newton_schulz
 from atlas_kernels.newton_schulz import COEFFICIENTS, schedule
-from device_problems import DEVICE, NEWTON_SCHULZ_TOLERANCE
+from tests.support.device_problems import DEVICE, NEWTON_SCHULZ_TOLERANCE
 
 DTYPES = (torch.float32, torch.float16)
 SHAPES = [(16, 16), (24, 40), (5, 64, 64), (1, 40, 100), (128, 64), (2, 1, 20, 17), (70, 90), (30, 200)]

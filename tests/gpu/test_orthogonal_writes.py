@@ -11,7 +11,7 @@ import torch
 from atlas_kernels import MemoryRule, chunked, omega_memory
 from atlas_kernels import newton_schulz as in_torch
 from atlas_kernels.gpu.newton_schulz import Source, coefficient_table, launch_backward, launch_forward
-from device_problems import (
+from tests.support.device_problems import (
     CHUNK,
     DEVICE,
     NEWTON_SCHULZ_TOLERANCE,
@@ -20,7 +20,7 @@ from device_problems import (
     outputs_and_gradients,
     small,
 )
-from problems import assert_close, gradients, relative_rms, state_tensors
+from tests.support.problems import assert_close, gradients, relative_rms, state_tensors
 
 BASE = MemoryRule(window=5, chunk=CHUNK, ns_steps=2, ns_period=8, norm="layer")
 

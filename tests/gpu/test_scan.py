@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from atlas_kernels import MemoryRule, chunked, omega_memory, op
-from device_problems import CHUNK, DEVICE, compare, compare_rounded, rounded, small
-from problems import assert_close, gradients, state_tensors
+from tests.support.device_problems import CHUNK, DEVICE, compare, compare_rounded, rounded, small
+from tests.support.problems import assert_close, gradients, state_tensors
 
 BASE = MemoryRule(window=5, chunk=CHUNK, ns_steps=0, norm="layer")
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from atlas_megatron.config import Config
-from atlas_megatron.presets import PRESETS
-from twins import CALM, moved, settings, tokens
+from atlas_megatron.config.presets import PRESETS
+from tests.support.hf_and_megatron import CALM, moved, settings, tokens
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
 CUTS = {"halves": [25, 20], "in and between chunks": [1, 7, 8, 13, 16], "token by token": [1] * 45}

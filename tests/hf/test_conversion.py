@@ -16,18 +16,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import checkpoints
-import convert_hf
-import processes
-import tiny_run
-from atlas_megatron import checkpoint
+from atlas_megatron.checkpoint import checkpoint
+from atlas_megatron.commands import convert_hf
 from atlas_megatron.config import ParallelConfig, load
+from atlas_megatron.data.tokenizer import train_tokenizer
 from atlas_megatron.hf import export, importing
 from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM
 from atlas_megatron.parallel import world
-from atlas_megatron.resuming import going_on, longer_sequences
-from atlas_megatron.tokenizer import train_tokenizer
-from twins import CALM, settings
+from atlas_megatron.training.resuming import going_on, longer_sequences
+from tests.support import hf_checkpoints as checkpoints
+from tests.support import processes, tiny_run
+from tests.support.hf_and_megatron import CALM, settings
 
 ROOT = Path(__file__).parents[2]
 PATTERN = "M-*-A-C-F-R-L-D-G-"
@@ -153,7 +152,7 @@ def test_it_loads_where_nothing_of_this_is_installed(saved: Path, tmp_path: Path
     folder = export.export(tmp_path / "checkpoint", tmp_path / "model")
     nothing = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    words = [sys.executable, str(ROOT / "tests/hf/elsewhere.py"), str(folder), str(tmp_path)]
+    words = [sys.executable, str(ROOT / "tests/support/load_without_package.py"), str(folder), str(tmp_path)]
     modules = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(words, env=nothing | offline | modules, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from atlas_megatron.hf.export import described
 from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM
-from twins import CALM, moved, settings, tokens
+from tests.support.hf_and_megatron import CALM, moved, settings, tokens
 
 EVERY = settings("M-*-F-A-C-R-L-D-G-", **CALM)
 
@@ -51,7 +51,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> Non
 @pytest.mark.usefixtures("single_process_megatron")
 def test_it_starts_where_megatrons_starts() -> None:
     """Means and sizes of a fresh model's parameters, of every kind."""
-    from atlas_megatron.model import build_model
+    from atlas_megatron.model.build import build_model
 
     config = settings("M-*-A-C-R-L-D-G-", tied=False, preset="atlas++", heads=16, head_dim=16)
     theirs = dict(build_model(config).named_parameters())

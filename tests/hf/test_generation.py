@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM
-from twins import CALM, moved, settings, tokens
+from tests.support.hf_and_megatron import CALM, moved, settings, tokens
 
 PATTERNS = ("M-", "M-*-", "A-", "C-", "D-G-", "R-", "F-")
 NEW = 5

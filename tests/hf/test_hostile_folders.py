@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from atlas_megatron.data.tokenizer import train_tokenizer
 from atlas_megatron.hf import weights
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
 from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM
-from atlas_megatron.reader import HuggingFaceReader
-from atlas_megatron.tokenizer import train_tokenizer
+from atlas_megatron.inference.reader import HuggingFaceReader
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ import atlas_megatron.config as megatron
 from atlas_kernels import op
 from atlas_kernels.chunked import TORCH
 from atlas_megatron.config import Config
+from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.hf.configuration_atlas import MODEL, SECTIONS, AtlasConfig
 from atlas_megatron.hf.export import described
 from atlas_megatron.hf.modeling_atlas import AtlasModel
-from atlas_megatron.presets import PRESETS
-from twins import CALM, settings, tokens, twins
+from tests.support.hf_and_megatron import CALM, settings, tokens, twins
 
 # Each as a relative root mean square error.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}

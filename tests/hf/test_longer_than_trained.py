@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.hf import memory_atlas
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
 from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM
 from atlas_megatron.hf.names import names_of
-from atlas_megatron.presets import PRESETS
-from twins import CALM, moved, settings, tokens, twins
+from tests.support.hf_and_megatron import CALM, moved, settings, tokens, twins
 
 TRAINED, TIMES = 128, 16
 

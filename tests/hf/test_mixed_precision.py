@@ -9,8 +9,8 @@ import torch
 
 from atlas_kernels import chunked
 from atlas_megatron.config import Config
-from atlas_megatron.presets import PRESETS
-from twins import CALM, moved, settings, tokens
+from atlas_megatron.config.presets import PRESETS
+from tests.support.hf_and_megatron import CALM, moved, settings, tokens
 
 LAYERS = {pattern: settings(pattern, **CALM) for pattern in ("M-", "*-F-", "A-", "C-", "R-L-", "D-G-")}
 LAYERS |= {preset: settings("M-", preset=preset) for preset in PRESETS}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM
-from atlas_megatron.presets import PRESETS
-from twins import CALM, moved, settings, tokens
+from tests.support.hf_and_megatron import CALM, moved, settings, tokens
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
 APART = ("M-", "M-*-", "A-", "D-G-", "R-L-", "F-")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM
-from twins import CALM, moved, settings, tokens
+from tests.support.hf_and_megatron import CALM, moved, settings, tokens
 
 MODELS = {pattern: settings(pattern, **CALM) for pattern in ("M-*-", "A-", "C-", "D-G-", "R-", "F-")}
 MODELS |= {preset: settings("M-", preset=preset) for preset in ("atlas", "titans", "dot")}

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from atlas_megatron.tokenizer import train_tokenizer
-from twins import CALM, moved, settings, tokens
+from atlas_megatron.data.tokenizer import train_tokenizer
+from tests.support.hf_and_megatron import CALM, moved, settings, tokens
 
 PATTERNS = ("M-*-", "A-", "C-", "D-G-", "R-", "F-")
 TEXT = "one token after another while the memory of a small model reads and writes what it learns "

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from atlas_megatron.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from atlas_megatron.hf.tokenizer_files import copy_tokenizer, export_tokenizer
-from atlas_megatron.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 
 TEXT = "the memory of a small model reads and writes one token after another while it learns "
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"

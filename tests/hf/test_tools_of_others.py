@@ -22,7 +22,7 @@ from atlas_megatron.hf import configuration_atlas, modeling_atlas
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
 from atlas_megatron.hf.export import AUTO_MAP, code_files
 from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM, AtlasModel
-from twins import CALM, moved, settings, tokens
+from tests.support.hf_and_megatron import CALM, moved, settings, tokens
 
 ROOT = Path(__file__).parents[2]
 PATTERNS = ("M-", "M-*-", "A-", "C-", "D-G-", "R-", "F-")
@@ -258,8 +258,8 @@ def test_folders_of_one_name_run_code_of_their_own(tmp_path: Path) -> None:
 def test_pipelines(tmp_path: Path) -> None:
     from transformers import AutoTokenizer, pipeline
 
+    from atlas_megatron.data.tokenizer import train_tokenizer
     from atlas_megatron.hf.tokenizer_files import export_tokenizer
-    from atlas_megatron.tokenizer import train_tokenizer
 
     text = "the memory of a small model reads and writes one token after another while it learns "
     train_tokenizer([text * 20], 280, tmp_path / "tokenizer")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import convert_hf
+from atlas_megatron.commands import convert_hf
 
 
 def test_the_command_names_what_it_still_needs(tmp_path: Path) -> None:

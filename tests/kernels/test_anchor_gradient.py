@@ -10,7 +10,7 @@ import torch
 from atlas_kernels import MemoryRule, newton_schulz, omega_memory
 from atlas_kernels.reference import inner_loss, memory
 from atlas_kernels.reference_dual import omega_memory_dual_reference
-from problems import Problem, assert_close, compare, gradients, problem, state_tensors
+from tests.support.problems import Problem, assert_close, compare, gradients, problem, state_tensors
 
 CHUNK = 8
 FIRST = MemoryRule(window=5, chunk=CHUNK, ns_steps=0, norm="layer", anchor_gradient=0)

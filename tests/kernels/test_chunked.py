@@ -9,7 +9,7 @@ from atlas_kernels import Gates, MemoryRule, chunked, omega_memory
 from atlas_kernels.chunked import cut
 from atlas_kernels.decays import decay_matrix, pair_band, source_band
 from atlas_kernels.gelu import gelu, gelu_with_derivative
-from problems import TOLERANCE, assert_close, compare, gradients, problem, relative_rms, state_tensors
+from tests.support.problems import TOLERANCE, assert_close, compare, gradients, problem, relative_rms, state_tensors
 
 CHUNK = 8
 MEMORIES = [("linear", "none"), ("mlp", "none"), ("mlp", "layer")]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from atlas_kernels import Gates, MemoryRule, chunked, omega_memory
 from atlas_kernels.reference_dual import omega_memory_dual_reference
-from problems import TOLERANCE, assert_close, gradients, problem, relative_rms, state_tensors
+from tests.support.problems import TOLERANCE, assert_close, gradients, problem, relative_rms, state_tensors
 
 CHUNK = 4
 MEMORIES = [("linear", "none"), ("mlp", "none"), ("mlp", "layer"), ("gated_mlp", "layer")]

@@ -7,7 +7,7 @@ import torch
 
 from atlas_kernels import Gates, MemoryRule, chunked, delta_rule, omega_memory
 from atlas_kernels.reference import inner_loss
-from problems import TOLERANCE, assert_close, compare, gradients, problem, relative_rms, state_tensors
+from tests.support.problems import TOLERANCE, assert_close, compare, gradients, problem, relative_rms, state_tensors
 
 CHUNK = 8
 DEEP = [{"memory": memory, "norm": norm} for memory in ("mlp", "gated_mlp") for norm in ("none", "layer")]

@@ -7,7 +7,7 @@ import torch
 
 from atlas_kernels import Gates, MemoryRule, check_implementation, omega_memory, op
 from atlas_kernels.chunked import TORCH
-from problems import problem
+from tests.support.problems import problem
 
 RULE = MemoryRule(window=3, chunk=8)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atlas_kernels import MemoryRule, chunked, delta_rule, omega_memory
-from problems import Problem, assert_close, gradients, problem, state_tensors
+from tests.support.problems import Problem, assert_close, gradients, problem, state_tensors
 
 CHUNK = 8
 RULES = {

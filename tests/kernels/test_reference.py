@@ -5,7 +5,7 @@ import torch
 
 from atlas_kernels import Gates, MemoryRule, omega_memory
 from atlas_kernels.reference import gelu, inner_gradient, inner_loss
-from problems import TOLERANCE, assert_close, problem, relative_rms
+from tests.support.problems import TOLERANCE, assert_close, problem, relative_rms
 
 MEMORIES = [("linear", "none"), ("mlp", "none"), ("mlp", "layer"), ("gated_mlp", "none"), ("gated_mlp", "layer")]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from atlas_kernels import Gates, MemoryRule, initial_state, omega_memory
-from problems import TOLERANCE, assert_close, compare, gradients, problem, relative_rms, state_tensors
+from tests.support.problems import TOLERANCE, assert_close, compare, gradients, problem, relative_rms, state_tensors
 
 CHUNK = 8
 SUMS = MemoryRule(window=5, chunk=CHUNK, ns_steps=3, ns_period=4, ns_step="sum")

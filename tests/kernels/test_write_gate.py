@@ -7,7 +7,7 @@ import torch
 
 from atlas_kernels import Gates, MemoryRule, budgeted, omega_memory, retained, write_gate, write_logit
 from atlas_kernels.write_gate import FLOOR
-from problems import problem
+from tests.support.problems import problem
 
 
 def test_it_reaches_its_ends_exactly():

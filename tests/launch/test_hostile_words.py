@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from atlas_megatron.config import Config, RunConfig, to_toml
-from test_scripts import CONFIG, JOB, LOCAL, NODE, ROOT, SLURM, TWO, Stubs, job, saved
+from tests.launch.test_scripts import CONFIG, JOB, LOCAL, NODE, ROOT, SLURM, TWO, Stubs, job, saved
 
 # Spaces, quotes of both kinds, backslashes before letters that bash would read, a newline, a tab, and commands.
 NAMES = (

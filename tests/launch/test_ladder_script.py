@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from test_scripts import ROOT, Stubs
+from tests.launch.test_scripts import ROOT, Stubs
 
 LADDER = ROOT / "launch" / "ladder.sh"
 GPU = "configs/scale/gpu.list"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from atlas_megatron.stopping import RESUMES
+from atlas_megatron.parallel.world import RESUMES
 
 ROOT = Path(__file__).parents[2]
 LOCAL, SLURM, JOB, NODE = (ROOT / "launch" / name for name in ("local.sh", "slurm.sh", "job.sbatch", "node.sh"))
@@ -109,7 +109,7 @@ def test_local_takes_torchrun_without_its_trace_where_python_lies_beside_it(stub
     python.write_text('#!/usr/bin/env bash\necho "python $*"\nexit 2\n')
     python.chmod(0o755)
     said = stubs.run(LOCAL, CONFIG)
-    command = f"python -m atlas_megatron.torchrun --standalone --nproc-per-node 1 -m atlas_megatron.train {CONFIG}"
+    command = f"python -m atlas_megatron.cli.torchrun --standalone --nproc-per-node 1 -m atlas_megatron.train {CONFIG}"
     assert said.stdout.splitlines() == [f"{stubs.folder}/{command}", command]
     assert said.returncode == 2
 
@@ -357,7 +357,7 @@ def test_only_what_a_restart_mends_is_requeued(stubs: Stubs, tmp_path: Path, lin
 
 def test_what_a_restart_mends_says_what_the_job_looks_for() -> None:
     assert f"{RESUMES}$" in JOB.read_text()
-    for module in ("parallel/world.py", "watchdog.py"):
+    for module in ("parallel/world.py", "resilience/watchdog.py"):
         assert "{RESUMES}" in (ROOT / "atlas_megatron" / module).read_text()
 
 

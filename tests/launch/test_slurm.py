@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import slurm_cluster
-import tiny_run
-from atlas_megatron.metrics import METRICS
-from tiny_run import losses
+from atlas_megatron.training.metrics import METRICS
+from tests.support import slurm_cluster, tiny_run
+from tests.support.tiny_run import losses
 
 pytestmark = [
     pytest.mark.slurm,

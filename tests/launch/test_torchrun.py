@@ -36,7 +36,7 @@ open(os.path.join(sys.argv[2], f"{rank} saved"), "w").close()
 
 def start(folder: Path, what: str) -> subprocess.Popen[str]:
     (folder / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "atlas_megatron.torchrun", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "atlas_megatron.cli.torchrun", "--standalone", "--nproc-per-node", "2"]
     return subprocess.Popen(
         [*command, str(folder / "script.py"), what, str(folder)],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},

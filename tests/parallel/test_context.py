@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-import context_exchanges as exchanges
-import context_models as models
-import processes
 from atlas_megatron.config import Config
-from atlas_megatron.config_checks import validate
-from atlas_megatron.parallel.scan import context_levels, slicing
-from atlas_megatron.presets import PRESETS
+from atlas_megatron.config.checks import validate
+from atlas_megatron.config.context_levels import context_levels
+from atlas_megatron.config.presets import PRESETS
+from atlas_megatron.parallel.scan import slicing
+from tests.support import context_exchanges as exchanges
+from tests.support import context_models as models
+from tests.support import processes
 
 RANKS = 4
 # Relative RMS of a gradient: rounding of float64, which Newton-Schulz blows up.

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import tiny_run
 from atlas_megatron.config import Config, DeltaConfig, ModelConfig, TrainConfig
-from atlas_megatron.metrics import Record, read
 from atlas_megatron.parallel import determinism
-from layouts import LAYOUTS
+from atlas_megatron.training.metrics import Record, read
+from tests.support import tiny_run
+from tests.support.layouts import LAYOUTS
 
 DETERMINISTIC = TrainConfig(deterministic=True)
 

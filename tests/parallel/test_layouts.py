@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import tiny_run
-from atlas_megatron.metrics import read
-from layouts import BASES, LAYOUTS, ONE, fits, gathered, save_start, step_by_step
-from processes import run
+from atlas_megatron.training.metrics import read
+from tests.support import tiny_run
+from tests.support.layouts import BASES, LAYOUTS, ONE, fits, gathered, save_start, step_by_step
+from tests.support.processes import run
 
 TOLERANCE = 1e-4
 EXACT = 1e-6  # of float64; core sums gradient norms in float32

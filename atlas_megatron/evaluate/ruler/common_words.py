@@ -15,12 +15,12 @@ from functools import partial
 
 import numpy as np
 
+from atlas_megatron.data.tokenizer import Tokenizer
 from atlas_megatron.evaluate.filler import TextFolder
 from atlas_megatron.evaluate.haystack import Example, Question, encode, room_for_context
 from atlas_megatron.evaluate.ruler.lists import AT_ONCE, cut, tokens_of
 from atlas_megatron.evaluate.ruler.shuffle import Shuffle
 from atlas_megatron.evaluate.words import WORDS, word
-from atlas_megatron.tokenizer import Tokenizer
 
 OPENING = (
     "Below is a numbered list of words. In these words, some appear more often than others. "

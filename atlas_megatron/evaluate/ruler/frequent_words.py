@@ -15,11 +15,11 @@ from itertools import count
 
 import numpy as np
 
+from atlas_megatron.data.tokenizer import Tokenizer
 from atlas_megatron.evaluate.filler import TextFolder
 from atlas_megatron.evaluate.haystack import Example, Question, encode, room_for_context
 from atlas_megatron.evaluate.ruler.lists import AT_ONCE, cut, tokens_of
 from atlas_megatron.evaluate.ruler.shuffle import Shuffle
-from atlas_megatron.tokenizer import Tokenizer
 
 OPENING = (
     "Read the following coded text and track the frequency of each coded word. "

@@ -7,8 +7,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from atlas_megatron.data.tokenizer import Tokenizer
 from atlas_megatron.evaluate.haystack import encode, packed
-from atlas_megatron.tokenizer import Tokenizer
 
 AT_ONCE = 4096  # places of a list that are looked up together
 REMEMBERED = 1 << 17  # pieces

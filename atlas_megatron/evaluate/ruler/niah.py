@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
+from atlas_megatron.data.tokenizer import Tokenizer
 from atlas_megatron.evaluate.filler import TextFolder, made, repeated
 from atlas_megatron.evaluate.haystack import (
     Example,
@@ -26,7 +27,6 @@ from atlas_megatron.evaluate.haystack import (
     room_for_context,
 )
 from atlas_megatron.evaluate.words import pair
-from atlas_megatron.tokenizer import Tokenizer
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 OPENING = (

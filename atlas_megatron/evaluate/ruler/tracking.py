@@ -19,10 +19,10 @@ from itertools import pairwise
 
 import numpy as np
 
+from atlas_megatron.data.tokenizer import Tokenizer
 from atlas_megatron.evaluate.filler import TextFolder, repeated
 from atlas_megatron.evaluate.haystack import Example, Haystack, Needle, Question, encode, room_for_context
 from atlas_megatron.evaluate.ruler.niah import NOISE
-from atlas_megatron.tokenizer import Tokenizer
 
 OPENING = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
 QUESTION = (

@@ -1,0 +1,377 @@
+"""What must hold between the fields of a Config, and between it and the devices it runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from atlas_kernels.features import FEATURE_MAPS, lifted_width
+from atlas_megatron.config import (
+    LAYERS,
+    WITH_ATTENTION,
+    WITH_DELTA,
+    WITH_MEMORY,
+    WITH_RECURRENT,
+    Config,
+    has,
+)
+from atlas_megatron.config.context_levels import context_levels
+
+CONTEXT_MODES = ("auto", "heads", "handoff", "heads+handoff")
+# Layers that keep packed documents apart.
+PACKED = "M*FARLDG-"
+# Sizes of FP8 products.
+FP8_MULTIPLE = 16
+# Of one process: each is a process more.
+MOST_WORKERS = 1024
+LONGEST_MINUTES = 365 * 24 * 60
+# Lifted features a head: a memory's matrices grow with them.
+WIDEST = 4096
+
+# What numpy's generators take, with room for pipeline ranks.
+LARGEST_SEED = 2**32 - 2**20 - 1
+# Keys, what holds of their values, and how it is said. Written so that NaN holds nowhere.
+RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "model.hidden_size model.ffn_hidden_size model.vocab_size model.seq_length model.norm_epsilon model.init_std "
+        "memory.heads memory.head_dim memory.expansion memory.degree memory.conv_size memory.gate_rank memory.eta_sum "
+        "attention.heads attention.head_dim attention.window attention.rotary_base attention.segment "
+        "recurrent.heads recurrent.head_dim delta.heads delta.head_dim delta.conv_size "
+        "train.steps train.global_batch train.micro_batch train.lr train.adam_eps train.log_every train.stats_every "
+        "checkpoint.every checkpoint.keep resilience.skips_in_a_row "
+        "parallel.tensor parallel.pipeline parallel.virtual parallel.context parallel.timeout_minutes",
+        lambda value: value > 0,
+        "be greater than 0",
+    ),
+    (
+        "train.warmup_steps train.weight_decay train.clip_grad train.validate_every train.validate_sequences "
+        "train.min_lr train.write_budget train.late_write_budget train.gradient_reach "
+        "resilience.hang_minutes resilience.straggler_every resilience.most_skipped resilience.most_returns "
+        "attention.persistent",
+        lambda value: value >= 0,
+        "be 0 or more",
+    ),
+    ("memory.alpha_start", lambda value: 0 <= value < 1, "be 0 (derived) or lie between 0 and 1"),
+    ("memory.eta_start", lambda value: value >= 0, "be 0 (derived) or more"),
+    ("memory.theta_start memory.gamma_start", lambda value: 0 < value < 1, "lie between 0 and 1, both excluded"),
+    ("train.adam_beta1 train.adam_beta2", lambda value: 0 <= value < 1, "lie in [0, 1)"),
+    (
+        "data.workers",
+        lambda value: 0 <= value <= MOST_WORKERS,
+        f"be 0 (none beside the process itself) or more, {MOST_WORKERS} at most",
+    ),
+    ("parallel.devices_per_node parallel.context_slices", lambda value: value >= 0, "be 0 (found out) or more"),
+)
+CHOICES: dict[str, tuple[str, ...]] = {
+    "memory.feature_map": tuple(FEATURE_MAPS),
+    "memory.omega_gates": ("pair", "source", "none"),
+    "memory.impl": ("auto", "reference", "chunked", "triton"),
+    "delta.impl": ("auto", "fla", "chunked"),
+    "parallel.context_mode": CONTEXT_MODES,
+    "train.precision": ("auto", "float32", "bfloat16"),
+    "resilience.non_finite": ("stop", "skip"),
+    "train.fp8": ("", "hybrid", "e4m3"),
+    "train.fp8_recipe": ("delayed", "tensorwise", "blockwise", "mxfp8"),
+}
+
+def validate(config: Config, world_size: int) -> None:
+    """Raise ValueError where fields contradict each other, or do not fit `world_size` devices."""
+    _check_ranges(config)
+    _check_choices(config)
+    _check_together(config)
+    _check_parallel(config, world_size)
+    _check_model(config)
+    _check_batches(config, world_size)
+    _check_fp8(config)
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Model replicas in a world of `world_size` devices."""
+    return world_size // (config.parallel.tensor * config.parallel.pipeline * config.parallel.context)
+
+
+def sequences_together(config: Config, world_size: int) -> int:
+    """What a batch has to be a multiple of: a micro-batch a replica, and interleaved one for each pipeline rank."""
+    parallel = config.parallel
+    group = parallel.pipeline if parallel.virtual > 1 else 1
+    return config.train.micro_batch * data_parallel_size(config, world_size) * group
+
+
+def _check_ranges(config: Config) -> None:
+    for names, holds, rule in RANGES:
+        for name in names.split():
+            section, key = name.split(".")
+            value = getattr(getattr(config, section), key)
+            if not holds(value):
+                raise ValueError(f"{name}={value} must {rule}")
+    for name, minutes in (
+        ("parallel.timeout_minutes", config.parallel.timeout_minutes),
+        ("resilience.hang_minutes", config.resilience.hang_minutes),
+    ):
+        if minutes > LONGEST_MINUTES:
+            raise ValueError(f"{name}={minutes} is longer than a year; give {LONGEST_MINUTES} minutes at most")
+    if not 0 <= config.run.seed <= LARGEST_SEED:
+        raise ValueError(f"run.seed={config.run.seed} is out of range; give a number from 0 to {LARGEST_SEED}")
+
+
+def _check_choices(config: Config) -> None:
+    for name, known in CHOICES.items():
+        section, key = name.split(".")
+        given = getattr(getattr(config, section), key)
+        if given not in known:
+            words = ", ".join(word or "''" for word in known)
+            raise ValueError(f"{name}={given!r} is unknown; choose one of {words}")
+
+
+def _check_together(config: Config) -> None:
+    """Keys of one section that contradict each other."""
+    train = config.train
+    for name, section, symbols in (("memory", config.memory, WITH_MEMORY), ("delta", config.delta, WITH_DELTA)):
+        if section.late_keys and section.conv_size == 1 and has(config.model.pattern, symbols):
+            raise ValueError(
+                f"{name}.late_keys=true with {name}.conv_size=1, whose keys see no token before their own; set "
+                f"{name}.late_keys=false, or more taps"
+            )
+    # "", "." and a parent are folders of other things; what a run writes would lie among them.
+    if Path(config.run.directory).name in ("", ".."):
+        raise ValueError(
+            f"run.directory={config.run.directory!r} is no folder of a run's own; name one, for example runs/first"
+        )
+    if train.min_lr > train.lr:
+        raise ValueError(f"train.min_lr={train.min_lr} is above train.lr={train.lr}; lower it")
+    if train.warmup_steps >= train.steps:
+        raise ValueError(
+            f"train.warmup_steps={train.warmup_steps} must be less than train.steps={train.steps}; set "
+            f"train.warmup_steps={train.steps // 4}, or more steps"
+        )
+
+
+def _check_parallel(config: Config, world_size: int) -> None:
+    parallel = config.parallel
+    if parallel.sequence and parallel.tensor == 1:
+        raise ValueError("parallel.sequence=true with parallel.tensor=1; set it false, or tensor to 2 or more")
+    needed = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % needed:
+        raise ValueError(
+            f"a world of {world_size} does not divide into parallel.tensor={parallel.tensor} x pipeline="
+            f"{parallel.pipeline} x context={parallel.context} = {needed}; start a multiple of {needed} processes"
+        )
+    if parallel.virtual > 1 and parallel.pipeline == 1:
+        raise ValueError(
+            f"parallel.virtual={parallel.virtual} with parallel.pipeline=1, where nothing is to be interleaved; "
+            "set virtual to 1, or pipeline to 2 or more"
+        )
+    stages, wanted = config.model.pattern.count("|") + 1, parallel.pipeline * parallel.virtual
+    if stages != wanted:
+        off = f"{wanted - stages} are missing" if stages < wanted else f"{stages - wanted} are too many"
+        raise ValueError(
+            f"model.pattern={config.model.pattern!r} has {stages} pipeline stages, parallel.pipeline="
+            f"{parallel.pipeline} x virtual={parallel.virtual} = {wanted}; put {wanted - 1} cuts '|' between its "
+            f"layers: {off}"
+        )
+    split = [("model.ffn_hidden_size", config.model.ffn_hidden_size), ("model.vocab_size", config.model.vocab_size)]
+    if has(config.model.pattern, WITH_MEMORY):
+        split.append(("memory.heads", config.memory.heads))
+    if has(config.model.pattern, WITH_ATTENTION):
+        split.append(("attention.heads", config.attention.heads))
+    if has(config.model.pattern, WITH_RECURRENT):
+        split.append(("recurrent.heads", config.recurrent.heads))
+    if has(config.model.pattern, WITH_DELTA):
+        split.append(("delta.heads", config.delta.heads))
+    for name, size in split:
+        if size % parallel.tensor:
+            raise ValueError(
+                f"{name}={size} does not divide by parallel.tensor={parallel.tensor}; make it a multiple of it"
+            )
+    _check_context(config)
+
+
+def _check_context(config: Config) -> None:
+    """Shards of the sequence: over context-parallel ranks, and over tensor-parallel ones between the linears."""
+    parallel, length, pattern = config.parallel, config.model.seq_length, config.model.pattern
+    shards = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    if length % shards:
+        raise ValueError(
+            f"model.seq_length={length} does not divide by parallel.context={parallel.context}"
+            f"{f' x tensor={parallel.tensor} (parallel.sequence)' if parallel.sequence else ''}; nearest: "
+            f"{max(1, round(length / shards)) * shards}"
+        )
+    if parallel.context == 1:
+        return
+    if "C" in pattern and length // parallel.context % config.attention.segment:
+        raise ValueError(
+            f"C layers want whole segments on each rank: model.seq_length={length} / parallel.context="
+            f"{parallel.context} = {length // parallel.context} is no multiple of attention.segment="
+            f"{config.attention.segment}; change one of them"
+        )
+    _, handed = context_levels(config)
+    if (handed > 1 or "C" in pattern) and has(pattern, WITH_MEMORY) and config.memory.kernel != "lifted":
+        raise ValueError(
+            f"memory.kernel={config.memory.kernel!r} keeps a state that grows with the sequence and is not handed on; "
+            f"take parallel.context_mode='heads', and a parallel.context that divides memory.heads="
+            f"{config.memory.heads} / tensor={parallel.tensor}"
+        )
+
+
+def _check_model(config: Config) -> None:
+    pattern = config.model.pattern
+    unknown = sorted(set(pattern) - set(LAYERS) - {"|"})
+    if unknown:
+        raise ValueError(
+            f"model.pattern={pattern!r} has unknown symbols "
+            f"{' '.join(symbol if symbol.isprintable() else repr(symbol) for symbol in unknown)}; "
+            f"use {', '.join(f'{symbol} {kind}' for symbol, kind in LAYERS.items())}, | pipeline cut"
+        )
+    if not all(pattern.split("|")):
+        raise ValueError(f"model.pattern={pattern!r} has a stage without layers; put layers on both sides of every '|'")
+    if has(pattern, WITH_MEMORY):
+        _check_memory(config)
+    elif config.train.validate_silenced:
+        raise ValueError(
+            f"train.validate_silenced=true but model.pattern={pattern!r} has no memory to silence; set it false"
+        )
+    if config.data.packed:
+        _check_packed(config)
+    _check_attention(config)
+
+
+def _check_attention(config: Config) -> None:
+    attention, pattern = config.attention, config.model.pattern
+    if not has(pattern, WITH_ATTENTION):
+        if attention.persistent:
+            raise ValueError(
+                f"attention.persistent={attention.persistent} but model.pattern={pattern!r} has no attention to see "
+                "them; add *, F, A or C layers, or set attention.persistent=0"
+            )
+        return
+    if attention.head_dim % 2:
+        raise ValueError(f"attention.head_dim={attention.head_dim} is odd; rotary needs an even size")
+    if "C" in pattern and config.parallel.sequence:
+        raise ValueError("parallel.sequence=true with C layers, which read segment after segment; set it false")
+
+
+def _check_memory(config: Config) -> None:
+    memory, length = config.memory, config.model.seq_length
+    for name, size in (("chunk", memory.chunk), ("window", memory.window)):
+        if size > length:
+            raise ValueError(f"memory.{name}={size} is longer than model.seq_length={length}; shorten it")
+    try:
+        memory.rule()
+    except ValueError as error:
+        raise ValueError(f"[memory] {error}") from error
+    if length % memory.chunk:
+        raise ValueError(
+            f"model.seq_length={length} is not a multiple of memory.chunk={memory.chunk}; "
+            f"nearest: {max(1, round(length / memory.chunk)) * memory.chunk}"
+        )
+    if config.train.gradient_reach % memory.chunk:
+        nearest = max(1, round(config.train.gradient_reach / memory.chunk)) * memory.chunk
+        raise ValueError(
+            f"train.gradient_reach={config.train.gradient_reach} is not a multiple of memory.chunk={memory.chunk}; "
+            f"nearest: {nearest}"
+        )
+    if config.train.gradient_reach and memory.kernel != "lifted":
+        raise ValueError(
+            f"train.gradient_reach={config.train.gradient_reach} with memory.kernel={memory.kernel!r}, which keeps its "
+            "sources as they are, and gradients to all of them; set train.gradient_reach=0"
+        )
+    if memory.step_in_momentum and (memory.omega_gates != "none" or not memory.momentum):
+        raise ValueError(
+            f"memory.step_in_momentum=true came with omega_gates={memory.omega_gates!r}, momentum="
+            f"{str(memory.momentum).lower()}; the step then takes gamma's place: set omega_gates='none', momentum=true"
+        )
+    if memory.write_gate and memory.ns_period > 1 and memory.ns_step != "sum":
+        raise ValueError(
+            f"memory.write_gate=true with ns_period={memory.ns_period}, ns_step={memory.ns_step!r}: one token's gate "
+            "would decide for its whole period; set memory.ns_step='sum'"
+        )
+    if config.train.late_write_budget and not config.train.write_budget:
+        raise ValueError(
+            f"train.late_write_budget={config.train.late_write_budget} rises from train.write_budget=0; set that too"
+        )
+    if config.train.write_budget and not memory.write_gate:
+        raise ValueError(
+            f"train.write_budget={config.train.write_budget} with memory.write_gate=false, which has no gate that "
+            "keeps to it; set memory.write_gate=true, or train.write_budget=0"
+        )
+    if memory.kernel != "lifted" and memory.feature_map != "identity":
+        raise ValueError(
+            f"memory.feature_map={memory.feature_map!r} with memory.kernel={memory.kernel!r}; that kernel lifts by "
+            "itself: set memory.feature_map='identity'"
+        )
+    if memory.feature_map == "sketch" and memory.sketch_width < 1:
+        raise ValueError(
+            f"memory.sketch_width={memory.sketch_width} with memory.feature_map='sketch'; give the features of each "
+            f"degree from 2 on, for example {8 * memory.head_dim}"
+        )
+    width = lifted_width(memory.feature_map, memory.head_dim, memory.degree, memory.sketch_width)
+    if width > WIDEST:
+        rows = memory.head_dim * (1 if memory.memory == "linear" else memory.expansion)
+        raise ValueError(
+            f"memory.feature_map={memory.feature_map!r} of degree {memory.degree} lifts head_dim={memory.head_dim} to "
+            f"{width} features: {4 * rows * width * memory.heads / 2**20:,.0f} MiB of weights a matrix and sequence, "
+            f"more than {WIDEST} features are not taken; use a smaller head_dim or degree, feature_map='sketch', or "
+            "'hadamard', which keeps the dimension"
+        )
+
+
+def _check_packed(config: Config) -> None:
+    pattern, kernel = config.model.pattern, config.memory.kernel
+    unpacked = sorted(set(pattern) - set(PACKED) - {"|"})
+    if unpacked:
+        raise ValueError(
+            f"data.packed=true but {', '.join(f'{symbol} ({LAYERS[symbol]})' for symbol in unpacked)} of model.pattern="
+            f"{pattern!r} read over document borders; use {' '.join(PACKED)}, or set data.packed=false"
+        )
+    if has(pattern, WITH_MEMORY) and kernel != "lifted":
+        raise ValueError(f"data.packed=true with memory.kernel={kernel!r} (exponential): set data.packed=false")
+
+
+def _check_batches(config: Config, world_size: int) -> None:
+    train = config.train
+    replicas, together = data_parallel_size(config, world_size), sequences_together(config, world_size)
+    virtual = config.parallel.virtual
+    checked = [("train.global_batch", train.global_batch)]
+    if train.validate_every:
+        checked.append(("train.validate_sequences", train.validate_sequences))
+    for name, size in checked:
+        if size == 0 or size % together:
+            interleaved = f" x {config.parallel.pipeline} interleaved pipeline ranks" if virtual > 1 else ""
+            raise ValueError(
+                f"{name}={size} is not a multiple of train.micro_batch={train.micro_batch} x {replicas} data-parallel "
+                f"replicas{interleaved} = {together}; nearest: {max(1, round(size / together)) * together}"
+            )
+
+
+def _check_fp8(config: Config) -> None:
+    """Raise ValueError where `train.fp8` asks for what Transformer Engine's FP8 products cannot take."""
+    if not config.train.fp8:
+        return
+    if not config.model.transformer_engine:
+        raise ValueError(
+            f"train.fp8={config.train.fp8!r} with model.transformer_engine=false, whose linears know no FP8; set "
+            "model.transformer_engine=true, or train.fp8=''"
+        )
+    if config.train.precision == "float32":
+        raise ValueError(f"train.fp8={config.train.fp8!r} with train.precision='float32'; set precision='bfloat16'")
+    model, parallel, pattern = config.model, config.parallel, config.model.pattern
+    shards = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    sizes = {
+        "model.hidden_size": model.hidden_size,
+        f"model.ffn_hidden_size / tensor={parallel.tensor}": model.ffn_hidden_size // parallel.tensor,
+        f"train.micro_batch x model.seq_length / {shards} shards": config.train.micro_batch
+        * model.seq_length
+        // shards,
+    }
+    mixers = {"memory": WITH_MEMORY, "attention": WITH_ATTENTION, "recurrent": WITH_RECURRENT, "delta": WITH_DELTA}
+    for name, symbols in mixers.items():
+        if has(pattern, symbols):
+            section = getattr(config, name)
+            width = section.heads * section.head_dim // parallel.tensor
+            sizes[f"{name}.heads x head_dim / tensor={parallel.tensor}"] = width
+    for name, size in sizes.items():
+        if size % FP8_MULTIPLE:
+            raise ValueError(
+                f"{name} = {size} is no multiple of {FP8_MULTIPLE}, which train.fp8 needs; nearest: "
+                f"{max(1, round(size / FP8_MULTIPLE)) * FP8_MULTIPLE}"
+            )

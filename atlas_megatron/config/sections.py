@@ -1,0 +1,295 @@
+"""What a run is: one frozen dataclass for each TOML section.
+
+Every field has a unit or a meaning beside it. `toml.describe` reads these comments out of this file for `--help`, so
+that they stand in one place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from atlas_kernels.rule import MemoryRule
+
+# What each symbol of `model.pattern` stands for.
+LAYERS = {
+    "M": "memory",
+    "*": "sliding-window attention",
+    "F": "full attention",
+    "A": "memory as a gate",
+    "C": "memory as a context",
+    "R": "GRU",
+    "L": "LSTM",
+    "D": "DeltaNet",
+    "G": "Gated DeltaNet",
+    "-": "MLP",
+}
+
+# Which of them have which section's part.
+WITH_MEMORY, WITH_ATTENTION, WITH_RECURRENT, WITH_DELTA = "MAC", "*FAC", "RL", "DG"
+
+
+# Keys with defaults that change what a saved model is: what they were before there were any.
+LATER: dict[str, dict[str, Any]] = {"memory": {"open_gate": False, "copy_start": False}}
+
+
+def has(pattern: str, symbols: str) -> bool:
+    """Whether a pattern holds one of these symbols."""
+    return bool(set(symbols) & set(pattern))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what makes it repeatable."""
+
+    directory: str = "runs/atlas"  # everything the run writes, in a folder of its own
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The stack around the mixers (Llama-style: pre-RMSNorm, SwiGLU)."""
+
+    # One symbol a layer: M memory, * sliding-window attention, F full attention, A memory as a gate of sliding-window
+    # attention (MAG), C memory as a context of attention (MAC), - SwiGLU MLP; | pipeline cut (without any, the blocks
+    # are dealt out evenly). M-*- is MAL.
+    # Baselines: R GRU, L LSTM, D DeltaNet, G Gated DeltaNet; F-F- is a Transformer++.
+    pattern: str = "M-M-*-M-"
+    hidden_size: int = 256
+    ffn_hidden_size: int = 704
+    vocab_size: int = 4096  # rows of the embedding; the tokenizer's vocabulary must fit
+    seq_length: int = 512  # tokens of one training sequence
+    tied_embeddings: bool = True
+    norm_epsilon: float = 1e-5
+    init_std: float = 0.02
+    transformer_engine: bool = False  # linears and norms from Transformer Engine (needs a GPU)
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """The neural memory of every `M` layer; the letters of the paper in brackets."""
+
+    # Sets the keys that make a member of the family: atlas, atlas++, omeganet, titans, ttt, delta, dla, swla,
+    # deep_transformer, swdt, dot. A key beside it wins; on the command line it wins over the file.
+    preset: str = ""
+    memory: str = "mlp"  # linear | mlp | gated_mlp
+    loss: str = "l2"  # l2 | dot
+    # none | layer: LayerNorm on the memory's output. Deep memories without Newton-Schulz diverge without it; with
+    # Newton-Schulz it costs bits and makes outer gradients explode (docs/results/recipe.md).
+    norm: str = "none"
+    activation: str = "gelu"
+    heads: int = 4
+    head_dim: int = 64  # K = V
+    expansion: int = 4  # F / V of a deep memory
+    kernel: str = "lifted"  # lifted (by feature_map) | exponential | softmax (divided by its sum): a growing cache
+    feature_map: str = "hadamard"  # identity | hadamard | taylor | sketch
+    degree: int = 2  # p of the feature map
+    sketch_width: int = 0  # features of each degree from 2 on of feature_map = "sketch"
+    window: int = 16  # c of the Omega rule, tokens
+    chunk: int = 64  # b, tokens that share one gradient anchor
+    omega_gates: str = "pair"  # gamma: pair (one a reader and source) | source | none (1)
+    momentum: bool = True
+    step_in_momentum: bool = False  # Titans: eta scales the gradient that enters the momentum, not the write
+    retention: bool = True  # false: alpha is 1, nothing decays
+    ns_steps: int = 5  # k, Newton-Schulz steps; 0 writes the raw momentum
+    ns_period: int = 1  # m, tokens between orthogonalised writes (1 is the paper); divides chunk
+    ns_step: str = "last"  # of a write: last (eta of its token) | sum (of the ns_period etas that it stands for)
+    ns_coefficients: str = "jordan"  # jordan | polar_express
+    # Writing and forgetting follow one gate w that can be exactly 0: eta is its bound times w, alpha its gate to the
+    # power w. What is not worth a write is not forgotten over; train.write_budget makes it ask for zeros.
+    write_gate: bool = False
+    conv_size: int = 4  # taps of the short convolutions on q, k, v
+    # Keys start as the query of the token before them: a memory begins by answering what followed its query, and
+    # learns to recall sooner (docs/results/mqar.md). False: as they are drawn.
+    late_keys: bool = True
+    # The output gate has a bias, which starts where SiLU is one. Without it a read begins times a small random sign.
+    open_gate: bool = True
+    # Values start as their token alone and the output matrix as the transpose of theirs: with the two above a memory
+    # begins by saying the token that followed what it is asked for (docs/results/recipe.md).
+    copy_start: bool = True
+    gate_rank: int = 32  # of the low-rank pairs behind alpha, eta, theta, gamma
+    # Retention of one token at initialisation. 0 derives it. Newton-Schulz: 0.99, which at its step keeps the outer
+    # gradient over any number of chunks near one. None: what was there first fades to a third over seq_length tokens,
+    # 100 at least; where it fades away the output norm divides by next to nothing, and gradients explode.
+    alpha_start: float = 0.0
+    theta_start: float = 0.9  # momentum decay at initialisation
+    gamma_start: float = 0.5  # Omega gate at initialisation
+    # Step size at initialisation; a learned one stays below 10 times it. 0 derives it. Newton-Schulz: 0.01 a token
+    # (0.0015 for a gated memory).
+    # None: the steps of one chunk (eta x gamma x window / (1 - theta) x chunk, all at one anchor) sum to eta_sum, so
+    # that the largest sum to one: beyond, deep memories diverge. For a linear memory with the dot loss, which has no
+    # feedback, the steps of one token sum to it.
+    eta_start: float = 0.0
+    eta_sum: float = 0.1
+    # Of a deep memory: the share of the outer gradient that passes through the weights at which inner gradients are
+    # taken. 1 is exact; where a recipe of one's own makes it explode, less of it damps each passage. 0 is first order,
+    # those weights are constants: cheaper, and learns recall less well. A linear memory's is always exact.
+    anchor_gradient: float = 1.0
+    impl: str = "auto"  # reference | chunked | triton (a GPU) | auto
+
+    def rule(self) -> MemoryRule:
+        """The part of this section that `atlas_kernels` learns by; raises ValueError where it does not fit together."""
+        own = {f.name: getattr(self, f.name) for f in fields(MemoryRule)}
+        return MemoryRule(**{**own, "anchor_gradient": 1.0 if self.memory == "linear" else self.anchor_gradient})
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Attention of every `*`, `F`, `A` and `C` layer; `F` sees everything before a token."""
+
+    heads: int = 4
+    head_dim: int = 64
+    window: int = 128  # tokens a query of `*` and `A` sees, itself included
+    rotary_base: float = 10000.0
+    persistent: int = 0  # learned tokens that every query sees besides
+    segment: int = 128  # tokens of one segment of `C`, which attends within them and reads the memory before them
+
+
+@dataclass(frozen=True)
+class RecurrentConfig:
+    """The cells of every `R` (GRU) and `L` (LSTM) layer."""
+
+    heads: int = 4  # recurrences side by side, each of its own
+    head_dim: int = 64  # numbers that one of them remembers (LSTM: twice as many)
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """The memory of every `D` (DeltaNet) and `G` (Gated DeltaNet) layer."""
+
+    heads: int = 4
+    head_dim: int = 64  # K = V
+    conv_size: int = 4  # taps of the short convolutions on q, k, v
+    # As the memory's; the delta rules of the literature have none of them.
+    late_keys: bool = False
+    open_gate: bool = False
+    copy_start: bool = False
+    # auto: flash-linear-attention for bfloat16 on a GPU where it is installed, else chunked, the kernels of the memory.
+    impl: str = "auto"  # fla | chunked | auto
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """AdamW, linear warm-up, cosine decay."""
+
+    steps: int = 1000
+    global_batch: int = 8  # sequences a step
+    micro_batch: int = 8  # sequences a forward pass on one device
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    warmup_steps: int = 100
+    weight_decay: float = 0.1  # not on norms, gates, start weights
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    precision: str = "auto"  # auto: bfloat16 with float32 master weights on a GPU, float32 on a CPU
+    # "": off. hybrid | e4m3: the linears of mixers, attention and MLPs multiply in FP8 (Transformer Engine, from
+    # sm_89); the memory's gates, its inner loop and its state never do.
+    fp8: str = ""
+    fp8_recipe: str = "delayed"  # delayed | tensorwise | blockwise (sm_90) | mxfp8 (sm_100): how FP8 is scaled
+    # Of memories with memory.write_gate: how much the mean of sqrt(w + 1e-4) counts beside the loss (which is reported
+    # without it). It rises to that over the first quarter of the steps, and from half of them on to
+    # late_write_budget, where that is not 0: by then what is read is known, and the rest can be left unwritten.
+    write_budget: float = 0.0
+    late_write_budget: float = 0.0
+    # Tokens over which gradients go back through a memory, in whole chunks; 0: over the whole sequence. A run whose
+    # model.seq_length has grown takes a quarter of the length that it began with, as exported models do.
+    gradient_reach: int = 0
+    recompute: bool = False  # recompute each layer's activations in the backward
+    deterministic: bool = False  # two runs of one layout are bit-equal on a GPU too; refuses what cannot be
+    validate_every: int = 100  # steps; 0 never
+    validate_sequences: int = 64
+    validate_silenced: bool = False  # also validate with every memory held at its start weights: what it contributes
+    log_every: int = 1  # steps between progress lines; metrics.jsonl has every step
+    stats_every: int = 10  # steps between measurements of gates, norms, surprise, spectra and memory share
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 200  # steps; the last step is always saved
+    keep: int = 2  # newest checkpoints kept
+    keep_best: bool = True  # and, of those saved after a validation, the one of the lowest loss
+    async_save: bool = False  # written from a copy in memory while training goes on
+
+
+@dataclass(frozen=True)
+class ResilienceConfig:
+    """What a run does about hung steps, slow processes, NaN and inf."""
+
+    # Without a finished step, until every process writes the stacks of its threads and ends; 0 never. The first step, a
+    # validation and a checkpoint have parallel.timeout_minutes more. Less than that: the stacks then come first.
+    hang_minutes: float = 20.0
+    # Steps between reports of the slowest process: its time in data and forward passes against the median's. 0 never.
+    straggler_every: int = 50
+    # stop: a run ends at the first NaN or inf. skip: that batch is passed over and nothing else changes; after so many
+    # in a row the run goes back to the newest whole checkpoint, and on with the data behind them.
+    non_finite: str = "stop"
+    skips_in_a_row: int = 3  # until it goes back
+    most_skipped: int = 100  # batches of a whole run; one more, and it stops
+    most_returns: int = 3  # to a checkpoint in a whole run; one more, and it stops
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Megatron .bin/.idx prefixes; a blend is a list of ``"weight prefix"``."""
+
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    tokenizer: str = ""  # folder with tokenizer.json
+    workers: int = 0  # loader processes
+    # Train although the data were made with another tokenizer than data.tokenizer, and resume although the tokenizer or
+    # the training data are others than the checkpoint's. Other data are read from their first sequence on.
+    allow_change: bool = False
+    # Documents of one sequence do not see each other: memories, convolutions and attention begin anew at each.
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Devices along each axis; data parallel is what remains of the world."""
+
+    tensor: int = 1
+    sequence: bool = False  # Megatron sequence parallel inside the tensor group
+    pipeline: int = 1
+    virtual: int = 1  # stages of model.pattern a pipeline rank: every `pipeline`-th one (interleaved schedule)
+    # Ranks that hold equal contiguous shards of each sequence.
+    context: int = 1
+    # How a memory crosses them. heads: all-to-all, all tokens of a share of the heads. handoff: the state, from rank
+    # to rank. heads+handoff: the first inside a node, the second between nodes. auto: heads as far as they divide in
+    # a node, handed on beyond.
+    context_mode: str = "auto"
+    devices_per_node: int = 0  # 0: as the launcher says (LOCAL_WORLD_SIZE), else all in one
+    # Until a process that does not answer is given up: longer than one writes its share of a checkpoint, and than the
+    # first indexes the data.
+    timeout_minutes: float = 30.0
+    context_slices: int = 0  # of batch x heads that the hand-off is pipelined over; 0: twice the ranks it passes
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    tensorboard: bool = True
+    wandb: str = ""  # project name; empty is off
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    recurrent: RecurrentConfig = field(default_factory=RecurrentConfig)
+    delta: DeltaConfig = field(default_factory=DeltaConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def layers_of(config: Config) -> str:
+    """One symbol a layer: the pattern without its pipeline cuts."""
+    return config.model.pattern.replace("|", "")

@@ -1,0 +1,1 @@
+"""From text files to batches: corpora, tokenizers, indexed datasets, and the order in which they are read."""

@@ -1,0 +1,313 @@
+"""What one rank sends in one training step, in bytes by kind, from closed forms; and what ranks wait for each other.
+
+Counted is what a rank puts on its links where collectives go round a ring of n ranks: an all-reduce 2 (n-1)/n of its
+tensor, an all-gather and a reduce-scatter (n-1)/n of the whole one, an all-to-all (n-1)/n of its tensor, a message all
+of it. Left out are scalars (loss, gradient norm, counts of steps), what validation and the measurements of
+train.stats_every exchange, and the padding of Megatron's buffers, whose parameters begin at multiples of 64.
+
+Dims: t tokens of a context-parallel shard, H heads of a tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from atlas_megatron.config import Config, layers_of
+from atlas_megatron.config.checks import data_parallel_size
+from atlas_megatron.config.context_levels import context_levels
+from atlas_megatron.estimate.memory import micro_batches, parameters_at, replicated_parameters, stages_at
+from atlas_megatron.mixers import MIXERS
+from atlas_megatron.mixers.memory_layout import lifted, weight_shapes
+from atlas_megatron.mixers.recurrent import Recurrent
+from atlas_megatron.parallel.scan import slicing
+
+
+class Kind(StrEnum):
+    """What is sent, after the group it stays in."""
+
+    TENSOR_SUM = "tensor: all-reduce"
+    TENSOR_GATHER = "tensor: all-gather"
+    TENSOR_SCATTER = "tensor: reduce-scatter"
+    PIPELINE = "pipeline: messages"
+    CONVOLUTION = "context: convolution halo"
+    ATTENTION = "context: attention halo"
+    HEADS = "context: heads all-to-all"
+    STATE = "context: state hand-off"
+    GRADIENTS = "data: gradient reduce-scatter"
+    PARAMETERS = "data: parameter all-gather"
+    EMBEDDING = "tied embeddings: gradient all-reduce"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank, as far as its traffic depends on it: its place in the pipeline and in the sequence."""
+
+    pipeline: int = 0
+    context: int = 0
+
+
+# Bytes of one micro-batch's forward, and of its backward.
+Traffic = Mapping[Kind, float]
+Both = tuple[Traffic, Traffic]
+NOTHING: Both = ({}, {})
+WIDE = 4  # bytes of what is at least float32: tokens on their way into a memory, and its state
+POSITION = 8  # bytes of a token's place in its packed document
+
+
+def bytes_sent(config: Config, world_size: int, place: Place, *, bf16: bool) -> dict[Kind, float]:
+    """Bytes that a rank sends in one step, by kind; without the kinds of which it sends none."""
+    size, layers, ends = 2 if bf16 else 4, [], []
+    for number, stage in enumerate(stages_at(config, place.pipeline)):
+        ends.append(_stage_ends(config, place.pipeline + number * config.parallel.pipeline, size))
+        for symbol in stage:
+            layers += [_layer_tensor(config, symbol, size), _layer_context(config, symbol, place, size)]
+    forward, backward = _together(layers)
+    once = [forward] if config.train.recompute else []
+    passes = _sum(*_together(ends), forward, *once, backward)
+    count = micro_batches(config, world_size)
+    step = _sum({kind: count * sent for kind, sent in passes.items()}, _after_backward(config, world_size, place, size))
+    return {kind: step[kind] for kind in Kind if step.get(kind)}
+
+
+def busiest(config: Config, world_size: int, pipeline: int, *, bf16: bool) -> dict[Kind, float]:
+    """`bytes_sent` of that context-parallel rank of a pipeline rank that sends most."""
+    places = (Place(pipeline, context) for context in range(config.parallel.context))
+    return max((bytes_sent(config, world_size, place, bf16=bf16) for place in places), key=lambda t: sum(t.values()))
+
+
+def _sum(*parts: Traffic) -> dict[Kind, float]:
+    return {kind: sum(part.get(kind, 0.0) for part in parts) for kind in Kind}
+
+
+def _together(parts: list[Both]) -> Both:
+    return _sum(*(forward for forward, _ in parts)), _sum(*(backward for _, backward in parts))
+
+
+def _ring(ranks: int) -> float:
+    """The share of a tensor that a rank sends on when it goes round."""
+    return (ranks - 1) / ranks
+
+
+def _shard_tokens(config: Config) -> int:
+    """Of one micro-batch, B t."""
+    return config.train.micro_batch * config.model.seq_length // config.parallel.context
+
+
+def _layer_tensor(config: Config, symbol: str, size: int) -> Both:
+    """One layer's linears among tensor-parallel ranks."""
+    hidden, rank = config.model.hidden_size, config.memory.gate_rank
+    # Widths of what column-parallel linears read, and how many row-parallel ones answer.
+    columns, rows = {
+        "M": (hidden + rank, 1),
+        "A": (2 * hidden + rank, 2),
+        "C": (4 * hidden + rank, 3),
+        "D": (2 * hidden, 1),
+        "G": (2 * hidden, 1),
+    }.get(symbol, (hidden, 1))
+    return _linears(config, columns, rows, size)
+
+
+def _linears(config: Config, columns: int, rows: int, size: int) -> Both:
+    """Column-parallel linears that read so many numbers a token, and `rows` row-parallel ones.
+
+    Outputs of the latter are summed in the forward, gradients of the former's inputs in the backward. Under sequence
+    parallelism each sum is scattered along T, and the inputs, of which a rank keeps its part, are gathered both times.
+    """
+    parallel = config.parallel
+    sent = _ring(parallel.tensor) * _shard_tokens(config) * size
+    inputs, outputs = sent * columns, sent * rows * config.model.hidden_size
+    if parallel.tensor == 1:
+        return NOTHING
+    if not parallel.sequence:
+        return {Kind.TENSOR_SUM: 2 * outputs}, {Kind.TENSOR_SUM: 2 * inputs}
+    forward = {Kind.TENSOR_GATHER: inputs, Kind.TENSOR_SCATTER: outputs}
+    return forward, {Kind.TENSOR_GATHER: inputs + outputs, Kind.TENSOR_SCATTER: inputs}
+
+
+def _stage_ends(config: Config, stage: int, size: int) -> Both:
+    """Where a stage of the pattern begins and ends: the embedding, the logits and their loss, or a neighbour."""
+    parallel, hidden = config.parallel, config.model.hidden_size
+    tokens, last = _shard_tokens(config), parallel.pipeline * parallel.virtual - 1
+    message = {Kind.PIPELINE: float(tokens * hidden * size) / (parallel.tensor if parallel.sequence else 1)}
+    ends: list[Both] = [_linears(config, 0, 1, size)] if stage == 0 else [({}, message)]
+    if stage < last:
+        ends.append((message, {}))
+    else:
+        # Of each token's logits the largest, the label's, and the sum of the exponentials.
+        loss = {Kind.TENSOR_SUM: 2 * _ring(parallel.tensor) * 3 * tokens * 4}
+        ends += [_linears(config, hidden, 0, size), (loss, {})]
+    return _together(ends)
+
+
+def _layer_context(config: Config, symbol: str, place: Place, size: int) -> Both:
+    """One layer among context-parallel ranks."""
+    parallel, memory, attention = config.parallel, config.memory, config.attention
+    if parallel.context == 1 or symbol == "-":
+        return NOTHING
+    batch, tensor = config.train.micro_batch, parallel.tensor
+    parts: list[Both] = []
+    if symbol in "MADG":
+        own = config.delta if symbol in "DG" else memory
+        channels = 3 * own.heads * own.head_dim // tensor
+        parts.append(_halo(config, place, Kind.CONVOLUTION, own.conv_size - 1, batch * channels * size))
+        parts.append(_exchange(config, symbol))
+    if symbol in "*AF":
+        reach = None if symbol == "F" else attention.window - 1
+        numbers = 2 * batch * attention.heads * attention.head_dim // tensor
+        parts.append(_halo(config, place, Kind.ATTENTION, reach, numbers * size))
+    if symbol in "MADGCRL":
+        parts.append(_hand_off(config, symbol, place))
+    return _together(parts)
+
+
+def _halo(config: Config, place: Place, kind: Kind, reach: int | None, width: int) -> Both:
+    """The last `reach` positions (None: all), of `width` bytes each, to the right; their gradients to the left."""
+    ranks = config.parallel.context
+    length = config.model.seq_length // ranks
+    needed = (ranks - 1) * length if reach is None else reach
+    hops = min(-(-needed // length), ranks - 1)
+    lengths = [min(length, needed - hop * length) for hop in range(hops)]
+    right, left = lengths[: ranks - 1 - place.context], lengths[: place.context]
+    return {kind: float(sum(right) * width)}, {kind: float(sum(left) * width)}
+
+
+def _exchange(config: Config, symbol: str) -> Both:
+    """Sequence shards against shards of the heads, and what a memory answered back; the same of the gradients."""
+    near, _ = context_levels(config)
+    if near == 1:
+        return NOTHING
+    sent = _ring(near) * _shard_tokens(config)
+    if symbol in "DG":
+        heads, numbers = config.delta.heads, 4 * config.delta.head_dim + (2 if symbol == "G" else 1)
+    else:
+        # alpha, eta, theta and gamma, learned or not.
+        gates = 3 + (config.memory.window if config.memory.omega_gates == "pair" else 1)
+        heads, numbers = config.memory.heads, 4 * config.memory.head_dim + gates
+    exchanged = sent * heads // config.parallel.tensor * numbers * WIDE
+    positions = sent * near * POSITION if config.data.packed else 0.0
+    return {Kind.HEADS: exchanged + positions}, {Kind.HEADS: exchanged}
+
+
+def _hand_off(config: Config, symbol: str, place: Place) -> Both:
+    """A layer's state to the right neighbour, and its gradient to the left one. Slices together make up the whole."""
+    ranks, near = _chain(config, symbol)
+    number, batch = place.context // near, config.train.micro_batch
+    length = config.model.seq_length // ranks
+
+    def state(border: int) -> float:
+        return float(batch * _carried(config, symbol, border * length) / (config.parallel.tensor * near) * WIDE)
+
+    forward = {Kind.STATE: state(number + 1)} if number < ranks - 1 else {}
+    return forward, ({Kind.STATE: state(number)} if number > 0 else {})
+
+
+def _chain(config: Config, symbol: str) -> tuple[int, int]:
+    """(ranks that a layer's state passes, ranks that share each of its places): R, L and C never exchange heads."""
+    if symbol in "RLC":
+        return config.parallel.context, 1
+    near, far = context_levels(config)
+    return far, near
+
+
+def _carried(config: Config, symbol: str, position: int) -> int:
+    """Numbers of one sequence's state at this position, of all heads."""
+    memory, delta, recurrent = config.memory, config.delta, config.recurrent
+    if symbol in "DG":
+        return delta.heads * delta.head_dim**2
+    if symbol in "RL":
+        cell = MIXERS[symbol]
+        assert issubclass(cell, Recurrent)
+        return recurrent.heads * recurrent.head_dim * cell.carries
+    # The anchor goes along where a chunk is not at its end; of packed documents nobody knows.
+    begun = config.data.packed or position % memory.chunk > 0
+    matrices = sum(rows * cols for rows, cols in weight_shapes(memory)) * (1 + memory.momentum + begun)
+    width, features = memory.head_dim, lifted(memory)
+    residual = memory.memory != "linear" and features != width
+    source = features + width * (2 if residual else 1) + (memory.omega_gates != "pair")
+    # C hands on what its convolutions still need besides.
+    tail = 3 * width * (memory.conv_size - 1) if symbol == "C" else 0
+    return memory.heads * (matrices + (memory.window - 1) * source + tail)
+
+
+def _after_backward(config: Config, world_size: int, place: Place, size: int) -> Traffic:
+    """Once a step: gradients and parameters of the distributed optimizer, and of what several ranks hold."""
+    parallel, model = config.parallel, config.model
+    share = _ring(data_parallel_size(config, world_size) * parallel.context) * parameters_at(config, place.pipeline)
+    sent = {Kind.GRADIENTS: share * 4, Kind.PARAMETERS: share * size}
+    last = parallel.pipeline - 1
+    if parallel.sequence:
+        # Each rank saw other tokens.
+        layers = "".join(stages_at(config, place.pipeline))
+        held = sum(replicated_parameters(config, symbol) for symbol in layers)
+        held += model.hidden_size if place.pipeline == last else 0
+        sent[Kind.TENSOR_SUM] = 2 * _ring(parallel.tensor) * held * 4
+    if model.tied_embeddings and last > 0 and place.pipeline in (0, last):
+        sent[Kind.EMBEDDING] = 4.0 * model.vocab_size * model.hidden_size / parallel.tensor
+    return sent
+
+
+def pipeline_bubble(config: Config, world_size: int) -> float:
+    """The share of a step in which a pipeline rank waits for others: (p-1) / (v m + p-1).
+
+    p ranks of v equal stages each and m micro-batches, 1F1B or interleaved: p-1 stages' passes fill and drain it.
+    """
+    idle = config.parallel.pipeline - 1
+    return idle / (config.parallel.virtual * micro_batches(config, world_size) + idle)
+
+
+def hand_off_bubble(config: Config) -> float:
+    """The share of a pass in which a rank waits for a state, at most, forward and backward alike.
+
+    A chain of c ranks scans a layer in s slices. The left neighbour begins a slice when it is done with the one before,
+    so rank r follows it by one slice of one layer, 1/s of a scan. It never catches up and never falls back further:
+    nobody waits for the right, and the left neighbour's next layer is under way as long before. So a forward pays
+    (c-1)/s scans of its slowest layer, once and not a layer; the backward the same to the left, in its own scans.
+    R, L and C do not slice (s = 1), and pass every rank. Ranks that exchange heads wait for each other at each such
+    exchange: there, what R, L and C had them follow by is paid again for each of these layers.
+
+    Assumed: time goes with matrix-product FLOPs, in the backward in the same proportions; messages take none and wait
+    in a queue that is never full; stages are equal; a rank begins each pass with its neighbours, as where passes
+    alternate (1F1B); several forwards in a row, as a pipeline's first ones, pay once.
+    """
+    if config.parallel.context == 1:
+        return 0.0
+    near, far = context_levels(config)
+    follows, again = 0.0, 0.0
+    for symbol in set(layers_of(config)) & set("MADG"):
+        follows = max(follows, (far - 1) * _scan_flops(config, symbol) / _slices(config, symbol))
+    for symbol in layers_of(config):
+        if symbol in "RLC":
+            scan = _scan_flops(config, symbol)
+            follows, again = max(follows, (far - 1) * near * scan), again + (near - 1) * scan
+    parallel = config.parallel
+    stages = parallel.pipeline * parallel.virtual
+    waited = follows + again / stages
+    work = sum(_layer_flops(config, symbol) for symbol in layers_of(config)) / stages
+    return waited / (waited + work)
+
+
+def _slices(config: Config, symbol: str) -> int:
+    """Into which batch and heads of one rank are really cut."""
+    near, far = context_levels(config)
+    heads = (config.delta if symbol in "DG" else config.memory).heads // (config.parallel.tensor * near)
+    batch = config.train.micro_batch
+    rows, columns = slicing(batch, heads, config.parallel.context_slices or 2 * far)
+    return batch // rows * (heads // columns)
+
+
+def _layer_flops(config: Config, symbol: str) -> float:
+    """Forward FLOPs of a token in one layer."""
+    mlp = 6.0 * config.model.hidden_size * config.model.ffn_hidden_size
+    return MIXERS[symbol].flops_per_token(config)[0] if symbol in MIXERS else mlp
+
+
+def _scan_flops(config: Config, symbol: str) -> float:
+    """The part of them that needs the state from the left: a memory, a cell's recurrent products, all of C."""
+    whole, inner = MIXERS[symbol].flops_per_token(config)
+    mixer = MIXERS[symbol]
+    if issubclass(mixer, Recurrent):
+        recurrent = config.recurrent
+        return 2.0 * recurrent.heads * recurrent.head_dim**2 * mixer.gates
+    return whole if symbol == "C" else inner

@@ -1,0 +1,1 @@
+"""A trained model that reads and continues a text of any length."""

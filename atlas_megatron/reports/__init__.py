@@ -1,0 +1,1 @@
+"""Results on the disk, and how they are drawn."""

@@ -1,0 +1,89 @@
+"""AdamW over Megatron-Core's distributed optimizer, with a linear warm-up and a cosine decay."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.transformer import MegatronModule, TransformerConfig
+
+from atlas_megatron.config import Config, TrainConfig
+
+
+def takes_no_decay(parameter: torch.nn.Parameter) -> bool:
+    """Norm gains, gates, start weights (marked by their module), and every bias."""
+    return getattr(parameter, "no_weight_decay", False) or parameter.dim() <= 1
+
+
+def wrap(chunk: MegatronModule, config: TransformerConfig, *, first: bool = True) -> DistributedDataParallel:
+    """A model chunk with gradient buffers that data-parallel replicas reduce together."""
+    options = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        # bfloat16 sums over many replicas lose the small gradients of gates and start weights.
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=torch.cuda.is_available(),
+    )
+    # The backward ends in a rank's first chunk: what the others reduce has its time to overlap, whole.
+    return DistributedDataParallel(config, options, chunk, disable_bucketing=not first)
+
+
+def build_optimizer(
+    config: Config, chunks: list[MegatronModule], *, bf16: bool
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """The optimizer of wrapped model chunks, and its schedule, which counts steps.
+
+    With `bf16` the optimizer holds float32 master weights, sharded over the data-parallel replicas.
+    """
+    train = config.train
+    options = OptimizerConfig(
+        optimizer="adam",
+        lr=train.lr,
+        min_lr=train.min_lr,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_eps=train.adam_eps,
+        clip_grad=train.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+    )
+    no_decay = ParamKey(predicate=ParamPredicate(name="no_weight_decay", fn=takes_no_decay))
+    optimizer = get_megatron_optimizer(options, chunks, {no_decay: ParamGroupOverride(wd_mult=0.0)})
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=train.lr,
+        min_lr=train.min_lr,
+        lr_warmup_steps=train.warmup_steps,
+        lr_decay_steps=train.steps,
+        lr_decay_style="cosine",
+        start_wd=train.weight_decay,
+        end_wd=train.weight_decay,
+        wd_incr_steps=train.steps,
+        wd_incr_style="constant",
+        # The schedule is the configuration's, not the checkpoint's: a resumed run may be made longer.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    return optimizer, scheduler
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """Of the update that step `step` makes, by the schedule above."""
+    if step <= train.warmup_steps:
+        return train.lr * step / train.warmup_steps
+    if step > train.steps:
+        return train.min_lr
+    decayed = (step - train.warmup_steps) / (train.steps - train.warmup_steps)
+    return train.min_lr + (train.lr - train.min_lr) * (1 + math.cos(math.pi * decayed)) / 2
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Of the gradients of all processes as they are now, before an update, which computes it again."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())

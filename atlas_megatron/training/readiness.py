@@ -1,0 +1,73 @@
+"""What would keep a run from its first step, found without a process or a model: data, tokenizer, directory, devices,
+and packages."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atlas_megatron.config import WITH_DELTA, WITH_MEMORY, Config, has
+from atlas_megatron.data.batches import blend, check_tokenizer, check_tokenizer_of, sources
+from atlas_megatron.data.tokenizer import load_tokenizer
+from atlas_megatron.files.scratch import refusal
+
+
+def wrong_with_data(config: Config) -> list[str]:
+    """A line for each of: the training data, the validation data, the tokenizer, and what does not fit together."""
+    if not config.data.train:
+        return ["data.train is empty; give the prefix of a .bin/.idx pair, as tools/prepare_data.py writes it"]
+    validated = config.data.validation if config.train.validate_every and config.train.validate_sequences else ()
+    checks: list[Callable[[], Any]] = [
+        partial(sources, config, config.data.train),
+        partial(sources, config, validated),
+        partial(_check_tokenizer, config, (*config.data.train, *validated)),
+    ]
+    # The same word may be in several sets.
+    return list(dict.fromkeys(line for line in map(_refusal, checks) if line))
+
+
+def wrong_with_directory(config: Config) -> list[str]:
+    """What keeps a run from writing to its directory; empty where it can, or can make it."""
+    try:
+        config.run.directory.encode()
+    except UnicodeEncodeError:
+        return [f"run.directory={config.run.directory!r} holds bytes that are no UTF-8; choose another run.directory"]
+    why = refusal(Path(config.run.directory))
+    return [f"run.directory={config.run.directory}: {why}; choose another run.directory"] if why else []
+
+
+def wrong_with_devices(config: Config) -> list[str]:
+    """What the configuration asks of a GPU, or of a package, that is not here; a cluster's nodes may have it."""
+    on_gpu, pattern = torch.cuda.is_available(), config.model.pattern
+    found = []
+    if config.memory.impl == "triton" and has(pattern, WITH_MEMORY) and not on_gpu:
+        found.append("memory.impl='triton' wants a GPU, and none is seen here; 'auto' takes what there is")
+    if config.delta.impl == "fla" and has(pattern, WITH_DELTA) and not (on_gpu and _installed("fla")):
+        found.append("delta.impl='fla' wants a GPU and flash-linear-attention, which are not here; 'auto' takes ours")
+    if config.model.transformer_engine and not (on_gpu and _installed("transformer_engine")):
+        found.append("model.transformer_engine=true wants a GPU and transformer-engine, which are not here")
+    return found
+
+
+def _check_tokenizer(config: Config, words: tuple[str, ...]) -> None:
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_tokenizer(config, tokenizer)
+    for _, prefix in () if config.data.allow_change else (blended for word in words for blended in blend((word,))):
+        check_tokenizer_of(prefix, tokenizer)
+
+
+def _refusal(check: Callable[[], Any]) -> str:
+    try:
+        check()
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

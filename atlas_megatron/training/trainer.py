@@ -1,0 +1,391 @@
+"""The training loop, from Megatron-Core's public parts: schedule, gradients, optimizer, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import MegatronModule
+from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from atlas_megatron.checkpoint import checkpoint
+from atlas_megatron.checkpoint.checkpoint import Position, Trained
+from atlas_megatron.checkpoint.provenance import Provenance, refusal
+from atlas_megatron.cli.ending import NonFiniteError, line_of
+from atlas_megatron.config import WITH_MEMORY, Config, has, load_saved, to_toml
+from atlas_megatron.data.batches import Batch, Batches, build_datasets, micro_batches, trained_bytes_per_token
+from atlas_megatron.files.scratch import write_whole
+from atlas_megatron.mixers.base import Documents
+from atlas_megatron.model.build import build_chunks, flops_per_token
+from atlas_megatron.parallel import world
+from atlas_megatron.parallel.context import settle
+from atlas_megatron.parallel.device import device
+from atlas_megatron.resilience import non_finite
+from atlas_megatron.resilience.run_lock import RunLock
+from atlas_megatron.resilience.stop_signals import StopSignals
+from atlas_megatron.resilience.stragglers import Stragglers
+from atlas_megatron.resilience.watchdog import Watchdog
+from atlas_megatron.training.metrics import LOW_MEMORY_SHARE, Record, RunLog, Speed
+from atlas_megatron.training.optimizer import build_optimizer, gradient_norm, wrap
+from atlas_megatron.training.resuming import changed_keys, going_on, longer_sequences, samples_as_long
+from atlas_megatron.training.validation import Validation
+from atlas_megatron.training.write_budget import set_budget
+
+
+class Trainer:
+    """One process's share of a run. `join` the world first; every process builds one and calls `train`."""
+
+    def __init__(self, config: Config, signals: StopSignals | None = None, lock: RunLock | None = None) -> None:
+        """Build data, model and optimizer, and load the newest whole checkpoint of the run, if there is one.
+
+        signals: those that the caller already notes, so that none is lost while all this is built; None: from `train`
+        on. lock: the run's, looked at before anything is saved. Raises ValueError for data that cannot be trained on, a
+        checkpoint of another model, or where all are damaged.
+        """
+        directory = Path(config.run.directory)
+        resumed, wrong = checkpoint.to_resume(directory)
+        before = load_saved(resumed / checkpoint.CONFIG) if resumed else config
+        if resumed:
+            checkpoint.check_same_model(resumed, config)
+            config = going_on(config, before)
+        self.config = config
+        train = config.train
+        sequences = train.validate_sequences if train.validate_every else 0
+        train_set, validation_set = build_datasets(config, train.steps * train.global_batch, sequences)
+        provenance = Provenance.of(config)
+        changes = provenance.changes_since(resumed) if resumed else []
+        if resumed and changes and not config.data.allow_change:
+            raise ValueError(refusal(resumed, config, changes))
+        self.trained = _build(config)
+        self._validation = Validation(
+            config, validation_set, self.trained.chunks, partial(self._run, forward_only=True)
+        )
+        self.position = checkpoint.restore(resumed, config, self.trained) if resumed else Position()
+        consumed = 0 if "data" in changes else samples_as_long(config, before, self.position.consumed_samples)
+        self.position = replace(self.position, consumed_samples=consumed)
+        self._saver = checkpoint.Saver(config, provenance)
+        self._batches = Batches(train_set, config, self.position.consumed_samples, endless=True)
+        self._speed = Speed(config, flops_per_token(config).training, torch.distributed.get_world_size())
+        self._has_memory = has(config.model.pattern, WITH_MEMORY)
+        self._warned: set[str] = set()
+        self._signals = signals or StopSignals()
+        self._lock = lock
+        self._watchdog = Watchdog(config)
+        self._stragglers = Stragglers(config.resilience.straggler_every)
+        self._skipped_in_a_row = 0
+        self.log = self._open_log()
+        if world.rank() == 0:
+            # What a finished run was trained with stays; whoever reads it finds all of it or what was there.
+            if self.position.step < config.train.steps or not (directory / checkpoint.CONFIG).is_file():
+                write_whole(directory / checkpoint.CONFIG, to_toml(config))
+        for line in wrong:
+            self._say(line)
+        if resumed:
+            self._say(f"resumed from {resumed}")
+        for said in (changed_keys, longer_sequences):
+            line = said(config, before, self.position.step)
+            if line:
+                self._say(line)
+        if changes:
+            self._say(f"another {' and other '.join(changes)} than before, as data.allow_change=true allows")
+
+    def _open_log(self) -> RunLog | None:
+        """The first process's; what keeps it from opening one ends every process, not the others by waiting for it."""
+        log, refused = None, ""
+        if world.rank() == 0:
+            # Of the training data where their folders say, else of the validation's: the same text, nearly.
+            bytes_per_token = trained_bytes_per_token(self.config) or self._validation.bytes_per_token
+            Path(self.config.run.directory).mkdir(parents=True, exist_ok=True)
+            try:
+                log = RunLog(self.config, self.position.step, bytes_per_token)
+            except (ValueError, OSError) as error:
+                refused = line_of(error)
+        (refused,) = world.from_first([refused])
+        if refused:
+            raise ValueError(refused)
+        return log
+
+    def train(self) -> bool:
+        """Train to the last step; False where SIGTERM, SIGUSR1 or Ctrl-C ended it before, with a checkpoint.
+
+        Raises NonFiniteError, with step and layer, where NaN or inf appears and is not, or not any more, passed over:
+        nothing is saved from then on; and LostProcessError where another process ended.
+        """
+        try:
+            with self._signals, world.naming_the_lost(self.config), self._watchdog:
+                return self._train()
+        finally:
+            if self.log:
+                self.log.close()
+
+    def _train(self) -> bool:
+        every, last = self.config.checkpoint.every, self.config.train.steps
+        self._signals.can_save = True
+        while self.position.step < last:
+            step = self.position.step + 1
+            record, stop = self._step(step)
+            self._watchdog.beat()
+            # A batch passed over: whoever asked to stop is heard again after the next.
+            if record is None:
+                continue
+            self._saver.poll()
+            if self._validation.is_due(step):
+                with self._watchdog.patient():
+                    record |= self._validation.after(step)
+            if self.log:
+                self.log.write(record)
+            if step % every == 0 or step == last or stop:
+                saved = self._save(record.get("validation_loss"), wait=stop or step == last)
+                if stop and step < last:
+                    asked = self._signals.asked or "another process was asked"
+                    self._say(f"{asked}: stopped after step {step}, saved {saved}; the same command resumes there")
+                    return False
+        # Where no step was left to take: the one that an earlier one began.
+        self._saver.finish()
+        return True
+
+    def _save(self, validation_loss: float | None, *, wait: bool) -> Path:
+        """Save the position, with the loss of this step's validation, if any; wait: until it is on the disk."""
+        if self._lock:
+            self._lock.check()
+        with self._watchdog.patient():
+            saved = self._saver.save(self.trained, self.position, validation_loss)
+            if wait:
+                self._saver.finish()
+        return saved
+
+    def _say(self, line: str) -> None:
+        if self.log:
+            self.log.say(line)
+
+    def _step(self, step: int) -> tuple[Record | None, bool]:
+        """One optimizer step: its record, None where the batch was passed over; and whether any was asked to stop."""
+        start = time.perf_counter()
+        train, trained = self.config.train, self.trained
+        with self._stragglers.own():
+            batches = [next(self._batches) for _ in range(micro_batches(self.config, train.global_batch))]
+        measures = self._has_memory and (step == 1 or step % train.stats_every == 0)
+        mixers = _measured(trained.chunks) if measures else []
+        for _, mixer in mixers:
+            mixer.measure = True
+        for chunk in trained.chunks:
+            chunk.zero_grad_buffer()
+        trained.optimizer.zero_grad()
+        tokens = len(batches) * train.micro_batch * self.config.model.seq_length
+        set_budget(trained.chunks, self.config, step, tokens)
+        outputs = self._run(batches, forward_only=False)
+        loss, stop = self._agree([output["loss"] for output in outputs])
+        # Also where this stage has no memory: all processes gather.
+        layers = self._measurements(mixers) if measures else {}
+        trouble = self._trouble(loss, layers, batches)
+        if trouble:
+            self._pass_over(step, *trouble)
+            return None, stop
+        # Before the update: step 1 of the warm-up then already moves the parameters.
+        trained.scheduler.step(1)
+        _, grad_norm, _ = trained.optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise self._diverged(step, *self._bad_gradients(grad_norm))
+        self._skipped_in_a_row = 0
+        self._move_on(step=step, tokens=self.position.tokens + self._speed.tokens_per_step)
+        record = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": float(grad_norm),
+            "lr": trained.optimizer.param_groups[0]["lr"],
+            "tokens": self.position.tokens,
+            **self._speed.after(step, time.perf_counter() - start),
+        }
+        if measures:
+            record["layers"] = layers
+            self._warn(step, layers)
+        if self.position.skipped:
+            record |= {"skipped": self.position.skipped, "returns": self.position.returns}
+        own = self._stragglers.after(step)
+        slow = self._stragglers.line(own)
+        if slow:
+            self._say(f"step {step}: {slow}")
+        return record | own, stop
+
+    def _trouble(self, loss: float, layers: dict[str, Any], batches: list[Batch]) -> tuple[str, str] | None:
+        """What is not finite in a step before its update, and where; the same in every process."""
+        if not math.isfinite(loss):
+            repeat = partial(self._run, batches, forward_only=True)
+            return f"loss is {loss}", non_finite.in_forward(self.trained.chunks, self.config, repeat)
+        bad = non_finite.in_measurements(layers)
+        if bad:
+            return f"{bad[0]} is not finite", non_finite.describe(bad[1], self.config)
+        if self.config.resilience.non_finite == "skip":
+            norm = gradient_norm(self.trained.optimizer)
+            return None if math.isfinite(norm) else self._bad_gradients(norm)
+        return None
+
+    def _bad_gradients(self, norm: float) -> tuple[str, str]:
+        return f"gradient norm is {norm}", non_finite.in_gradients(self.trained.chunks, self.config)
+
+    def _pass_over(self, step: int, what: str, where: str) -> None:
+        """Leave a batch out, and go back to a checkpoint after several in a row; raise where that is not wanted."""
+        limits = self.config.resilience
+        if limits.non_finite == "stop":
+            raise self._diverged(step, what, where)
+        if self.position.skipped >= limits.most_skipped:
+            raise self._diverged(
+                step, what, where, f"resilience.most_skipped={limits.most_skipped} batches were skipped"
+            )
+        self._skipped_in_a_row += 1
+        self._move_on(skipped=self.position.skipped + 1)
+        counts = f"{self._skipped_in_a_row} in a row, {self.position.skipped} in all"
+        self._say(f"step {step}: {what}, first seen in {where}: batch skipped ({counts})")
+        if self._skipped_in_a_row < limits.skips_in_a_row:
+            return
+        if self.position.returns >= limits.most_returns:
+            raise self._diverged(
+                step, what, where, f"resilience.most_returns={limits.most_returns} brought no more steps"
+            )
+        self._go_back(step, what, where)
+
+    def _move_on(self, **changed: int) -> None:
+        """Count what has just been read as consumed."""
+        consumed = self.position.consumed_samples + self.config.train.global_batch
+        self.position = replace(self.position, consumed_samples=consumed, **changed)
+
+    def _go_back(self, step: int, what: str, where: str) -> None:
+        """To the weights, moments and schedule of the newest whole checkpoint; the data goes on from here."""
+        with self._watchdog.patient():
+            self._saver.finish()
+            folder, wrong = checkpoint.to_resume(self.config.run.directory)
+            for line in wrong:
+                self._say(line)
+            saved = checkpoint.restore(folder, self.config, self.trained) if folder else Position()
+            if not saved.step:
+                raise self._diverged(step, what, where, "there is nothing to go back to")
+        returns = self.position.returns + 1
+        self.position = replace(self.position, step=saved.step, tokens=saved.tokens, returns=returns)
+        self._skipped_in_a_row = 0
+        if self.log:
+            self.log.rewind(saved.step)
+        limit = self.config.resilience.most_returns
+        self._say(
+            f"went back to {folder} (return {self.position.returns} of at most {limit}): step {saved.step + 1} comes "
+            "next, with data that was not read before"
+        )
+
+    def _run(self, batches: list[Batch], *, forward_only: bool) -> list[dict[str, Tensor]]:
+        """Core's schedule over the micro-batches; what the loss function returned, on the last stage."""
+        forward = partial(_forward_step, self.config.data.packed)
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward if forward_only else self._stragglers.timed(forward),
+            # Every stage reads all of them; the first takes their tokens, the last their labels.
+            data_iterator=[iter(batches) for _ in self.trained.chunks],
+            model=self.trained.chunks,
+            num_microbatches=len(batches),
+            seq_length=self.config.model.seq_length,
+            micro_batch_size=self.config.train.micro_batch,
+            forward_only=forward_only,
+        )
+        settle()
+        return outputs
+
+    def _agree(self, losses: list[Tensor]) -> tuple[float, bool]:
+        """The loss averaged over replicas, on every stage, and whether any process was asked to stop."""
+        mean = torch.stack(losses).double().mean() if losses else torch.zeros((), dtype=torch.float64, device=device())
+        both = torch.stack((mean, torch.tensor(float(bool(self._signals.asked)), dtype=torch.float64, device=device())))
+        torch.distributed.all_reduce(both)
+        total, asked = both.tolist()
+        # One stage has losses, the same on each tensor-parallel rank; those of context-parallel ranks are parts of one.
+        parallel = self.config.parallel
+        return total * parallel.pipeline * parallel.context / torch.distributed.get_world_size(), asked > 0
+
+    def _measurements(self, mixers: list[tuple[int, Any]]) -> dict[str, dict[str, Any]]:
+        """What every memory layer measured, by layer number, over the processes that hold a part of it."""
+        own: dict[int, dict[str, Any]] = {}
+        for number, mixer in mixers:
+            mixer.measure = False
+            own.setdefault(number, {}).update({name: value.tolist() for name, value in mixer.measurements.items()})
+        everywhere = world.gathered(own)
+        merged = {}
+        for number in sorted({number for part in everywhere for number in part}):
+            parts = [part[number] for part in everywhere if number in part]
+            merged[str(number)] = {name: _over_processes([part[name] for part in parts]) for name in parts[0]}
+        return merged
+
+    def _warn(self, step: int, layers: dict[str, dict[str, Any]]) -> None:
+        """Say, once a layer, that its memory has collapsed: the loss alone does not show it."""
+        for number, layer in layers.items():
+            share = layer.get("memory_share", 1.0)
+            if share < LOW_MEMORY_SHARE and number not in self._warned:
+                self._warned.add(number)
+                where = non_finite.describe(int(number), self.config)
+                self._say(
+                    f"warning: step {step}: the memory carries {share:.1%} of what varies in the output of {where}, "
+                    f"less than {LOW_MEMORY_SHARE:.0%}: the layer runs on its attention alone"
+                )
+
+    def _diverged(self, step: int, what: str, where: str, why: str = "") -> NonFiniteError:
+        # The good one that may still be being written.
+        self._saver.finish()
+        last, _ = checkpoint.latest(self.config.run.directory)
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        return NonFiniteError(
+            f"step {step}: {what}, first seen in {where}{f'; {why}' if why else ''}; {kept}: "
+            "lower train.lr or memory.eta_start, or take memory.norm=layer, and start again"
+        )
+
+
+def _build(config: Config) -> Trained:
+    chunks: list[MegatronModule] = []
+    for model in build_chunks(config):
+        model.to(device())
+        core = get_model_config(model)
+        chunk = wrap(Float16Module(core, model) if core.bf16 else model, core, first=not chunks)
+        # Replicas start from replica 0's parameters, whatever each drew.
+        chunk.broadcast_params()
+        chunks.append(chunk)
+    # The schedule reads the first chunk's.
+    core = get_model_config(chunks[0])
+    optimizer, scheduler = build_optimizer(config, chunks, bf16=core.bf16)
+    core.finalize_model_grads_func = finalize_model_grads
+    core.grad_scale_func = optimizer.scale_loss
+    core.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    return Trained(chunks, optimizer, scheduler)
+
+
+def _forward_step(packed: bool, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, partial]:
+    batch = next(batches)
+    documents = Documents(batch["position_ids"]) if packed else None
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=documents)
+    return output, partial(_loss, batch["loss_mask"], batch["counted"])
+
+
+def _loss(mask: Tensor, counted: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """This shard's part of a micro-batch's mean loss, and what is kept of it.
+
+    losses and mask are [micro_batch, tokens of a shard]; counted: the mask's sum over the whole sequences.
+    """
+    masked = losses.float() * mask
+    loss = masked.sum() / counted.clamp(min=1)
+    # A copy: core scales the first in place, by the shards that its average over all of them divides by among others.
+    return loss, {"loss": loss.detach().clone(), "positions": torch.stack((masked.detach().sum(0), mask.sum(0)))}
+
+
+def _measured(chunks: list[MegatronModule]) -> list[tuple[int, Any]]:
+    """The mixers of these stages that can measure themselves, by layer number."""
+    return [(m.layer_number, m) for chunk in chunks for m in chunk.modules() if hasattr(m, "measurements")]
+
+
+def _over_processes(parts: list[Any]) -> Any:
+    """One measurement of several processes: counts are summed, all else is averaged."""
+    if not isinstance(parts[0], list):
+        return fmean(parts)
+    return [sum(each) if isinstance(each[0], int) else fmean(each) for each in zip(*parts, strict=True)]

@@ -1,0 +1,173 @@
+"""Compile every GPU kernel for sm_80, sm_90 and sm_100, without a GPU, and show what each takes of one.
+
+Registers a thread, bytes of local memory a thread (spilled registers), shared memory of a program, columns of tensor
+memory (sm_100), and which tensor-core instructions are in the code. --check compares with kernels/resources.json and
+names what grew; a kernel that could not be launched for want of shared or tensor memory is named as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from atlas_megatron.cli.ending import command
+from atlas_megatron.cli.version import add_version
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "kernels" / "resources.json"
+MODULES = tuple(f"atlas_kernels.gpu.{name}" for name in ("newton_schulz", "orthogonal_writes", "scan", "edges"))
+# Shared memory that one program may take, in bytes, by compute capability.
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_COLUMNS = 512
+INSTRUCTIONS = ("mma.sync", "wgmma", "tcgen05.mma")
+GROWING = ("registers", "spilled", "shared")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def all_variants() -> list[Any]:
+    """The variants of every module, their names unique."""
+    found = []
+    for name in MODULES:
+        if importlib.util.find_spec(name) is None:
+            print(f"{name} is not there; left out", file=sys.stderr)
+            continue
+        found += importlib.import_module(name).variants()
+    names = [variant.name for variant in found]
+    doubled = {name for name in names if names.count(name) > 1}
+    if doubled:
+        raise ValueError(f"variants share a name: {', '.join(sorted(doubled))}; name them apart")
+    return found
+
+
+def measure(variant: Any, arch: int) -> dict[str, Any]:
+    """What `variant` takes on sm_<arch>.
+
+    Pointers are taken as aligned to 16 bytes, as an allocation is; an integer that is a multiple of 16 at launch is
+    written "i32:16" in the signature, as the launcher would find out.
+    """
+    kernel, signature, hints = variant.kernel, {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in variant.constants:
+            signature[name] = "constexpr"
+            continue
+        kind, _, hint = variant.signature[name].partition(":")
+        signature[name] = kind
+        if kind.startswith("*") or hint == "16":
+            hints[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=dict(variant.constants), attrs=hints)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    counted = {what: int(re.search(rf"\b{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
+    return {
+        "registers": counted["REG"],
+        "spilled": counted["STACK"] + counted["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "tensor_columns": getattr(compiled.metadata, "tmem_size", 0) or 0,
+        "instructions": [name for name in INSTRUCTIONS if name in compiled.asm["ptx"]],
+    }
+
+
+def measure_all() -> dict[str, dict[str, Any]]:
+    """Of every variant and architecture, "name, sm_90": its figures."""
+    return {f"{variant.name}, sm_{arch}": measure(variant, arch) for variant in all_variants() for arch in SHARED}
+
+
+def faults(measured: dict[str, dict[str, Any]], kept: dict[str, dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """(what must not be, what is only worth saying) of the measured figures beside the kept ones."""
+    bad, good = [], []
+    for name, now in measured.items():
+        arch = int(name.rpartition("sm_")[2])
+        if now["shared"] > SHARED[arch]:
+            bad.append(f"{name}: shared memory {now['shared']} of {SHARED[arch]} bytes, cannot be launched")
+        if now["tensor_columns"] > TENSOR_COLUMNS:
+            bad.append(f"{name}: {now['tensor_columns']} of {TENSOR_COLUMNS} tensor memory columns, cannot be launched")
+        if name not in kept:
+            bad.append(f"{name}: not in {TABLE.name}; run with --write")
+            continue
+        before = kept[name]
+        for what in GROWING:
+            if now[what] > before[what]:
+                bad.append(f"{name}: {what} grew from {before[what]} to {now[what]}")
+            elif now[what] < before[what]:
+                good.append(f"{name}: {what} shrank from {before[what]} to {now[what]}")
+        if before["instructions"] and not now["instructions"]:
+            bad.append(f"{name}: no tensor-core instructions, it had {', '.join(before['instructions'])}")
+    bad += [
+        f"{name}: in {TABLE.name} and no longer compiled; run with --write" for name in kept if name not in measured
+    ]
+    return bad, good
+
+
+def show(measured: dict[str, dict[str, Any]]) -> None:
+    table = Table("kernel", "registers", "spilled", "shared", "tensor memory", "instructions")
+    for name, now in measured.items():
+        figures = (now["registers"], now["spilled"] or "-", now["shared"], now["tensor_columns"] or "-")
+        table.add_row(name, *map(str, figures), ", ".join(now["instructions"]) or "-")
+    Console(width=120).print(table)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """What the command line asks for; its exit status, of which 1 is a check that failed."""
+    return command("benchmarks.kernel_resources", lambda: _measure(_parser(), words))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m benchmarks.kernel_resources --check",
+    )
+    add_version(parser)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
+    what.add_argument("--check", action="store_true", help="compare with it; exit 1 where something grew")
+    return parser
+
+
+def _measure(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> int:
+    arguments = parser.parse_args(words)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: interpreted kernels are not compiled; unset it")
+    if arguments.check and not TABLE.exists():
+        parser.error(f"{TABLE.relative_to(ROOT)} is not there; run with --write first")
+    start = time.perf_counter()
+    measured = measure_all()
+    show(measured)
+    print(f"{len(measured)} compilations in {time.perf_counter() - start:.0f} s, triton {triton.__version__}")
+    kept = json.loads(TABLE.read_text())["kernels"] if arguments.check else measured
+    bad, good = faults(measured, kept)
+    for line in good:
+        print(f"{line}; --write keeps it")
+    for line in bad:
+        print(line, file=sys.stderr)
+    if arguments.write and not bad:
+        report = {"command": "python -m benchmarks.kernel_resources --write", "triton": triton.__version__}
+        TABLE.write_text(json.dumps(report | {"kernels": measured}, indent=1) + "\n")
+        print(f"written: {TABLE.relative_to(ROOT)}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

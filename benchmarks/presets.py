@@ -1,0 +1,164 @@
+"""Time every preset's memory beside omeganet's, and packed documents beside one: forward and backward, in turn.
+
+Of a preset with Newton-Schulz the share of the writes is timed apart (the same rule with ns_steps = 0), because the
+iteration is an addition that the preset asks for. Figures are medians over rounds, of seconds and of the ratios within
+a round. Documents: few and many in a sequence; each one's last chunk is filled up, which is most of what packing costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from atlas_kernels import Gates, initial_coefficients, lift, omega_memory
+from atlas_megatron.cli.ending import command
+from atlas_megatron.cli.version import add_version
+from atlas_megatron.config import MemoryConfig
+from atlas_megatron.config.presets import PRESETS
+from atlas_megatron.mixers.memory_layout import eta_start, lifted, weight_shapes
+from atlas_megatron.parallel.device import flush_denormals
+from atlas_megatron.reports.results import commit
+from benchmarks.memory import timed
+
+HEADS, HEAD_DIM, TOKENS, BATCH = 6, 64, 1024, 1
+# Lengths in a sequence of 1,024 tokens, and four times as long.
+SHORT = {"few": (300, 45, 679), "many": (40, 300, 5, 128, 200, 63, 64, 224)}
+LONG = {"few long": (1207, 180, 2709), "many long": (167, 1200, 20, 512, 800, 252, 256, 889)}
+DOCUMENTS = SHORT | LONG
+
+
+def contender(
+    memory: MemoryConfig,
+    positions: Tensor | None = None,
+    *,
+    batch: int = BATCH,
+    tokens: int = TOKENS,
+    products: torch.dtype = torch.float32,
+    device: str = "cpu",
+    impl: str = "auto",
+) -> Callable[[], None]:
+    """Forward and backward of the op on random inputs as the mixer gives them, float32; `products`: see the op."""
+    torch.manual_seed(0)
+    shape = (batch, tokens, memory.heads, memory.head_dim)
+    q, k = (F.normalize(torch.randn(shape, device=device), dim=-1) for _ in range(2))
+    v = torch.randn(shape, device=device)
+    eta = torch.full(shape[:3], eta_start(memory), device=device)
+    one = torch.ones_like(eta)
+    gamma = {
+        "pair": 0.5 * one.unsqueeze(-1).expand(*one.shape, memory.window).clone(),
+        "source": 0.5 * one,
+        "none": eta if memory.step_in_momentum else one,
+    }[memory.omega_gates]
+    gates = Gates(
+        alpha=0.99 * one if memory.retention else one,
+        eta=one if memory.step_in_momentum else eta,
+        theta=0.9 * one if memory.momentum else 0 * one,
+        gamma=gamma,
+    )
+    matrices = weight_shapes(memory)
+    weights = [torch.randn(memory.heads, rows, cols, device=device) * cols**-0.5 for rows, cols in matrices]
+    coefficients = initial_coefficients(memory.feature_map, memory.degree)
+    coefficients = None if coefficients is None else coefficients.to(device)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v, *vars(gates).values(), *weights)]
+    rule = memory.rule()
+    own_residual = memory.memory != "linear" and (rule.dual or lifted(memory) != memory.head_dim)
+
+    def run() -> None:
+        q, k, v, alpha, eta, theta, gamma, *start = leaves
+        x, y = (lift(t, memory.feature_map, coefficients, memory.sketch_width) for t in (k, q))
+        residual = (q, k) if own_residual else None
+        gates = Gates(alpha, eta, theta, gamma)
+        given = {"residual": residual, "impl": impl, "positions": positions, "products": products}
+        out, _ = omega_memory(y, x, v, gates, tuple(start), rule, **given)
+        out.square().mean().backward()
+
+    return run
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """Median of the rounds' ratios: what slows a machine down slows both."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def measure(rounds: int) -> dict[str, dict]:
+    """Median seconds of every preset, its ratio to omeganet's, and that of packed documents to one."""
+    base = MemoryConfig(heads=HEADS, head_dim=HEAD_DIM)
+    members = {name: replace(base, **fields) for name, fields in PRESETS.items()}
+    without = {f"{n}, ns_steps=0": replace(m, ns_steps=0) for n, m in members.items() if m.ns_steps}
+    members |= without
+    # Once a chunk, as the CPU configs write.
+    members = {n: replace(m, ns_period=m.chunk) if m.ns_steps else m for n, m in members.items()}
+    whole, _ = timed({name: contender(memory) for name, memory in members.items()}, rounds)
+    packed: dict[str, dict[str, float]] = {kind: {} for kind in DOCUMENTS}
+    for name, memory in members.items():
+        if memory.kernel != "lifted":
+            continue
+        for kind, lengths in DOCUMENTS.items():
+            tokens = sum(lengths)
+            positions = torch.cat([torch.arange(n) for n in lengths]).expand(BATCH, -1)
+            pair = {"one": contender(memory, tokens=tokens), "packed": contender(memory, positions, tokens=tokens)}
+            seconds, _ = timed(pair, rounds)
+            packed[kind][name] = ratio(seconds["packed"], seconds["one"])
+    return {
+        "seconds": {name: statistics.median(times) for name, times in whole.items()},
+        "of_omeganet": {name: ratio(times, whole["omeganet"]) for name, times in whole.items()},
+        "packed_over_whole": packed,
+    }
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """What the command line asks for; its exit status, of which 1 is a check that failed."""
+    return command("benchmarks.presets", lambda: _bench(_parser().parse_args(words)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m benchmarks.presets --rounds 9 --json docs/results/presets_cpu.json",
+    )
+    add_version(parser)
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
+    parser.add_argument("--json", type=Path, default=Path("runs/bench_presets.json"), help="where the figures go")
+    return parser
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    flush_denormals()
+    measured = measure(arguments.rounds)
+    shape = f"T={TOKENS} B={BATCH}, {HEADS} heads of {HEAD_DIM}, float32"
+    table = Table("preset: forward + backward", "ms", "of omeganet", *DOCUMENTS, title=shape)
+    for name, seconds in measured["seconds"].items():
+        packed = [measured["packed_over_whole"][kind].get(name) for kind in DOCUMENTS]
+        cost = [f"x {ratio:.2f}" if ratio else "-" for ratio in packed]
+        table.add_row(name, f"{1e3 * seconds:,.0f}", f"{measured['of_omeganet'][name]:.2f}", *cost)
+    Console(width=120).print(table)
+    report = {
+        "command": " ".join(["python", "-m", "benchmarks.presets", *sys.argv[1:]]),
+        "commit": commit(),
+        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "shape": shape,
+        "documents": DOCUMENTS,
+        **measured,
+    }
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written: {arguments.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What this project measured, each experiment a command: `python -m experiments.NAME`; results in docs/results."""

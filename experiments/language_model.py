@@ -1,0 +1,164 @@
+"""Language modelling at equal parameters and tokens: ATLAS beside every member, the paper's ablations, the baselines.
+
+Every contender is configs/quickstart.toml with a few keys changed, trained by `atlas-train` on the quickstart's corpus
+(run `make quickstart` first, or tools/prepare_data.py), two side by side on two cores, with MLPs as wide as makes it
+equal to the first in parameters. Each trains at three learning rates for a quarter of the tokens; at the best of them
+from three seeds. Reported: bits per byte of the held-out text after the last step, and whether a difference has one
+sign in every seed. Where there is a GPU, configs/experiments/language_model_gpu.toml is the base instead, with its own
+data and steps.
+
+On two cores the whole of it takes about ten hours. A cell is kept as it ends; interrupt it and call it again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+import torch
+from matplotlib import pyplot
+
+from atlas_megatron.config import WITH_MEMORY, has, load
+from experiments.recipe_rows import DRAWN, OURS
+from experiments.shared import protocol, record
+from experiments.shared.protocol import Contender, Protocol
+
+GPU = torch.cuda.is_available()
+BASE = record.ROOT / "configs" / ("experiments/language_model_gpu.toml" if GPU else "quickstart.toml")
+RUNS = record.ROOT / "runs" / "experiments" / "language_model"
+STAGE = "members"
+SEEDS = (1, 2, 3)
+STEPS = 20000 if GPU else 1000
+RATES = (1e-3, 2e-3, 4e-3) if GPU else (1.5e-3, 3e-3, 6e-3)
+VALIDATED = 256 if GPU else 176  # sequences; of the quickstart's, all of the held-out text
+# Measuring costs a second read of every memory.
+WORDS = (f"train.validate_sequences={VALIDATED}", "train.stats_every=1000000", "log.tensorboard=false")
+SILENCED = "train.validate_silenced=true"  # what the memories contribute
+# The first is what the others are compared with and sized by. A pattern of three blocks is repeated as often as the
+# base's. ATLAS stands here with several periods: beside OmegaNet, which writes at every token, a write a chunk reads
+# its own chunk late.
+CONTENDERS: dict[str, Contender] = {
+    "atlas": Contender(asks="a write every 16 tokens"),
+    "OmegaNet": Contender(("memory.preset=omeganet",), "without Muon; a write a token"),
+    "titans": Contender(("memory.preset=titans",), "a write a token"),
+    "Gated DeltaNet": Contender(("model.pattern=G-*-G-", "delta.head_dim=32"), "baseline"),
+    "Gated DeltaNet, our starts": Contender(
+        ("model.pattern=G-*-G-", "delta.head_dim=32", *OURS), "baseline, with the memories' starts"
+    ),
+    "attention (Transformer++)": Contender(("model.pattern=F-F-F-",), "baseline"),
+    "sliding window": Contender(("model.pattern=*-*-*-",), "baseline"),
+    "DeltaNet": Contender(("model.pattern=D-*-D-", "delta.head_dim=32"), "baseline"),
+    "atlas, a write a chunk": Contender(("memory.ns_period=64",), "the period"),
+    "atlas, starts as drawn": Contender(DRAWN, "keys, output gate and values as they are drawn"),
+    "c = 1": Contender(("memory.window=1",), "the paper's Table 6"),
+    "without phi": Contender(("memory.feature_map=identity",), "the paper's Table 6"),
+    "linear memory": Contender(("memory.memory=linear", "memory.norm=none"), "the paper's Table 6"),
+    "atlas++": Contender(("memory.memory=gated_mlp",), "the paper's gated memory"),
+}
+QUICK = ("atlas", "attention (Transformer++)")
+
+
+def contenders(names: Sequence[str]) -> dict[str, Contender]:
+    """Those named, their patterns repeated to the base's length."""
+    times = load(BASE).model.pattern.count("M-*-M-")
+
+    def repeated(word: str) -> str:
+        key, _, value = word.partition("=")
+        return f"{key}={value * times}" if key == "model.pattern" else word
+
+    def words_of(name: str) -> tuple[str, ...]:
+        own = tuple(map(repeated, CONTENDERS[name].words))
+        return (*own, SILENCED) if has(load(BASE, own).model.pattern, WITH_MEMORY) else own
+
+    return {n: Contender(words_of(n), CONTENDERS[n].asks) for n in names}
+
+
+def draw(results: record.Record, names: Sequence[str], seeds: Sequence[int]) -> None:
+    """One row a contender: every seed a dot, their mean a line."""
+    figure, axes = pyplot.subplots(figsize=(7.5, 0.32 * len(names) + 1.3), layout="constrained")
+    for row, name in enumerate(names):
+        found = [b for b in protocol.reached(results, STAGE, name, seeds) if b is not None]
+        axes.plot(found, [row] * len(found), "o", color="C0", alpha=0.6, markersize=4)
+        if found:
+            axes.plot([mean(found)] * 2, [row - 0.3, row + 0.3], color="C0", linewidth=2)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("validation bits per byte (dots: seeds)")
+    results.save_figure(figure)
+
+
+def table(results: record.Record, names: Sequence[str], comparison: Protocol) -> str:
+    """Every contender: its rates, its seeds, and what it is apart from the first."""
+    head = (
+        "contender",
+        "asks",
+        "at each rate, a quarter of the tokens",
+        "rate",
+        "by seed",
+        "mean",
+        "against the first",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    base = protocol.reached(results, STAGE, names[0], comparison.seeds)
+    for name in names:
+        cells = [results.cells.get(protocol.rate_cell(STAGE, name, rate), {}) for rate in comparison.rates]
+        rates = ", ".join(_said(cell.get("bits_per_byte"), cell) for cell in cells)
+        rate = protocol.best_rate(results, STAGE, name, comparison)
+        reached = protocol.reached(results, STAGE, name, comparison.seeds)
+        seeds = [results.cells.get(protocol.seed_cell(STAGE, name, seed), {}) for seed in comparison.seeds]
+        known = [b for b in reached if b is not None]
+        apart = protocol.apart(base, reached) if name != names[0] else None
+        against = f"{apart[0]:+.3f}, {apart[1]}" if apart else ""
+        by_seed = ", ".join(_said(b, cell) for b, cell in zip(reached, seeds, strict=True))
+        average = f"{mean(known):.3f}" if known else ""
+        chosen = "" if rate is None else f"{rate:g}"
+        lines.append(f"| {name} | {CONTENDERS[name].asks} | {rates} | {chosen} | {by_seed} | {average} | {against} |")
+    return "\n".join(lines)
+
+
+def _said(reached: float | None, cell: record.Cell) -> str:
+    return cell.get("wrong", "not run") if reached is None else f"{reached:.3f}"
+
+
+def describe(results: record.Record, names: Sequence[str], comparison: Protocol) -> None:
+    """What was seen, from the numbers."""
+    config = load(BASE)
+    tokens = comparison.steps * config.train.global_batch * config.model.seq_length
+    results.write_text(
+        "Language modelling at equal parameters and tokens",
+        [
+            f"Bits per byte of held-out text after {tokens:,} tokens in {comparison.steps:,} steps, "
+            f"{protocol.parameters(config):,} parameters, equal within 1 %. Each contender trained at the rates "
+            f"{', '.join(f'{rate:g}' for rate in comparison.rates)} for a quarter of the tokens (first seed), and at "
+            f"the best of them from seeds {', '.join(map(str, comparison.seeds))}. A difference counts where it has "
+            "one sign in every seed; it is the contender's minus the first's, so less than nothing is better.",
+            table(results, names, comparison),
+        ],
+    )
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Train what is missing, then draw and describe."""
+
+    def experiment() -> None:
+        asked = record.options("language_model", __doc__ or "", words, reports=True)
+        names = QUICK if asked.quick else tuple(CONTENDERS)
+        if not Path(f"{load(BASE).data.train[0]}.idx").is_file():
+            raise ValueError(f"{load(BASE).data.train[0]}.idx is missing; run make quickstart once, which prepares it")
+        more = (*WORDS, "train.validate_sequences=4") if asked.quick else WORDS
+        seeds, steps, rates = ((1,), 12, RATES[:2]) if asked.quick else (SEEDS, STEPS, RATES)
+        comparison = Protocol(BASE, more, steps, rates, seeds, RUNS)
+        settings = {"steps": steps, "rates": rates, "words": WORDS, "base": BASE.read_text(encoding="utf-8")}
+        results = record.Record("language_model", asked, settings)
+        if not asked.report:
+            protocol.compare(results, STAGE, comparison, contenders(names))
+        draw(results, names, seeds)
+        describe(results, names, comparison)
+
+    return record.run("language_model", experiment)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

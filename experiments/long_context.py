@@ -1,0 +1,388 @@
+"""Recall against the length of the context: up to millions of tokens, read through each mixer's state.
+
+Two blocks of a mixer and an MLP, 64 wide, are trained on a language of facts and filler (recall_language.py), in which
+facts are asked for all along: sequences of 128, then 256, 1,024, and last 4,096 tokens, with ever more filler; the loss
+is at the answers alone. Then each reads contexts of rising length in which eight facts lie anywhere, and is asked for
+all of them at the end. What it keeps of a context has a constant size, but for full attention, which reads no more than
+65,536 tokens. Models train, and lengths are read, side by side: one to a core, each a process of one thread.
+
+A memory forgets with every token, however slowly, and writes what is not worth it. Those with a write gate
+(memory.write_gate) learn under a budget to leave filler alone, and neither forget over it nor write it.
+
+Every trained model is left in runs/long_context/NAME as a run's checkpoint: atlas-eval, atlas-generate and
+tools/convert_hf.py take it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from torch import nn
+
+from atlas_megatron.checkpoint import checkpoint
+from atlas_megatron.config import Config
+from atlas_megatron.evaluate import recall
+from atlas_megatron.evaluate.recall import Point, Recall
+from atlas_megatron.evaluate.synthetic import Task
+from atlas_megatron.inference.reader import open_reader
+from atlas_megatron.mixers.memory import AtlasMixer
+from atlas_megatron.model.build import num_params
+from atlas_megatron.train import quieten
+from atlas_megatron.training.write_budget import set_budget
+from experiments.shared import recall_language as language
+from experiments.shared import record, training
+from experiments.shared.recall_language import Mix
+
+RUNS = record.ROOT / "runs" / "long_context"
+METRIC = "accuracy"
+PATTERN_TOKENS = 4096  # model.seq_length: of the longest training sequences
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A share of the training steps, on sequences of one kind; every step has the same tokens."""
+
+    share: float
+    mix: Mix
+
+
+STAGES = (
+    Stage(0.5, Mix(128, filler=(0.0, 0.5), names=4)),
+    Stage(0.2, Mix(256, filler=(0.3, 0.8), names=8)),
+    Stage(0.2, Mix(1024, filler=(0.8, 0.98), names=12)),
+    Stage(0.1, Mix(4096, filler=(0.95, 0.995), names=12)),
+)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """size: as training.config_of has it; memory, delta: keys of those sections that differ from its; budget: of the
+    write gates, early and late; longer: times the steps; reach: the longest context that is read."""
+
+    mixer: str
+    size: int
+    memory: dict[str, Any] = field(default_factory=dict)
+    delta: dict[str, Any] = field(default_factory=dict)
+    budget: tuple[float, float] = (0.0, 0.0)
+    lr: float = 5e-3
+    longer: int = 1
+    grows: bool = False  # what it keeps
+    reach: int = 10 * 2**20
+
+
+# A memory's writes inside a chunk do not see each other: chunks of 64 learned less than half as fast. All begin with a
+# slow decay. GATED: what writes nothing forgets nothing, and training asks for zeros.
+MEMORY = {"chunk": 16, "window": 8, "alpha_start": 0.99999}
+RAW = {"eta_sum": 4.0}  # without Newton-Schulz steps may be larger than the default
+GATED, BUDGET = {"write_gate": True}, (0.1, 0.5)
+# A write is normalised to one size: of many tokens at once, a fact among filler is a small part. With the defaults (0.9
+# and 0.5) ATLAS answers 9 % after 300 steps, with these 41 (one seed, without a gate); titans 40 to 43.
+NARROW = {"theta_start": 0.3, "gamma_start": 0.1}
+PERIOD = 4
+ATLAS = {**MEMORY, **NARROW, "ns_period": PERIOD, "ns_step": "sum", "eta_start": training.ORTHOGONAL / PERIOD}
+OMEGANET, TITANS = {**MEMORY, **RAW}, {"chunk": 16, "alpha_start": 0.99999, **RAW}
+CONTENDERS = {
+    "atlas": Contender("atlas", 16, {**ATLAS, **GATED}, budget=BUDGET),
+    "omeganet": Contender("omeganet", 16, {**OMEGANET, **GATED}, budget=BUDGET),
+    "titans": Contender("titans", 16, {**TITANS, **GATED}, budget=BUDGET),
+    # Its writes do not get smaller: with 0.99999 gradients are not finite at the first sequences of 1,024 tokens.
+    "atlas, no gate": Contender("atlas", 16, {**ATLAS, "alpha_start": 0.999}, reach=2**20),
+    "omeganet, no gate": Contender("omeganet", 16, OMEGANET, reach=2**20),
+    "gated delta": Contender("gated delta", 16, lr=1e-2),
+    "gated delta, our starts": Contender("gated delta", 16, delta=training.OUR_STARTS, lr=1e-2),
+    "sliding window": Contender("sliding window", 64, lr=1e-2, longer=2),
+    "attention": Contender("attention", 0, lr=1e-2, longer=2, grows=True),
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """steps of `tokens` each from every seed; then samples[length] contexts of each length, of a state that grows to
+    `held`. Beyond `all_seeds` tokens the first seed's models alone read."""
+
+    contenders: tuple[str, ...]
+    steps: int
+    tokens: int
+    samples: dict[int, int]
+    held: int
+    seeds: tuple[int, ...]
+    all_seeds: int
+
+
+FULL = Grid(
+    contenders=tuple(CONTENDERS),
+    steps=2000,
+    tokens=2048,
+    samples={1024: 16, 4096: 16, 16384: 8, 65536: 4, 262144: 2, 1048576: 2, 10485760: 1},
+    held=65536,
+    seeds=(1, 2, 3),
+    all_seeds=2**20,
+)
+QUICK = Grid(("atlas", "gated delta", "attention"), 8, 1024, {512: 2, 2048: 2}, held=512, seeds=(1,), all_seeds=2048)
+
+
+def config_of(contender: Contender, steps: int, seed: int) -> Config:
+    config = training.config_of(contender.mixer, contender.size, PATTERN_TOKENS, language.VOCABULARY, mlp=True)
+    early, late = contender.budget
+    return replace(
+        config,
+        memory=replace(config.memory, **contender.memory),
+        delta=replace(config.delta, **contender.delta),
+        train=replace(
+            config.train, steps=steps, warmup_steps=min(50, steps - 1), write_budget=early, late_write_budget=late
+        ),
+        run=replace(config.run, seed=seed),
+    )
+
+
+def train(name: str, seed: int, grid: Grid, runs: Path) -> record.Cell:
+    """Train a contender and leave its checkpoint; its last training accuracy of each stage.
+
+    Where a gradient is not finite the cell says so, and nothing is left to read.
+    """
+    contender, folder = CONTENDERS[name], folder_of(name, seed, runs)
+    language.write_tokenizer(folder / "tokenizer")
+    config = config_of(contender, grid.steps * contender.longer, seed)
+    config = replace(
+        config,
+        run=replace(config.run, directory=str(folder)),
+        data=replace(config.data, tokenizer=str(folder / "tokenizer")),
+    )
+    about = {
+        "contender": name,
+        "seed": seed,
+        "parameters": num_params(config),
+        "state_floats": training.state_floats(config),
+        "settings": asdict(contender),
+    }
+    with training.one_process(config):
+        asked = training.Asked(config, Task(language.batch, language.VOCABULARY, PATTERN_TOKENS))
+        try:
+            found = _train(asked, config, contender, grid.tokens)
+        except ArithmeticError as error:
+            return {"wrong": str(error), **about}
+        checkpoint.save_weights(asked.model, config)
+    return {**found, **about}
+
+
+def _train(asked: training.Asked, config: Config, contender: Contender, tokens: int) -> dict[str, Any]:
+    steps, first = config.train.steps, config.run.seed * training.SEEDS_APART
+    optimizer = torch.optim.AdamW(asked.parameters(), lr=contender.lr, betas=training.BETAS, weight_decay=0.0)
+    schedule = training.Schedule(steps, batch=0, lr=contender.lr, warmup=config.train.warmup_steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(training.share, schedule))
+    ends, accuracy = _ends(steps), []
+    recent: list[tuple[int, int]] = []  # right, asked
+    for step in range(steps):
+        mix = STAGES[sum(step >= end for end in ends[:-1])].mix
+        batch = training.on_device(language.batch(first + step, max(1, tokens // mix.tokens), mix))
+        set_budget([asked.model], config, step + 1, batch.tokens.numel())
+        logits, labels = asked(batch)
+        # A sparse sequence may ask nothing.
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum") / max(1, len(labels))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if not nn.utils.clip_grad_norm_(asked.parameters(), training.CLIP).isfinite():
+            raise ArithmeticError(f"a gradient was not finite at step {step}")
+        optimizer.step()
+        scheduler.step()
+        recent = [*recent[-49:], (int((logits.argmax(-1) == labels).sum()), len(labels))]
+        if step + 1 in ends:
+            right, answered = map(sum, zip(*recent, strict=True))
+            accuracy.append(round(right / max(1, answered), 4))
+            print(f"  {contender.mixer}: step {step + 1} of {steps}, accuracy {accuracy[-1]:.2f}", file=sys.stderr)
+    return {"accuracy": accuracy, "unwritten": _unwritten(asked)}
+
+
+@torch.no_grad()
+def _unwritten(asked: training.Asked) -> list[float]:
+    """Of each memory with a write gate: the share of filler that it leaves unwritten, over a batch of the last stage's
+    mix."""
+    memories = [module for module in asked.modules() if isinstance(module, AtlasMixer) and module.memory.write_gate]
+    filler = language.batch(training.EVALUATION_SEED, 1, replace(STAGES[-1].mix, filler=(1.0, 1.0)))
+    for memory in memories:
+        memory.measure = True
+    asked(training.on_device(filler))
+    return [round(float(memory.measurements["unwritten"]), 5) for memory in memories]
+
+
+def _ends(steps: int) -> list[int]:
+    """The step at which each stage ends."""
+    shares = [sum(stage.share for stage in STAGES[: n + 1]) for n in range(len(STAGES))]
+    return [round(share * steps) for share in shares]
+
+
+def score(prediction: str, question: recall.Question) -> dict[str, float]:
+    return {METRIC: float(prediction.strip() == question.answers[0])}
+
+
+def read_and_ask(name: str, seed: int, runs: Path, length: int, count: int) -> record.Cell:
+    """What a trained model recalls of so many contexts, one after the other: speeds of all lengths compare."""
+    quieten()
+    task, reader = Recall("recall", language.example, score), open_reader(folder_of(name, seed, runs))
+    first = seed * count
+    read = [recall.measured(task, reader, length, range(place, place + 1)) for place in range(first, first + count)]
+    return {"contender": name, "seed": seed, "length": length, "read": read}
+
+
+def lengths_of(name: str, grid: Grid) -> list[int]:
+    """Those that it reads and can hold."""
+    contender = CONTENDERS[name]
+    longest = min(contender.reach, grid.held) if contender.grows else contender.reach
+    return [length for length in grid.samples if length <= longest]
+
+
+def folder_of(name: str, seed: int, runs: Path) -> Path:
+    return runs / f"{name.replace(',', '').replace(' ', '_')}_{seed}"
+
+
+def trained_cell(name: str, seed: int) -> str:
+    return f"{name}, seed {seed}, trained"
+
+
+def read_cell(name: str, seed: int, length: int) -> str:
+    return f"{name}, seed {seed}, {length} tokens"
+
+
+def reads_of(results: record.Record, name: str, seed: int, grid: Grid) -> list[int]:
+    """Lengths that a contender's model of this seed reads: none, where training failed."""
+    if "wrong" in results.cells.get(trained_cell(name, seed), {}):
+        return []
+    return [n for n in lengths_of(name, grid) if n <= grid.all_seeds or seed == grid.seeds[0]]
+
+
+def points(results: record.Record, name: str) -> list[Point]:
+    """Of every length, over all seeds."""
+    mine = [cell for cell in results.cells.values() if cell.get("contender") == name and "read" in cell]
+    return recall.points([read for cell in mine for read in cell["read"]], METRIC)
+
+
+def drop_lost(results: record.Record, grid: Grid, runs: Path) -> None:
+    """The cells of models that have lengths to read yet and whose checkpoint is gone: they are trained anew."""
+    for name, seed in product(grid.contenders, grid.seeds):
+        lengths = reads_of(results, name, seed, grid)
+        own = [trained_cell(name, seed), *(read_cell(name, seed, length) for length in lengths)]
+        kept = (folder_of(name, seed, runs) / "checkpoints").is_dir()
+        if any(cell not in results.cells for cell in own) and not kept:
+            for cell in own:
+                results.cells.pop(cell, None)
+
+
+def draw(results: record.Record, grid: Grid) -> None:
+    with pyplot.style.context(record.STYLE):
+        figure, panels = pyplot.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+        for place, name in enumerate(grid.contenders):
+            found = points(results, name)
+            lengths, colour = [p.length for p in found], f"C{place}"
+            errors = [p.error or 0.0 for p in found]
+            panels[0].errorbar(
+                lengths, [p.mean for p in found], errors, marker="o", markersize=4, color=colour, label=name, capsize=2
+            )
+            panels[1].plot(lengths, [p.peak_bytes / 2**20 for p in found], marker="o", markersize=4, color=colour)
+            panels[2].plot(lengths, [p.tokens_per_second for p in found], marker="o", markersize=4, color=colour)
+        chance = fmean(1 / len(kind.answers) for kind in language.KINDS)
+        panels[0].axhline(chance, color="grey", linestyle=":", linewidth=1)
+        panels[0].set_ylim(-0.03, 1.03)
+        titles = ("facts recalled (dotted: by chance)", "peak memory of the process (MiB)", "tokens/s read")
+        for axes, title in zip(panels, titles, strict=True):
+            _finish(axes, title)
+        panels[1].set_ylim(bottom=0)
+        panels[2].set_yscale("log")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+        results.save_figure(figure)
+
+
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("tokens of the context")
+    axes.set_title(title, fontsize="medium")
+
+
+def describe(results: record.Record, grid: Grid, observed: Sequence[str]) -> None:
+    said: list[str] = []
+    failed: list[str] = []
+    for name in grid.contenders:
+        trained = [results.cells[cell] for seed in grid.seeds if (cell := trained_cell(name, seed)) in results.cells]
+        cells, found = [cell for cell in trained if "wrong" not in cell], points(results, name)
+        failed.extend(f"{name}, seed {cell['seed']}: {cell['wrong']}" for cell in trained if "wrong" in cell)
+        if not cells or not found:
+            continue
+        recalled = [f"{100 * p.mean:.0f}" for p in found] + [""] * (len(grid.samples) - len(found))
+        held = f"{found[0].peak_bytes / 2**20:.0f} to {found[-1].peak_bytes / 2**20:.0f}"
+        speeds = [p.tokens_per_second / 1000 for p in found]
+        accuracy = ", ".join(f"{100 * cell['accuracy'][-1]:.0f}" for cell in cells)
+        unwritten = " ".join(
+            f"{100 * min(layer):.2f}" for layer in zip(*(cell["unwritten"] for cell in cells), strict=True)
+        )
+        size = f"{cells[0]['state_floats']:,}"
+        row = (name, size, accuracy, *recalled, held, f"{min(speeds):.1f} to {max(speeds):.1f}", unwritten)
+        said.append(f"| {' | '.join(row)} |")
+    lengths = [_short(length) for length in grid.samples]
+    head = ("model", "state", "trained", *lengths, "MiB", "thousand tokens/s", "unwritten")
+    contexts = ", ".join(str(count) for count in grid.samples.values())
+    results.write_text(
+        "Recall against the length of the context",
+        [
+            f"Percent of facts recalled after contexts of so many tokens ({contexts} of {language.FACTS} facts "
+            f"for each of the seeds {', '.join(map(str, grid.seeds))}; beyond {_short(grid.all_seeds)} of the first "
+            f"alone), by models trained for {grid.steps} steps of {grid.tokens:,} tokens (sliding window and attention "
+            f"twice as many) on sequences of up to {STAGES[-1].mix.tokens:,}. *state*: numbers carried past a "
+            "token. *trained*: percent of answers at the end of training, a number a seed. *MiB*: peak memory of the "
+            "process, at the shortest context and the longest. *thousand tokens/s*: the slowest length and the "
+            "fastest, on one core. *unwritten*: percent of filler at which a layer's write gate is exactly zero, of "
+            "the worst seed.",
+            "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *said]),
+            *([f"Not trained to the end: {'; '.join(failed)}."] if failed else []),
+            *observed,
+        ],
+    )
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens // 2**20}M" if tokens >= 2**20 else f"{tokens // 1024}K" if tokens >= 1024 else str(tokens)
+
+
+# Of the full grid; the numbers behind it are in the JSON.
+OBSERVED: tuple[str, ...] = ()
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    asked = record.options("long_context", __doc__, words, reports=True)
+    grid = QUICK if asked.quick else FULL
+    runs = asked.out / "long_context" if asked.quick else RUNS
+
+    def experiment() -> None:
+        # Of the grid what training depends on: longer contexts and further contenders may come.
+        settings = {"steps": grid.steps, "tokens": grid.tokens, "stages": [asdict(stage) for stage in STAGES]}
+        results = record.Record("long_context", asked, {**settings, **training.SETTINGS})
+        drop_lost(results, grid, runs)
+        # A seed of all of them before the next one; of what they read the short ones first.
+        if not asked.report:
+            for seed in grid.seeds:
+                jobs = {trained_cell(name, seed): partial(train, name, seed, grid, runs) for name in grid.contenders}
+                record.side_by_side(results, jobs)
+                lengths = {name: reads_of(results, name, seed, grid) for name in grid.contenders}
+                asked_for = [(n, name) for n in grid.samples for name in grid.contenders if n in lengths[name]]
+                reads = {
+                    read_cell(name, seed, n): partial(read_and_ask, name, seed, runs, n, grid.samples[n])
+                    for n, name in asked_for
+                }
+                record.side_by_side(results, reads)
+        draw(results, grid)
+        describe(results, grid, () if asked.quick else OBSERVED)
+
+    return record.run("long_context", experiment)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

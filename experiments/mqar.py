@@ -1,0 +1,224 @@
+"""Multi-query associative recall: accuracy against the size of the state, for each sequence mixer.
+
+After zoology (Arora et al. 2023, arXiv 2312.04927): key value pairs, then every key once more after a gap drawn from a
+power law; the loss and the accuracy are at those queries alone, every sequence is fresh. Two layers of the mixer, 64
+wide, without MLPs, tied embeddings. One training run mixes the numbers of pairs, each is measured apart. The state of
+a mixer is what it carries past a token: see state_floats in training.py.
+
+So that two CPU cores train all mixers in about half an hour, it is a small task. Zoology has a vocabulary of 8192,
+100,000 and more sequences of 64 to 512 tokens over 64 epochs, and the best of four learning rates. Here: a vocabulary
+of 256 (with 8192, atlas, omeganet and titans answered 1 % or less after 600 steps); four tokens for each pair, so that
+a sequence is dense in queries; sequences of one pair and up, which bring the recurrent mixers off the start sooner; the
+better of two learning rates; about a million tokens. Attention, full and sliding, has rotary positions and no short
+convolution, which the others have: it has to learn to look one token back, and gets three times the steps. So this
+shows what is learned soon, and bounds from below alone what a state can hold.
+
+--generator zoology draws the sequences as zoology does (evaluate/zoology.py) in these sizes, --passes 2 tells the pairs
+twice in longer ones; the default is our generator (evaluate/synthetic.py).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
+from statistics import mean
+
+from matplotlib import pyplot
+
+from atlas_megatron.evaluate import zoology
+from atlas_megatron.evaluate.synthetic import Batch, Task, mqar
+from experiments.shared import record, training
+from experiments.shared.training import Schedule
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is trained: sizes a mixer (head size of a memory, window of attention, 0 where it has none).
+
+    lengths: tokens of the sequences with so many pairs. schedule.batch: sequences of the longest; of shorter ones as
+    many as have the same tokens. Every cell is trained at each of the `rates`, and the best of them is what counts.
+    longer: how many times the schedule's steps a mixer takes, where not once. generator: who draws the sequences;
+    zoology tells the pairs `passes` times.
+    """
+
+    sizes: dict[str, tuple[int, ...]]
+    lengths: dict[int, int]
+    shown: tuple[int, ...]  # numbers of pairs, of those in `lengths`
+    vocabulary: int
+    schedule: Schedule
+    rates: tuple[float, ...]
+    longer: dict[str, int]
+    seeds: tuple[int, ...] = (0,)
+    generator: str = record.OURS
+    passes: int = 1
+
+    @property
+    def tokens(self) -> int:
+        return max(self.lengths.values())
+
+    def task(self, generate: Callable[[int, int], Batch]) -> Task:
+        return Task(generate, self.vocabulary, self.tokens)
+
+
+FULL = Grid(
+    sizes={
+        "attention": (0,),
+        "sliding window": (8, 32),
+        "gated delta": (8, 32),
+        "gated delta, our starts": (8, 32),
+        "delta": (8, 32),
+        "titans": (8, 16),
+        "omeganet": (8, 16),
+        "atlas": (8, 16),
+        "atlas, a write every 8": (8, 16),
+        "atlas, starts as drawn": (8, 16),
+    },
+    lengths={1: 4, 2: 8, 4: 16, 8: 32, 16: 64},
+    shown=(4, 8, 16),
+    vocabulary=256,
+    schedule=Schedule(steps=1000, batch=16, lr=0.0, warmup=50),
+    rates=(1e-2, 2e-2),
+    longer={"attention": 3, "sliding window": 3},
+)
+QUICK = Grid(
+    sizes={"atlas": (8,), "delta": (8,), "gated delta": (8,), "sliding window": (8,), "attention": (0,)},
+    lengths={1: 8, 2: 16, 4: 32},
+    shown=(2, 4),
+    vocabulary=128,
+    schedule=Schedule(steps=12, batch=8, lr=0.0, warmup=3, evaluated=2),
+    rates=(5e-3, 1e-2),
+    longer={"attention": 2},
+)
+
+
+def sequences(seed: int, count: int, grid: Grid, pairs: int) -> Batch:
+    """Sequences with so many pairs: the tokens of `count` of the longest."""
+    tokens = grid.lengths[pairs]
+    count = count * grid.tokens // tokens
+    if grid.generator == zoology.SOURCE:
+        return zoology.mqar(seed, count, tokens, pairs, grid.vocabulary, passes=grid.passes)
+    return mqar(seed, count, tokens, pairs, grid.vocabulary)
+
+
+def drawn_by(grid: Grid, generator: str, passes: int) -> Grid:
+    """The grid with another generator; its sequences are as many times longer as their pairs are told."""
+    lengths = {pairs: tokens * passes for pairs, tokens in grid.lengths.items()}
+    return replace(grid, lengths=lengths, generator=generator, passes=passes)
+
+
+def mixed(seed: int, count: int, grid: Grid) -> Batch:
+    """Batches with each number of pairs in turn."""
+    return sequences(seed, count, grid, list(grid.lengths)[seed % len(grid.lengths)])
+
+
+def measure(grid: Grid, mixer: str, size: int, seed: int, schedule: Schedule) -> record.Cell:
+    config = training.config_of(mixer, size, grid.tokens, grid.vocabulary, mlp=False)
+    measured = {str(pairs): grid.task(partial(sequences, grid=grid, pairs=pairs)) for pairs in grid.lengths}
+    return training.train_and_measure(config, grid.task(partial(mixed, grid=grid)), schedule, seed, measured)
+
+
+def cell_name(mixer: str, size: int, rate: float, seed: int) -> str:
+    return f"{mixer}, {f'size {size}, ' if size else ''}rate {rate:g}, seed {seed}"
+
+
+def train_all(results: record.Record, grid: Grid) -> None:
+    jobs = {}
+    for mixer, sizes in grid.sizes.items():
+        steps = grid.schedule.steps * grid.longer.get(mixer, 1)
+        for size, rate, seed in product(sizes, grid.rates, grid.seeds):
+            schedule = replace(grid.schedule, steps=steps, lr=rate)
+            jobs[cell_name(mixer, size, rate, seed)] = partial(measure, grid, mixer, size, seed, schedule)
+    record.side_by_side(results, jobs, fresh=False)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A mixer of one size at its best rate: numbers of state, and accuracies by the number of pairs, mean of seeds."""
+
+    state: int
+    rate: float
+    accuracy: dict[int, float]
+
+
+def found(results: record.Record, grid: Grid, mixer: str, size: int) -> Found:
+    """Best is the highest mean accuracy over the numbers of pairs shown; training that diverged counts as none."""
+    tried = []
+    for rate in grid.rates:
+        cells = [results.cells[cell_name(mixer, size, rate, seed)] for seed in grid.seeds]
+        scores = {n: mean(cell["measured"][str(n)]["accuracy"] or 0.0 for cell in cells) for n in grid.shown}
+        tried.append(Found(cells[0]["state_floats"], rate, scores))
+    return max(tried, key=lambda one: mean(one.accuracy.values()))
+
+
+def draw(results: record.Record, grid: Grid) -> None:
+    with pyplot.style.context(record.STYLE):
+        figure, panels = pyplot.subplots(
+            1, len(grid.shown), figsize=(4 * len(grid.shown), 4), sharey=True, squeeze=False, layout="constrained"
+        )
+        for axes, pairs in zip(panels[0], grid.shown, strict=True):
+            for mixer, sizes in grid.sizes.items():
+                points = [found(results, grid, mixer, size) for size in sizes]
+                states, scores = [p.state for p in points], [p.accuracy[pairs] for p in points]
+                plain, suffix = training.plain_of(mixer)
+                colour, style = f"C{list(grid.sizes).index(plain)}", "--" if suffix else "-"
+                axes.plot(states, scores, style, marker="o", markersize=4, color=colour, label=mixer)
+            axes.axhline(1 / pairs, color="grey", linestyle=":", linewidth=1)
+            axes.set_xscale("log", base=2)
+            axes.set_ylim(-0.02, 1.02)
+            axes.set_xlabel("state (numbers, all layers)")
+            axes.set_title(f"{pairs} pairs in {grid.lengths[pairs]} tokens", fontsize="medium")
+        panels[0][0].set_ylabel("accuracy (dotted: any value of the context)")
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper")
+        results.save_figure(figure)
+
+
+def describe(results: record.Record, grid: Grid, observed: Sequence[str]) -> None:
+    head = ("mixer", "head size, or window", "numbers of state", *(f"{n} pairs" for n in grid.shown), "rate")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for mixer, sizes in grid.sizes.items():
+        for size in sizes:
+            best = found(results, grid, mixer, size)
+            shown = " | ".join(f"{100 * score:.1f}" for score in best.accuracy.values())
+            lines.append(f"| {mixer} | {size or ''} | {best.state:,} | {shown} | {best.rate:g} |")
+    chance = ", ".join(f"{100 / pairs:.1f}" for pairs in grid.shown)
+    schedule = grid.schedule
+    lengths = ", ".join(str(grid.lengths[pairs]) for pairs in grid.shown)
+    longer = ", ".join(f"{mixer} {times} times as many" for mixer, times in grid.longer.items())
+    results.write_text(
+        "Multi-query associative recall",
+        [
+            f"Accuracy in percent at {', '.join(map(str, grid.shown))} pairs ({chance} by naming any value of the "
+            f"context) after {schedule.steps} steps of {schedule.batch * grid.tokens:,} tokens ({longer}), sequences "
+            f"of {lengths} tokens, vocabulary {grid.vocabulary}, generator {grid.generator}, "
+            f"{grid.passes} pass{'es' * (grid.passes > 1)}, seeds {', '.join(map(str, grid.seeds))}, at the best "
+            f"learning rate of {', '.join(f'{rate:g}' for rate in grid.rates)}.",
+            "\n".join(lines),
+            *observed,
+        ],
+    )
+
+
+# Of the full grid; the numbers behind it are in the JSON.
+OBSERVED: tuple[str, ...] = ()
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    asked = record.options("mqar", __doc__, words, generators=[zoology.SOURCE], passes=True)
+    grid = drawn_by(QUICK if asked.quick else FULL, asked.generator, asked.passes)
+
+    def experiment() -> None:
+        # What the name of a cell says is not asked of the whole: the grid may grow by it.
+        shared = {name: value for name, value in asdict(grid).items() if name not in ("sizes", "rates", "seeds")}
+        results = record.Record("mqar", asked, {**shared, **training.SETTINGS})
+        train_all(results, grid)
+        draw(results, grid)
+        describe(results, grid, OBSERVED if grid == FULL else ())
+
+    return record.run("mqar", experiment)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

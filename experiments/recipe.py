@@ -1,0 +1,127 @@
+"""The recipe of ATLAS, searched: which norm, retention, step, period, and what beside them, each in a run of its own.
+
+    screen    recipe_rows.SCREEN on bytes with a model of 0.5M parameters, half a million tokens a row: two to five
+              minutes on a core. A row changes one thing of the recipe; all have its parameters.
+    confirm   language_model.py compares what is left, and the members and baselines, at the quickstart's size.
+
+Everything that was tried is in the table, failures too. A cell is kept as it ends and never trained twice: interrupt it
+and call it again. Needs the quickstart's corpus as bytes; it is made at the first call.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+from matplotlib import pyplot
+
+from atlas_megatron.config import load
+from atlas_megatron.data.corpus import standard_library
+from experiments.recipe_rows import SCREEN
+from experiments.shared import protocol, record
+from experiments.shared.protocol import Protocol
+
+BASE = record.ROOT / "configs" / "experiments" / "recipe_screen.toml"
+RUNS = record.ROOT / "runs" / "experiments" / "recipe"
+SEEDS = (1, 2)
+STEPS = 250
+QUICK = ("atlas", "norm = layer")
+STAGE = "screen"
+BYTES = 257  # vocabulary: bytes, and the end of a text
+CORPUS_BYTES, HELD_OUT = 10_000_000, 0.04  # of the standard library, as in the quickstart
+
+
+def prepare_bytes() -> None:
+    """The quickstart's corpus as bytes, where the base looks for it."""
+    from atlas_megatron.data.prepare import Options, is_own, prepare
+
+    folder = Path(load(BASE).data.train[0]).parent
+    options = Options(train_vocab=BYTES, validation=HELD_OUT, workers=len(os.sched_getaffinity(0)))
+    files = [str(file) for file in standard_library(CORPUS_BYTES)]
+    prepare(files, folder, options, lambda stage, size: None, overwrite=is_own(folder, BYTES))
+
+
+def draw(results: record.Record, names: Sequence[str], seeds: Sequence[int]) -> None:
+    """One row a contender, best first: every seed a dot, their mean a line."""
+    found = {name: [b for b in protocol.reached(results, STAGE, name, seeds) if b is not None] for name in names}
+    ordered = sorted((name for name in names if found[name]), key=lambda name: mean(found[name]))
+    figure, axes = pyplot.subplots(figsize=(8.5, 0.24 * len(ordered) + 1.3), layout="constrained")
+    for row, name in enumerate(ordered):
+        colour = "C1" if name == names[0] else "C0"
+        axes.plot(found[name], [row] * len(found[name]), "o", color=colour, alpha=0.6, markersize=4)
+        axes.plot([mean(found[name])] * 2, [row - 0.35, row + 0.35], color=colour, linewidth=2)
+    if found[names[0]]:
+        axes.axvline(mean(found[names[0]]), color="C1", linestyle=":", linewidth=1)
+    axes.set_yticks(range(len(ordered)), ordered, fontsize="small")
+    axes.invert_yaxis()
+    axes.set_xlabel("validation bits per byte (dots: seeds)")
+    results.save_figure(figure)
+
+
+def table(results: record.Record, names: Sequence[str], seeds: Sequence[int]) -> str:
+    """Every row of the search, best first, failures last."""
+    base = protocol.reached(results, STAGE, names[0], seeds)
+    head = ("row", "asks", "bits per byte, by seed", "against the first row", "largest gradient norm")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
+    for name in names:
+        reached = protocol.reached(results, STAGE, name, seeds)
+        cells = [results.cells.get(protocol.seed_cell(STAGE, name, seed)) for seed in seeds]
+        wrong = [cell["wrong"] for cell in cells if cell and "wrong" in cell]
+        said = ", ".join("-" if b is None else f"{b:.3f}" for b in reached)
+        apart = protocol.apart(base, reached)
+        against = "" if apart is None or name == names[0] else f"{apart[0]:+.3f}, {apart[1]}"
+        norms = [cell["largest_gradient_norm"] for cell in cells if cell and "largest_gradient_norm" in cell]
+        norm = f"{max(norms):.3g}" if norms else ""
+        place = mean([b for b in reached if b is not None] or [float("inf")])
+        asks = SCREEN[name].asks + (f" ({wrong[0]})" if wrong else "")
+        rows.append((place, f"| {name} | {asks} | {said} | {against} | {norm} |"))
+    return "\n".join([*lines, *(line for _, line in sorted(rows, key=lambda row: row[0]))])
+
+
+def describe(results: record.Record, names: Sequence[str], seeds: Sequence[int], steps: int, rows: int) -> None:
+    """The table of what is there, of so many rows."""
+    config = load(BASE, SCREEN[names[0]].words)
+    tokens = steps * config.train.global_batch * config.model.seq_length
+    results.write_text(
+        "The recipe, searched",
+        [
+            f"Bits per byte of held-out Python sources after {tokens:,} bytes, models of "
+            f"{protocol.parameters(config):,} parameters (within 1 %), pattern {config.model.pattern}, sequences of "
+            f"{config.model.seq_length}, one learning rate; seeds {', '.join(map(str, seeds))}. A number in the second "
+            f"column is a hypothesis of the search; the words of each row are in the JSON. {_missing(names, rows)}",
+            table(results, names, seeds),
+        ],
+    )
+
+
+def _missing(names: Sequence[str], rows: int) -> str:
+    return f"{rows - len(names)} of {rows} rows have not been trained yet." if len(names) < rows else ""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Train what is missing, then draw and describe."""
+
+    def experiment() -> None:
+        asked = record.options("recipe", __doc__ or "", words, reports=True)
+        names = QUICK if asked.quick else tuple(SCREEN)
+        seeds, steps = ((1,), 3) if asked.quick else (SEEDS, STEPS)
+        contenders = {name: SCREEN[name] for name in names}
+        # Not the rows: the search grows by them.
+        results = record.Record("recipe", asked, {"steps": steps, "base": BASE.read_text(encoding="utf-8")})
+        more = ("train.validate_sequences=8",) if asked.quick else ()
+        if not asked.report:
+            prepare_bytes()
+            protocol.compare(results, STAGE, Protocol(BASE, more, steps, (), seeds, RUNS), contenders)
+        trained = [n for n in names if any(protocol.seed_cell(STAGE, n, seed) in results.cells for seed in seeds)]
+        draw(results, trained, seeds)
+        describe(results, trained, seeds, steps, len(names))
+
+    return record.run("recipe", experiment)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What experiments share: records, small models and their training, the protocol of comparisons."""

@@ -1,0 +1,157 @@
+"""What an experiment leaves behind: a JSON that grows cell by cell, a picture, a paragraph; and how it is started."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from atlas_megatron import train
+from atlas_megatron.cli.ending import command
+from atlas_megatron.reports.results import Cell as Cell
+from atlas_megatron.reports.results import Results
+from atlas_megatron.reports.style import STYLE as STYLE
+from atlas_megatron.reports.style import save
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = "ours"  # the generator of an experiment's sequences, where nothing else is said
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for on the command line."""
+
+    quick: bool
+    out: Path
+    report: bool = False
+    generator: str = OURS
+    passes: int = 1
+
+    @property
+    def words(self) -> str:
+        """What says so on the command line, after the script, but for `out` and `report`."""
+        said = [] if self.generator == OURS else ["--generator", self.generator]
+        said += [] if self.passes == 1 else ["--passes", str(self.passes)]
+        return " ".join(["", *(["--quick"] if self.quick else []), *said])
+
+    @property
+    def suffix(self) -> str:
+        """Of the results' name."""
+        return ("" if self.generator == OURS else f"_{self.generator}") + (
+            "" if self.passes == 1 else f"_{self.passes}_passes"
+        )
+
+
+def options(
+    name: str,
+    description: str,
+    words: Sequence[str] | None,
+    *,
+    reports: bool = False,
+    generators: Sequence[str] = (),
+    passes: bool = False,
+) -> Options:
+    """Read the command line of `python -m experiments.<name>`.
+
+    reports: whether it can describe a part of its cells. generators: of its sequences, beside ours. passes: whether the
+    last of these tells pairs several times.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m experiments.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"example: python -m experiments.{name} --quick",
+    )
+    parser.add_argument("--quick", action="store_true", help="a tiny grid, a minute or two; into runs/experiments")
+    parser.add_argument("--out", type=Path, help="folder of the results (docs/results, with --quick runs/experiments)")
+    if reports:
+        parser.add_argument("--report", action="store_true", help="train nothing: draw and describe what is there")
+    if generators:
+        parser.add_argument(
+            "--generator", default=OURS, choices=[OURS, *generators], help="of the sequences (default: %(default)s)"
+        )
+    if passes:
+        parser.add_argument(
+            "--passes", type=int, default=1, help=f"how often {generators[-1]} tells the pairs (default: %(default)s)"
+        )
+    given = parser.parse_args(words)
+    default = ROOT / ("runs/experiments" if given.quick else "docs/results")
+    generator, times = vars(given).get("generator", OURS), vars(given).get("passes", 1)
+    if times < 1 or (times > 1 and generator != generators[-1]):
+        parser.error(f"--passes {times}: give 1, or more with --generator {generators[-1]}")
+    return Options(given.quick, given.out or default, reports and given.report, generator, times)
+
+
+class Record(Results):
+    """The results of one experiment, <out>/<name>.json, with a picture and a text beside them."""
+
+    def __init__(self, name: str, asked: Options, settings: dict[str, Any]) -> None:
+        """As `Results`."""
+        command = f"python -m experiments.{name}{asked.words}"
+        super().__init__(asked.out / f"{name}{asked.suffix}.json", {"experiment": name, "command": command}, settings)
+
+    def save_figure(self, figure: Figure) -> None:
+        """The picture, beside the JSON."""
+        save(figure, self.path.with_suffix(".png"))
+
+    def write_text(self, title: str, paragraphs: Sequence[str]) -> None:
+        """The text, beside the JSON: what was seen, and the command that shows it again. A table stays as it is."""
+        name = self.path.stem
+        body = [paragraph if paragraph.startswith("|") else _filled(paragraph) for paragraph in paragraphs]
+        said = [f"# {title}", f"![{title}]({name}.png)", *body]
+        commits = sorted({cell["commit"] for cell in self.cells.values()})
+        made_at = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+        made = f"Made by `{self.content['command']}`, {made_at}; numbers in [{name}.json]({name}.json)."
+        self.path.with_suffix(".md").write_text("\n\n".join([*said, made]) + "\n", encoding="utf-8")
+
+
+def _filled(paragraph: str) -> str:
+    return textwrap.fill(" ".join(paragraph.split()), 110, break_on_hyphens=False)
+
+
+def side_by_side(results: Record, jobs: dict[str, Callable[[], Cell]], *, fresh: bool = True) -> None:
+    """The cells that are missing, with the seconds that each took: one to a core, on a GPU one by one.
+
+    Each in a process of one thread, `fresh` so that its peak of memory is its own; a job is a partial of a module's
+    function. Where one fails, what it raised is raised when those beside it have ended, and no other is begun.
+    """
+    start, most = multiprocessing.get_context("spawn"), 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(
+        most, start, torch.set_num_threads, (1,), max_tasks_per_child=1 if fresh else None
+    ) as workers:
+        running = {workers.submit(_timed, job): name for name, job in jobs.items() if name not in results.cells}
+        try:
+            for done in as_completed(running):
+                results.cell(running[done], done.result)
+        except BaseException:
+            workers.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def train_quietly(words: Sequence[str], directory: Path) -> int:
+    """`atlas-train` with these words, beside others: all its lines go to log.txt in its run's directory; its status."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "log.txt").open("a", encoding="utf-8") as lines, redirect_stdout(lines), redirect_stderr(lines):
+        return train.main(words)
+
+
+def _timed(job: Callable[[], Cell]) -> Cell:
+    started = time.perf_counter()
+    found = job()
+    return {**found, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def run(name: str, experiment: Callable[[], None]) -> int:
+    """Run a script's body; its exit status."""
+    return command(name, lambda: experiment() or 0, left="the same command goes on from here")

@@ -1,0 +1,114 @@
+"""The dry run's closed forms against built models and real steps: parameters exactly, bytes sent kind by kind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from atlas_megatron.config import (
+    AttentionConfig,
+    Config,
+    DeltaConfig,
+    MemoryConfig,
+    ModelConfig,
+    ParallelConfig,
+    RecurrentConfig,
+    TrainConfig,
+)
+from atlas_megatron.config.presets import PRESETS
+from atlas_megatron.estimate.memory import parameters_at
+from atlas_megatron.estimate.traffic import Kind, bytes_sent
+from tests.support import processes
+from tests.support import recorded_traffic as traffic
+
+# What the closed forms leave out: the padding of buffers, and scalars.
+LEFT_OUT = 0.05
+SMALL = Config(
+    model=ModelConfig(hidden_size=64, ffn_hidden_size=96, vocab_size=128, seq_length=48),
+    memory=MemoryConfig(heads=4, head_dim=16, expansion=2, chunk=8, window=5, ns_period=8, gate_rank=6),
+    attention=AttentionConfig(heads=4, head_dim=16, window=30, segment=12),
+    recurrent=RecurrentConfig(heads=4, head_dim=16),
+    delta=DeltaConfig(heads=4, head_dim=16),
+    train=TrainConfig(global_batch=4, micro_batch=2, warmup_steps=1),
+)
+
+
+def case(pattern: str = "M-*-", **sections: dict[str, Any]) -> Config:
+    """SMALL with these layers and keys, by section."""
+    changed = {name: replace(getattr(SMALL, name), **keys) for name, keys in sections.items() if name != "parallel"}
+    config = replace(SMALL, parallel=ParallelConfig(**sections.get("parallel", {})), **changed)
+    return replace(config, model=replace(config.model, pattern=pattern))
+
+
+def context(ranks: int, mode: str, **keys: Any) -> dict[str, Any]:
+    return {"context": ranks, "context_mode": mode, **keys}
+
+
+INTERLEAVED = {"pipeline": 2, "virtual": 2}
+HALF = {"precision": "bfloat16"}
+NODES = {"devices_per_node": 2}
+# By name: processes, and what is trained on them.
+CASES: dict[str, tuple[int, Config]] = {
+    "data": (2, case()),
+    "tensor": (2, case(parallel={"tensor": 2})),
+    "tensor, every layer": (2, case("A-C-D-G-R-L-F-", parallel={"tensor": 2})),
+    "tensor, recomputed": (2, case(parallel={"tensor": 2}, train={"recompute": True})),
+    "sequence": (2, case("M-*-A-D-", parallel={"tensor": 2, "sequence": True})),
+    "pipeline": (2, case("M-*|-", parallel={"pipeline": 2})),
+    "pipeline, untied": (2, case("M-*|-", model={"tied_embeddings": False}, parallel={"pipeline": 2})),
+    "interleaved": (2, case("M|-|*|-", parallel=INTERLEAVED)),
+    "heads": (2, case("M-*-A-D-G-F-", parallel=context(2, "heads"))),
+    "heads, packed": (2, case("M-*-", data={"packed": True}, parallel=context(2, "heads"))),
+    "handed on": (2, case("M-*-A-D-G-F-", parallel=context(2, "handoff"))),
+    "handed on, packed": (2, case("M-*-D-R-", data={"packed": True}, parallel=context(2, "handoff"))),
+    "heads of a growing cache": (2, case("M-", memory=PRESETS["dot"], parallel=context(2, "heads"))),
+    "handed on, other layers": (2, case("R-L-C-", parallel=context(2, "handoff"))),
+    "handed on, recomputed": (2, case(train={"recompute": True}, parallel=context(2, "handoff"))),
+    "inside a chunk": (2, case("M-", model={"seq_length": 40}, parallel=context(2, "handoff"))),
+    "source gates, no momentum": (
+        2,
+        case("M-", memory={"momentum": False, "ns_steps": 0, "ns_period": 1, "omega_gates": "source"},
+             parallel=context(2, "handoff")),
+    ),  # fmt: skip
+    "bfloat16, tensor": (2, case("M-*-D-", parallel={"tensor": 2}, train=HALF)),
+    "bfloat16, sequence": (2, case(parallel={"tensor": 2, "sequence": True}, train=HALF)),
+    "bfloat16, pipeline": (2, case("M-*|-", parallel={"pipeline": 2}, train=HALF)),
+    "bfloat16, heads": (2, case("M-*-A-G-", parallel=context(2, "heads"), train=HALF)),
+    "bfloat16, handed on": (2, case("M-A-D-R-C-", parallel=context(2, "handoff"), train=HALF)),
+    "heads and handed on": (4, case("M-*-", parallel=context(4, "heads+handoff", **NODES))),
+    "handed on to three": (4, case("M-*-F-", parallel=context(4, "handoff"))),
+    "tensor, pipeline, context": (8, case("M-|*-", parallel={"tensor": 2, "pipeline": 2, **context(2, "heads")})),
+}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, list[traffic.Counted]]:
+    """Of each case, what each rank has counted."""
+    counted = {}
+    for size in {size for size, _ in CASES.values()}:
+        names = [name for name, (ranks, _) in CASES.items() if ranks == size]
+        ranks = processes.run(size, traffic.steps, [CASES[name][1] for name in names])
+        counted |= {name: [rank[number] for rank in ranks] for number, name in enumerate(names)}
+    return counted
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parameters_are_those_of_built_models(name: str, found: dict[str, list[traffic.Counted]]) -> None:
+    for rank in found[name]:
+        assert parameters_at(CASES[name][1], rank.place.pipeline) == rank.parameters
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bytes_are_those_sent(name: str, found: dict[str, list[traffic.Counted]]) -> None:
+    size, config = CASES[name]
+    for rank in found[name]:
+        told = bytes_sent(config, size, rank.place, bf16=config.train.precision == "bfloat16")
+        counted = dict(rank.sent)
+        assert counted.pop(traffic.OTHER, 0.0) <= LEFT_OUT * sum(counted.values())
+        assert told.keys() == counted.keys()
+        for kind in told:
+            # Only the buffers of data parallelism are padded.
+            padded = kind in (Kind.GRADIENTS, Kind.PARAMETERS)
+            assert told[kind] == pytest.approx(counted[kind], rel=LEFT_OUT if padded else 1e-9), (kind, rank.place)
