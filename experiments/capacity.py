@@ -211,54 +211,60 @@ def draw(results: record.Record, contenders: dict[str, Contender]) -> None:
         results.save_figure(figure)
 
 
+# What the theory allows.
+BOUNDS = """A linear memory holds no more pairs exactly than its lifted keys have independent dimensions. That is K
+    without lifting (Prop 1, O(d_k)). A polynomial of degree p gives C(K+p, p), less what |k| = 1 makes dependent
+    (Prop 2, O(d_k^p)). A deep memory holds no more pairs than weights / V. That counts equations; Theorem 1 gives
+    orders without constants."""
+
+
 def describe(results: record.Record, contenders: dict[str, Contender], observed: Sequence[str]) -> None:
-    """What was seen: how much each holds against its bound, after all passes and after one."""
-    sentences = []
+    """The page: how much each holds against its bound, after all passes and after one."""
+    rows, shortfall = [], []
     for name, contender in contenders.items():
         cells = {n: results.cells[cell_name(name, n)] for n in contender.pairs}
-        held = [n for n, cell in cells.items() if mean(cell["last_pass"]["signs"]) >= HELD]
+        last = {n: {measured: mean(cell["last_pass"][measured]) for measured in MEASURES} for n, cell in cells.items()}
+        held = max((n for n in last if last[n]["signs"] >= HELD), default=0)
         most, fewest = max(contender.pairs), min(contender.pairs)
-        sentences.append(
-            f"{name} (bound {contender.bound}, {weights(contender):,} weights): {max(held, default=0)} after "
-            f"{contender.passes} passes; at {most} pairs {100 * mean(cells[most]['last_pass']['signs']):.0f} % of "
-            f"signs, {100 * mean(cells[most]['last_pass']['explained']):.0f} % of the values explained; after one pass "
-            f"over {fewest} pairs {100 * mean(cells[fewest]['first_pass']['signs']):.0f} % of signs."
-        )
-    shortfall = [
-        abs(mean(results.cells[cell_name(name, n)]["last_pass"]["explained"]) - min(1.0, contender.bound / n))
-        for name, contender in contenders.items()
-        if contender.memory == "linear"
-        for n in contender.pairs
-    ]
+        first = mean(cells[fewest]["first_pass"]["signs"])
+        row = (name, f"{weights(contender):,}", str(contender.bound), str(contender.passes), f"{held:,}", f"{most:,}")
+        shown = (f"{100 * last[most]['signs']:.0f}", f"{100 * last[most]['explained']:.0f}", str(fewest))
+        rows.append((*row, *shown, f"{100 * first:.0f}"))
+        if contender.memory == "linear":
+            shortfall += [abs(last[n]["explained"] - min(1.0, contender.bound / n)) for n in last]
+    head = ("memory", "weights", "bound", "passes", "pairs held", "most pairs", "signs right, %")
+    head += ("values explained, %", "fewest pairs", "signs right after one pass, %")
+    deviation = (
+        "A fully learned linear memory explains min(1, features / pairs) of the values. The runs differ from that by "
+        f"{mean(shortfall):.3f} on average and by {max(shortfall):.3f} at most."
+    )
     results.write_text(
         "Capacity of one memory",
-        [
-            f"Most pairs of the grid with at least {100 * HELD:.0f} % of value signs right. " + " ".join(sentences),
-            "The bounds: a linear memory holds no more pairs exactly than its lifted keys have dimensions, K (Prop 1, "
-            "O(d_k)) or C(K+p, p) less what |k| = 1 makes dependent (Prop 2, O(d_k^p)); a deep one no more than its "
-            "weights have numbers for, weights / V (a count of equations; Thm 1 gives orders without constants). A "
-            "fully learned linear memory explains min(1, features / pairs) of the values: the runs differ from that by "
-            f"{mean(shortfall):.3f} on average, {max(shortfall):.3f} at most.",
-            *observed,
-        ],
+        f"Random pairs of a key and a value are written into one memory in many passes. Then every key is read. Keys "
+        f"and values have {KEY} numbers each; every figure is the mean over {record.seeds_said(SEEDS)}. *Bound*: the "
+        "largest number of pairs that the theory allows. *Pairs held*: the largest number of the grid with at least "
+        f"{100 * HELD:.0f} % of the values' signs right. Then: what is right of the most pairs that were tried, and, "
+        "after one pass, of the fewest.",
+        [record.Table(head, rows), BOUNDS, deviation],
+        observed,
     )
 
 
 # Of the full grid; the numbers behind it are in the JSON.
 OBSERVED = (
-    """Seen: every memory keeps nearly all signs up to its bound and loses them past it, gradually; what a linear
-    memory explains follows the theory's curve, except that the passes given are too few close to the bound (taylor p=3
-    is furthest off: its third-degree features carry the coefficient 1/3! and are learned last). Signs ask for less
-    than exact values, so gated_mlp has them all at a third more pairs than its bound, where its values are no longer
-    exact.""",
-    """Against the paper: (1) d_k^p is an order, not a count: with K = 16 the second degree holds 152 pairs, not 256.
-    (2) Thm 1 names d_k d_v = 256 pairs, up to a constant, as the least that a deep memory can hold; the mlp with F = 4
-    V has weights for 128 exact ones, and at 192 its values are no longer exact: at this width the constant is a half
-    at most. (3) Deep and lifted memories hold more pairs because they have more weights: each, the linear one
-    included, comes to about V weights a pair. (4) These are capacities after hundreds of passes with a tuned step.
-    After one pass, which is what a model gets while it reads, only the smallest load of the linear memory is recalled
-    well, and the deep ones have barely begun: there the write rule and the learned keys, not the capacity, set what is
-    recalled.""",
+    """Every memory keeps nearly all signs up to its bound and loses them gradually past it. What a linear memory
+    explains follows the theory's curve. Close to the bound the passes given are too few. The memory of degree 3 is
+    furthest off: its third-degree features carry the coefficient 1/3! and are learned last. Signs ask for less than
+    exact values. So gated_mlp has all signs right at a third more pairs than its bound. Its values are no longer exact
+    there.""",
+    """The paper's d_k^p is an order, not a count. With K = 16 the second degree holds 152 pairs, and not 256. Theorem 1
+    names d_k d_v = 256 pairs, up to a constant, as the least that a deep memory can hold. The mlp with F = 4 V has
+    weights for 128 exact pairs. At 192 pairs its values are no longer exact. So the constant is at most a half at this
+    width. Deep and lifted memories hold more pairs because they have more weights. Every memory, the linear one
+    included, comes to about V weights a pair.""",
+    """These are capacities after hundreds of passes with a tuned step. A model that reads gets one pass. After one pass
+    only the smallest load of the linear memory is recalled well. The deep memories have barely begun by then. There
+    the write rule and the learned keys set what is recalled, not the capacity.""",
 )
 
 

@@ -180,49 +180,52 @@ def draw(results: record.Record) -> None:
 
 
 def describe(results: record.Record, grid: Grid) -> None:
+    """The page: what each layout costs, and, of a trained model, how far it is from one process."""
+    cores, rows = cores_of(results), []
     base = sum(results.cells[LAYOUTS[0].name]["work_seconds"])
-    said = []
-    for layout in LAYOUTS[1:]:
+    for layout in LAYOUTS:
         cell = results.cells[layout.name]
-        work, seconds = sum(cell["work_seconds"]) / base, modelled(results, layout)
+        work, seconds = sum(cell["work_seconds"]), modelled(results, layout)
         sent = max(map(sum, zip(*cell["sent_bytes"].values(), strict=True))) / 2**20
-        said.append(
-            f"{layout.name}: {work:.2f} times the work of one rank, {sent:.2f} MiB sent by a rank at most, modelled "
-            f"{1e3 * seconds:.0f} ms, {base / seconds:.2f} times as fast as one rank"
-        )
-    paragraphs = [
-        f"A memory layer ({grid.heads} heads of {grid.head_dim}, chunk 64, window 16, five Newton-Schulz steps once a "
-        f"chunk) over {grid.batch} x {grid.tokens} tokens, forward and backward, one thread a process: one rank works "
-        f"{1e3 * base:.0f} ms. {'; '.join(said)}."
-    ]
-    pairs = [layout for layout in LAYOUTS if layout.ranks == 2]
-    held = [
-        f"{layout.mode}: modelled {1e3 * modelled(results, layout):.0f} ms, measured "
-        f"{1e3 * results.cells[layout.name]['wall_seconds']:.0f} ms"
-        for layout in pairs
-    ]
-    paragraphs.append(
-        f"The model against the wall clock, two processes on {os.cpu_count()} cores: {'; '.join(held)}. What a "
-        "hand-off sends does not grow with the tokens; an all-to-all's bytes do."
+        wall = f"{1e3 * cell['wall_seconds']:.0f}" if layout.ranks <= cores else ""
+        row = (layout.name, f"{1e3 * work:.0f}", f"{work / base:.2f}", f"{sent:.2f}", f"{1e3 * seconds:.0f}")
+        rows.append((*row, f"{base / seconds:.2f}", wall))
+    head = ("layout", "work, ms", "work / one rank's", "sent by a rank, MiB", "modelled, ms", "modelled speed-up")
+    observed = ["What a hand-off sends does not grow with the tokens; an all-to-all's bytes do."]
+    if any(layout.ranks > cores for layout in LAYOUTS):
+        observed[0] += """ Where processes share a core, they also share its caches. Their work counts what that costs.
+            So the modelled speed of those layouts is too low."""
+    results.write_text(
+        "Context parallelism",
+        f"One memory layer over {grid.batch} x {grid.tokens:,} tokens, forward and backward, one thread a process, on "
+        f"{cores} cores. It has {grid.heads} heads of {grid.head_dim}. Chunks have 64 tokens, windows 16, and each "
+        f"chunk takes five Newton-Schulz steps. Times are medians of {grid.rounds} rounds after one to warm up. "
+        "*Work*: the processes' own time, added up. *Sent by a rank*: by the one that sends most. *Modelled*: the time "
+        "with a core for each process. *Measured*: the wall clock, where each process had a core.",
+        [record.Table((*head, "measured, ms"), rows), *(compared_blocks(results, grid) if grid.run else ())],
+        observed,
     )
-    if any(layout.ranks > (os.cpu_count() or 1) for layout in LAYOUTS):
-        paragraphs.append(
-            "Where processes share a core they also share its caches, and their work counts what that costs: the "
-            "modelled speed of those layouts is too low."
-        )
-    if grid.run:
-        noise = results.cells["noise"]
-        said = []
-        for layout in LAYOUTS[1:]:
-            cell = results.cells[f"{layout.name}: compared"]
-            said.append(f"{layout.name} {cell['gradient_rms']:.1e}, {100 * cell['agreeing_tokens']:.3f} %")
-        paragraphs.append(
-            f"The trained quickstart model in float32, over ranks beside one process: relative RMS of all gradients, "
-            f"and the share of {grid.sequences} validation sequences' tokens whose likeliest successor is the same: "
-            f"{'; '.join(said)}. One process beside itself with embeddings moved by one unit in the last place: "
-            f"{noise['gradient_rms']:.1e}, {100 * noise['agreeing_tokens']:.3f} %."
-        )
-    results.write_text("Context parallelism", paragraphs)
+
+
+def compared_blocks(results: record.Record, grid: Grid) -> tuple[str, record.Table]:
+    """How far gradients and likeliest tokens are from one process's."""
+    names = {layout.name: f"{layout.name}: compared" for layout in LAYOUTS[1:]}
+    names["1 rank, embeddings moved"] = "noise"
+    rows = []
+    for shown, name in names.items():
+        cell = results.cells[name]
+        rows.append((shown, f"{cell['gradient_rms']:.1e}", f"{100 * cell['agreeing_tokens']:.3f}"))
+    said = (
+        f"The trained quickstart model in float32 over ranks, beside one process, on {grid.sequences} validation "
+        "sequences. The last row is one process beside itself, with embeddings moved by one unit in the last place."
+    )
+    head = ("layout", "relative RMS of all gradients", "tokens with the same likeliest successor, %")
+    return said, record.Table(head, rows)
+
+
+def cores_of(results: record.Record) -> int:
+    """Cores of the machine that the times were measured on."""
+    return int(results.content["machine"].rpartition(", ")[2].split()[0])
 
 
 def main(words: Sequence[str] | None = None) -> int:

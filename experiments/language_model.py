@@ -89,54 +89,65 @@ def draw(results: record.Record, names: Sequence[str], seeds: Sequence[int]) -> 
     results.save_figure(figure)
 
 
-def table(results: record.Record, names: Sequence[str], comparison: Protocol) -> str:
-    """Every contender: its rates, its seeds, and what it is apart from the first."""
-    head = (
-        "contender",
-        "asks",
-        "at each rate, a quarter of the tokens",
-        "rate",
-        "by seed",
-        "mean",
-        "against the first",
-    )
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+def tables(results: record.Record, names: Sequence[str], comparison: Protocol) -> list[str | record.Table]:
+    """Every contender's seeds and what it is apart from the first; then its rates."""
     base = protocol.reached(results, STAGE, names[0], comparison.seeds)
+    by_seed, by_rate = [], []
     for name in names:
-        cells = [results.cells.get(protocol.rate_cell(STAGE, name, rate), {}) for rate in comparison.rates]
-        rates = ", ".join(_said(cell.get("bits_per_byte"), cell) for cell in cells)
-        rate = protocol.best_rate(results, STAGE, name, comparison)
+        rates = [results.cells.get(protocol.rate_cell(STAGE, name, rate), {}) for rate in comparison.rates]
+        best = protocol.best_rate(results, STAGE, name, comparison)
+        by_rate.append((name, *(_said(cell) for cell in rates), "" if best is None else f"{best:g}"))
         reached = protocol.reached(results, STAGE, name, comparison.seeds)
         seeds = [results.cells.get(protocol.seed_cell(STAGE, name, seed), {}) for seed in comparison.seeds]
         known = [b for b in reached if b is not None]
         apart = protocol.apart(base, reached) if name != names[0] else None
-        against = f"{apart[0]:+.3f}, {apart[1]}" if apart else ""
-        by_seed = ", ".join(_said(b, cell) for b, cell in zip(reached, seeds, strict=True))
-        average = f"{mean(known):.3f}" if known else ""
-        chosen = "" if rate is None else f"{rate:g}"
-        lines.append(f"| {name} | {CONTENDERS[name].asks} | {rates} | {chosen} | {by_seed} | {average} | {against} |")
-    return "\n".join(lines)
+        against = (f"{apart[0]:+.3f}", apart[1]) if apart else ("", "")
+        row = (name, CONTENDERS[name].asks, *map(_said, seeds))
+        by_seed.append((*row, f"{mean(known):.3f}" if known else "", *against))
+    seeds_head = (f"seed {seed}" for seed in comparison.seeds)
+    return [
+        record.Table(("contender", "asks", *seeds_head, "mean", "difference", "sign"), by_seed),
+        "Bits per byte at each learning rate, after a quarter of the tokens, from the first seed:",
+        record.Table(("contender", *(f"{rate:g}" for rate in comparison.rates), "taken"), by_rate),
+    ]
 
 
-def _said(reached: float | None, cell: record.Cell) -> str:
-    return cell.get("wrong", "not run") if reached is None else f"{reached:.3f}"
+def _said(cell: record.Cell) -> str:
+    reached = cell.get("bits_per_byte")
+    return str(cell.get("wrong", "not run")) if reached is None else f"{reached:.3f}"
 
 
 def describe(results: record.Record, names: Sequence[str], comparison: Protocol) -> None:
-    """What was seen, from the numbers."""
+    """The page, from the numbers."""
     config = load(BASE)
     tokens = comparison.steps * config.train.global_batch * config.model.seq_length
     results.write_text(
         "Language modelling at equal parameters and tokens",
-        [
-            f"Bits per byte of held-out text after {tokens:,} tokens in {comparison.steps:,} steps, "
-            f"{protocol.parameters(config):,} parameters, equal within 1 %. Each contender trained at the rates "
-            f"{', '.join(f'{rate:g}' for rate in comparison.rates)} for a quarter of the tokens (first seed), and at "
-            f"the best of them from seeds {', '.join(map(str, comparison.seeds))}. A difference counts where it has "
-            "one sign in every seed; it is the contender's minus the first's, so less than nothing is better.",
-            table(results, names, comparison),
-        ],
+        f"Bits per byte of held-out text after {tokens:,} tokens in {comparison.steps:,} steps, from "
+        f"{record.seeds_said(comparison.seeds)}. All models have {protocol.parameters(config):,} parameters, equal "
+        "within 1 %. Each contender trains at every learning rate for a quarter of the tokens, and at the best of them "
+        f"from every seed. *Difference*: the contender's bits less those of {names[0]}, so less than zero is better. "
+        "It counts where it has one sign in every seed.",
+        tables(results, names, comparison),
+        [seen(results, names, comparison.seeds)],
     )
+
+
+def seen(results: record.Record, names: Sequence[str], seeds: Sequence[int]) -> str:
+    """Who is better than the first and who is worse, by the signs of the differences."""
+    base = protocol.reached(results, STAGE, names[0], seeds)
+    better, worse, open_yet = [], [], []
+    for name in names[1:]:
+        difference, sign = protocol.apart(base, protocol.reached(results, STAGE, name, seeds)) or (0.0, "")
+        decided = better if difference < 0 else worse
+        (decided if sign == "every seed" else open_yet).append(name)
+    first = names[0]
+    groups = {
+        f"Better than {first} with every seed": better,
+        f"Worse than {first} with every seed": worse,
+        "Seeds disagree, or are too few": open_yet,
+    }
+    return " ".join(f"{said}: {'; '.join(found) or 'none'}." for said, found in groups.items())
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -113,19 +113,30 @@ def draw(results: record.Record, layouts: Sequence[str]) -> None:
 
 # Of the full run.
 OBSERVED = (
-    "In float32 the first losses after the checkpoint are those of one process to 1e-7 in every layout. Then each step "
-    "feeds back what the one before it rounded, at about the same rate in all of them, data parallelism included, "
-    "which changes no product but an order of sums; after some ten steps it levels off. It is no matter of "
-    "Newton-Schulz alone: OmegaNet, which has none, parts further than ATLAS.",
+    """In float32 the first losses after the checkpoint are those of one process to 1e-7 in every layout. Then each step
+    feeds back what the step before it rounded. That goes at about the same rate in all layouts. Data parallelism is no
+    exception, though it changes no product but an order of sums. After some ten steps the distance levels off.
+    Newton-Schulz alone is not the reason: OmegaNet has none, and parts further than ATLAS.""",
 )
 
 
-def describe(results: record.Record, layouts: Sequence[str], steps: int, observed: Sequence[str]) -> None:
-    said = []
-    for preset in PRESETS:
-        worst = [f"{layout} {max(apart(results, layout, preset)):.1e}" for layout in layouts if layout != ONE]
-        said.append(f"Farthest from the one process's loss in {steps} steps, {preset}: {'; '.join(worst)}.")
-    results.write_text("One run in several layouts", [*said, *observed])
+def describe(
+    results: record.Record, layouts: Sequence[str], start: int, steps: int, observed: Sequence[str]
+) -> None:
+    """The page: how far each layout's losses come from those of one process."""
+    rows = []
+    for layout in layouts:
+        if layout != ONE:
+            worst = (f"{max(apart(results, layout, preset)):.1e}" for preset in PRESETS)
+            rows.append((layout, str(LAYOUTS[layout][0]), *worst))
+    results.write_text(
+        "One run in several layouts",
+        f"The quickstart's model is trained for {start} steps on one process. From that checkpoint each layout trains "
+        f"{steps} more steps, in float32, from one seed. The table has the largest relative distance of a step's loss "
+        "from the loss of one process.",
+        [record.Table(("layout", "processes", *PRESETS), rows)],
+        observed,
+    )
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -142,7 +153,7 @@ def main(words: Sequence[str] | None = None) -> int:
             for layout in layouts:
                 results.cell(f"{layout}, {preset}", partial(trained, layout, preset, start, steps))
         draw(results, layouts)
-        describe(results, layouts, steps, () if asked.quick else OBSERVED)
+        describe(results, layouts, start, steps, () if asked.quick else OBSERVED)
 
     return record.run("layout_curves", experiment)
 

@@ -309,43 +309,43 @@ def _finish(axes: Axes, title: str) -> None:
 
 
 def describe(results: record.Record, grid: Grid, observed: Sequence[str]) -> None:
-    said: list[str] = []
-    failed: list[str] = []
+    """The page: what each model recalls of contexts of each length, and what reading them took."""
+    rows, failed = [], []
     for name in grid.contenders:
         trained = [results.cells[cell] for seed in grid.seeds if (cell := trained_cell(name, seed)) in results.cells]
-        cells, found = [cell for cell in trained if "wrong" not in cell], points(results, name)
         failed.extend(f"{name}, seed {cell['seed']}: {cell['wrong']}" for cell in trained if "wrong" in cell)
-        if not cells or not found:
-            continue
-        recalled = [f"{100 * p.mean:.0f}" for p in found] + [""] * (len(grid.samples) - len(found))
-        held = f"{found[0].peak_bytes / 2**20:.0f} to {found[-1].peak_bytes / 2**20:.0f}"
-        speeds = [p.tokens_per_second / 1000 for p in found]
-        accuracy = ", ".join(f"{100 * cell['accuracy'][-1]:.0f}" for cell in cells)
-        unwritten = " ".join(
-            f"{100 * min(layer):.2f}" for layer in zip(*(cell["unwritten"] for cell in cells), strict=True)
-        )
-        size = f"{cells[0]['state_floats']:,}"
-        row = (name, size, accuracy, *recalled, held, f"{min(speeds):.1f} to {max(speeds):.1f}", unwritten)
-        said.append(f"| {' | '.join(row)} |")
-    lengths = [_short(length) for length in grid.samples]
-    head = ("model", "state", "trained", *lengths, "MiB", "thousand tokens/s", "unwritten")
-    contexts = ", ".join(str(count) for count in grid.samples.values())
+        cells, found = [cell for cell in trained if "wrong" not in cell], points(results, name)
+        if cells and found:
+            rows.append(_row(name, cells, found, grid))
+    counts = map(str, grid.samples.values())
+    rows.append(("contexts read, a seed", "", "", *counts, *[""] * 5))
+    head = ("model", "numbers of state", "right in training, %", *map(_short, grid.samples), "MiB, shortest context")
+    head += ("MiB, longest context", "thousand tokens/s, slowest length", "fastest length", "unwritten, %")
+    seeds, last = record.seeds_said(grid.seeds), "" if len(grid.seeds) == 1 else ", the first alone beyond "
+    longer = {name: CONTENDERS[name].longer for name in grid.contenders if CONTENDERS[name].longer > 1}
     results.write_text(
         "Recall against the length of the context",
-        [
-            f"Percent of facts recalled after contexts of so many tokens ({contexts} of {language.FACTS} facts "
-            f"for each of the seeds {', '.join(map(str, grid.seeds))}; beyond {_short(grid.all_seeds)} of the first "
-            f"alone), by models trained for {grid.steps} steps of {grid.tokens:,} tokens (sliding window and attention "
-            f"twice as many) on sequences of up to {STAGES[-1].mix.tokens:,}. *state*: numbers carried past a "
-            "token. *trained*: percent of answers at the end of training, a number a seed. *MiB*: peak memory of the "
-            "process, at the shortest context and the longest. *thousand tokens/s*: the slowest length and the "
-            "fastest, on one core. *unwritten*: percent of filler at which a layer's write gate is exactly zero, of "
-            "the worst seed.",
-            "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *said]),
-            *([f"Not trained to the end: {'; '.join(failed)}."] if failed else []),
-            *observed,
-        ],
+        f"Percent of facts recalled after contexts of 1K (1,024) tokens and more, {seeds}"
+        f"{last and last + _short(grid.all_seeds)}. Each context holds {language.FACTS} facts. Models train for "
+        f"{grid.steps:,} steps of {grid.tokens:,} tokens, on sequences of at most {STAGES[-1].mix.tokens:,}. "
+        f"{record.longer_said(longer)} *Right in training*: answers at its end, a number a seed. *MiB*: peak memory "
+        "of the process. Speeds are those of one core. *Unwritten*: the share of filler at which a layer's write gate "
+        "is exactly zero, of the worst seed.",
+        [record.Table(head, rows), *([f"Not trained to the end: {'; '.join(failed)}."] if failed else [])],
+        observed,
     )
+
+
+def _row(name: str, cells: Sequence[record.Cell], found: Sequence[Point], grid: Grid) -> tuple[str, ...]:
+    """A model's cells of the table."""
+    accuracy = ", ".join(f"{100 * cell['accuracy'][-1]:.0f}" for cell in cells)
+    recalled = [f"{100 * p.mean:.0f}" for p in found] + [""] * (len(grid.samples) - len(found))
+    held = (f"{p.peak_bytes / 2**20:.0f}" for p in (found[0], found[-1]))
+    speeds = [p.tokens_per_second / 1000 for p in found]
+    layers = zip(*(cell["unwritten"] for cell in cells), strict=True)
+    unwritten = ", ".join(f"{100 * min(layer):.2f}" for layer in layers)
+    row = (name, f"{cells[0]['state_floats']:,}", accuracy, *recalled, *held)
+    return (*row, f"{min(speeds):.1f}", f"{max(speeds):.1f}", unwritten)
 
 
 def _short(tokens: int) -> str:

@@ -126,25 +126,24 @@ def draw(results: record.Record, grid: Grid) -> None:
 
 
 def describe(results: record.Record, grid: Grid, observed: Sequence[str]) -> None:
-    head = ("mixer", "numbers of state", *grid.tasks())
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    """The page: every mixer's accuracy on every task."""
+    rows = []
     for mixer in grid.sizes:
         scores = [accuracies(results, grid, mixer, task) for task in grid.tasks()]
         shown = [f"{100 * mean(score):.1f}" if score else "diverged" for score in scores]
         state = results.cells[cell_name(mixer, "in-context recall", grid.seeds[0])]["state_floats"]
-        lines.append(f"| {mixer} | {state:,} | {' | '.join(shown)} |")
+        rows.append((mixer, f"{state:,}", *shown))
     schedule = grid.schedule
-    longer = ", ".join(f"{mixer} {times} times as many" for mixer, times in grid.longer.items())
-    counted = " (mean over the classes, as MAD counts it)" if grid.generator == mad.SOURCE else ""
+    counted = "the mean over the classes, as MAD counts it" if grid.generator == mad.SOURCE else "of all answers"
+    drawn = "as in MAD's repository" if grid.generator == mad.SOURCE else "by this project's generator"
     results.write_text(
         "MAD's synthetic tasks",
-        [
-            f"Accuracy in percent{counted} on MAD's tasks, after {schedule.steps} steps of {schedule.batch} "
-            f"sequences of {grid.tokens} tokens, {grid.short} for the last two ({longer}), learning rate "
-            f"{schedule.lr:g}, generator {grid.generator}, seeds {', '.join(map(str, grid.seeds))}.",
-            "\n".join(lines),
-            *observed,
-        ],
+        f"Accuracy in percent ({counted}) of small models with each mixer on MAD's six tasks, "
+        f"{record.seeds_said(grid.seeds)}. Each trains for {schedule.steps} steps of {schedule.batch} sequences at a "
+        f"learning rate of {schedule.lr:g}. {record.longer_said(grid.longer)} Sequences have {grid.tokens} tokens, "
+        f"and {grid.short} in compression and memorisation. They are drawn {drawn}.",
+        [record.Table(("mixer", "numbers of state", *grid.tasks()), rows)],
+        observed,
     )
 
 

@@ -176,28 +176,27 @@ def draw(results: record.Record, grid: Grid) -> None:
 
 
 def describe(results: record.Record, grid: Grid, observed: Sequence[str]) -> None:
-    head = ("mixer", "head size, or window", "numbers of state", *(f"{n} pairs" for n in grid.shown), "rate")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    """The page: every mixer of every size at its best learning rate."""
+    rows = []
     for mixer, sizes in grid.sizes.items():
         for size in sizes:
             best = found(results, grid, mixer, size)
-            shown = " | ".join(f"{100 * score:.1f}" for score in best.accuracy.values())
-            lines.append(f"| {mixer} | {size or ''} | {best.state:,} | {shown} | {best.rate:g} |")
-    chance = ", ".join(f"{100 / pairs:.1f}" for pairs in grid.shown)
-    schedule = grid.schedule
-    lengths = ", ".join(str(grid.lengths[pairs]) for pairs in grid.shown)
-    longer = ", ".join(f"{mixer} {times} times as many" for mixer, times in grid.longer.items())
+            shown = (f"{100 * score:.1f}" for score in best.accuracy.values())
+            rows.append((mixer, str(size or ""), f"{best.state:,}", f"{best.rate:g}", *shown))
+    rows.append(("any value of the context", "", "", "", *(f"{100 / pairs:.1f}" for pairs in grid.shown)))
+    head = ("mixer", "head size or window", "numbers of state", "learning rate")
+    head += tuple(f"{n} pairs in {grid.lengths[n]} tokens, %" for n in grid.shown)
+    drawn = "by this project's generator" if grid.generator == record.OURS else "as in zoology's repository"
+    told = f" The pairs are told {grid.passes} times." if grid.passes > 1 else ""
     results.write_text(
         "Multi-query associative recall",
-        [
-            f"Accuracy in percent at {', '.join(map(str, grid.shown))} pairs ({chance} by naming any value of the "
-            f"context) after {schedule.steps} steps of {schedule.batch * grid.tokens:,} tokens ({longer}), sequences "
-            f"of {lengths} tokens, vocabulary {grid.vocabulary}, generator {grid.generator}, "
-            f"{grid.passes} pass{'es' * (grid.passes > 1)}, seeds {', '.join(map(str, grid.seeds))}, at the best "
-            f"learning rate of {', '.join(f'{rate:g}' for rate in grid.rates)}.",
-            "\n".join(lines),
-            *observed,
-        ],
+        f"Accuracy in percent of small models with each mixer, {record.seeds_said(grid.seeds)}. Each trains for "
+        f"{grid.schedule.steps:,} steps of {grid.schedule.batch * grid.tokens:,} tokens. "
+        f"{record.longer_said(grid.longer)} The learning rate is the best one of "
+        f"{record.listed(f'{rate:g}' for rate in grid.rates)}. Sequences are drawn {drawn}, from a vocabulary of "
+        f"{grid.vocabulary}.{told} The last row names any value of the context.",
+        [record.Table(head, rows)],
+        observed,
     )
 
 

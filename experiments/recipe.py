@@ -61,41 +61,55 @@ def draw(results: record.Record, names: Sequence[str], seeds: Sequence[int]) -> 
     results.save_figure(figure)
 
 
-def table(results: record.Record, names: Sequence[str], seeds: Sequence[int]) -> str:
+def table(results: record.Record, names: Sequence[str], seeds: Sequence[int]) -> record.Table:
     """Every row of the search, best first, failures last."""
     base = protocol.reached(results, STAGE, names[0], seeds)
-    head = ("row", "asks", "bits per byte, by seed", "against the first row", "largest gradient norm")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     rows = []
     for name in names:
         reached = protocol.reached(results, STAGE, name, seeds)
         cells = [results.cells.get(protocol.seed_cell(STAGE, name, seed)) for seed in seeds]
         wrong = [cell["wrong"] for cell in cells if cell and "wrong" in cell]
-        said = ", ".join("-" if b is None else f"{b:.3f}" for b in reached)
-        apart = protocol.apart(base, reached)
-        against = "" if apart is None or name == names[0] else f"{apart[0]:+.3f}, {apart[1]}"
+        apart = None if name == names[0] else protocol.apart(base, reached)
         norms = [cell["largest_gradient_norm"] for cell in cells if cell and "largest_gradient_norm" in cell]
-        norm = f"{max(norms):.3g}" if norms else ""
         place = mean([b for b in reached if b is not None] or [float("inf")])
         asks = SCREEN[name].asks + (f" ({wrong[0]})" if wrong else "")
-        rows.append((place, f"| {name} | {asks} | {said} | {against} | {norm} |"))
-    return "\n".join([*lines, *(line for _, line in sorted(rows, key=lambda row: row[0]))])
+        by_seed = ("" if b is None else f"{b:.3f}" for b in reached)
+        against = (f"{apart[0]:+.3f}", apart[1]) if apart else ("", "")
+        rows.append((place, (name, asks, *by_seed, *against, f"{max(norms):.3g}" if norms else "")))
+    head = ("row", "asks", *(f"seed {seed}" for seed in seeds), "difference", "sign", "largest gradient norm")
+    return record.Table(head, [row for _, row in sorted(rows, key=lambda row: row[0])])
 
 
 def describe(results: record.Record, names: Sequence[str], seeds: Sequence[int], steps: int, rows: int) -> None:
-    """The table of what is there, of so many rows."""
+    """The page of what is there, of so many rows."""
     config = load(BASE, SCREEN[names[0]].words)
     tokens = steps * config.train.global_batch * config.model.seq_length
     results.write_text(
         "The recipe, searched",
-        [
-            f"Bits per byte of held-out Python sources after {tokens:,} bytes, models of "
-            f"{protocol.parameters(config):,} parameters (within 1 %), pattern {config.model.pattern}, sequences of "
-            f"{config.model.seq_length}, one learning rate; seeds {', '.join(map(str, seeds))}. A number in the second "
-            f"column is a hypothesis of the search; the words of each row are in the JSON. {_missing(names, rows)}",
-            table(results, names, seeds),
-        ],
+        f"Bits per byte of held-out Python sources after {tokens:,} bytes, from {record.seeds_said(seeds)}. Models "
+        f"have {protocol.parameters(config):,} parameters (within 1 %) and the pattern {config.model.pattern}, where "
+        f"the row names no other. Sequences have {config.model.seq_length} bytes; there is one learning rate. A number "
+        f"under *asks* is a hypothesis of the search. *Difference*: the row's bits less those of {names[0]}, so less "
+        "than zero is better. *Sign*: whether every seed has the difference's. The words of each row are in the JSON. "
+        f"{_missing(names, rows)}",
+        [table(results, names, seeds)],
+        _seen(results, names, seeds),
     )
+
+
+def _seen(results: record.Record, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """The best row and the last one; how many differences have one sign in every seed."""
+    base = protocol.reached(results, STAGE, names[0], seeds)
+    differences = {name: protocol.apart(base, protocol.reached(results, STAGE, name, seeds)) for name in names[1:]}
+    found = {name: difference for name, difference in differences.items() if difference is not None}
+    if not found:
+        return []
+    best, last = (choose(found, key=lambda name: found[name][0]) for choose in (min, max))
+    decided = sum(sign == "every seed" for _, sign in found.values())
+    return [
+        f"The lowest of the other rows is *{best}*, at {found[best][0]:+.3f} from {names[0]}. The highest is *{last}*, "
+        f"at {found[last][0]:+.3f}. Of {len(found)} differences, {decided} have one sign in every seed of several."
+    ]
 
 
 def _missing(names: Sequence[str], rows: int) -> str:

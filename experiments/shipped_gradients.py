@@ -137,10 +137,9 @@ def draw(results: record.Record, asked: dict[str, Row]) -> None:
         results.save_figure(figure)
 
 
-def describe(results: record.Record, asked: dict[str, Row]) -> list[str]:
-    """The table, and what lies outside of the bounds."""
-    head = ("configuration", "tokens", "before the first step", "two layers: first", f"largest of {STEPS}")
-    lines, outside = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], []
+def describe(results: record.Record, asked: dict[str, Row]) -> None:
+    """The page: the norms of every configuration, and what lies outside of the bounds."""
+    rows, outside = [], []
     for name, row in asked.items():
         hundred = results.cells[hundred_cell(name)]
         norms = hundred["grad_norm"]
@@ -151,15 +150,18 @@ def describe(results: record.Record, asked: dict[str, Row]) -> list[str]:
         if not hundred["finite"] or max(norms) > HIGHEST or not all(LOW <= norm <= HIGH for norm in starts):
             outside.append(name)
         own = f"{norms[0]:.2f}" if norms else ""
-        lines.append(f"| {name} | {load(row.base, row.words).model.seq_length:,} | {before} | {own} | {largest} |")
-    kept = f"{LOW} to {HIGH:.0f} before the first step, {HIGHEST:.0f} at most in the first {STEPS}"
-    said = f"Outside of {kept}: {', '.join(outside)}." if outside else f"All are within {kept}."
-    return [
+        rows.append((name, f"{load(row.base, row.words).model.seq_length:,}", before, own, largest))
+    head = ("configuration", "tokens", "before the first step", "two layers: first", f"largest of {STEPS}")
+    bounds = f"The bounds are {LOW} to {HIGH:.0f} before the first step, and {HIGHEST:.0f} in the first {STEPS} steps. "
+    said = f"Outside of them: {', '.join(outside)}." if outside else "All are within them."
+    results.write_text(
+        "The gradient norm of every shipped configuration",
         "Gradient norm of one sequence of each shipped configuration's own length, in float32, one seed. *Before the "
         f"first step*: the whole model, where it has no more than {LARGEST / 1e6:.0f}M parameters. *Two layers*: its "
-        f"first two, {HEADS} heads wide. {said}",
-        "\n".join(lines),
-    ]
+        f"first two, {HEADS} heads wide.",
+        [record.Table(head, rows)],
+        [bounds + said],
+    )
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -174,7 +176,7 @@ def main(words: Sequence[str] | None = None) -> int:
         results = record.Record("shipped_gradients", asked, {"steps": STEPS, "warmup": WARMUP, "heads": HEADS})
         record.side_by_side(results, jobs(chosen))
         draw(results, chosen)
-        results.write_text("The gradient norm of every shipped configuration", describe(results, chosen))
+        describe(results, chosen)
 
     return record.run("shipped_gradients", experiment)
 

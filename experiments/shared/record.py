@@ -1,13 +1,14 @@
-"""What an experiment leaves behind: a JSON that grows cell by cell, a picture, a paragraph; and how it is started."""
+"""What an experiment leaves behind: a JSON that grows cell by cell, a picture, a page; and how it is started."""
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
 import os
+import re
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -24,8 +25,12 @@ from atlas_megatron.reports.results import Results
 from atlas_megatron.reports.style import STYLE as STYLE
 from atlas_megatron.reports.style import save
 
+SEEN = "## What was seen"
 ROOT = Path(__file__).resolve().parents[2]
 OURS = "ours"  # the generator of an experiment's sequences, where nothing else is said
+NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?")
+# At the beginning of a line these would make a list or a heading of a paragraph's words.
+MARKS = re.compile(r" (?=([-+*>#]+|\d+[.)])( |$))")
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,34 @@ def options(
     return Options(given.quick, given.out or default, reports and given.report, generator, times)
 
 
+@dataclass(frozen=True)
+class Table:
+    """A Markdown table; a column of numbers stands to the right. An empty string is a cell with nothing in it."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where a row has not one cell for each of the head."""
+        for row in self.rows:
+            if len(row) != len(self.head):
+                raise ValueError(f"the row of {row[0]!r} has {len(row)} cells, its head {len(self.head)}")
+
+    def markdown(self) -> str:
+        """Its lines; a `|` in a cell is escaped."""
+        head, *rows = ([cell.replace("|", "\\|") for cell in row] for row in (self.head, *self.rows))
+        rules = ["---:" if _numbers([row[place] for row in self.rows]) else "---" for place in range(len(head))]
+        return "\n".join(f"| {' | '.join(line)} |" for line in (head, rules, *rows))
+
+
+def _numbers(column: Sequence[str]) -> bool:
+    """Whether a column holds a number, and nothing but numbers."""
+    filled = [cell for cell in column if cell]
+    return bool(filled) and all(NUMBER.fullmatch(cell) for cell in filled)
+
+
 class Record(Results):
-    """The results of one experiment, <out>/<name>.json, with a picture and a text beside them."""
+    """The results of one experiment, <out>/<name>.json, with a picture and a page beside them."""
 
     def __init__(self, name: str, asked: Options, settings: dict[str, Any]) -> None:
         """As `Results`."""
@@ -105,11 +136,15 @@ class Record(Results):
         """The picture, beside the JSON."""
         save(figure, self.path.with_suffix(".png"))
 
-    def write_text(self, title: str, paragraphs: Sequence[str]) -> None:
-        """The text, beside the JSON: what was seen, and the command that shows it again. A table stays as it is."""
+    def write_text(self, title: str, caption: str, blocks: Sequence[str | Table], observed: Sequence[str] = ()) -> None:
+        """The page beside the JSON: caption, picture, blocks, what was seen, and the command that shows it again.
+
+        caption: what was measured, on what, over how many seeds. blocks: tables, and paragraphs that explain them.
+        """
         name = self.path.stem
-        body = [paragraph if paragraph.startswith("|") else _filled(paragraph) for paragraph in paragraphs]
-        said = [f"# {title}", f"![{title}]({name}.png)", *body]
+        said = [f"# {title}", _filled(caption), f"![{title}]({name}.png)"]
+        said += [block.markdown() if isinstance(block, Table) else _filled(block) for block in blocks]
+        said += [SEEN, *map(_filled, observed)] if observed else []
         commits = sorted({cell["commit"] for cell in self.cells.values()})
         made_at = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
         made = f"Made by `{self.content['command']}`, {made_at}; numbers in [{name}.json]({name}.json)."
@@ -117,7 +152,26 @@ class Record(Results):
 
 
 def _filled(paragraph: str) -> str:
-    return textwrap.fill(" ".join(paragraph.split()), 110, break_on_hyphens=False)
+    bound = MARKS.sub("\0", " ".join(paragraph.split()))
+    return textwrap.fill(bound, 110, break_on_hyphens=False, break_long_words=False).replace("\0", " ")
+
+
+def listed(values: Iterable[object]) -> str:
+    """Values in a sentence: `1, 2 and 3`."""
+    *before, last = map(str, values)
+    return f"{', '.join(before)} and {last}" if before else last
+
+
+def seeds_said(seeds: Sequence[int]) -> str:
+    """How many seeds, in words of a caption."""
+    return "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+
+
+def longer_said(longer: dict[str, int]) -> str:
+    """Which models take how many times the steps, in sentences of a caption."""
+    alike = {times: [name for name in longer if longer[name] == times] for times in longer.values()}
+    take = {times: "takes" if len(names) == 1 else "take" for times, names in alike.items()}
+    return " ".join(f"{listed(alike[times]).capitalize()} {take[times]} {times} times the steps." for times in alike)
 
 
 def side_by_side(results: Record, jobs: dict[str, Callable[[], Cell]], *, fresh: bool = True) -> None:

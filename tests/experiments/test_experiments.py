@@ -14,6 +14,7 @@ import torch
 from atlas_kernels import initial_coefficients, lift
 from experiments import capacity
 from experiments.shared.record import Options, Record
+from tests.support import pages
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,7 +47,9 @@ def test_quick_run_leaves_results_and_a_second_one_leaves_them_alone(name: str, 
     assert content["command"] == f"python -m experiments.{name} --quick"
     assert len(printed.splitlines()) == len(content["cells"]) > 3
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert content["command"] in (tmp_path / f"{name}.md").read_text()
+    page = (tmp_path / f"{name}.md").read_text()
+    assert content["command"] in page
+    pages.hold(page)
 
     assert quick(name, tmp_path) == ""
     assert (tmp_path / f"{name}.json").read_text() == stored

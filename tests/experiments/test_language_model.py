@@ -12,7 +12,7 @@ from atlas_megatron.config import load
 from atlas_megatron.model.build import num_params
 from experiments import language_model
 from experiments.shared.protocol import Protocol
-from tests.support import tiny_run
+from tests.support import pages, tiny_run
 
 
 @pytest.fixture
@@ -53,6 +53,7 @@ def test_quick_leaves_results_and_does_nothing_twice(tiny: Path, no_more_jobs: C
     assert f"train.lr={better}" in seed["words"] and seed["tokens"] > cells["members: atlas, lr 0.003"]["tokens"]
     assert (tiny / "out" / "language_model.png").read_bytes().startswith(b"\x89PNG")
     text = (tiny / "out" / "language_model.md").read_text()
+    pages.hold(text)
     assert "one sign in every seed" in text and "| attention (Transformer++) | baseline |" in text
     no_more_jobs()
     assert language_model.main(words) == 0

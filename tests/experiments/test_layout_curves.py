@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments import layout_curves
-from tests.support import tiny_run
+from tests.support import pages, tiny_run
 
 
 @pytest.mark.parallel
@@ -22,6 +22,7 @@ def test_quick_compares_two_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         one, two = (cells[f"{name}, {preset}"]["loss"] for name in layout_curves.QUICK)
         assert len(one) == layout_curves.QUICK_STEPS
         assert two[0] == pytest.approx(one[0], rel=1e-5)
+    pages.hold((tmp_path / "out" / "layout_curves.md").read_text())
     assert (tmp_path / "out" / "layout_curves.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -15,7 +15,7 @@ from experiments import recipe
 from experiments.recipe_rows import SCREEN
 from experiments.shared import protocol
 from experiments.shared import trials as trials
-from tests.support import tiny_run
+from tests.support import pages, tiny_run
 
 
 @pytest.fixture
@@ -47,6 +47,7 @@ def test_quick_leaves_a_table_and_does_nothing_twice(tiny: Path, no_more_jobs: C
     cells = json.loads((tiny / "out" / "recipe.json").read_text())["cells"]
     assert set(cells) == {protocol.seed_cell(recipe.STAGE, name, 1) for name in recipe.QUICK}
     text = (tiny / "out" / "recipe.md").read_text()
+    pages.hold(text)
     assert all(f"| {name} |" in text for name in recipe.QUICK) and "asks" in text
     assert (tiny / "out" / "recipe.png").read_bytes().startswith(b"\x89PNG")
     no_more_jobs()

@@ -10,7 +10,7 @@ import pytest
 
 from atlas_megatron.scaling import ladder
 from experiments import scaling as experiment
-from tests.support import tiny_run
+from tests.support import pages, tiny_run
 
 
 def test_all_kinds_of_a_rung_are_as_large_and_see_the_same_tokens() -> None:
@@ -41,6 +41,7 @@ def test_quick_leaves_results_and_does_nothing_twice(
     assert computes == sorted(computes) and len(set(computes)) == 3
     assert (tmp_path / "out" / "scaling.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "out" / "scaling.md").read_text()
+    pages.hold(text)
     # Three steps need not fall with compute; that three points are too few is said where they do.
     assert text.count("are too few for E") + text.count("no fit: the loss does not fall") >= 2
     monkeypatch.setattr(experiment, "trained", None)
