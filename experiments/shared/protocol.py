@@ -26,11 +26,13 @@ BIN = 16  # positions of the context whose loss a cell keeps as one mean
 
 @dataclass(frozen=True)
 class Contender:
-    """words: what it changes of the base; trial: of `trials`; asks: what the row is there to say."""
+    """words: what it changes of the base; trial: of `trials`; asks: what the row is there to say; rate_of: the
+    contender whose best rate it takes, where it searches none of its own."""
 
     words: tuple[str, ...] = ()
     asks: str = ""
     trial: str = ""
+    rate_of: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,13 @@ def compare(results: record.Record, stage: str, protocol: Protocol, contenders: 
                 rate_cell(stage, n, rate): job(n, seed=protocol.seeds[0], steps=quarter, rate=rate)
                 for n in names
                 for rate in protocol.rates
+                if not contenders[n].rate_of
             },
         )
     for seed in protocol.seeds:
         jobs = {}
         for name in names:
-            rate = best_rate(results, stage, name, protocol)
+            rate = best_rate(results, stage, contenders[name].rate_of or name, protocol)
             if rate is not None or not protocol.rates:
                 jobs[seed_cell(stage, name, seed)] = job(name, seed=seed, steps=protocol.steps, rate=rate)
         record.side_by_side(results, jobs)

@@ -122,7 +122,7 @@ def test_language_model(tmp_path: Path) -> None:
     page = page_of(results)
     assert "| titans | a write a token | 1.750 | 2.250 | 2.000 | -0.250 | every seed |" in page
     assert "Better than atlas with every seed: titans. Worse than atlas with every seed: none." in page
-    assert "| c = 1 | 3.001 | 3.002 | 0.001 |" in page
+    assert "| c = 1 | as atlas | as atlas | 0.001 |" in page
 
 
 def test_long_context(tmp_path: Path) -> None:
