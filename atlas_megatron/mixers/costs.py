@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from atlas_megatron.config import Config
 
@@ -13,7 +14,7 @@ FLOAT = 4  # bytes of float32
 class Halo:
     """The last positions of the ranks to the left, which a layer sees besides its own tokens."""
 
-    of: str  # what sees them: "convolution" or "attention"
+    of: Literal["convolution", "attention"]  # what sees them
     reach: int | None  # positions; None: all of them
     numbers: int  # of one position, of all heads
 
