@@ -22,7 +22,7 @@ from statistics import mean
 import torch
 from matplotlib import pyplot
 
-from atlas_megatron.config import WITH_MEMORY, has, load
+from atlas_megatron.config import load, uses
 from experiments.recipe_rows import DRAWN, OURS
 from experiments.shared import protocol, record
 from experiments.shared.protocol import Contender, Protocol
@@ -80,7 +80,7 @@ def contenders(names: Sequence[str]) -> dict[str, Contender]:
 
     def words_of(name: str) -> tuple[str, ...]:
         own = tuple(map(repeated, CONTENDERS[name].words))
-        return (*own, SILENCED) if has(load(BASE, own).model.pattern, WITH_MEMORY) else own
+        return (*own, SILENCED) if uses(load(BASE, own).model.pattern, "memory") else own
 
     return {n: replace(CONTENDERS[n], words=words_of(n)) for n in names}
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from atlas_megatron.config import LAYERS
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "atlas_megatron", "experiments", "benchmarks", "tools", "tests")
 SOURCES = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))
@@ -22,6 +24,8 @@ MEGATRON_ARROW = (
     "cli", "files", "config", "parallel", "data", "mixers", "model", "estimate", "resilience", "checkpoint", "training",
     "hf", "inference", "reports", "scaling", "evaluate", "finetune", "train", "generate", "doctor", "commands",
 )  # fmt: skip
+# Where symbols of model.pattern are told apart; everyone else asks these tables, or the classes in them.
+SYMBOL_TABLES = ("config/", "mixers/", "hf/registry_atlas.py")
 MAIN_LINES = 60  # of a script of tools/
 LINES = 450
 
@@ -92,6 +96,37 @@ def test_rooms_import_only_what_stands_left_of_them(room: str) -> None:
         if file.relative_to(ROOT / "atlas_megatron").with_suffix("").parts[0] == room:
             for other in later:
                 assert not reaches(imports(file), f"atlas_megatron.{other}"), f"{file} imports {other}"
+
+
+def told_apart(tree: ast.AST) -> list[int]:
+    """The lines that compare something with symbols of model.pattern, make a set of them, or a table by them."""
+    lines = []
+    for node in ast.walk(tree):
+        held: list[ast.expr | None] = []
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In | ast.NotIn | ast.Eq | ast.NotEq):
+            held = [node.left, *node.comparators]
+            names = {part.id if isinstance(part, ast.Name) else getattr(part, "attr", "") for part in held}
+            held = held if names & {"symbol", "pattern"} else []
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "set":
+            held = [*node.args]
+        elif isinstance(node, ast.Dict) and all(map(of_symbols, node.keys)):
+            held = [*node.keys]
+        lines += [node.lineno] if any(map(of_symbols, held)) else []
+    return lines
+
+
+def of_symbols(node: ast.expr | None) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and 0 < len(node.value) \
+        and set(node.value) <= set(LAYERS)
+
+
+def test_only_its_tables_know_what_a_symbol_of_the_pattern_means() -> None:
+    found = {}
+    for file in MEGATRON:
+        name = str(file.relative_to(ROOT / "atlas_megatron"))
+        if not name.startswith(SYMBOL_TABLES):
+            found[name] = told_apart(ast.parse(file.read_text(encoding="utf-8")))
+    assert not {name: lines for name, lines in found.items() if lines}, "ask config.LAYERS, or the layer's class"
 
 
 def test_what_experiments_share_knows_none_of_them() -> None:

@@ -21,7 +21,7 @@ from atlas_megatron import train
 from atlas_megatron.cli.ending import command
 from atlas_megatron.cli.version import add_version
 from atlas_megatron.commands import prepare_data
-from atlas_megatron.config import WITH_MEMORY, Config, has, load
+from atlas_megatron.config import Config, load, uses
 from atlas_megatron.data.corpus import standard_library
 from atlas_megatron.reports.runs import plot_run
 from atlas_megatron.resilience.stop_signals import SIGNALS
@@ -181,7 +181,7 @@ def _quickstart(overrides: Sequence[str]) -> int:
     ours = config.data.train == load(CONFIG).data.train
     count, micro_batch = layout(config, _devices())
     failed = prepare(config) if ours else 0
-    silenced = [SILENCED] if has(config.model.pattern, WITH_MEMORY) else []
+    silenced = [SILENCED] if uses(config.model.pattern, "memory") else []
     words = [str(CONFIG), *silenced, *overrides, f"train.micro_batch={micro_batch}"]
     failed = failed or train_side_by_side(words, count)
     if failed:

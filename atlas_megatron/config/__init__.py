@@ -1,13 +1,9 @@
 """A run's configuration: its sections, how it is read, changed and written, and what must hold between its keys."""
 
 from atlas_megatron.config.differences import changed_toml, differences, model_differences
+from atlas_megatron.config.layers import LAYERS, Layer, add_layer, uses
 from atlas_megatron.config.sections import (
     LATER,
-    LAYERS,
-    WITH_ATTENTION,
-    WITH_DELTA,
-    WITH_MEMORY,
-    WITH_RECURRENT,
     AttentionConfig,
     CheckpointConfig,
     Config,
@@ -21,15 +17,13 @@ from atlas_megatron.config.sections import (
     ResilienceConfig,
     RunConfig,
     TrainConfig,
-    has,
     layers_of,
 )
 from atlas_megatron.config.toml import cut_evenly, describe, load, load_saved, to_toml
 
 __all__ = [
-    "LATER", "LAYERS", "WITH_ATTENTION", "WITH_DELTA", "WITH_MEMORY", "WITH_RECURRENT",
-    "AttentionConfig", "CheckpointConfig", "Config", "DataConfig", "DeltaConfig", "LogConfig", "MemoryConfig",
-    "ModelConfig", "ParallelConfig", "RecurrentConfig", "ResilienceConfig", "RunConfig", "TrainConfig",
-    "changed_toml", "cut_evenly", "describe", "differences", "has", "layers_of", "load", "load_saved",
-    "model_differences", "to_toml",
+    "LATER", "LAYERS", "AttentionConfig", "CheckpointConfig", "Config", "DataConfig", "DeltaConfig", "Layer",
+    "LogConfig", "MemoryConfig", "ModelConfig", "ParallelConfig", "RecurrentConfig", "ResilienceConfig", "RunConfig",
+    "TrainConfig", "add_layer", "changed_toml", "cut_evenly", "describe", "differences", "layers_of", "load",
+    "load_saved", "model_differences", "to_toml", "uses",
 ]  # fmt: skip

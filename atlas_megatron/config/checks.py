@@ -6,20 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from atlas_kernels.features import FEATURE_MAPS, lifted_width
-from atlas_megatron.config import (
-    LAYERS,
-    WITH_ATTENTION,
-    WITH_DELTA,
-    WITH_MEMORY,
-    WITH_RECURRENT,
-    Config,
-    has,
-)
+from atlas_megatron.config import LAYERS, Config, uses
 from atlas_megatron.config.context_levels import context_levels
+from atlas_megatron.config.layers import CUT, split_sections
 
 CONTEXT_MODES = ("auto", "heads", "handoff", "heads+handoff")
-# Layers that keep packed documents apart.
-PACKED = "M*FARLDG-"
 # Sizes of FP8 products.
 FP8_MULTIPLE = 16
 # Of one process: each is a process more.
@@ -74,6 +65,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.fp8_recipe": ("delayed", "tensorwise", "blockwise", "mxfp8"),
 }
 
+
 def validate(config: Config, world_size: int) -> None:
     """Raise ValueError where fields contradict each other, or do not fit `world_size` devices."""
     _check_ranges(config)
@@ -126,8 +118,8 @@ def _check_choices(config: Config) -> None:
 def _check_together(config: Config) -> None:
     """Keys of one section that contradict each other."""
     train = config.train
-    for name, section, symbols in (("memory", config.memory, WITH_MEMORY), ("delta", config.delta, WITH_DELTA)):
-        if section.late_keys and section.conv_size == 1 and has(config.model.pattern, symbols):
+    for name, section in (("memory", config.memory), ("delta", config.delta)):
+        if section.late_keys and section.conv_size == 1 and uses(config.model.pattern, name):
             raise ValueError(
                 f"{name}.late_keys=true with {name}.conv_size=1, whose keys see no token before their own; set "
                 f"{name}.late_keys=false, or more taps"
@@ -170,14 +162,7 @@ def _check_parallel(config: Config, world_size: int) -> None:
             f"layers: {off}"
         )
     split = [("model.ffn_hidden_size", config.model.ffn_hidden_size), ("model.vocab_size", config.model.vocab_size)]
-    if has(config.model.pattern, WITH_MEMORY):
-        split.append(("memory.heads", config.memory.heads))
-    if has(config.model.pattern, WITH_ATTENTION):
-        split.append(("attention.heads", config.attention.heads))
-    if has(config.model.pattern, WITH_RECURRENT):
-        split.append(("recurrent.heads", config.recurrent.heads))
-    if has(config.model.pattern, WITH_DELTA):
-        split.append(("delta.heads", config.delta.heads))
+    split += [(f"{name}.heads", getattr(config, name).heads) for name in split_sections(config.model.pattern)]
     for name, size in split:
         if size % parallel.tensor:
             raise ValueError(
@@ -198,14 +183,15 @@ def _check_context(config: Config) -> None:
         )
     if parallel.context == 1:
         return
-    if "C" in pattern and length // parallel.context % config.attention.segment:
+    segmented = _segmented(pattern)
+    if segmented and length // parallel.context % config.attention.segment:
         raise ValueError(
-            f"C layers want whole segments on each rank: model.seq_length={length} / parallel.context="
+            f"{segmented} layers want whole segments on each rank: model.seq_length={length} / parallel.context="
             f"{parallel.context} = {length // parallel.context} is no multiple of attention.segment="
             f"{config.attention.segment}; change one of them"
         )
     _, handed = context_levels(config)
-    if (handed > 1 or "C" in pattern) and has(pattern, WITH_MEMORY) and config.memory.kernel != "lifted":
+    if (handed > 1 or segmented) and uses(pattern, "memory") and config.memory.kernel != "lifted":
         raise ValueError(
             f"memory.kernel={config.memory.kernel!r} keeps a state that grows with the sequence and is not handed on; "
             f"take parallel.context_mode='heads', and a parallel.context that divides memory.heads="
@@ -215,16 +201,16 @@ def _check_context(config: Config) -> None:
 
 def _check_model(config: Config) -> None:
     pattern = config.model.pattern
-    unknown = sorted(set(pattern) - set(LAYERS) - {"|"})
+    unknown = sorted(set(pattern) - set(LAYERS) - {CUT})
     if unknown:
         raise ValueError(
             f"model.pattern={pattern!r} has unknown symbols "
             f"{' '.join(symbol if symbol.isprintable() else repr(symbol) for symbol in unknown)}; "
-            f"use {', '.join(f'{symbol} {kind}' for symbol, kind in LAYERS.items())}, | pipeline cut"
+            f"use {', '.join(f'{symbol} {layer.kind}' for symbol, layer in LAYERS.items())}, | pipeline cut"
         )
     if not all(pattern.split("|")):
         raise ValueError(f"model.pattern={pattern!r} has a stage without layers; put layers on both sides of every '|'")
-    if has(pattern, WITH_MEMORY):
+    if uses(pattern, "memory"):
         _check_memory(config)
     elif config.train.validate_silenced:
         raise ValueError(
@@ -237,7 +223,7 @@ def _check_model(config: Config) -> None:
 
 def _check_attention(config: Config) -> None:
     attention, pattern = config.attention, config.model.pattern
-    if not has(pattern, WITH_ATTENTION):
+    if not uses(pattern, "attention"):
         if attention.persistent:
             raise ValueError(
                 f"attention.persistent={attention.persistent} but model.pattern={pattern!r} has no attention to see "
@@ -246,8 +232,16 @@ def _check_attention(config: Config) -> None:
         return
     if attention.head_dim % 2:
         raise ValueError(f"attention.head_dim={attention.head_dim} is odd; rotary needs an even size")
-    if "C" in pattern and config.parallel.sequence:
-        raise ValueError("parallel.sequence=true with C layers, which read segment after segment; set it false")
+    segmented = _segmented(pattern)
+    if segmented and config.parallel.sequence:
+        raise ValueError(
+            f"parallel.sequence=true with {segmented} layers, which read segment after segment; set it false"
+        )
+
+
+def _segmented(pattern: str) -> str:
+    """The symbols of a pattern that compute in whole segments; empty where none does."""
+    return ", ".join(symbol for symbol in LAYERS if symbol in pattern and LAYERS[symbol].whole_segments)
 
 
 def _check_memory(config: Config) -> None:
@@ -317,13 +311,15 @@ def _check_memory(config: Config) -> None:
 
 def _check_packed(config: Config) -> None:
     pattern, kernel = config.model.pattern, config.memory.kernel
-    unpacked = sorted(set(pattern) - set(PACKED) - {"|"})
+    unpacked = sorted(symbol for symbol in set(pattern) - {CUT} if not LAYERS[symbol].packs)
     if unpacked:
+        named = ", ".join(f"{symbol} ({LAYERS[symbol].kind})" for symbol in unpacked)
+        packing = " ".join(symbol for symbol, layer in LAYERS.items() if layer.packs)
         raise ValueError(
-            f"data.packed=true but {', '.join(f'{symbol} ({LAYERS[symbol]})' for symbol in unpacked)} of model.pattern="
-            f"{pattern!r} read over document borders; use {' '.join(PACKED)}, or set data.packed=false"
+            f"data.packed=true but {named} of model.pattern={pattern!r} read over document borders; use {packing}, or "
+            "set data.packed=false"
         )
-    if has(pattern, WITH_MEMORY) and kernel != "lifted":
+    if uses(pattern, "memory") and kernel != "lifted":
         raise ValueError(f"data.packed=true with memory.kernel={kernel!r} (exponential): set data.packed=false")
 
 
@@ -363,12 +359,10 @@ def _check_fp8(config: Config) -> None:
         * model.seq_length
         // shards,
     }
-    mixers = {"memory": WITH_MEMORY, "attention": WITH_ATTENTION, "recurrent": WITH_RECURRENT, "delta": WITH_DELTA}
-    for name, symbols in mixers.items():
-        if has(pattern, symbols):
-            section = getattr(config, name)
-            width = section.heads * section.head_dim // parallel.tensor
-            sizes[f"{name}.heads x head_dim / tensor={parallel.tensor}"] = width
+    for name in split_sections(pattern):
+        section = getattr(config, name)
+        width = section.heads * section.head_dim // parallel.tensor
+        sizes[f"{name}.heads x head_dim / tensor={parallel.tensor}"] = width
     for name, size in sizes.items():
         if size % FP8_MULTIPLE:
             raise ValueError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 
-from atlas_megatron.config.sections import WITH_DELTA, Config, has
+from atlas_megatron.config.layers import LAYERS, heads_of
+from atlas_megatron.config.sections import Config, layers_of
 
 
 def context_levels(config: Config) -> tuple[int, int]:
@@ -13,10 +14,10 @@ def context_levels(config: Config) -> tuple[int, int]:
 
     Raises ValueError where its heads do not divide so.
     """
-    parallel, pattern = config.parallel, config.model.pattern
+    parallel = config.parallel
     context, mode = parallel.context, parallel.context_mode
-    dealt = [config.memory.heads] if has(pattern, "MA") else []
-    dealt += [config.delta.heads] if has(pattern, WITH_DELTA) else []
+    known = [symbol for symbol in layers_of(config) if symbol in LAYERS]
+    dealt = [heads_of(config, symbol) for symbol in known if LAYERS[symbol].exchanges_heads]
     heads = math.gcd(*dealt) // parallel.tensor if dealt else 1
     node = parallel.devices_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     # Ranks of a context-parallel group lie `tensor` apart.

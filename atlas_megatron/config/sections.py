@@ -11,31 +11,8 @@ from typing import Any
 
 from atlas_kernels.rule import MemoryRule
 
-# What each symbol of `model.pattern` stands for.
-LAYERS = {
-    "M": "memory",
-    "*": "sliding-window attention",
-    "F": "full attention",
-    "A": "memory as a gate",
-    "C": "memory as a context",
-    "R": "GRU",
-    "L": "LSTM",
-    "D": "DeltaNet",
-    "G": "Gated DeltaNet",
-    "-": "MLP",
-}
-
-# Which of them have which section's part.
-WITH_MEMORY, WITH_ATTENTION, WITH_RECURRENT, WITH_DELTA = "MAC", "*FAC", "RL", "DG"
-
-
 # Keys with defaults that change what a saved model is: what they were before there were any.
 LATER: dict[str, dict[str, Any]] = {"memory": {"open_gate": False, "copy_start": False}}
-
-
-def has(pattern: str, symbols: str) -> bool:
-    """Whether a pattern holds one of these symbols."""
-    return bool(set(symbols) & set(pattern))
 
 
 @dataclass(frozen=True)

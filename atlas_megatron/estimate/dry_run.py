@@ -109,7 +109,7 @@ class DryRun:
         replicas, tokens = data_parallel_size(config, world_size), train.global_batch * model.seq_length
         table = _table(f"dry run: {config.run.directory}")
         table.add_row("parameters", f"{num_params(config):,}")
-        counts = [(kind, model.pattern.count(symbol)) for symbol, kind in LAYERS.items()]
+        counts = [(layer.kind, model.pattern.count(symbol)) for symbol, layer in LAYERS.items()]
         table.add_row("layers", ", ".join(f"{count} {kind}" for kind, count in counts if count))
         table.add_row("forward FLOPs a token", f"{flops.forward:.3e}")
         table.add_row("training FLOPs a token", f"{flops.training:.3e}")

@@ -5,14 +5,12 @@ Of a rank only its pipeline stage matters: tensor, context and data-parallel ran
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from atlas_megatron.config import WITH_MEMORY, Config
+from atlas_megatron.config import LAYERS, Config
 from atlas_megatron.config.checks import data_parallel_size
 from atlas_megatron.config.context_levels import context_levels
-from atlas_megatron.mixers import MIXERS
-from atlas_megatron.mixers.memory_layout import gate_count, weight_shapes
+from atlas_megatron.mixers import costs_of
 
 
 @dataclass(frozen=True)
@@ -78,15 +76,12 @@ def parameters_at(config: Config, rank: int) -> int:
 
 
 def replicated_parameters(config: Config, symbol: str) -> int:
-    """Those of one layer that every tensor-parallel rank holds whole: norms, and the gates' way down."""
-    hidden, rank = config.model.hidden_size, config.memory.gate_rank
-    return hidden + {"M": rank * hidden, "A": (rank + 2) * hidden, "C": (rank + 2) * hidden}.get(symbol, 0)
+    """Those of one layer that every tensor-parallel rank holds whole: the norm before it, and what its class says."""
+    return config.model.hidden_size + costs_of(symbol).replicated_params(config)
 
 
 def _layer_parameters(config: Config, symbol: str) -> int:
-    model = config.model
-    mixer = MIXERS.get(symbol)
-    whole = model.hidden_size + (mixer.num_params(config) if mixer else 3 * model.hidden_size * model.ffn_hidden_size)
+    whole = config.model.hidden_size + costs_of(symbol).num_params(config)
     replicated = replicated_parameters(config, symbol)
     return replicated + (whole - replicated) // config.parallel.tensor
 
@@ -103,12 +98,13 @@ def _passes_held(config: Config, rank: int, count: int) -> float:
 def _activations(config: Config, rank: int, passes: float, size: int) -> float:
     """What the backward of so many micro-batches keeps: each layer's inputs and products, and the logits of one.
 
-    With train.recompute only each layer's input stays, and one layer at a time is whole.
+    A layer's input counts twice, for the residual and for the norm. With train.recompute only that input stays, and one
+    layer at a time is whole.
     """
     model, parallel = config.model, config.parallel
     layers = "".join(stages_at(config, rank))
     around = 2 * model.hidden_size * size / (parallel.tensor if parallel.sequence else 1)
-    inside = {symbol: _inside(config, symbol, size) for symbol in set(layers)}
+    inside = {symbol: costs_of(symbol).activation_bytes(config, size) for symbol in set(layers)}
     if config.train.recompute:
         kept = passes * len(layers) * around / 2 + max(inside.values()) + around
     else:
@@ -118,55 +114,12 @@ def _activations(config: Config, rank: int, passes: float, size: int) -> float:
     return config.train.micro_batch * model.seq_length / parallel.context * kept
 
 
-def _inside(config: Config, symbol: str, size: int) -> float:
-    """Bytes a token that a layer keeps besides its input twice (residual and norm), of this rank's heads.
-
-    M: q, k, v before and after the convolution, lifted in float32, gates and the read; *, F: q, k, v and the output,
-    and keys and values of what the ranks to the left have; -: both halves of SwiGLU and their product; D, G: as M;
-    R, L: the output gate's branch, and in float32 what each token's cell computes, gates and states; A, C: both, C
-    with the read besides, and its own keys and values.
-    """
-    model, memory, delta, tensor = config.model, config.memory, config.delta, config.parallel.tensor
-    width, seen = memory.heads * memory.head_dim, config.attention.heads * config.attention.head_dim
-    recurrent, dealt = config.recurrent.heads * config.recurrent.head_dim, delta.heads * delta.head_dim
-    memory_only = (8 * width * size + (5 * width + 2 * memory.heads * gate_count(memory)) * 4) / tensor
-    tokens = model.seq_length / config.parallel.context
-    reach = model.seq_length if symbol == "F" else config.attention.window - 1
-    left = min(reach, model.seq_length - tokens) / tokens
-    attention = (5 if symbol == "C" else 5 + 2 * left) * seen * size / tensor
-    joined = memory_only + attention + 2 * model.hidden_size * size
-    return {
-        "M": memory_only,
-        "*": attention,
-        "F": attention,
-        "-": 3 * model.ffn_hidden_size * size / tensor,
-        "R": recurrent * (3 * size + 6 * 4) / tensor,
-        "L": recurrent * (3 * size + 7 * 4) / tensor,
-        "D": (8 * dealt * size + (5 * dealt + 2 * delta.heads) * 4) / tensor,
-        "G": (8 * dealt * size + (5 * dealt + 4 * delta.heads) * 4) / tensor,
-        "A": joined,
-        "C": joined + (2 * width * 4 + 2 * seen * size) / tensor,
-    }[symbol]
-
-
 def _memory_state(config: Config, rank: int, passes: float) -> float:
-    """What the backward of the memories keeps of them, in float32.
-
-    Weights, momentum and anchor at about sqrt(N) of the N chunks that a rank scans; exponential kernels instead: the
-    two factors of each write. With train.recompute of one layer at a time.
-    """
-    model, memory, parallel = config.model, config.memory, config.parallel
-    layers = [symbol for stage in stages_at(config, rank) for symbol in stage if symbol in WITH_MEMORY]
-    near, shapes, kept = context_levels(config)[0], weight_shapes(memory), []
-    for symbol in layers:
-        # C hands its memory on and never exchanges heads.
-        shared = 1 if symbol == "C" else near
-        tokens = model.seq_length * shared // parallel.context
-        if memory.kernel == "lifted":
-            borders = math.isqrt(max(1, tokens // memory.chunk)) + 1
-            numbers = borders * 3.0 * sum(rows * cols for rows, cols in shapes)
-        else:
-            numbers = tokens * (1 + (memory.window - 1) / memory.chunk) * sum(rows + cols for rows, cols in shapes)
-        kept.append(numbers * memory.heads / (parallel.tensor * shared))
+    """What the backward of the memories keeps of them, in float32; with train.recompute of one layer at a time."""
+    parallel, near, kept = config.parallel, context_levels(config)[0], []
+    for symbol in "".join(stages_at(config, rank)):
+        shared = near if LAYERS[symbol].exchanges_heads else 1
+        tokens = config.model.seq_length * shared // parallel.context
+        kept.append(costs_of(symbol).kept_numbers(config, tokens) / (parallel.tensor * shared))
     held = max(kept, default=0.0) if config.train.recompute else passes * sum(kept)
     return config.train.micro_batch * held * 4

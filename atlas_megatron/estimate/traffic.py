@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from atlas_megatron.config import Config, layers_of
+from atlas_megatron.config import LAYERS, Config, layers_of
 from atlas_megatron.config.checks import data_parallel_size
 from atlas_megatron.config.context_levels import context_levels
+from atlas_megatron.config.layers import heads_of
 from atlas_megatron.estimate.memory import micro_batches, parameters_at, replicated_parameters, stages_at
-from atlas_megatron.mixers import MIXERS
-from atlas_megatron.mixers.memory_layout import lifted, weight_shapes
-from atlas_megatron.mixers.recurrent import Recurrent
+from atlas_megatron.mixers import costs_of
+from atlas_megatron.mixers.costs import Halo
 from atlas_megatron.parallel.scan import slicing
 
 
@@ -62,7 +62,8 @@ def bytes_sent(config: Config, world_size: int, place: Place, *, bf16: bool) -> 
     for number, stage in enumerate(stages_at(config, place.pipeline)):
         ends.append(_stage_ends(config, place.pipeline + number * config.parallel.pipeline, size))
         for symbol in stage:
-            layers += [_layer_tensor(config, symbol, size), _layer_context(config, symbol, place, size)]
+            layers += [_linears(config, *costs_of(symbol).linears(config), size)]
+            layers += [_layer_context(config, symbol, place, size)]
     forward, backward = _together(layers)
     once = [forward] if config.train.recompute else []
     passes = _sum(*_together(ends), forward, *once, backward)
@@ -93,20 +94,6 @@ def _ring(ranks: int) -> float:
 def _shard_tokens(config: Config) -> int:
     """Of one micro-batch, B t."""
     return config.train.micro_batch * config.model.seq_length // config.parallel.context
-
-
-def _layer_tensor(config: Config, symbol: str, size: int) -> Both:
-    """One layer's linears among tensor-parallel ranks."""
-    hidden, rank = config.model.hidden_size, config.memory.gate_rank
-    # Widths of what column-parallel linears read, and how many row-parallel ones answer.
-    columns, rows = {
-        "M": (hidden + rank, 1),
-        "A": (2 * hidden + rank, 2),
-        "C": (4 * hidden + rank, 3),
-        "D": (2 * hidden, 1),
-        "G": (2 * hidden, 1),
-    }.get(symbol, (hidden, 1))
-    return _linears(config, columns, rows, size)
 
 
 def _linears(config: Config, columns: int, rows: int, size: int) -> Both:
@@ -143,30 +130,20 @@ def _stage_ends(config: Config, stage: int, size: int) -> Both:
 
 def _layer_context(config: Config, symbol: str, place: Place, size: int) -> Both:
     """One layer among context-parallel ranks."""
-    parallel, memory, attention = config.parallel, config.memory, config.attention
-    if parallel.context == 1 or symbol == "-":
+    if config.parallel.context == 1:
         return NOTHING
-    batch, tensor = config.train.micro_batch, parallel.tensor
-    parts: list[Both] = []
-    if symbol in "MADG":
-        own = config.delta if symbol in "DG" else memory
-        channels = 3 * own.heads * own.head_dim // tensor
-        parts.append(_halo(config, place, Kind.CONVOLUTION, own.conv_size - 1, batch * channels * size))
+    parts = [_halo(config, place, halo, size) for halo in costs_of(symbol).halos(config)]
+    if LAYERS[symbol].exchanges_heads:
         parts.append(_exchange(config, symbol))
-    if symbol in "*AF":
-        reach = None if symbol == "F" else attention.window - 1
-        numbers = 2 * batch * attention.heads * attention.head_dim // tensor
-        parts.append(_halo(config, place, Kind.ATTENTION, reach, numbers * size))
-    if symbol in "MADGCRL":
-        parts.append(_hand_off(config, symbol, place))
-    return _together(parts)
+    return _together([*parts, _hand_off(config, symbol, place)])
 
 
-def _halo(config: Config, place: Place, kind: Kind, reach: int | None, width: int) -> Both:
-    """The last `reach` positions (None: all), of `width` bytes each, to the right; their gradients to the left."""
-    ranks = config.parallel.context
+def _halo(config: Config, place: Place, halo: Halo, size: int) -> Both:
+    """A halo's positions to the right; their gradients to the left."""
+    ranks, kind = config.parallel.context, Kind(f"context: {halo.of} halo")
+    width = config.train.micro_batch * (halo.numbers // config.parallel.tensor) * size
     length = config.model.seq_length // ranks
-    needed = (ranks - 1) * length if reach is None else reach
+    needed = (ranks - 1) * length if halo.reach is None else halo.reach
     hops = min(-(-needed // length), ranks - 1)
     lengths = [min(length, needed - hop * length) for hop in range(hops)]
     right, left = lengths[: ranks - 1 - place.context], lengths[: place.context]
@@ -179,13 +156,8 @@ def _exchange(config: Config, symbol: str) -> Both:
     if near == 1:
         return NOTHING
     sent = _ring(near) * _shard_tokens(config)
-    if symbol in "DG":
-        heads, numbers = config.delta.heads, 4 * config.delta.head_dim + (2 if symbol == "G" else 1)
-    else:
-        # alpha, eta, theta and gamma, learned or not.
-        gates = 3 + (config.memory.window if config.memory.omega_gates == "pair" else 1)
-        heads, numbers = config.memory.heads, 4 * config.memory.head_dim + gates
-    exchanged = sent * heads // config.parallel.tensor * numbers * WIDE
+    numbers = costs_of(symbol).exchanged_numbers(config)
+    exchanged = sent * heads_of(config, symbol) // config.parallel.tensor * numbers * WIDE
     positions = sent * near * POSITION if config.data.packed else 0.0
     return {Kind.HEADS: exchanged + positions}, {Kind.HEADS: exchanged}
 
@@ -197,38 +169,19 @@ def _hand_off(config: Config, symbol: str, place: Place) -> Both:
     length = config.model.seq_length // ranks
 
     def state(border: int) -> float:
-        return float(batch * _carried(config, symbol, border * length) / (config.parallel.tensor * near) * WIDE)
+        numbers = costs_of(symbol).state_numbers(config, border * length)
+        return float(batch * numbers / (config.parallel.tensor * near) * WIDE)
 
     forward = {Kind.STATE: state(number + 1)} if number < ranks - 1 else {}
     return forward, ({Kind.STATE: state(number)} if number > 0 else {})
 
 
 def _chain(config: Config, symbol: str) -> tuple[int, int]:
-    """(ranks that a layer's state passes, ranks that share each of its places): R, L and C never exchange heads."""
-    if symbol in "RLC":
+    """(ranks that a layer's state passes, ranks that share each of its places)."""
+    if not LAYERS[symbol].exchanges_heads:
         return config.parallel.context, 1
     near, far = context_levels(config)
     return far, near
-
-
-def _carried(config: Config, symbol: str, position: int) -> int:
-    """Numbers of one sequence's state at this position, of all heads."""
-    memory, delta, recurrent = config.memory, config.delta, config.recurrent
-    if symbol in "DG":
-        return delta.heads * delta.head_dim**2
-    if symbol in "RL":
-        cell = MIXERS[symbol]
-        assert issubclass(cell, Recurrent)
-        return recurrent.heads * recurrent.head_dim * cell.carries
-    # The anchor goes along where a chunk is not at its end; of packed documents nobody knows.
-    begun = config.data.packed or position % memory.chunk > 0
-    matrices = sum(rows * cols for rows, cols in weight_shapes(memory)) * (1 + memory.momentum + begun)
-    width, features = memory.head_dim, lifted(memory)
-    residual = memory.memory != "linear" and features != width
-    source = features + width * (2 if residual else 1) + (memory.omega_gates != "pair")
-    # C hands on what its convolutions still need besides.
-    tail = 3 * width * (memory.conv_size - 1) if symbol == "C" else 0
-    return memory.heads * (matrices + (memory.window - 1) * source + tail)
 
 
 def _after_backward(config: Config, world_size: int, place: Place, size: int) -> Traffic:
@@ -264,8 +217,8 @@ def hand_off_bubble(config: Config) -> float:
     so rank r follows it by one slice of one layer, 1/s of a scan. It never catches up and never falls back further:
     nobody waits for the right, and the left neighbour's next layer is under way as long before. So a forward pays
     (c-1)/s scans of its slowest layer, once and not a layer; the backward the same to the left, in its own scans.
-    R, L and C do not slice (s = 1), and pass every rank. Ranks that exchange heads wait for each other at each such
-    exchange: there, what R, L and C had them follow by is paid again for each of these layers.
+    Layers that do not exchange heads do not slice either (s = 1), and pass every rank. Ranks that exchange heads wait
+    for each other at each such exchange: there, what the other layers had them follow by is paid again for each.
 
     Assumed: time goes with matrix-product FLOPs, in the backward in the same proportions; messages take none and wait
     in a queue that is never full; stages are equal; a rank begins each pass with its neighbours, as where passes
@@ -275,39 +228,23 @@ def hand_off_bubble(config: Config) -> float:
         return 0.0
     near, far = context_levels(config)
     follows, again = 0.0, 0.0
-    for symbol in set(layers_of(config)) & set("MADG"):
-        follows = max(follows, (far - 1) * _scan_flops(config, symbol) / _slices(config, symbol))
     for symbol in layers_of(config):
-        if symbol in "RLC":
-            scan = _scan_flops(config, symbol)
+        scan = costs_of(symbol).scan_flops(config)
+        if LAYERS[symbol].exchanges_heads:
+            follows = max(follows, (far - 1) * scan / _slices(config, symbol))
+        else:
             follows, again = max(follows, (far - 1) * near * scan), again + (near - 1) * scan
     parallel = config.parallel
     stages = parallel.pipeline * parallel.virtual
     waited = follows + again / stages
-    work = sum(_layer_flops(config, symbol) for symbol in layers_of(config)) / stages
+    work = sum(costs_of(symbol).flops_per_token(config)[0] for symbol in layers_of(config)) / stages
     return waited / (waited + work)
 
 
 def _slices(config: Config, symbol: str) -> int:
     """Into which batch and heads of one rank are really cut."""
     near, far = context_levels(config)
-    heads = (config.delta if symbol in "DG" else config.memory).heads // (config.parallel.tensor * near)
+    heads = heads_of(config, symbol) // (config.parallel.tensor * near)
     batch = config.train.micro_batch
     rows, columns = slicing(batch, heads, config.parallel.context_slices or 2 * far)
     return batch // rows * (heads // columns)
-
-
-def _layer_flops(config: Config, symbol: str) -> float:
-    """Forward FLOPs of a token in one layer."""
-    mlp = 6.0 * config.model.hidden_size * config.model.ffn_hidden_size
-    return MIXERS[symbol].flops_per_token(config)[0] if symbol in MIXERS else mlp
-
-
-def _scan_flops(config: Config, symbol: str) -> float:
-    """The part of them that needs the state from the left: a memory, a cell's recurrent products, all of C."""
-    whole, inner = MIXERS[symbol].flops_per_token(config)
-    mixer = MIXERS[symbol]
-    if issubclass(mixer, Recurrent):
-        recurrent = config.recurrent
-        return 2.0 * recurrent.heads * recurrent.head_dim**2 * mixer.gates
-    return whole if symbol == "C" else inner

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 
-from atlas_megatron.config import WITH_MEMORY, Config, ParallelConfig
+from atlas_megatron.config import Config, ParallelConfig, layers_of
 from atlas_megatron.estimate.memory import footprint, parameters_at
 from atlas_megatron.finetune.plan import Plan
-from atlas_megatron.mixers.memory_layout import weight_shapes
+from atlas_megatron.hf.folders import config_of
+from atlas_megatron.mixers import costs_of
 
 FLOAT = 4  # bytes
 LABELS = {
@@ -67,11 +67,7 @@ def report(run: Plan) -> Group:
 
 def described(run: Plan) -> Config:
     """The model in the terms of pretraining, on one device, at the length whose activations are held."""
-    whole = Config()
-    sections: dict[str, Any] = {
-        name: replace(getattr(whole, name), **values) for name, values in run.config.sections().items()
-    }
-    config = replace(whole, **sections, parallel=ParallelConfig())
+    config = replace(config_of(run.config), parallel=ParallelConfig())
     alive = run.segment if run.checkpointing else run.window
     return replace(
         config,
@@ -99,25 +95,12 @@ def held(run: Plan, stage: int) -> Held:
 
 
 def _carried(run: Plan, config: Config) -> float:
-    """The memories at the cuts of a window, which the backward begins each segment from.
-
-    Weights, momentum and anchor of a memory, keys and values of a window; full attention and exponential kernels keep
-    all that was read, at every cut.
-    """
+    """The states at the cuts of a window, which the backward begins each segment from."""
     cuts = max(0, -(-run.window // run.segment) - 1)
-    memory, attention = config.memory, config.attention
     read = cuts * (cuts + 1) / 2 * run.segment  # tokens behind all cuts together
-    shapes, size = weight_shapes(memory), 2 if run.settings.bf16 else FLOAT
-    if memory.kernel == "lifted":
-        remembered = cuts * 3.0 * sum(rows * columns for rows, columns in shapes)
-    else:
-        remembered = read * sum(rows + columns for rows, columns in shapes)
-    keys = 2.0 * attention.heads * attention.head_dim * size
-    bytes_ = 0.0
-    for symbol in config.model.pattern:
-        bytes_ += remembered * memory.heads * FLOAT if symbol in WITH_MEMORY else 0.0
-        bytes_ += {"*": cuts * attention.window, "A": cuts * attention.window, "F": read}.get(symbol, 0.0) * keys
-    return run.settings.micro_batch * bytes_
+    size = 2 if run.settings.bf16 else FLOAT
+    held = sum(costs_of(symbol).bytes_at_cuts(config, cuts, read, size) for symbol in layers_of(config))
+    return run.settings.micro_batch * held
 
 
 def _stages(run: Plan) -> Table:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from atlas_megatron.config import WITH_MEMORY
+from atlas_megatron.config import uses
 from atlas_megatron.data.records import Skipped
 from atlas_megatron.finetune import checkpoints
 from atlas_megatron.finetune.examples import Examples, Loader
@@ -51,7 +51,7 @@ class Plan:
     @property
     def _bound(self) -> int:
         """As `reach`, whatever is asked for; 0 for a model without memories that gradients could explode in."""
-        return reach_of(self.config) if set(WITH_MEMORY) & set(self.config.pattern) else 0
+        return reach_of(self.config) if uses(self.config.pattern, "memory") else 0
 
     @property
     def detach_every(self) -> int:

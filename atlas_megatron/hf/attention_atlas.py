@@ -6,12 +6,14 @@ Dims: B batch, T tokens, H heads, K head size, W window, P tokens kept from befo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_atlas import AtlasConfig
+from .mixer_atlas import Mixer
 from .place_atlas import Place, of_any_length
 
 
@@ -23,14 +25,21 @@ class AttentionState:
     values: Tensor
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(Mixer):
     """Causal attention over the last W tokens. A row of `linear_qkv` belongs to one head: its q, k, v.
 
     persistent [H, 2, n, K]: learned keys and values that every query sees besides. They have no position, so the
     queries meet them as they are, not rotated.
     """
 
-    windowed = True
+    section = "attention"
+    states = (AttentionState,)
+    unrolled = False
+    windowed: ClassVar[bool] = True
+
+    @classmethod
+    def grows(cls, config: AtlasConfig) -> bool:
+        return not cls.windowed
 
     def __init__(self, config: AtlasConfig) -> None:
         super().__init__()

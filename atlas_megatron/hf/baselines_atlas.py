@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .configuration_atlas import AtlasConfig
 from .convolution_atlas import ShortConvolution, edge_starts, wide
-from .kernels_atlas import Gates, MemoryRule, State, gated_norm, omega_memory, unrounded
+from .kernels_atlas import Gates, MemoryRule, MemoryState, State, gated_norm, omega_memory, unrounded
+from .mixer_atlas import Mixer
 from .place_atlas import Place
 
 # Of a head: one for each gate, and the GRU's inside its reset.
@@ -35,12 +36,14 @@ class RecurrentState:
     carried: tuple[Tensor, ...]
 
 
-class Recurrent(nn.Module):
+class Recurrent(Mixer):
     """Heads that each run a recurrence of their own, an output gate, and the projections around them.
 
     A row of `linear_in` belongs to one head, whose G inputs and output gate lie together.
     """
 
+    section = "recurrent"
+    states = (RecurrentState,)
     gates: ClassVar[int]  # inputs of a cell
     carries: ClassVar[int]  # tensors of a cell's state
 
@@ -131,9 +134,11 @@ class DeltaState:
     tail: Tensor
 
 
-class DeltaNet(nn.Module):
+class DeltaNet(Mixer):
     """S_t = S_{t-1} - beta_t (S_{t-1} k_t - v_t) k_t^T, y_t = S_t q_t. A row of `linear_qkvg` belongs to one head."""
 
+    section = "delta"
+    states = (DeltaState, MemoryState)
     gates: ClassVar[int] = 1  # beta
 
     def __init__(self, config: AtlasConfig) -> None:

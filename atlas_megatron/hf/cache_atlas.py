@@ -17,28 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .attention_atlas import AttentionState
-from .baselines_atlas import DeltaState, RecurrentState
 from .configuration_atlas import AtlasConfig, differences
-from .hybrid_atlas import ContextState, GateState
-from .kernels_atlas import DualState, MemoryState
-from .memory_atlas import AtlasState
 from .place_atlas import Position
+from .registry_atlas import MIXERS
 
-# What a file may name.
-STATES = {
-    kind.__name__: kind
-    for kind in (
-        AtlasState,
-        AttentionState,
-        ContextState,
-        DeltaState,
-        DualState,
-        GateState,
-        MemoryState,
-        RecurrentState,
-    )
-}
 FORMAT = "atlas-memory"
 
 
@@ -192,4 +174,6 @@ def _restored(described: Any, tensor: Callable[[str], Tensor]) -> Any:
         return described
     if "tensor" in described:
         return tensor(described["tensor"])
-    return STATES[described["state"]](**{n: _restored(part, tensor) for n, part in described["fields"].items()})
+    # Nothing else that a file may name.
+    states = {kind.__name__: kind for mixer in MIXERS.values() for kind in mixer.states}
+    return states[described["state"]](**{n: _restored(part, tensor) for n, part in described["fields"].items()})

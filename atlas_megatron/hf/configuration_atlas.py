@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import transformers
 from packaging.version import Version
 from transformers import PretrainedConfig
+
+if TYPE_CHECKING:
+    from .mixer_atlas import Mixer
 
 # Of transformers; setup.py names the same. This file is the first that is imported of a model.
 MINIMUM = "5.0.0"
@@ -38,6 +41,7 @@ import .kernels_atlas
 import .layer_norm
 import .memories
 import .memory_atlas
+import .mixer_atlas
 import .modeling_atlas
 import .newton_schulz
 import .op
@@ -46,6 +50,7 @@ import .place_atlas
 import .products
 import .reads
 import .reference
+import .registry_atlas
 import .rule
 import .write_gate
 import .writes
@@ -121,9 +126,6 @@ MODEL = (
     "init_std",
     "transformer_engine",
 )
-# Which section the heads of a layer are in.
-HEADS = {"M": "memory", "R": "recurrent", "L": "recurrent", "D": "delta", "G": "delta"}
-HEADS |= dict.fromkeys("*FAC", "attention")
 # Of the memory's keys those that came after models had been exported, and what such a folder's model is.
 LATER = {"open_gate": False, "copy_start": False}
 # What a model whose state is of constant size answers to tools that want a longest input: it has none.
@@ -139,8 +141,9 @@ class FollowsError(NotImplementedError, ValueError):
 
 
 class AtlasConfig(PretrainedConfig):
-    """An ATLAS model. pattern: one symbol a layer, M * F A C R L D G - as in `model.pattern`, without pipeline cuts.
+    """An ATLAS model. pattern: one symbol a layer, as in `model.pattern`, without pipeline cuts.
 
+    The class behind each symbol stands in registry_atlas.py.
     memory, attention, recurrent, delta: the sections of those names; keys that are not given start as SECTIONS has
     them. gradient_reach: see `memory_atlas.reach_of`. Raises ValueError for a key that a section does not have.
     """
@@ -252,12 +255,20 @@ class AtlasConfig(PretrainedConfig):
     @property
     def grows(self) -> bool:
         """Whether the state grows with what was read."""
-        return "F" in self.pattern or (self.memory["kernel"] != "lifted" and bool(set("MAC") & set(self.pattern)))
+        return any(mixer.grows(self) for mixer in self._mixers)
 
     @property
     def _heads_in(self) -> str:
-        found = [HEADS[symbol] for symbol in self.pattern if symbol in HEADS]
+        found = [mixer.section for mixer in self._mixers if mixer.section]
         return "attention" if "attention" in found or not found else found[0]
+
+    @property
+    def _mixers(self) -> list[type[Mixer]]:
+        """The classes of the layers, in their order."""
+        # Here: the layers' files import this one.
+        from .registry_atlas import MIXERS
+
+        return [MIXERS[symbol] for symbol in self.pattern if symbol in MIXERS]
 
     def section(self, name: str) -> SimpleNamespace:
         """A section with its keys as attributes."""

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from atlas_megatron.checkpoint import checkpoint
 from atlas_megatron.checkpoint.safe_loading import load_tensors, read_metadata
 from atlas_megatron.files import integrity
 from atlas_megatron.files.scratch import new_folder
-from atlas_megatron.hf import modeling_atlas
+from atlas_megatron.hf import configuration_atlas, modeling_atlas, registry_atlas
 from atlas_megatron.hf.configuration_atlas import SECTIONS, AtlasConfig
 from atlas_megatron.hf.folders import check_shapes, listing
 from atlas_megatron.hf.names import EMBEDDING, OUTPUT, Name, parameters_of
@@ -76,8 +77,7 @@ def _export(read: Source, target: Path, shard_size: int) -> Path:
         _write_configuration(read, folder, tokens)
         _write_weights(read, folder, shard_size)
         note_sums(folder)
-        for file in code_files():
-            shutil.copyfile(file, folder / file.name)
+        _write_code(folder, read.config.pattern)
     return target
 
 
@@ -98,6 +98,32 @@ def code_files() -> list[Path]:
             found[name] = next(file for file in (home / f"{name}.py" for home in homes) if file.is_file())
             wanted += get_relative_imports(found[name])
     return [found[name] for name in sorted(found)]
+
+
+def _write_code(folder: Path, pattern: str) -> None:
+    """The files that travel, and those of layers that were registered from outside: their symbols stand in the copy of
+    the registry, and the files that transformers begins with name them."""
+    ours = code_files()
+    for file in ours:
+        shutil.copyfile(file, folder / file.name)
+    for symbol in dict.fromkeys(pattern):
+        twin = registry_atlas.MIXERS[symbol]
+        file = Path(inspect.getfile(twin))
+        if file in ours:
+            continue
+        if file.name in {other.name for other in ours}:
+            raise ValueError(f"{file} has the name of a file that every exported model holds; rename it")
+        shutil.copyfile(file, folder / file.name)
+        entry = f"\nfrom .{file.stem} import {twin.__name__}  # noqa: E402\n\nMIXERS[{symbol!r}] = {twin.__name__}\n"
+        _append(folder, registry_atlas, entry)
+        for module in (configuration_atlas, modeling_atlas):
+            _append(folder, module, f'\nTRAVELS += """\nimport .{file.stem}\n"""\n')
+
+
+def _append(folder: Path, module: ModuleType, text: str) -> None:
+    """Put text to the end of a module's copy in an exported folder."""
+    with (folder / Path(inspect.getfile(module)).name).open("a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def read_source(source: Path) -> Source:

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from atlas_megatron.config import Config
+from atlas_megatron.hf.configuration_atlas import AtlasConfig
 from atlas_megatron.hf.names import Name
+
+
+def config_of(description: AtlasConfig) -> Config:
+    """A run's configuration that describes this model; all else in it is where it starts."""
+    whole = Config()
+    sections: dict[str, Any] = {
+        name: replace(getattr(whole, name), **values) for name, values in description.sections().items()
+    }
+    return replace(whole, **sections)
 
 
 def check_shapes(

@@ -14,11 +14,18 @@ from torch import Tensor, nn
 from .attention_atlas import AttentionState, WindowAttention, rotate
 from .configuration_atlas import AtlasConfig
 from .memory_atlas import AtlasMemory, AtlasState
+from .mixer_atlas import Mixer
 from .place_atlas import Place
 
 
-class _Joined(nn.Module):
+class _Joined(Mixer):
     """A memory and an attention, and the product of what they give: norm(attention) * silu(norm(memory))."""
+
+    section = "attention"
+
+    @classmethod
+    def grows(cls, config: AtlasConfig) -> bool:
+        return AtlasMemory.grows(config)
 
     def __init__(self, config: AtlasConfig) -> None:
         super().__init__()
@@ -50,6 +57,12 @@ class GateState:
 class MemoryAsGate(_Joined):
     """MAG: memory and sliding-window attention side by side on one input."""
 
+    states = (GateState, *AtlasMemory.states, *WindowAttention.states)
+
+    @classmethod
+    def alike(cls, config: AtlasConfig) -> str:
+        return AtlasMemory.alike(config)
+
     def forward(self, x: Tensor, state: GateState | None, place: Place) -> tuple[Tensor, GateState]:
         """[B, T, hidden] -> [B, T, hidden] and the state after."""
         memory, kept = self.memory(x, state.memory if state else None, place)
@@ -77,6 +90,12 @@ class MemoryAsContext(_Joined):
     A token attends to what was read for itself and for the segment's tokens before it, never after. The memory's read
     of what was written gates the output.
     """
+
+    states = (ContextState, *AtlasMemory.states, *WindowAttention.states)
+
+    @classmethod
+    def alike(cls, config: AtlasConfig) -> str:
+        return "C layers, whose segments are those of every row"
 
     def __init__(self, config: AtlasConfig) -> None:
         super().__init__(config)

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -18,7 +17,7 @@ from atlas_megatron.config import Config, ParallelConfig, load, model_difference
 from atlas_megatron.config.checks import validate
 from atlas_megatron.files.scratch import new_folder
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
-from atlas_megatron.hf.folders import listing
+from atlas_megatron.hf.folders import config_of, listing
 from atlas_megatron.hf.names import Name
 from atlas_megatron.hf.tokenizer_files import copy_tokenizer
 from atlas_megatron.hf.weights import Weights, check, described_in
@@ -65,11 +64,7 @@ def _read(source: Path) -> tuple[AtlasConfig, Weights, list[tuple[Name, tuple[in
 
 def _configured(description: AtlasConfig, folder: Path, words: Sequence[str]) -> Config:
     """The run's configuration: the model's description under the overrides."""
-    whole = Config()
-    sections: dict[str, Any] = {
-        name: replace(getattr(whole, name), **values) for name, values in description.sections().items()
-    }
-    plain = replace(whole, **sections)
+    plain = config_of(description)
     file = folder / checkpoint.CONFIG
     file.write_text(to_toml(plain), encoding="utf-8")
     config = load(file, words)

@@ -17,8 +17,10 @@ from transformers.utils import logging
 from .configuration_atlas import AtlasConfig
 from .convolution_atlas import ShortConvolution, edge_starts, wide
 from .kernels_atlas import (
+    DualState,
     Gates,
     MemoryRule,
+    MemoryState,
     State,
     budgeted,
     gated_norm,
@@ -32,6 +34,7 @@ from .kernels_atlas import (
     write_gate,
     write_logit,
 )
+from .mixer_atlas import Mixer
 from .place_atlas import Place
 
 logger = logging.get_logger(__name__)
@@ -57,8 +60,21 @@ class AtlasState:
         return AtlasState(self.memory.map(Tensor.detach), self.tail)
 
 
-class AtlasMemory(nn.Module):
+class AtlasMemory(Mixer):
     """Sequence mixer of an `M` layer. A row of `linear_qkvg` belongs to one head: its q, k, v and output gate."""
+
+    section = "memory"
+    states = (AtlasState, MemoryState, DualState)
+
+    @classmethod
+    def grows(cls, config: AtlasConfig) -> bool:
+        """By the exponential kernels' sources."""
+        return config.section("memory").kernel != "lifted"
+
+    @classmethod
+    def alike(cls, config: AtlasConfig) -> str:
+        kernel = config.section("memory").kernel
+        return "" if kernel == "lifted" else f"memory.kernel={kernel!r}, whose sources are those of every row"
 
     def __init__(self, config: AtlasConfig) -> None:
         super().__init__()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -18,13 +17,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
-from .attention_atlas import FullAttention, WindowAttention
-from .baselines_atlas import GRU, LSTM, DeltaNet, GatedDeltaNet
 from .cache_atlas import AtlasCache
 from .configuration_atlas import AtlasConfig
-from .hybrid_atlas import MemoryAsContext, MemoryAsGate
-from .memory_atlas import AtlasMemory
 from .place_atlas import Place, Unpacked, check_packing, exporting, of_any_length, padding_of, place_of
+from .registry_atlas import MIXERS
 
 # As in configuration_atlas.py: transformers asks each file that it begins with.
 TRAVELS = """
@@ -46,6 +42,7 @@ import .kernels_atlas
 import .layer_norm
 import .memories
 import .memory_atlas
+import .mixer_atlas
 import .newton_schulz
 import .op
 import .packing
@@ -53,38 +50,15 @@ import .place_atlas
 import .products
 import .reads
 import .reference
+import .registry_atlas
 import .rule
 import .write_gate
 import .writes
 """
 logger = logging.get_logger(__name__)
 
-MIXERS: dict[str, type[nn.Module]] = {
-    "M": AtlasMemory,
-    "*": WindowAttention,
-    "F": FullAttention,
-    "A": MemoryAsGate,
-    "C": MemoryAsContext,
-    "R": GRU,
-    "L": LSTM,
-    "D": DeltaNet,
-    "G": GatedDeltaNet,
-}
 # Linears back to the hidden width: they start the smaller the deeper the model is, as Megatron's do.
 BACK_TO_HIDDEN = ("linear_out", "linear_read", "linear_down")
-
-
-class SwiGLU(nn.Module):
-    """silu(gate) * up, projected back; the rows of `linear_gate_up` are all of gate, then all of up."""
-
-    def __init__(self, config: AtlasConfig) -> None:
-        super().__init__()
-        self.linear_gate_up = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=False)
-        self.linear_down = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, state: None, place: Place) -> tuple[Tensor, None]:
-        gate, up = self.linear_gate_up(x).chunk(2, -1)
-        return self.linear_down(F.silu(gate) * up), None
 
 
 class AtlasLayer(GradientCheckpointingLayer):
@@ -93,7 +67,7 @@ class AtlasLayer(GradientCheckpointingLayer):
     def __init__(self, config: AtlasConfig, symbol: str) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.mixer = SwiGLU(config) if symbol == "-" else MIXERS[symbol](config)
+        self.mixer = MIXERS[symbol](config)
 
     def forward(self, x: Tensor, state: Any, place: Place) -> tuple[Tensor, Any]:
         y, after = self.mixer(self.norm(x), state, place)
@@ -133,9 +107,9 @@ class AtlasModel(AtlasPreTrainedModel):
 
     def __init__(self, config: AtlasConfig) -> None:
         super().__init__(config)
-        unknown = sorted(set(config.pattern) - {*MIXERS, "-"})
+        unknown = sorted(set(config.pattern) - set(MIXERS))
         if unknown or not config.pattern:
-            raise ValueError(f"pattern={config.pattern!r} has unknown symbols {unknown}; use {' '.join(MIXERS)} -")
+            raise ValueError(f"pattern={config.pattern!r} has unknown symbols {unknown}; use {' '.join(MIXERS)}")
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([AtlasLayer(config, symbol) for symbol in config.pattern])
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_epsilon)
@@ -238,7 +212,7 @@ class AtlasModel(AtlasPreTrainedModel):
                 f"the input has shape {tuple(x.shape[:2])}, no token; give at least one, such as the end-of-text token "
                 "that every text begins after"
             )
-        unrolled = sorted(set(self.config.pattern) - set("*F-"))
+        unrolled = sorted(symbol for symbol in set(self.config.pattern) if MIXERS[symbol].unrolled)
         if unrolled and of_any_length(x):
             raise ValueError(
                 f"the length is dynamic, and an exported graph unrolls the memory of {', '.join(unrolled)} layers over "
@@ -275,12 +249,8 @@ class AtlasModel(AtlasPreTrainedModel):
 
     def _alike(self) -> str:
         """Which layers want all rows to stand alike; empty: none."""
-        kernel, pattern = self.config.memory["kernel"], self.config.pattern
-        if "C" in pattern:
-            return "C layers, whose segments are those of every row"
-        if kernel != "lifted" and set("MA") & set(pattern):
-            return f"memory.kernel={kernel!r}, whose sources are those of every row"
-        return ""
+        reasons = (MIXERS[symbol].alike(self.config) for symbol in self.config.pattern)
+        return next(filter(None, reasons), "")
 
 
 class AtlasForCausalLM(AtlasPreTrainedModel, GenerationMixin):

@@ -6,13 +6,20 @@ first; a fused linear stays fused.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from transformers.initialization import no_init_weights
 
+from atlas_megatron.hf.attention_atlas import FullAttention, WindowAttention
+from atlas_megatron.hf.baselines_atlas import GRU, LSTM, DeltaNet, GatedDeltaNet
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
+from atlas_megatron.hf.hybrid_atlas import MemoryAsContext, MemoryAsGate
+from atlas_megatron.hf.memory_atlas import AtlasMemory
+from atlas_megatron.hf.mixer_atlas import Mixer, SwiGLU
 from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM
+from atlas_megatron.hf.registry_atlas import MIXERS
 
 
 @dataclass(frozen=True)
@@ -87,27 +94,45 @@ MLP = (
     Name("mlp.linear_fc1.weight", "mixer.linear_gate_up.weight", "[(gate, up) x ffn, hidden]"),
     Name("mlp.linear_fc2.weight", "mixer.linear_down.weight", "[hidden, ffn]"),
 )
-MIXERS: dict[str, tuple[Name, ...]] = {
-    "M": MEMORY,
-    "*": ATTENTION,
-    "F": ATTENTION,
-    "A": JOINED,
-    "C": (*JOINED, *CONTEXT),
-    "R": RECURRENT,
-    "L": RECURRENT,
-    "D": DELTA,
-    "G": (*DELTA, *DECAY),
+
+
+def of_mixer(names: Iterable[Name]) -> tuple[Name, ...]:
+    """All of a layer whose mixer has these: the norm before it, and they."""
+    return (MIXER_NORM, *(name.within("mixer.", "mixer.") for name in names))
+
+
+LAYERS: dict[type[Mixer], tuple[Name, ...]] = {
+    AtlasMemory: of_mixer(MEMORY),
+    WindowAttention: of_mixer(ATTENTION),
+    FullAttention: of_mixer(ATTENTION),
+    MemoryAsGate: of_mixer(JOINED),
+    MemoryAsContext: of_mixer((*JOINED, *CONTEXT)),
+    GRU: of_mixer(RECURRENT),
+    LSTM: of_mixer(RECURRENT),
+    DeltaNet: of_mixer(DELTA),
+    GatedDeltaNet: of_mixer((*DELTA, *DECAY)),
+    SwiGLU: MLP,
 }
-LAYERS: dict[str, tuple[Name, ...]] = {
-    symbol: (MIXER_NORM, *(name.within("mixer.", "mixer.") for name in names)) for symbol, names in MIXERS.items()
-} | {"-": MLP}
+
+
+def register(symbol: str, twin: type[Mixer], names: Iterable[Name]) -> None:
+    """Make `symbol` stand for this layer of an exported model; names: of the parameters of its mixer, in both models.
+
+    The twin's file travels with every export whose pattern holds the symbol. Raises ValueError for a symbol that is
+    taken.
+    """
+    if symbol in MIXERS:
+        raise ValueError(f"symbol={symbol!r} is taken by {MIXERS[symbol].__name__}; choose another one")
+    MIXERS[symbol] = twin
+    LAYERS[twin] = of_mixer(names)
 
 
 def names_of(config: AtlasConfig) -> list[Name]:
     """Every parameter that a model of this pattern may have, in its order; some only under some settings."""
     names = [EMBEDDING]
     for number, symbol in enumerate(config.pattern):
-        names += [name.within(f"decoder.layers.{number}.", f"model.layers.{number}.") for name in LAYERS[symbol]]
+        own = LAYERS[MIXERS[symbol]]
+        names += [name.within(f"decoder.layers.{number}.", f"model.layers.{number}.") for name in own]
     return [*names, FINAL_NORM] + ([] if config.tied_embeddings else [OUTPUT])
 
 

@@ -1,6 +1,6 @@
 """A trained model that reads a text of any length piece by piece, wherever it was saved.
 
-What it keeps of the text has a constant size, but for full attention (`F`) and the exponential kernels.
+What it keeps of the text has a constant size, but for full attention and the exponential kernels.
 Dims: B batch, T tokens.
 """
 
@@ -9,15 +9,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from atlas_megatron.config import WITH_MEMORY, Config
+from atlas_megatron.config import Config, layers_of
 from atlas_megatron.data.pieces import Spoken as Spoken  # what a reader's text goes through, in and out
 from atlas_megatron.data.pieces import pieces as pieces
 from atlas_megatron.data.tokenizer import Tokenizer, load_tokenizer
@@ -76,7 +76,7 @@ class MegatronReader:
 
         _check_tokenizer(tokenizer, config.model.vocab_size)
         self._model, self.config, self.tokenizer, self.weights = model, config, tokenizer, weights
-        self.growth = _growth(config.model.pattern, asdict(config.attention), asdict(config.memory))
+        self.growth = _growth(config)
         self.device = device()
         self.forget()
 
@@ -123,6 +123,7 @@ class HuggingFaceReader:
                 f"{folder} is a Hugging Face model, and reading it needs the transformers package; install it with: "
                 "pip install -e '.[hf]' -c constraints.txt"
             ) from error
+        from atlas_megatron.hf.folders import config_of
         from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM
         from atlas_megatron.hf.weights import check, described_in, files_of
 
@@ -146,7 +147,7 @@ class HuggingFaceReader:
         self._model = model.to(self.device).eval()
         self.tokenizer = load_tokenizer(folder)
         _check_tokenizer(self.tokenizer, model.config.vocab_size)
-        self.growth = _growth(model.config.pattern, model.config.attention, model.config.memory)
+        self.growth = _growth(config_of(model.config)) if model.config.grows else 0.0
         self.forget()
 
     def forget(self) -> None:
@@ -236,13 +237,9 @@ def _of_checkpoint(checkpoint: Path) -> MegatronReader:
     return MegatronReader(model, config, tokenizer or load_tokenizer(config.data.tokenizer), weights)
 
 
-def _growth(pattern: str, attention: Mapping[str, Any], memory: Mapping[str, Any]) -> float:
-    """Bytes a token, in float32: keys and values of full attention, sources of the exponential kernels."""
-    numbers: float = pattern.count("F") * 2 * attention["heads"] * attention["head_dim"]
-    if memory["kernel"] != "lifted":
-        # A key, its weight, and a value for each matrix over phi*; of each chunk, and once more of its halo.
-        inner = {"linear": 1, "mlp": memory["expansion"], "gated_mlp": 2 * memory["expansion"]}[memory["memory"]]
-        source = memory["heads"] * (memory["head_dim"] * (1 + inner) + 1)
-        sources = (memory["chunk"] + memory["window"] - 1) / memory["chunk"]
-        numbers += sum(pattern.count(symbol) for symbol in WITH_MEMORY) * source * sources
-    return 4 * numbers
+def _growth(config: Config) -> float:
+    """Bytes a token, in float32, that the layers say they grow by."""
+    # Here: it brings Megatron, which an exported model is read without.
+    from atlas_megatron.mixers import costs_of
+
+    return 4 * sum(costs_of(symbol).growth(config) for symbol in layers_of(config))

@@ -1,12 +1,15 @@
 """Sequence mixers that fit the layer slots of Megatron-Core's HybridModel, by their symbol in `model.pattern`."""
 
+from atlas_megatron.config import Layer, add_layer
 from atlas_megatron.mixers.attention import FullAttention, SlidingWindowAttention
 from atlas_megatron.mixers.base import Mixer
+from atlas_megatron.mixers.costs import MLP, Costs
 from atlas_megatron.mixers.delta import DeltaNet, GatedDeltaNet
 from atlas_megatron.mixers.hybrid import MemoryAsContext, MemoryAsGate
 from atlas_megatron.mixers.memory import AtlasMixer
 from atlas_megatron.mixers.recurrent import GRU, LSTM
 
+# The class behind each symbol of `config.LAYERS`, but for the MLP, which core builds.
 MIXERS: dict[str, type[Mixer]] = {
     "M": AtlasMixer,
     "*": SlidingWindowAttention,
@@ -18,3 +21,18 @@ MIXERS: dict[str, type[Mixer]] = {
     "D": DeltaNet,
     "G": GatedDeltaNet,
 }
+
+
+def register(symbol: str, mixer: type[Mixer], layer: Layer) -> None:
+    """Make `symbol` stand for a mixer of your own: what the configuration knows of it, and its class.
+
+    Call it before a configuration is read. Raises ValueError as `add_layer` does. What an exported model computes is
+    registered with `atlas_megatron.hf.names.register`.
+    """
+    add_layer(symbol, layer)
+    MIXERS[symbol] = mixer
+
+
+def costs_of(symbol: str) -> type[Costs]:
+    """The class that says what a layer costs."""
+    return MIXERS.get(symbol, MLP)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from atlas_megatron.config import Config
 from atlas_megatron.mixers.base import Mixer
+from atlas_megatron.mixers.costs import Halo
 from atlas_megatron.mixers.linears import MixerLinears
 
 
@@ -76,6 +77,42 @@ class SlidingWindowAttention(Mixer):
         seen = min(cls.reach(settings) or model.seq_length, model.seq_length)
         keys = seen - seen * (seen - 1) / 2 / model.seq_length + attention.persistent
         return attention.heads * attention.head_dim * (8 * model.hidden_size + 4 * keys), 0.0
+
+    @classmethod
+    def halos(cls, settings: Config) -> tuple[Halo, ...]:
+        """Keys and values."""
+        reach = cls.reach(settings)
+        return (Halo("attention", reach and reach - 1, cls._key_numbers(settings)),)
+
+    @classmethod
+    def state_size(cls, settings: Config) -> int:
+        """The keys and values that it keeps."""
+        reach, tokens = cls.reach(settings), settings.model.seq_length
+        return (tokens if reach is None else min(reach - 1, tokens)) * cls._key_numbers(settings)
+
+    @classmethod
+    def growth(cls, settings: Config) -> float:
+        """Full attention keeps all keys and values."""
+        return 0.0 if cls.reach(settings) else float(cls._key_numbers(settings))
+
+    @classmethod
+    def activation_bytes(cls, settings: Config, size: int) -> float:
+        """q, k, v and the output, and keys and values of what the ranks to the left have."""
+        model, attention, parallel = settings.model, settings.attention, settings.parallel
+        tokens, reach = model.seq_length / parallel.context, cls.reach(settings)
+        left = min(reach - 1 if reach else model.seq_length, model.seq_length - tokens) / tokens
+        return (5 + 2 * left) * (attention.heads * attention.head_dim) * size / parallel.tensor
+
+    @classmethod
+    def bytes_at_cuts(cls, settings: Config, cuts: int, read: float, size: int) -> float:
+        """Keys and values: of a window at every cut, of full attention all that was read."""
+        reach = cls.reach(settings)
+        return float(read if reach is None else cuts * reach) * cls._key_numbers(settings) * size
+
+    @classmethod
+    def _key_numbers(cls, settings: Config) -> int:
+        """Of one token's key and value, of all heads."""
+        return 2 * settings.attention.heads * settings.attention.head_dim
 
     def mix(
         self, hidden_states: Tensor, state: AttentionState | None, positions: Tensor | None = None

@@ -19,6 +19,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 
 from atlas_megatron.config import Config
+from atlas_megatron.mixers.costs import Costs
 from atlas_megatron.mixers.linears import MixerLinears
 from atlas_megatron.mixers.stream import StreamContext
 from atlas_megatron.parallel.scan import Shards
@@ -32,11 +33,12 @@ class Documents:
     qkv_format: str = "sbhd"  # core asks
 
 
-class Mixer(MegatronModule):
+class Mixer(Costs, MegatronModule):
     """One layer's way to look back: [T, B, hidden] -> [T, B, hidden], and a state over any cut of T.
 
-    A subclass builds its modules in `build` and computes in `mix`. Parameters of its own are split along their first
-    dimension, the heads, over the tensor-parallel group (`by_head`), unless `replicated` names them.
+    A subclass builds its modules in `build`, computes in `mix`, and says what it costs in the methods of `Costs`; of
+    those `num_params`, `flops_per_token` and `activation_bytes` have no default. Parameters of its own are split along
+    their first dimension, the heads, over the tensor-parallel group (`by_head`), unless `replicated` names them.
     """
 
     replicated: ClassVar[tuple[str, ...]] = ()
@@ -72,16 +74,6 @@ class Mixer(MegatronModule):
         and the state after this rank's tokens, or None where nobody asks for it.
         positions [B, T]: of each token in its own document, where several are packed into a sequence.
         """
-        raise NotImplementedError
-
-    @staticmethod
-    def num_params(settings: Config) -> int:
-        """Parameters of one layer, over all ranks, without the norm before it."""
-        raise NotImplementedError
-
-    @staticmethod
-    def flops_per_token(settings: Config) -> tuple[float, float]:
-        """Forward FLOPs of one token of a sequence of `model.seq_length`, two a multiply-add: (all, inner loop)."""
         raise NotImplementedError
 
     def forward(

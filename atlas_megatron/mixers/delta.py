@@ -26,6 +26,7 @@ from atlas_megatron.config import Config, MemoryConfig
 from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.mixers.base import Mixer, wide
 from atlas_megatron.mixers.convolution import convolved, initial_taps, open_gate, start_edges
+from atlas_megatron.mixers.costs import FLOAT, Halo
 from atlas_megatron.mixers.linears import MixerLinears
 from atlas_megatron.mixers.memory_layout import memory_flops
 
@@ -96,6 +97,37 @@ class DeltaNet(Mixer):
         inner = memory_flops(memory, model.seq_length) / model.seq_length
         linears = model.hidden_size * (5 * width + delta.heads * cls.gates)
         return 2 * (linears + 3 * width * delta.conv_size) + inner, inner
+
+    @classmethod
+    def linears(cls, settings: Config) -> tuple[int, int]:
+        """Of q, k, v and output gate, and of the gates."""
+        return 2 * settings.model.hidden_size, 1
+
+    @classmethod
+    def halos(cls, settings: Config) -> tuple[Halo, ...]:
+        delta = settings.delta
+        return (Halo("convolution", delta.conv_size - 1, 3 * delta.heads * delta.head_dim),)
+
+    @classmethod
+    def exchanged_numbers(cls, settings: Config) -> int:
+        """q, k, v and the answer; the gates."""
+        return 4 * settings.delta.head_dim + cls.gates
+
+    @classmethod
+    def state_numbers(cls, settings: Config, position: int) -> int:
+        return settings.delta.heads * settings.delta.head_dim**2
+
+    @classmethod
+    def state_size(cls, settings: Config) -> int:
+        return settings.delta.heads * settings.delta.head_dim**2
+
+    @classmethod
+    def activation_bytes(cls, settings: Config, size: int) -> float:
+        """q, k, v before and after the convolution and normalised in float32, gates and the read."""
+        delta = settings.delta
+        width = delta.heads * delta.head_dim
+        wide = 5 * width + 2 * cls.gates * delta.heads
+        return (8 * width * size + wide * FLOAT) / settings.parallel.tensor
 
     def mix(
         self, hidden_states: Tensor, state: DeltaState | None, positions: Tensor | None = None

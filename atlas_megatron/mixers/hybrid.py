@@ -16,6 +16,7 @@ from torch import Tensor
 from atlas_megatron.config import Config
 from atlas_megatron.mixers.attention import AttentionState, SlidingWindowAttention, attend, rotary, rotate
 from atlas_megatron.mixers.base import Mixer
+from atlas_megatron.mixers.costs import FLOAT, Halo
 from atlas_megatron.mixers.linears import MixerLinears
 from atlas_megatron.mixers.memory import AtlasMixer, AtlasState
 from atlas_megatron.mixers.memory_layout import weight_shapes
@@ -39,6 +40,31 @@ class _Joined(Mixer):
     def num_params(cls, settings: Config) -> int:
         joined = AtlasMixer.num_params(settings) + SlidingWindowAttention.num_params(settings)
         return joined + 2 * settings.model.hidden_size
+
+    @classmethod
+    def replicated_params(cls, settings: Config) -> int:
+        """The memory's, and the two gains."""
+        return AtlasMixer.replicated_params(settings) + 2 * settings.model.hidden_size
+
+    @classmethod
+    def constant_flops(cls, settings: Config) -> float:
+        return AtlasMixer.constant_flops(settings)
+
+    @classmethod
+    def state_numbers(cls, settings: Config, position: int) -> int:
+        return AtlasMixer.state_numbers(settings, position)
+
+    @classmethod
+    def growth(cls, settings: Config) -> float:
+        return AtlasMixer.growth(settings)
+
+    @classmethod
+    def kept_numbers(cls, settings: Config, tokens: int) -> float:
+        return AtlasMixer.kept_numbers(settings, tokens)
+
+    @classmethod
+    def bytes_at_cuts(cls, settings: Config, cuts: int, read: float, size: int) -> float:
+        return AtlasMixer.bytes_at_cuts(settings, cuts, read, size)
 
     def join(self, attention: Tensor, memory: Tensor) -> Tensor:
         """[T, B, hidden] both."""
@@ -74,6 +100,36 @@ class MemoryAsGate(_Joined):
     def flops_per_token(cls, settings: Config) -> tuple[float, float]:
         memory, inner = AtlasMixer.flops_per_token(settings)
         return memory + SlidingWindowAttention.flops_per_token(settings)[0], inner
+
+    @classmethod
+    def linears(cls, settings: Config) -> tuple[int, int]:
+        """Those of both."""
+        columns, rows = AtlasMixer.linears(settings)
+        more, others = SlidingWindowAttention.linears(settings)
+        return columns + more, rows + others
+
+    @classmethod
+    def halos(cls, settings: Config) -> tuple[Halo, ...]:
+        return (*AtlasMixer.halos(settings), *SlidingWindowAttention.halos(settings))
+
+    @classmethod
+    def exchanged_numbers(cls, settings: Config) -> int:
+        return AtlasMixer.exchanged_numbers(settings)
+
+    @classmethod
+    def state_size(cls, settings: Config) -> int:
+        return AtlasMixer.state_size(settings) + SlidingWindowAttention.state_size(settings)
+
+    @classmethod
+    def activation_bytes(cls, settings: Config, size: int) -> float:
+        """Those of both, and both outputs."""
+        both = AtlasMixer.activation_bytes(settings, size) + SlidingWindowAttention.activation_bytes(settings, size)
+        return both + 2 * settings.model.hidden_size * size
+
+    @classmethod
+    def bytes_at_cuts(cls, settings: Config, cuts: int, read: float, size: int) -> float:
+        window = SlidingWindowAttention.bytes_at_cuts(settings, cuts, read, size)
+        return super().bytes_at_cuts(settings, cuts, read, size) + window
 
     def mix(
         self, hidden_states: Tensor, state: GateState | None, positions: Tensor | None = None
@@ -135,6 +191,36 @@ class MemoryAsContext(_Joined):
         keys = segment + 1 + attention.persistent
         heads = attention.heads * attention.head_dim * (14 * model.hidden_size + 4 * keys)
         return own + heads + 4 * model.hidden_size * memory.heads * memory.head_dim + read, inner + read
+
+    @classmethod
+    def scan_flops(cls, settings: Config) -> float:
+        """All: a segment is answered from the memory after the one before."""
+        return cls.flops_per_token(settings)[0]
+
+    @classmethod
+    def linears(cls, settings: Config) -> tuple[int, int]:
+        """Those of memory and attention; its queries, and keys and values of what was read; the read's projection."""
+        return AtlasMixer.linears(settings)[0] + 3 * settings.model.hidden_size, 3
+
+    @classmethod
+    def state_numbers(cls, settings: Config, position: int) -> int:
+        """The memory's, and what its convolutions still need."""
+        memory = settings.memory
+        tail = 3 * memory.head_dim * (memory.conv_size - 1)
+        return super().state_numbers(settings, position) + memory.heads * tail
+
+    @classmethod
+    def state_size(cls, settings: Config) -> int:
+        """The memory's at the end of a segment."""
+        return AtlasMixer.state_size(settings)
+
+    @classmethod
+    def activation_bytes(cls, settings: Config, size: int) -> float:
+        """Those of memory and attention and both outputs; the read, and the keys and values of what was read."""
+        memory, attention, tensor = settings.memory, settings.attention, settings.parallel.tensor
+        width, seen = memory.heads * memory.head_dim, attention.heads * attention.head_dim
+        both = AtlasMixer.activation_bytes(settings, size) + 5 * seen * size / tensor
+        return both + 2 * settings.model.hidden_size * size + (2 * width * FLOAT + 2 * seen * size) / tensor
 
     def mix(
         self, hidden_states: Tensor, state: ContextState | None, positions: Tensor | None = None

@@ -33,17 +33,15 @@ from atlas_megatron.config import Config
 from atlas_megatron.mixers.base import Mixer, wide
 from atlas_megatron.mixers.convolution import convolved, initial_taps, open_gate, start_edges
 from atlas_megatron.mixers.linears import MixerLinears
+from atlas_megatron.mixers.memory_costs import MemoryCosts
 from atlas_megatron.mixers.memory_layout import (
     ETA_HEADROOM,
-    coefficient_count,
     eta_start,
     first_gain,
     gate_count,
     gate_starts,
     gate_widths,
-    lift_flops,
     lifted,
-    memory_flops,
     weight_shapes,
 )
 from atlas_megatron.mixers.reach import ended, stretches
@@ -62,7 +60,7 @@ class AtlasState:
     tail: Tensor
 
 
-class AtlasMixer(Mixer):
+class AtlasMixer(MemoryCosts, Mixer):
     """The sequence mixer of an `M` layer; heads are split over the tensor-parallel group.
 
     Every split parameter is laid out by head first (a row of `linear_qkvg` belongs to one head, whose q, k,
@@ -89,30 +87,6 @@ class AtlasMixer(Mixer):
         check_implementation(memory.impl, self.rule, self._start(ALL), self.config.params_dtype)
         for parameter in (*self.parameters(recurse=False), *self.linear_gates.parameters()):
             parameter.no_weight_decay = True
-
-    @staticmethod
-    def num_params(settings: Config) -> int:
-        memory, hidden = settings.memory, settings.model.hidden_size
-        width, heads, gates = memory.heads * memory.head_dim, memory.heads, gate_count(memory)
-        return (
-            5 * hidden * width  # q, k, v, output gate; output projection
-            + 3 * width * memory.conv_size
-            + memory.gate_rank * (hidden + heads * gates)
-            + heads * gates  # gate biases
-            + heads * coefficient_count(memory)
-            + (2 * width if memory.write_gate else 0)  # its view of key and value
-            + width * (2 if memory.open_gate else 1)  # norm after; the output gate's bias
-            + heads * sum(rows * cols for rows, cols in weight_shapes(memory))
-        )
-
-    @staticmethod
-    def flops_per_token(settings: Config) -> tuple[float, float]:
-        """q, k, v and output gate, output projection, both halves of the gates, the convolutions' taps, the memory."""
-        memory, model = settings.memory, settings.model
-        width = memory.heads * memory.head_dim
-        gates = memory.gate_rank * (model.hidden_size + memory.heads * gate_count(memory))
-        inner = memory_flops(memory, model.seq_length) / model.seq_length + lift_flops(memory)
-        return 2 * (5 * model.hidden_size * width + gates + 3 * width * memory.conv_size) + inner, inner
 
     def _build_parameters(self, d_model: int, tokens: int) -> None:
         memory, config = self.memory, self.config

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from atlas_megatron.config import Config
 from atlas_megatron.mixers.base import Mixer, wide
+from atlas_megatron.mixers.costs import FLOAT
 from atlas_megatron.mixers.linears import MixerLinears
 
 # What a head remembers between two tokens, [H, B, K] each, at least float32; its output first.
@@ -64,6 +65,27 @@ class Recurrent(Mixer):
         recurrent = settings.recurrent
         width = recurrent.heads * recurrent.head_dim
         return 2.0 * width * ((cls.gates + 2) * settings.model.hidden_size + cls.gates * recurrent.head_dim), 0.0
+
+    @classmethod
+    def scan_flops(cls, settings: Config) -> float:
+        """The recurrent products."""
+        recurrent = settings.recurrent
+        return 2.0 * recurrent.heads * recurrent.head_dim**2 * cls.gates
+
+    @classmethod
+    def state_numbers(cls, settings: Config, position: int) -> int:
+        return settings.recurrent.heads * settings.recurrent.head_dim * cls.carries
+
+    @classmethod
+    def state_size(cls, settings: Config) -> int:
+        return settings.recurrent.heads * settings.recurrent.head_dim * cls.carries
+
+    @classmethod
+    def activation_bytes(cls, settings: Config, size: int) -> float:
+        """The output gate's branch; in float32 what each token's cell computes, its gates and three states."""
+        recurrent = settings.recurrent
+        width = recurrent.heads * recurrent.head_dim
+        return width * (3 * size + (cls.gates + 3) * FLOAT) / settings.parallel.tensor
 
     def mix(
         self, hidden_states: Tensor, state: Carried | None, positions: Tensor | None = None

@@ -12,9 +12,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from atlas_megatron.config import WITH_MEMORY, Config, layers_of
-from atlas_megatron.mixers import MIXERS
-from atlas_megatron.mixers.memory_layout import anchor_flops
+from atlas_megatron.config import Config, layers_of
+from atlas_megatron.mixers import costs_of
 from atlas_megatron.model.layer_specs import core_pattern, stack_spec
 
 
@@ -121,8 +120,7 @@ def num_params(config: Config) -> int:
     """Parameters of the whole model, over all ranks; tied embeddings count once."""
     model = config.model
     embeddings = (1 if model.tied_embeddings else 2) * model.vocab_size * model.hidden_size
-    mlp = 3 * model.hidden_size * model.ffn_hidden_size
-    layers = sum(MIXERS[s].num_params(config) if s in MIXERS else mlp for s in layers_of(config))
+    layers = sum(costs_of(symbol).num_params(config) for symbol in layers_of(config))
     norms = (len(layers_of(config)) + 1) * model.hidden_size
     return embeddings + layers + norms
 
@@ -146,11 +144,8 @@ def flops_per_token(config: Config) -> Flops:
     memory.anchor_gradient = 0 one for those with the weights at which the memory takes its gradients.
     """
     model = config.model
-    mlp = (6.0 * model.hidden_size * model.ffn_hidden_size, 0.0)
-    layers = [MIXERS[s].flops_per_token(config) if s in MIXERS else mlp for s in layers_of(config)]
+    costs = [costs_of(symbol) for symbol in layers_of(config)]
+    layers = [cost.flops_per_token(config) for cost in costs]
     forward = sum(whole for whole, _ in layers) + 2 * model.hidden_size * model.vocab_size
-    memories = sum(symbol in WITH_MEMORY for symbol in layers_of(config))
-    constant = 0.0
-    if memories and not config.memory.rule().anchor_gradient:
-        constant = memories * anchor_flops(config.memory, model.seq_length) / model.seq_length
+    constant = sum(cost.constant_flops(config) for cost in costs) / model.seq_length
     return Flops(forward, 3 * forward - constant, 3 * sum(inner for _, inner in layers) - constant)

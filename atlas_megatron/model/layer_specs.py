@@ -25,6 +25,8 @@ from atlas_megatron.mixers.linears import MixerLinears
 # Compute capability from which Transformer Engine has a recipe.
 FP8_RECIPES = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
+CORE_MIXER = "M"  # core's symbol of a Mamba layer
+
 
 class RMSNorm(torch.nn.Module):
     """x / rms(x) * weight. Core's plain norm is torch's, which it refuses under sequence parallelism."""
@@ -62,7 +64,7 @@ class MixerAt:
 
 def core_pattern(config: Config) -> str:
     """`model.pattern` in core's symbols: every mixer stands in the slot of core's Mamba."""
-    return "".join("M" if symbol in MIXERS else symbol for symbol in config.model.pattern)
+    return "".join(CORE_MIXER if symbol in MIXERS else symbol for symbol in config.model.pattern)
 
 
 def stack_spec(config: Config) -> ModuleSpec:

@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from atlas_megatron.config import WITH_DELTA, Config, has
+from atlas_megatron.config import Config, uses
 
 CUBLAS = (":4096:8", ":16:8")
 # As Megatron-LM has them: sums whose order does not depend on what arrives first.
@@ -38,7 +38,7 @@ def _check_gpu(config: Config) -> None:
                 f"train.deterministic=true but {name} is {os.environ.get(name, 'not set')}; set it to one of "
                 f"{', '.join(values)} in the environment, or train.deterministic=false"
             )
-    if has(config.model.pattern, WITH_DELTA) and config.delta.impl != "chunked":
+    if uses(config.model.pattern, "delta") and config.delta.impl != "chunked":
         raise ValueError(
             f"train.deterministic=true but delta.impl={config.delta.impl!r}, whose kernels choose their plan by what "
             "they measure; set delta.impl='chunked', or train.deterministic=false"

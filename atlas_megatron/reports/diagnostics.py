@@ -65,7 +65,7 @@ def mark_low_share(axes: Axes) -> None:
         axes.axhline(LOW_MEMORY_SHARE, color="red", linestyle=":", label=f"warning at {LOW_MEMORY_SHARE:.0%}")
         axes.set_ylim(0, None)
     else:
-        axes.text(0.5, 0.5, "no A or C layers", ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "no layer joins memory and attention", ha="center", transform=axes.transAxes)
 
 
 def _panels(records: list[Record]) -> dict[str, Panel]:

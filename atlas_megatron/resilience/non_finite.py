@@ -57,7 +57,7 @@ def in_measurements(layers: dict[str, dict[str, Any]]) -> tuple[str, int] | None
 
 def describe(number: int, config: Config) -> str:
     """A layer's name for people; 0 is the embedding."""
-    return f"layer {number} ({LAYERS[layers_of(config)[number - 1]]})" if number else "the embedding"
+    return f"layer {number} ({LAYERS[layers_of(config)[number - 1]].kind})" if number else "the embedding"
 
 
 def _layers(chunks: list[torch.nn.Module]) -> list[tuple[int, torch.nn.Module]]:

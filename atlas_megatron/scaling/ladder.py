@@ -67,6 +67,7 @@ TABLE_7 = (
 BATCH_TOKENS, AT_TOKENS = 524288, 15e9
 TOKENS_PER_PARAMETER = 20.0
 MLP_RATIO = 8 / 3
+MEMORY = "M"  # the mixer of a rung's blocks, in model.pattern
 WARMUP, MOST_WARMUP = 0.1, 1000
 # What the memory estimate does not see: the allocator's gaps, NCCL's buffers.
 FREE_SHARE = 0.1
@@ -159,7 +160,7 @@ def rung(
     name: str,
     *,
     tokens_per_parameter: float = TOKENS_PER_PARAMETER,
-    symbol: str = "M",
+    symbol: str = MEMORY,
     setting: Setting | None = None,
 ) -> Config:
     """The configuration of a rung, laid out on its nodes.
@@ -173,8 +174,8 @@ def rung(
     if not 0 < tokens_per_parameter < math.inf:
         raise ValueError(f"{tokens_per_parameter:g} tokens a parameter must be above 0; 20 is the usual number")
     config = _trained(_shaped(name, setting), name, tokens_per_parameter, setting)
-    if symbol != "M":
-        blocks = config.model.pattern.count("M")
+    if symbol != MEMORY:
+        blocks = config.model.pattern.count(MEMORY)
         config = replace(config, model=replace(config.model, pattern=f"{symbol}-" * blocks))
         config = _with_mlp(config, size_of(name), setting)
     return _placed(config, name, setting)
@@ -186,7 +187,7 @@ def _shaped(name: str, setting: Setting) -> Config:
 
     def distance(config: Config) -> float:
         model = config.model
-        ratio = model.hidden_size / model.pattern.count("M")
+        ratio = model.hidden_size / model.pattern.count(MEMORY)
         return abs(math.log(ratio / wanted)) + abs(math.log(model.ffn_hidden_size / model.hidden_size / MLP_RATIO))
 
     return min(_candidates(size, setting), key=distance)
@@ -201,7 +202,7 @@ def _candidates(size: float, setting: Setting) -> Iterator[Config]:
             continue
         config = Config(
             model=ModelConfig(
-                pattern="M-" * depth,
+                pattern=f"{MEMORY}-" * depth,
                 hidden_size=width,
                 vocab_size=setting.vocab_size,
                 seq_length=setting.seq_length,

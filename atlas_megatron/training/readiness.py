@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from atlas_megatron.config import WITH_DELTA, WITH_MEMORY, Config, has
+from atlas_megatron.config import Config, uses
 from atlas_megatron.data.batches import blend, check_tokenizer, check_tokenizer_of, sources
 from atlas_megatron.data.tokenizer import load_tokenizer
 from atlas_megatron.files.scratch import refusal
@@ -45,9 +45,9 @@ def wrong_with_devices(config: Config) -> list[str]:
     """What the configuration asks of a GPU, or of a package, that is not here; a cluster's nodes may have it."""
     on_gpu, pattern = torch.cuda.is_available(), config.model.pattern
     found = []
-    if config.memory.impl == "triton" and has(pattern, WITH_MEMORY) and not on_gpu:
+    if config.memory.impl == "triton" and uses(pattern, "memory") and not on_gpu:
         found.append("memory.impl='triton' wants a GPU, and none is seen here; 'auto' takes what there is")
-    if config.delta.impl == "fla" and has(pattern, WITH_DELTA) and not (on_gpu and _installed("fla")):
+    if config.delta.impl == "fla" and uses(pattern, "delta") and not (on_gpu and _installed("fla")):
         found.append("delta.impl='fla' wants a GPU and flash-linear-attention, which are not here; 'auto' takes ours")
     if config.model.transformer_engine and not (on_gpu and _installed("transformer_engine")):
         found.append("model.transformer_engine=true wants a GPU and transformer-engine, which are not here")

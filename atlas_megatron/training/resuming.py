@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from atlas_megatron.config import WITH_MEMORY, Config, has
+from atlas_megatron.config import Config, uses
 from atlas_megatron.config.differences import differences
 from atlas_megatron.training.optimizer import learning_rate
 
@@ -20,7 +20,7 @@ def going_on(config: Config, before: Config) -> Config:
     Where its sequences grow, or once grew, and train.gradient_reach is not given, gradients of memories end by the
     length that it began with: of a memory without Newton-Schulz they explode at eight times that length.
     """
-    if config.train.gradient_reach or not has(config.model.pattern, WITH_MEMORY) or config.memory.kernel != "lifted":
+    if config.train.gradient_reach or not uses(config.model.pattern, "memory") or config.memory.kernel != "lifted":
         return config
     reach = before.train.gradient_reach
     if not reach and config.model.seq_length > before.model.seq_length:
@@ -55,7 +55,7 @@ def longer_sequences(config: Config, before: Config, step: int) -> str:
         return ""
     tokens = config.train.global_batch * ours
     said = [f"sequences grow from {theirs:,} to {ours:,} tokens, and a step reads {tokens:,}"]
-    if has(config.model.pattern, WITH_MEMORY):
+    if uses(config.model.pattern, "memory"):
         said.append("retention is in the weights and stays what it was, derived from the first length or learned")
         reach = config.train.gradient_reach
         if config.memory.kernel == "lifted" and reach < ours:

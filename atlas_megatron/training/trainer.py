@@ -23,7 +23,7 @@ from atlas_megatron.checkpoint import checkpoint
 from atlas_megatron.checkpoint.checkpoint import Position, Trained
 from atlas_megatron.checkpoint.provenance import Provenance, refusal
 from atlas_megatron.cli.ending import NonFiniteError, line_of
-from atlas_megatron.config import WITH_MEMORY, Config, has, load_saved, to_toml
+from atlas_megatron.config import Config, load_saved, to_toml, uses
 from atlas_megatron.data.batches import Batch, Batches, build_datasets, micro_batches, trained_bytes_per_token
 from atlas_megatron.files.scratch import write_whole
 from atlas_megatron.mixers.base import Documents
@@ -77,7 +77,7 @@ class Trainer:
         self._saver = checkpoint.Saver(config, provenance)
         self._batches = Batches(train_set, config, self.position.consumed_samples, endless=True)
         self._speed = Speed(config, flops_per_token(config).training, torch.distributed.get_world_size())
-        self._has_memory = has(config.model.pattern, WITH_MEMORY)
+        self._has_memory = uses(config.model.pattern, "memory")
         self._warned: set[str] = set()
         self._signals = signals or StopSignals()
         self._lock = lock

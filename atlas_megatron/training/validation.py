@@ -13,7 +13,7 @@ from megatron.core.transformer import MegatronModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from atlas_megatron.config import WITH_MEMORY, Config, has
+from atlas_megatron.config import Config, uses
 from atlas_megatron.config.checks import sequences_together
 from atlas_megatron.data.batches import Batch, Batches, bytes_per_token, micro_batches
 from atlas_megatron.data.sliding_windows import SlidingWindows
@@ -56,7 +56,7 @@ class Validation:
         loss = (sums[0].sum() / sums[1].sum()).item()
         bits = None if self.bytes_per_token is None else bits_per_byte(loss, self.bytes_per_token)
         record = {"validation_loss": loss, "validation_bits_per_byte": bits}
-        if self._config.train.validate_silenced and has(self._config.model.pattern, WITH_MEMORY):
+        if self._config.train.validate_silenced and uses(self._config.model.pattern, "memory"):
             with _silenced(self._chunks):
                 silenced = self._evaluate(self._dataset)
             record["validation_loss_silenced"] = (silenced[0].sum() / silenced[1].sum()).item()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron.core.transformer import MegatronModule
 
-from atlas_megatron.config import WITH_MEMORY, Config, layers_of
+from atlas_megatron.config import LAYERS, Config, layers_of
 from atlas_megatron.mixers.memory import AtlasMixer
 
 RISE = 0.25  # share of the steps over which the budget rises: what nothing reads yet should not be forbidden at once
@@ -28,7 +28,7 @@ def weight_of_token(config: Config, step: int, tokens: int) -> float:
 
     Core averages gradients over replicas and over the shards of a sequence, which are parts of one mean.
     """
-    layers = sum(symbol in WITH_MEMORY for symbol in layers_of(config))
+    layers = sum("memory" in LAYERS[symbol].sections for symbol in layers_of(config))
     return budget_at(config, step) * config.parallel.context / (tokens * config.memory.heads * layers)
 
 

@@ -13,11 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atlas_kernels import lifted_width
-from atlas_megatron.config import AttentionConfig, Config, DeltaConfig, MemoryConfig, ModelConfig, TrainConfig
+from atlas_megatron.config import (
+    AttentionConfig,
+    Config,
+    DeltaConfig,
+    MemoryConfig,
+    ModelConfig,
+    TrainConfig,
+    layers_of,
+    uses,
+)
 from atlas_megatron.config.checks import validate
 from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.evaluate.synthetic import NO_ANSWER, Batch, Task
+from atlas_megatron.mixers import costs_of
 from atlas_megatron.model.build import build_model, num_params
 from atlas_megatron.parallel import world
 from atlas_megatron.parallel.device import device
@@ -114,7 +123,7 @@ def config_of(mixer: str, size: int, tokens: int, vocabulary: int, *, mlp: bool)
             init_std=INIT_STD,
         ),
         memory=_memory(preset, size, own),
-        delta=DeltaConfig(heads=HEADS, head_dim=size, **own) if symbol == "G" else DeltaConfig(),
+        delta=DeltaConfig(heads=HEADS, head_dim=size, **own) if uses(symbol, "delta") else DeltaConfig(),
         attention=AttentionConfig(
             heads=HEADS, head_dim=HIDDEN // HEADS, window=size if mixer == "sliding window" else tokens
         ),
@@ -140,19 +149,7 @@ def state_floats(config: Config) -> int:
 
     A memory: its matrices and their momenta; the delta rules: K x V a head; attention: the keys and values it keeps.
     """
-    memory, attention, symbol = config.memory, config.attention, config.model.pattern[0]
-    if symbol in "*F":
-        kept = config.model.seq_length if symbol == "F" else min(attention.window - 1, config.model.seq_length)
-        return LAYERS * 2 * kept * attention.heads * attention.head_dim
-    if symbol == "G":
-        return LAYERS * config.delta.heads * config.delta.head_dim**2
-    width = memory.head_dim
-    features = lifted_width(memory.feature_map, width, memory.degree, memory.sketch_width)
-    weights = width * features
-    if memory.memory != "linear":
-        inner = 2 if memory.memory == "gated_mlp" else 1
-        weights = memory.expansion * width * (width + inner * features)
-    return LAYERS * memory.heads * weights * (2 if memory.momentum else 1)
+    return sum(costs_of(symbol).state_size(config) for symbol in layers_of(config))
 
 
 class Asked(nn.Module):

@@ -1,0 +1,142 @@
+"""What a memory costs and needs: the closed forms of an ATLAS layer."""
+
+from __future__ import annotations
+
+import math
+
+from atlas_megatron.config import Config
+from atlas_megatron.mixers.costs import FLOAT, Costs, Halo
+from atlas_megatron.mixers.memory_layout import (
+    anchor_flops,
+    coefficient_count,
+    gate_count,
+    lift_flops,
+    lifted,
+    memory_flops,
+    weight_shapes,
+)
+
+
+class MemoryCosts(Costs):
+    """The costs of an ATLAS layer; of layers that join a memory to something else, the memory's part."""
+
+    @classmethod
+    def num_params(cls, settings: Config) -> int:
+        memory, hidden = settings.memory, settings.model.hidden_size
+        width, heads, gates = memory.heads * memory.head_dim, memory.heads, gate_count(memory)
+        return (
+            5 * hidden * width  # q, k, v, output gate; output projection
+            + 3 * width * memory.conv_size
+            + memory.gate_rank * (hidden + heads * gates)
+            + heads * gates  # gate biases
+            + heads * coefficient_count(memory)
+            + (2 * width if memory.write_gate else 0)  # its view of key and value
+            + width * (2 if memory.open_gate else 1)  # norm after; the output gate's bias
+            + heads * _matrix_numbers(settings)
+        )
+
+    @classmethod
+    def replicated_params(cls, settings: Config) -> int:
+        """The gates' way down."""
+        return settings.memory.gate_rank * settings.model.hidden_size
+
+    @classmethod
+    def flops_per_token(cls, settings: Config) -> tuple[float, float]:
+        """q, k, v and output gate, output projection, both halves of the gates, the convolutions' taps, the memory."""
+        memory, model = settings.memory, settings.model
+        width = memory.heads * memory.head_dim
+        gates = memory.gate_rank * (model.hidden_size + memory.heads * gate_count(memory))
+        inner = memory_flops(memory, model.seq_length) / model.seq_length + lift_flops(memory)
+        return 2 * (5 * model.hidden_size * width + gates + 3 * width * memory.conv_size) + inner, inner
+
+    @classmethod
+    def constant_flops(cls, settings: Config) -> float:
+        """With memory.anchor_gradient = 0 the weights at which the memory takes its gradients are constants."""
+        memory = settings.memory
+        return 0.0 if memory.rule().anchor_gradient else anchor_flops(memory, settings.model.seq_length)
+
+    @classmethod
+    def linears(cls, settings: Config) -> tuple[int, int]:
+        """q, k, v and output gate read the hidden state, the gates what is left of it on their way down."""
+        return settings.model.hidden_size + settings.memory.gate_rank, 1
+
+    @classmethod
+    def halos(cls, settings: Config) -> tuple[Halo, ...]:
+        memory = settings.memory
+        return (Halo("convolution", memory.conv_size - 1, 3 * memory.heads * memory.head_dim),)
+
+    @classmethod
+    def exchanged_numbers(cls, settings: Config) -> int:
+        """q, k, v and the answer; alpha, eta, theta and gamma, learned or not."""
+        memory = settings.memory
+        gates = 3 + (memory.window if memory.omega_gates == "pair" else 1)
+        return 4 * memory.head_dim + gates
+
+    @classmethod
+    def state_numbers(cls, settings: Config, position: int) -> int:
+        """Matrices, momenta and, inside a chunk, the anchor; the sources that a window still reaches."""
+        memory = settings.memory
+        # The anchor goes along where a chunk is not at its end; of packed documents nobody knows.
+        begun = settings.data.packed or position % memory.chunk > 0
+        matrices = _matrix_numbers(settings) * (1 + memory.momentum + begun)
+        width, features = memory.head_dim, lifted(memory)
+        residual = memory.memory != "linear" and features != width
+        source = features + width * (2 if residual else 1) + (memory.omega_gates != "pair")
+        return memory.heads * (matrices + (memory.window - 1) * source)
+
+    @classmethod
+    def state_size(cls, settings: Config) -> int:
+        memory = settings.memory
+        return memory.heads * _matrix_numbers(settings) * (2 if memory.momentum else 1)
+
+    @classmethod
+    def growth(cls, settings: Config) -> float:
+        """Of the exponential kernels: a key, its weight, and a value for each matrix over phi*.
+
+        The sources of each chunk are kept, and once more those of its halo.
+        """
+        memory = settings.memory
+        if memory.kernel == "lifted":
+            return 0.0
+        inner = {"linear": 1, "mlp": memory.expansion, "gated_mlp": 2 * memory.expansion}[memory.memory]
+        source = memory.heads * (memory.head_dim * (1 + inner) + 1)
+        return source * ((memory.chunk + memory.window - 1) / memory.chunk)
+
+    @classmethod
+    def activation_bytes(cls, settings: Config, size: int) -> float:
+        """q, k, v before and after the convolution, lifted in float32, gates and the read."""
+        memory = settings.memory
+        width = memory.heads * memory.head_dim
+        wide = 5 * width + 2 * memory.heads * gate_count(memory)
+        return (8 * width * size + wide * FLOAT) / settings.parallel.tensor
+
+    @classmethod
+    def kept_numbers(cls, settings: Config, tokens: int) -> float:
+        """Weights, momentum and anchor at about sqrt(N) of N chunks; exponential kernels: the factors of each write."""
+        memory = settings.memory
+        if memory.kernel == "lifted":
+            borders = math.isqrt(max(1, tokens // memory.chunk)) + 1
+            numbers = borders * 3.0 * _matrix_numbers(settings)
+        else:
+            numbers = tokens * (1 + (memory.window - 1) / memory.chunk) * _factor_numbers(settings)
+        return numbers * memory.heads
+
+    @classmethod
+    def bytes_at_cuts(cls, settings: Config, cuts: int, read: float, size: int) -> float:
+        """Weights, momentum and anchor at every cut; exponential kernels: all that was read."""
+        memory = settings.memory
+        if memory.kernel == "lifted":
+            numbers = cuts * 3.0 * _matrix_numbers(settings)
+        else:
+            numbers = read * _factor_numbers(settings)
+        return numbers * memory.heads * FLOAT
+
+
+def _matrix_numbers(settings: Config) -> int:
+    """Of one head's matrices."""
+    return sum(rows * cols for rows, cols in weight_shapes(settings.memory))
+
+
+def _factor_numbers(settings: Config) -> int:
+    """Of one write's two factors, for each of a head's matrices."""
+    return sum(rows + cols for rows, cols in weight_shapes(settings.memory))
