@@ -164,6 +164,10 @@ class Gates:
     def pair(self) -> bool:
         return self.gamma.dim() == 4
 
+    def map(self, fn: Callable[[Any], Any]) -> Gates:
+        """The gates with `fn` applied to each."""
+        return Gates(fn(self.alpha), fn(self.eta), fn(self.theta), fn(self.gamma))
+
     def check_values(self) -> None:
         """Raise ValueError if a gate leaves its range. Reads the values (a device sync on a GPU)."""
         for name, top in (("alpha", 1.0), ("eta", float("inf")), ("theta", 1.0), ("gamma", 1.0)):
@@ -171,6 +175,27 @@ class Gates:
             low, high = gate.min().item(), gate.max().item()
             if not (low >= 0.0 and high <= top):
                 raise ValueError(f"gates.{name} spans [{low:g}, {high:g}]; it must lie in [0, {top:g}]")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stretch of tokens brings: q, k, v, gates and residual as in `omega_memory`, [B, T, H, ...] each."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: Gates
+    residual: tuple[Tensor, Tensor] | None
+
+    def map(self, fn: Callable[[Any], Any]) -> Inputs:
+        """The inputs with `fn` applied to every tensor."""
+        residual = None if self.residual is None else (fn(self.residual[0]), fn(self.residual[1]))
+        return Inputs(fn(self.q), fn(self.k), fn(self.v), self.gates.map(fn), residual)
+
+    def split(self, lengths: list[int]) -> list[Inputs]:
+        """Stretches of the given lengths (one split a tensor: its backward is one concatenation)."""
+        parts = self.map(lambda t: iter(t.split(lengths, 1)))
+        return [parts.map(next) for _ in lengths]
 
 
 @dataclass(frozen=True)
