@@ -126,7 +126,7 @@ class DeltaNet(Mixer):
         if self.kernel is flash_kernel:
             return k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
         empty = v.new_zeros(v.shape[2], v.shape[3], k.shape[3])
-        return replace(initial_state(RULE, (empty,), k, v, residuals=False, source_gates=True), position=position)
+        return initial_state(RULE, (empty,), k, v, residuals=False, source_gates=True).at(position)
 
     def carried(self, state: Any) -> tuple[Tensor, ...]:
         return state.weights if isinstance(state, MemoryState) else (state,)

@@ -6,7 +6,7 @@ G gates of a head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -247,7 +247,7 @@ class AtlasMixer(Mixer):
         keys = k[..., :1].expand(*k.shape[:-1], lifted(self.memory))
         own, source = self._own_residual(), self.memory.omega_gates != "pair"
         start = initial_state(self.rule, self._start(heads), keys, v, residuals=own, source_gates=source)
-        return replace(start, position=position)
+        return start.at(position)
 
     def carried(self, state: State) -> tuple[Tensor, ...]:
         """Only matrices are handed on: the exponential kernels' growing state is refused with the configuration."""

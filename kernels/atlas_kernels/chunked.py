@@ -81,8 +81,8 @@ TORCH = Kernels()
 
 
 def omega_memory_chunked(
-    rule: MemoryRule, state: MemoryState, inputs: Inputs, kernels: Kernels = TORCH
-) -> tuple[Tensor, MemoryState]:
+    rule: MemoryRule, state: MemoryState[int], inputs: Inputs, kernels: Kernels = TORCH
+) -> tuple[Tensor, MemoryState[int]]:
     """The map of `reference.py`. Inputs as in `omega_memory`, checked and in one dtype; the state is given."""
     if rule.delta:
         return delta_rule(state, inputs)
@@ -101,7 +101,7 @@ def omega_memory_packed(
     start: tuple[Tensor, ...],
     positions: Tensor,
     kernels: Kernels = TORCH,
-) -> tuple[Tensor, MemoryState]:
+) -> tuple[Tensor, MemoryState[Tensor]]:
     """As `omega_memory_chunked`, at the `start` weights [H, rows, cols] wherever `positions` [B, T] is 0."""
     if rule.delta:
         return delta_rule_packed(state, inputs, start, positions)
@@ -118,10 +118,8 @@ def omega_memory_packed(
     gates = packing.gates(inputs.gates, state.gamma, window)
     whole = Inputs(packing.placed(inputs.q), sources[0][:, before:], sources[1][:, before:], gates, residual)
     halos = [s[:, :before] for s in sources]
-    now = replace(
-        state, keys=halos[0], values=halos[1], residuals=halos[2] if residual else None, gamma=None, position=0
-    )
-
+    held = halos[2] if residual else None
+    now = replace(state.at(0), keys=halos[0], values=halos[1], residuals=held, gamma=None)
     y, now = _by_segment(rule, now, whole, (packing, start), kernels)
     position = positions[:, -1] + 1
     at_border = (position % rule.chunk == 0).view(-1, 1, 1, 1)
@@ -151,13 +149,12 @@ def _with_summed_steps(rule: MemoryRule, inputs: Inputs, pending: Tensor, places
 
 def _by_segment(
     rule: MemoryRule,
-    state: MemoryState,
+    state: MemoryState[int],
     inputs: Inputs,
     packed: tuple[Packing, tuple[Tensor, ...]] | None = None,
     kernels: Kernels = TORCH,
-) -> tuple[Tensor, MemoryState]:
+) -> tuple[Tensor, MemoryState[int]]:
     """Scan all tokens, recomputing segments where their graph is too large to hold. packed: and the start weights."""
-    assert isinstance(state.position, int)
     length = inputs.q.shape[1]
     pieces = cut(state.position, length, rule.chunk)
     graph = partial(graph_bytes, rule, state, held_of_step=kernels.held_of_step)
@@ -272,20 +269,19 @@ class _Windows(torch.autograd.Function):
 
 def scan(
     rule: MemoryRule,
-    state: MemoryState,
+    state: MemoryState[int],
     inputs: Inputs,
     chunks: int,
     tokens: int,
     by_chunk: bool = False,
     borders: Borders | None = None,
     kernels: Kernels = TORCH,
-) -> tuple[Tensor, MemoryState]:
+) -> tuple[Tensor, MemoryState[int]]:
     """Write and read one segment: `chunks` chunks of `tokens` tokens. (y [B, N*C, H, V], the state after it).
 
     by_chunk: hold only the weights at each chunk's border for the backward. borders: of packed documents; the state's
     anchor is then that of the last chunk of the rows that have ended.
     """
-    assert isinstance(state.position, int)
     layout = Layout(chunks, tokens, rule.window)
     q = read_residual = layout.by_chunk(inputs.q)
     x, keys = layout.with_halo(state.keys, inputs.k)

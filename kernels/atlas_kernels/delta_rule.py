@@ -35,7 +35,7 @@ BLOCK = 64
 HELD_EVERY = 16
 
 
-def delta_rule(state: MemoryState, inputs: Inputs) -> tuple[Tensor, MemoryState]:
+def delta_rule(state: MemoryState[int], inputs: Inputs) -> tuple[Tensor, MemoryState[int]]:
     """Inputs as in `omega_memory` for a rule with `rule.delta`."""
     y, weights = _pieces(inputs, state.weights[0], None, None)
     return y, replace(state, weights=(weights,), anchor=(weights,), position=state.position + inputs.q.shape[1])
@@ -43,10 +43,10 @@ def delta_rule(state: MemoryState, inputs: Inputs) -> tuple[Tensor, MemoryState]
 
 def delta_rule_packed(
     state: MemoryState, inputs: Inputs, start: tuple[Tensor, ...], positions: Tensor
-) -> tuple[Tensor, MemoryState]:
+) -> tuple[Tensor, MemoryState[Tensor]]:
     """As `delta_rule`, at the `start` weights [H, V, D] wherever `positions` [B, T] is 0."""
     y, weights = _pieces(inputs, state.weights[0], positions == 0, start[0])
-    return y, replace(state, weights=(weights,), anchor=(weights,), position=positions[:, -1] + 1)
+    return y, replace(state.at(positions[:, -1] + 1), weights=(weights,), anchor=(weights,))
 
 
 def _steps(gates: Gates) -> Tensor:

@@ -86,11 +86,11 @@ def omega_memory(
 
 def _by_document(
     rule: MemoryRule, state: MemoryState, inputs: Inputs, start: tuple[Tensor, ...], positions: Tensor
-) -> tuple[Tensor, MemoryState]:
+) -> tuple[Tensor, MemoryState[Tensor]]:
     """Packed documents with the reference: each one on its own. Arguments as in `omega_memory_packed`."""
     initial = partial(initial_state, residuals=inputs.residual is not None, source_gates=not inputs.gates.pair)
     rows: list[list[Tensor]] = [[] for _ in range(len(positions))]
-    after: list[MemoryState] = [row_of(state, row) for row in range(len(positions))]
+    after = [row_of(state, row, first) for row, first in enumerate(positions[:, 0].tolist())]
     for row, tokens, begins in documents(positions):
         own = inputs.map(lambda t: t[row : row + 1, tokens])  # noqa: B023  used before the next turn
         before = initial(rule, start, own.k, own.v) if begins else after[row]

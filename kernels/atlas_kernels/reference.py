@@ -97,9 +97,10 @@ def write(rule: MemoryRule, alpha: Tensor, eta: Tensor, W: Matrices, S: Matrices
     return tuple(w - eta[..., None, None] * o for w, o in zip(decayed, O, strict=True))
 
 
-def omega_memory_reference(rule: MemoryRule, state: MemoryState, inputs: Inputs) -> tuple[Tensor, MemoryState]:
+def omega_memory_reference(
+    rule: MemoryRule, state: MemoryState[int], inputs: Inputs
+) -> tuple[Tensor, MemoryState[int]]:
     """The whole recurrence. Inputs as in `omega_memory`, checked and in one dtype; the state is given."""
-    assert isinstance(state.position, int)
     q, gates, c, T = inputs.q, inputs.gates, rule.window, inputs.q.shape[1]
     X, V = torch.cat([state.keys, inputs.k], 1), torch.cat([state.values, inputs.v], 1)
     r_q, R = q, X
