@@ -107,7 +107,7 @@ class DeltaNet(Mixer):
         logits = wide(self.linear_gates(hidden_states)[0].transpose(0, 1)).unflatten(-1, (-1, self.gates))
         log_alpha = self.log_decay(logits)
         tokens = (q, k, v, logits[..., 0].sigmoid(), *(() if log_alpha is None else (log_alpha,)))
-        y, memory = self.shards.scan(self, tokens, held, positions, sliced=not self.streamed)
+        y, memory = self.shards.scan(self, tokens, held, positions, sliced=not self.mode.keep_state)
 
         branch = branch.squeeze(-2) if self.branch_bias is None else branch.squeeze(-2) + self.branch_bias
         y = gated_norm(y, branch, self.norm_gain, self.config.layernorm_epsilon, self.edges)

@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core.transformer import MegatronModule
 
 from atlas_megatron.config import WITH_MEMORY, Config, has
+from atlas_megatron.mixers.base import Mixer
 from atlas_megatron.parallel import world
 from atlas_megatron.resilience import non_finite
 from atlas_megatron.training.metrics import LOW_MEMORY_SHARE
@@ -22,23 +23,17 @@ class LayerMeasurements:
 
     def __init__(self, config: Config, chunks: list[MegatronModule], say: Callable[[str], None]) -> None:
         self._config, self._say = config, say
-        self._mixers = [m for chunk in chunks for m in chunk.modules() if hasattr(m, "measurements")]
+        self._mixers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, Mixer)]
         self._has_memory = has(config.model.pattern, WITH_MEMORY)
         self._warned: set[str] = set()
 
     def are_due(self, step: int) -> bool:
         return self._has_memory and (step == 1 or step % self._config.train.stats_every == 0)
 
-    def begin(self) -> None:
-        """The next forward measures."""
-        for mixer in self._mixers:
-            mixer.measure = True
-
     def gathered(self) -> dict[str, dict[str, Any]]:
-        """What every memory layer measured, by layer number, over the processes that hold a part of it."""
+        """What every memory layer measured last, by layer number, over the processes that hold a part of it."""
         own: dict[int, dict[str, Any]] = {}
         for mixer in self._mixers:
-            mixer.measure = False
             found = {name: value.tolist() for name, value in mixer.measurements.items()}
             own.setdefault(mixer.layer_number, {}).update(found)
         everywhere = world.gathered(own)

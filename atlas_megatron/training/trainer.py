@@ -23,7 +23,7 @@ from atlas_megatron.cli.ending import NonFiniteError, line_of
 from atlas_megatron.config import Config, load_saved, to_toml
 from atlas_megatron.data.batches import Batch, Batches, build_datasets, micro_batches, trained_bytes_per_token
 from atlas_megatron.files.scratch import write_whole
-from atlas_megatron.mixers.base import Documents
+from atlas_megatron.mixers.base import Documents, in_mode
 from atlas_megatron.model.build import build_chunks, flops_per_token
 from atlas_megatron.parallel import world
 from atlas_megatron.parallel.context import settle
@@ -175,14 +175,13 @@ class Trainer:
         with self._stragglers.own():
             batches = [next(self._batches) for _ in range(micro_batches(self.config, train.global_batch))]
         measures = self._measurements.are_due(step)
-        if measures:
-            self._measurements.begin()
         for chunk in trained.chunks:
             chunk.zero_grad_buffer()
         trained.optimizer.zero_grad()
         tokens = len(batches) * train.micro_batch * self.config.model.seq_length
         set_budget(trained.chunks, self.config, step, tokens)
-        outputs = self._run(batches, forward_only=False)
+        with in_mode(*trained.chunks, measure=measures):
+            outputs = self._run(batches, forward_only=False)
         loss, stop = self._agree([output["loss"] for output in outputs])
         # Also where this stage has no memory: all processes gather.
         layers = self._measurements.gathered() if measures else {}
