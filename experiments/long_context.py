@@ -36,6 +36,7 @@ from atlas_megatron.evaluate import recall
 from atlas_megatron.evaluate.recall import Point, Recall
 from atlas_megatron.evaluate.synthetic import Task
 from atlas_megatron.inference.reader import open_reader
+from atlas_megatron.mixers.base import in_mode
 from atlas_megatron.mixers.memory import AtlasMixer
 from atlas_megatron.model.build import num_params
 from atlas_megatron.train import quieten
@@ -210,9 +211,8 @@ def _unwritten(asked: training.Asked) -> list[float]:
     mix."""
     memories = [module for module in asked.modules() if isinstance(module, AtlasMixer) and module.memory.write_gate]
     filler = language.batch(training.EVALUATION_SEED, 1, replace(STAGES[-1].mix, filler=(1.0, 1.0)))
-    for memory in memories:
-        memory.measure = True
-    asked(training.on_device(filler))
+    with in_mode(*memories, measure=True):
+        asked(training.on_device(filler))
     return [round(float(memory.measurements["unwritten"]), 5) for memory in memories]
 
 

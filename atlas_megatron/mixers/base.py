@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +35,15 @@ class Documents:
     qkv_format: str = "sbhd"  # core asks
 
 
+@dataclass(frozen=True)
+class Mode:
+    """What a mixer's forward does beside its output; `in_mode` changes it."""
+
+    measure: bool = False  # leaves its statistics in `measurements`
+    ablate: bool = False  # for whole sequences: memories stay at their start weights, which are read, not written
+    keep_state: bool = False  # is asked for the state that it ends with
+
+
 class Mixer(Costs, MegatronModule):
     """One layer's way to look back: [T, B, hidden] -> [T, B, hidden], and a state over any cut of T.
 
@@ -53,14 +64,15 @@ class Mixer(Costs, MegatronModule):
         pp_layer_offset: int,
         settings: Config,
         name: str | None = None,
+        shards: Shards | None = None,
     ) -> None:
+        """The arguments are those that core gives a layer's mixer. shards: None is the layout of `pg_collection`."""
         super().__init__(config)
         self.layer_number = layer_number
         self.tp_group = pg_collection.tp
-        self.measure = False  # set it, and forward leaves its statistics in `measurements`
+        self.mode = Mode()
         self.measurements: dict[str, Tensor] = {}
-        self.streamed = False  # whether this forward is asked for the state it ends with
-        self.shards = Shards.of(pg_collection, settings.parallel.context_slices)
+        self.shards = Shards.of(pg_collection, settings.parallel.context_slices) if shards is None else shards
         self.build(settings, submodules, pg_collection)
 
     def build(self, settings: Config, linears: MixerLinears, groups: ProcessGroupCollection) -> None:
@@ -83,12 +95,10 @@ class Mixer(Costs, MegatronModule):
         packed_seq_params: Documents | None = None,
     ) -> tuple[Tensor, None]:
         """[T, B, hidden] -> [T, B, hidden]; continues from the context's state, if there is one, and leaves its own."""
-        self.streamed = inference_context is not None
         state = inference_context.states.get(self.layer_number) if inference_context is not None else None
-        if packed_seq_params is None:
-            y, after = self.mix(hidden_states, state)
-        else:
-            y, after = self.mix(hidden_states, state, packed_seq_params.positions)
+        positions = () if packed_seq_params is None else (packed_seq_params.positions,)
+        with in_mode(self, keep_state=inference_context is not None):
+            y, after = self.mix(hidden_states, state, *positions)
         if inference_context is not None:
             inference_context.states[self.layer_number] = self.at_end(after)
         return y, None
@@ -134,6 +144,24 @@ class Mixer(Costs, MegatronModule):
                 module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
             )
         return sharded
+
+
+@contextmanager
+def in_mode(*modules: nn.Module, **changed: bool) -> Iterator[None]:
+    """Within: all mixers in these modules run with these fields of their `Mode` changed.
+
+    Afterwards each mixer has the mode that it had, also where an exception ends the block.
+    """
+    mixers = [mixer for module in modules for mixer in module.modules() if isinstance(mixer, Mixer)]
+    before = [mixer.mode for mixer in mixers]
+    within = [replace(mode, **changed) for mode in before]
+    try:
+        for mixer, mode in zip(mixers, within, strict=True):
+            mixer.mode = mode
+        yield
+    finally:
+        for mixer, mode in zip(mixers, before, strict=True):
+            mixer.mode = mode
 
 
 def wide(x: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ class DeltaNet(Mixer):
         logits = wide(self.linear_gates(hidden_states)[0].transpose(0, 1)).unflatten(-1, (-1, self.gates))
         log_alpha = self.log_decay(logits)
         tokens = (q, k, v, logits[..., 0].sigmoid(), *(() if log_alpha is None else (log_alpha,)))
-        y, memory = self.shards.scan(self, tokens, held, positions, sliced=not self.streamed)
+        y, memory = self.shards.scan(self, tokens, held, positions, sliced=not self.mode.keep_state)
 
         branch = branch.squeeze(-2) if self.branch_bias is None else branch.squeeze(-2) + self.branch_bias
         y = gated_norm(y, branch, self.norm_gain, self.config.layernorm_epsilon, self.edges)
@@ -158,7 +158,7 @@ class DeltaNet(Mixer):
         if self.kernel is flash_kernel:
             return k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
         empty = v.new_zeros(v.shape[2], v.shape[3], k.shape[3])
-        return replace(initial_state(RULE, (empty,), k, v, residuals=False, source_gates=True), position=position)
+        return initial_state(RULE, (empty,), k, v, residuals=False, source_gates=True).at(position)
 
     def carried(self, state: Any) -> tuple[Tensor, ...]:
         return state.weights if isinstance(state, MemoryState) else (state,)

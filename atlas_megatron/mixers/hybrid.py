@@ -7,6 +7,7 @@ segment.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +29,13 @@ class _Joined(Mixer):
     """A memory and an attention, and the product of what they give: norm(attention) * silu(norm(memory))."""
 
     replicated = ("memory_gain", "attention_gain")
+    memory_shards: ClassVar[Shards | None] = None  # of its memory; None: as this layer's own
 
     def build(self, settings: Config, linears: MixerLinears, groups: ProcessGroupCollection) -> None:
         hidden = settings.model.hidden_size
         slot = (self.config, linears, hidden, self.layer_number, groups, 0, settings)
-        self.memory, self.attention = AtlasMixer(*slot), SlidingWindowAttention(*slot)
+        self.memory = AtlasMixer(*slot, shards=self.memory_shards)
+        self.attention = SlidingWindowAttention(*slot)
         self.memory_gain = self.on_every_rank(torch.ones(hidden))
         self.attention_gain = self.on_every_rank(torch.ones(hidden))
 
@@ -71,7 +74,7 @@ class _Joined(Mixer):
         epsilon, shape = self.config.layernorm_epsilon, self.memory_gain.shape
         gate = F.silu(F.rms_norm(memory, shape, self.memory_gain, epsilon))
         seen = F.rms_norm(attention, shape, self.attention_gain, epsilon)
-        if self.measure:
+        if self.mode.measure:
             self._measure(seen, gate)
         return seen * gate
 
@@ -134,7 +137,6 @@ class MemoryAsGate(_Joined):
     def mix(
         self, hidden_states: Tensor, state: GateState | None, positions: Tensor | None = None
     ) -> tuple[Tensor, GateState]:
-        self.memory.streamed = self.streamed
         memory, kept = self.memory.mix(hidden_states, state.memory if state else None, positions)
         attention, seen = self.attention.mix(hidden_states, state.attention if state else None, positions)
         return self.join(attention, memory), GateState(kept, seen)
@@ -165,10 +167,11 @@ class MemoryAsContext(_Joined):
     of what was written gates the output.
     """
 
+    # Under context parallelism this layer hands the memory on as a whole: each segment writes what it has read.
+    memory_shards = Shards()
+
     def build(self, settings: Config, linears: MixerLinears, groups: ProcessGroupCollection) -> None:
         super().build(settings, linears, groups)
-        # Under context parallelism this layer hands the memory on as a whole: each segment writes what it has read.
-        self.memory.shards = Shards()
         hidden, memory = settings.model.hidden_size, settings.memory
         self.segment = settings.attention.segment
         width = memory.heads * memory.head_dim

@@ -6,7 +6,7 @@ G gates of a head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ SPECTRUM_HEADS = 2  # of the first sequence: a singular value decomposition is s
 class AtlasState:
     """What a layer carries over a cut: the memory, and the inputs that its convolutions still need [B, 3HK, taps-1]."""
 
-    memory: State | None  # None: at its start weights, where a silent layer leaves it
+    memory: State | None  # None: at its start weights, where an ablated layer leaves it
     tail: Tensor
 
 
@@ -75,7 +75,6 @@ class AtlasMixer(MemoryCosts, Mixer):
         self.write_budget = 0.0  # of the loss, for each token's write gate; the trainer sets it
         # An exponential kernel keeps its sources as they are: there is nothing to end.
         self.gradient_reach = settings.train.gradient_reach if memory.kernel == "lifted" else 0
-        self.silent = False  # set it for whole sequences, and the memory stays at its start weights: reads, no writes
         self.rule = memory.rule()
         width = memory.heads * memory.head_dim
         self.linear_qkvg = linears.column(hidden, 4 * width, self.config, self.tp_group)
@@ -126,11 +125,11 @@ class AtlasMixer(MemoryCosts, Mixer):
         q, k, v, tail = convolved(qkv, self.convolution, before, positions, self.shards.tokens, self.memory.impl)
         held = state.memory if state else None
         after: State | None
-        if self.silent:
+        if self.mode.ablate:
             y, after = self.read(q, state), held
         else:
             tokens = (q, k, v, *vars(self._gates(hidden_states, k, v)).values())
-            sliced = not (self.streamed or self.measure)
+            sliced = not (self.mode.keep_state or self.mode.measure)
             y, after = self.shards.scan(self, tokens, held, positions, sliced=sliced)
 
         branch = branch.squeeze(-2) if self.branch_bias is None else branch.squeeze(-2) + self.branch_bias
@@ -178,7 +177,7 @@ class AtlasMixer(MemoryCosts, Mixer):
         """tokens: q and k of length 1, not lifted, v, and the gates in their order, of these heads of this rank's."""
         q, k, v, *gates = tokens
         y, after = self._memory(q, k, v, Gates(*gates), heads, state, positions)
-        if self.measure:
+        if self.mode.measure:
             self._measure(k, v, Gates(*gates), heads, state, after)
         return y, after
 
@@ -221,7 +220,7 @@ class AtlasMixer(MemoryCosts, Mixer):
         keys = k[..., :1].expand(*k.shape[:-1], lifted(self.memory))
         own, source = self._own_residual(), self.memory.omega_gates != "pair"
         start = initial_state(self.rule, self._start(heads), keys, v, residuals=own, source_gates=source)
-        return replace(start, position=position)
+        return start.at(position)
 
     def carried(self, state: State) -> tuple[Tensor, ...]:
         """Only matrices are handed on: the exponential kernels' growing state is refused with the configuration."""
@@ -237,7 +236,7 @@ class AtlasMixer(MemoryCosts, Mixer):
         heads, channels, taps = self.convolution.shape
         tail = self.convolution.new_zeros(batch, heads * channels, taps - 1)
         none = self.norm_gain.new_zeros(batch, 0, heads, self.memory.head_dim)
-        return AtlasState(None if self.silent else self.blank((none, none, none), ALL, position), tail)
+        return AtlasState(None if self.mode.ablate else self.blank((none, none, none), ALL, position), tail)
 
     def all_carried(self, state: AtlasState) -> tuple[Tensor, ...]:
         """As `carried`, with the convolutions' tail."""
@@ -267,10 +266,10 @@ class AtlasMixer(MemoryCosts, Mixer):
     def read(self, q: Tensor, state: AtlasState | None) -> Tensor:
         """What the memory as it stands in `state` answers to q [B, T, H, K], without a write: [B, T, H, K].
 
-        A silent memory stands at its start weights, whatever the state.
+        An ablated memory stands at its start weights, whatever the state.
         """
         q = F.normalize(wide(q), dim=-1)
-        held = state.memory if state and not self.silent else None
+        held = state.memory if state and not self.mode.ablate else None
         return read_memory(self._lifted(q), self._start(), self.rule, held, q if self._own_residual() else None)
 
     def _start(self, heads: slice = ALL) -> tuple[Tensor, ...]:

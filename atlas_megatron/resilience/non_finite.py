@@ -1,15 +1,115 @@
-"""Where numbers stopped being numbers: the first layer with NaN or inf, found by asking every layer."""
+"""What a run does at NaN or inf: where they were first seen, and whether the batch is skipped or the run ends."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from atlas_megatron.cli.ending import NonFiniteError
 from atlas_megatron.config import LAYERS, Config, layers_of
+from atlas_megatron.config.sections import ResilienceConfig
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What is not finite, and the layer in which it was first seen, in words."""
+
+    what: str
+    where: str
+
+
+class Action(Enum):
+    """What follows a step's forward and backward passes."""
+
+    CONTINUE = "continue"  # update the weights
+    SKIP = "skip"  # leave the batch out
+    RETURN = "return"  # leave it out, and load the newest whole checkpoint
+    STOP = "stop"  # end the run; nothing is saved from here on
+
+
+@dataclass(frozen=True)
+class Decision:
+    """An action, and for `STOP` the limit that was reached, if any."""
+
+    action: Action
+    why: str = ""
+
+
+class Policy:
+    """Decides by `resilience.*` what follows NaN or inf; the same in every process that is told the same.
+
+    skipped, returns: batches skipped and returns to a checkpoint in the whole run, as its checkpoint counts them.
+    """
+
+    def __init__(
+        self, limits: ResilienceConfig, say: Callable[[str], None], *, skipped: int = 0, returns: int = 0
+    ) -> None:
+        self.skipped, self.returns = skipped, returns
+        self._limits, self._say = limits, say
+        self._in_a_row = 0
+
+    def decide(self, step: int, trouble: Trouble | None) -> Decision:
+        """What to do about a step's trouble before its update, None where all is finite. A skip is counted and said."""
+        limits = self._limits
+        if trouble is None:
+            self._in_a_row = 0
+            return Decision(Action.CONTINUE)
+        if limits.non_finite == "stop":
+            return Decision(Action.STOP)
+        if self.skipped >= limits.most_skipped:
+            return Decision(Action.STOP, f"resilience.most_skipped={limits.most_skipped} batches were skipped")
+        self._in_a_row += 1
+        self.skipped += 1
+        counts = f"{self._in_a_row} in a row, {self.skipped} in all"
+        self._say(f"step {step}: {trouble.what}, first seen in {trouble.where}: batch skipped ({counts})")
+        if self._in_a_row < limits.skips_in_a_row:
+            return Decision(Action.SKIP)
+        if self.returns >= limits.most_returns:
+            return Decision(Action.STOP, f"resilience.most_returns={limits.most_returns} brought no more steps")
+        self._in_a_row = 0
+        self.returns += 1
+        return Decision(Action.RETURN)
+
+
+def before_update(
+    chunks: list[torch.nn.Module],
+    config: Config,
+    loss: float,
+    layers: dict[str, dict[str, Any]],
+    forward: Callable[[], Any],
+    norm: Callable[[], float],
+) -> Trouble | None:
+    """What is not finite in a step before its update; the same in every process, and every process calls this.
+
+    layers: the measurements of memories, by layer number. forward: as in `in_forward`. norm: computes the gradients'
+    norm, which is asked for where batches may be skipped alone; else the optimizer tells it.
+    """
+    if not math.isfinite(loss):
+        return Trouble(f"loss is {loss}", in_forward(chunks, config, forward))
+    if bad := in_measurements(layers):
+        return Trouble(f"{bad[0]} is not finite", describe(bad[1], config))
+    return in_norm(chunks, config, norm()) if config.resilience.non_finite == "skip" else None
+
+
+def in_norm(chunks: list[torch.nn.Module], config: Config, norm: float) -> Trouble | None:
+    """The trouble of gradients with this norm, None where it is finite."""
+    return None if math.isfinite(norm) else Trouble(f"gradient norm is {norm}", in_gradients(chunks, config))
+
+
+def error(step: int, trouble: Trouble, why: str, last: Path | None) -> NonFiniteError:
+    """What ends the run. why: as in `Decision`; last: the newest whole checkpoint."""
+    kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+    return NonFiniteError(
+        f"step {step}: {trouble.what}, first seen in {trouble.where}{f'; {why}' if why else ''}; {kept}: "
+        "lower train.lr or memory.eta_start, or take memory.norm=layer, and start again"
+    )
 
 
 def in_forward(chunks: list[torch.nn.Module], config: Config, forward: Callable[[], Any]) -> str:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -23,20 +20,22 @@ from atlas_megatron.checkpoint import checkpoint
 from atlas_megatron.checkpoint.checkpoint import Position, Trained
 from atlas_megatron.checkpoint.provenance import Provenance, refusal
 from atlas_megatron.cli.ending import NonFiniteError, line_of
-from atlas_megatron.config import Config, load_saved, to_toml, uses
+from atlas_megatron.config import Config, load_saved, to_toml
 from atlas_megatron.data.batches import Batch, Batches, build_datasets, micro_batches, trained_bytes_per_token
 from atlas_megatron.files.scratch import write_whole
-from atlas_megatron.mixers.base import Documents
+from atlas_megatron.mixers.base import Documents, in_mode
 from atlas_megatron.model.build import build_chunks, flops_per_token
 from atlas_megatron.parallel import world
 from atlas_megatron.parallel.context import settle
 from atlas_megatron.parallel.device import device
 from atlas_megatron.resilience import non_finite
+from atlas_megatron.resilience.non_finite import Action, Decision, Policy, Trouble
 from atlas_megatron.resilience.run_lock import RunLock
 from atlas_megatron.resilience.stop_signals import StopSignals
 from atlas_megatron.resilience.stragglers import Stragglers
 from atlas_megatron.resilience.watchdog import Watchdog
-from atlas_megatron.training.metrics import LOW_MEMORY_SHARE, Record, RunLog, Speed
+from atlas_megatron.training.measuring import LayerMeasurements
+from atlas_megatron.training.metrics import Record, RunLog, Speed
 from atlas_megatron.training.optimizer import build_optimizer, gradient_norm, wrap
 from atlas_megatron.training.resuming import changed_keys, going_on, longer_sequences, samples_as_long
 from atlas_megatron.training.validation import Validation
@@ -77,13 +76,13 @@ class Trainer:
         self._saver = checkpoint.Saver(config, provenance)
         self._batches = Batches(train_set, config, self.position.consumed_samples, endless=True)
         self._speed = Speed(config, flops_per_token(config).training, torch.distributed.get_world_size())
-        self._has_memory = uses(config.model.pattern, "memory")
-        self._warned: set[str] = set()
+        self._measurements = LayerMeasurements(config, self.trained.chunks, self._say)
         self._signals = signals or StopSignals()
         self._lock = lock
         self._watchdog = Watchdog(config)
         self._stragglers = Stragglers(config.resilience.straggler_every)
-        self._skipped_in_a_row = 0
+        counts = {"skipped": self.position.skipped, "returns": self.position.returns}
+        self._policy = Policy(config.resilience, self._say, **counts)
         self.log = self._open_log()
         if world.rank() == 0:
             # What a finished run was trained with stays; whoever reads it finds all of it or what was there.
@@ -175,29 +174,29 @@ class Trainer:
         train, trained = self.config.train, self.trained
         with self._stragglers.own():
             batches = [next(self._batches) for _ in range(micro_batches(self.config, train.global_batch))]
-        measures = self._has_memory and (step == 1 or step % train.stats_every == 0)
-        mixers = _measured(trained.chunks) if measures else []
-        for _, mixer in mixers:
-            mixer.measure = True
+        measures = self._measurements.are_due(step)
         for chunk in trained.chunks:
             chunk.zero_grad_buffer()
         trained.optimizer.zero_grad()
         tokens = len(batches) * train.micro_batch * self.config.model.seq_length
         set_budget(trained.chunks, self.config, step, tokens)
-        outputs = self._run(batches, forward_only=False)
+        with in_mode(*trained.chunks, measure=measures):
+            outputs = self._run(batches, forward_only=False)
         loss, stop = self._agree([output["loss"] for output in outputs])
         # Also where this stage has no memory: all processes gather.
-        layers = self._measurements(mixers) if measures else {}
-        trouble = self._trouble(loss, layers, batches)
+        layers = self._measurements.gathered() if measures else {}
+        repeat, norm = partial(self._run, batches, forward_only=True), partial(gradient_norm, trained.optimizer)
+        trouble = non_finite.before_update(trained.chunks, self.config, loss, layers, repeat, norm)
+        decision = self._policy.decide(step, trouble)
         if trouble:
-            self._pass_over(step, *trouble)
+            self._pass_over(step, trouble, decision)
             return None, stop
         # Before the update: step 1 of the warm-up then already moves the parameters.
         trained.scheduler.step(1)
         _, grad_norm, _ = trained.optimizer.step()
-        if not math.isfinite(grad_norm):
-            raise self._diverged(step, *self._bad_gradients(grad_norm))
-        self._skipped_in_a_row = 0
+        trouble = non_finite.in_norm(trained.chunks, self.config, grad_norm)
+        if trouble:
+            raise self._diverged(step, trouble)
         self._move_on(step=step, tokens=self.position.tokens + self._speed.tokens_per_step)
         record = {
             "step": step,
@@ -209,7 +208,7 @@ class Trainer:
         }
         if measures:
             record["layers"] = layers
-            self._warn(step, layers)
+            self._measurements.warn(step, layers)
         if self.position.skipped:
             record |= {"skipped": self.position.skipped, "returns": self.position.returns}
         own = self._stragglers.after(step)
@@ -218,49 +217,21 @@ class Trainer:
             self._say(f"step {step}: {slow}")
         return record | own, stop
 
-    def _trouble(self, loss: float, layers: dict[str, Any], batches: list[Batch]) -> tuple[str, str] | None:
-        """What is not finite in a step before its update, and where; the same in every process."""
-        if not math.isfinite(loss):
-            repeat = partial(self._run, batches, forward_only=True)
-            return f"loss is {loss}", non_finite.in_forward(self.trained.chunks, self.config, repeat)
-        bad = non_finite.in_measurements(layers)
-        if bad:
-            return f"{bad[0]} is not finite", non_finite.describe(bad[1], self.config)
-        if self.config.resilience.non_finite == "skip":
-            norm = gradient_norm(self.trained.optimizer)
-            return None if math.isfinite(norm) else self._bad_gradients(norm)
-        return None
-
-    def _bad_gradients(self, norm: float) -> tuple[str, str]:
-        return f"gradient norm is {norm}", non_finite.in_gradients(self.trained.chunks, self.config)
-
-    def _pass_over(self, step: int, what: str, where: str) -> None:
-        """Leave a batch out, and go back to a checkpoint after several in a row; raise where that is not wanted."""
-        limits = self.config.resilience
-        if limits.non_finite == "stop":
-            raise self._diverged(step, what, where)
-        if self.position.skipped >= limits.most_skipped:
-            raise self._diverged(
-                step, what, where, f"resilience.most_skipped={limits.most_skipped} batches were skipped"
-            )
-        self._skipped_in_a_row += 1
-        self._move_on(skipped=self.position.skipped + 1)
-        counts = f"{self._skipped_in_a_row} in a row, {self.position.skipped} in all"
-        self._say(f"step {step}: {what}, first seen in {where}: batch skipped ({counts})")
-        if self._skipped_in_a_row < limits.skips_in_a_row:
-            return
-        if self.position.returns >= limits.most_returns:
-            raise self._diverged(
-                step, what, where, f"resilience.most_returns={limits.most_returns} brought no more steps"
-            )
-        self._go_back(step, what, where)
+    def _pass_over(self, step: int, trouble: Trouble, decision: Decision) -> None:
+        """Leave a batch out, and go back to a checkpoint or end the run where the policy says so."""
+        if decision.action is Action.STOP:
+            raise self._diverged(step, trouble, decision.why)
+        self._move_on()
+        if decision.action is Action.RETURN:
+            self._go_back(step, trouble)
 
     def _move_on(self, **changed: int) -> None:
         """Count what has just been read as consumed."""
-        consumed = self.position.consumed_samples + self.config.train.global_batch
-        self.position = replace(self.position, consumed_samples=consumed, **changed)
+        consumed, policy = self.position.consumed_samples + self.config.train.global_batch, self._policy
+        counts = {"skipped": policy.skipped, "returns": policy.returns}
+        self.position = replace(self.position, consumed_samples=consumed, **counts, **changed)
 
-    def _go_back(self, step: int, what: str, where: str) -> None:
+    def _go_back(self, step: int, trouble: Trouble) -> None:
         """To the weights, moments and schedule of the newest whole checkpoint; the data goes on from here."""
         with self._watchdog.patient():
             self._saver.finish()
@@ -269,10 +240,8 @@ class Trainer:
                 self._say(line)
             saved = checkpoint.restore(folder, self.config, self.trained) if folder else Position()
             if not saved.step:
-                raise self._diverged(step, what, where, "there is nothing to go back to")
-        returns = self.position.returns + 1
-        self.position = replace(self.position, step=saved.step, tokens=saved.tokens, returns=returns)
-        self._skipped_in_a_row = 0
+                raise self._diverged(step, trouble, "there is nothing to go back to")
+        self.position = replace(self.position, step=saved.step, tokens=saved.tokens)
         if self.log:
             self.log.rewind(saved.step)
         limit = self.config.resilience.most_returns
@@ -307,40 +276,10 @@ class Trainer:
         parallel = self.config.parallel
         return total * parallel.pipeline * parallel.context / torch.distributed.get_world_size(), asked > 0
 
-    def _measurements(self, mixers: list[tuple[int, Any]]) -> dict[str, dict[str, Any]]:
-        """What every memory layer measured, by layer number, over the processes that hold a part of it."""
-        own: dict[int, dict[str, Any]] = {}
-        for number, mixer in mixers:
-            mixer.measure = False
-            own.setdefault(number, {}).update({name: value.tolist() for name, value in mixer.measurements.items()})
-        everywhere = world.gathered(own)
-        merged = {}
-        for number in sorted({number for part in everywhere for number in part}):
-            parts = [part[number] for part in everywhere if number in part]
-            merged[str(number)] = {name: _over_processes([part[name] for part in parts]) for name in parts[0]}
-        return merged
-
-    def _warn(self, step: int, layers: dict[str, dict[str, Any]]) -> None:
-        """Say, once a layer, that its memory has collapsed: the loss alone does not show it."""
-        for number, layer in layers.items():
-            share = layer.get("memory_share", 1.0)
-            if share < LOW_MEMORY_SHARE and number not in self._warned:
-                self._warned.add(number)
-                where = non_finite.describe(int(number), self.config)
-                self._say(
-                    f"warning: step {step}: the memory carries {share:.1%} of what varies in the output of {where}, "
-                    f"less than {LOW_MEMORY_SHARE:.0%}: the layer runs on its attention alone"
-                )
-
-    def _diverged(self, step: int, what: str, where: str, why: str = "") -> NonFiniteError:
+    def _diverged(self, step: int, trouble: Trouble, why: str = "") -> NonFiniteError:
         # The good one that may still be being written.
         self._saver.finish()
-        last, _ = checkpoint.latest(self.config.run.directory)
-        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-        return NonFiniteError(
-            f"step {step}: {what}, first seen in {where}{f'; {why}' if why else ''}; {kept}: "
-            "lower train.lr or memory.eta_start, or take memory.norm=layer, and start again"
-        )
+        return non_finite.error(step, trouble, why, checkpoint.latest(self.config.run.directory)[0])
 
 
 def _build(config: Config) -> Trained:
@@ -377,15 +316,3 @@ def _loss(mask: Tensor, counted: Tensor, losses: Tensor) -> tuple[Tensor, dict[s
     loss = masked.sum() / counted.clamp(min=1)
     # A copy: core scales the first in place, by the shards that its average over all of them divides by among others.
     return loss, {"loss": loss.detach().clone(), "positions": torch.stack((masked.detach().sum(0), mask.sum(0)))}
-
-
-def _measured(chunks: list[MegatronModule]) -> list[tuple[int, Any]]:
-    """The mixers of these stages that can measure themselves, by layer number."""
-    return [(m.layer_number, m) for chunk in chunks for m in chunk.modules() if hasattr(m, "measurements")]
-
-
-def _over_processes(parts: list[Any]) -> Any:
-    """One measurement of several processes: counts are summed, all else is averaged."""
-    if not isinstance(parts[0], list):
-        return fmean(parts)
-    return [sum(each) if isinstance(each[0], int) else fmean(each) for each in zip(*parts, strict=True)]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from atlas_megatron.config.checks import sequences_together
 from atlas_megatron.data.batches import Batch, Batches, bytes_per_token, micro_batches
 from atlas_megatron.data.sliding_windows import SlidingWindows
 from atlas_megatron.files.scratch import write_whole
-from atlas_megatron.mixers.memory import AtlasMixer
+from atlas_megatron.mixers.base import in_mode
 from atlas_megatron.parallel import world
 from atlas_megatron.parallel.device import device
 from atlas_megatron.training.metrics import Record, bits_per_byte
@@ -57,7 +56,7 @@ class Validation:
         bits = None if self.bytes_per_token is None else bits_per_byte(loss, self.bytes_per_token)
         record = {"validation_loss": loss, "validation_bits_per_byte": bits}
         if self._config.train.validate_silenced and uses(self._config.model.pattern, "memory"):
-            with _silenced(self._chunks):
+            with in_mode(*self._chunks, ablate=True):
                 silenced = self._evaluate(self._dataset)
             record["validation_loss_silenced"] = (silenced[0].sum() / silenced[1].sum()).item()
         return record
@@ -94,16 +93,3 @@ class Validation:
                 sums.chunk(self._config.parallel.context, 1)[own].add_(output["positions"])
         torch.distributed.all_reduce(sums)
         return sums
-
-
-@contextmanager
-def _silenced(chunks: list[MegatronModule]) -> Iterator[None]:
-    """Every memory of these stages at its start weights."""
-    memories = [module for chunk in chunks for module in chunk.modules() if isinstance(module, AtlasMixer)]
-    for memory in memories:
-        memory.silent = True
-    try:
-        yield
-    finally:
-        for memory in memories:
-            memory.silent = False

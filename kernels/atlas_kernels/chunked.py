@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from .decays import pair_band, source_band
 from .delta_rule import delta_rule, delta_rule_packed
 from .memories import Matrices, MatrixReader, Reader, memory_of, oriented
 from .packing import Packing, pack
-from .rule import Gates, MemoryRule, MemoryState
+from .rule import Inputs, MemoryRule, MemoryState
 from .writes import (
     Coefficients,
     OrthogonalWriter,
@@ -40,27 +40,6 @@ from .writes import (
 HELD_BYTES = 256 << 20
 # A segment whose graph is larger than this, while it is recomputed, recomputes each of its chunks in turn.
 SEGMENT_BYTES = 1 << 30
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a stretch of tokens brings, [B, T, H, ...] each; residuals and gamma as in `omega_memory`."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    residual_q: Tensor | None
-    residual_k: Tensor | None
-    alpha: Tensor
-    eta: Tensor
-    theta: Tensor
-    gamma: Tensor
-
-    def split(self, lengths: list[int]) -> list[Inputs]:
-        """Stretches of the given lengths (one split a tensor: its backward is one concatenation)."""
-        own = (getattr(self, field.name) for field in fields(self))
-        parts: list[Any] = [[None] * len(lengths) if t is None else t.split(lengths, 1) for t in own]
-        return [Inputs(*stretches) for stretches in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -102,70 +81,52 @@ TORCH = Kernels()
 
 
 def omega_memory_chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates,
-    rule: MemoryRule,
-    state: MemoryState,
-    residual: tuple[Tensor, Tensor] | None,
-    kernels: Kernels = TORCH,
-) -> tuple[Tensor, MemoryState]:
-    """The map of `reference.py`. Arguments as in `omega_memory`, checked and in one dtype; the state is given."""
+    rule: MemoryRule, state: MemoryState[int], inputs: Inputs, kernels: Kernels = TORCH
+) -> tuple[Tensor, MemoryState[int]]:
+    """The map of `reference.py`. Inputs as in `omega_memory`, checked and in one dtype; the state is given."""
     if rule.delta:
-        return delta_rule(q, k, v, gates, state)
-    residual_q, residual_k = residual if residual is not None else (None, None)
-    eta, pending = gates.eta, state.pending
+        return delta_rule(state, inputs)
+    pending = state.pending
     if pending is not None:
-        eta, pending = summed_steps(rule, eta, pending, torch.arange(q.shape[1], device=q.device) + state.position)
-    inputs = Inputs(q, k, v, residual_q, residual_k, gates.alpha, eta, gates.theta, gates.gamma)
+        places = torch.arange(inputs.q.shape[1], device=inputs.q.device) + state.position
+        inputs, pending = _with_summed_steps(rule, inputs, pending, places)
     y, after = _by_segment(rule, state, inputs, kernels=kernels)
     return y, replace(after, pending=pending)
 
 
 def omega_memory_packed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates,
     rule: MemoryRule,
     state: MemoryState,
-    residual: tuple[Tensor, Tensor] | None,
-    packed: tuple[tuple[Tensor, ...], Tensor],
+    inputs: Inputs,
+    start: tuple[Tensor, ...],
+    positions: Tensor,
     kernels: Kernels = TORCH,
-) -> tuple[Tensor, MemoryState]:
-    """As `omega_memory_chunked`; packed: the start weights [H, rows, cols], at which the memory is wherever a token's
-    position is 0, and the positions [B, T]."""
-    start, positions = packed
+) -> tuple[Tensor, MemoryState[Tensor]]:
+    """As `omega_memory_chunked`, at the `start` weights [H, rows, cols] wherever `positions` [B, T] is 0."""
     if rule.delta:
-        return delta_rule_packed(q, k, v, gates, state, start, positions)
-    packing = pack(positions, rule.chunk)
-    before, window = rule.window - 1, rule.window
-    sources = [packing.placed_after(halo, t) for halo, t in ((state.keys, k), (state.values, v))]
-    residual_q = None
+        return delta_rule_packed(state, inputs, start, positions)
+    packing, before, window = pack(positions, rule.chunk), rule.window - 1, rule.window
+    sources = [packing.placed_after(halo, t) for halo, t in ((state.keys, inputs.k), (state.values, inputs.v))]
+    residual = inputs.residual
     if residual is not None and state.residuals is not None:
-        residual_q = packing.placed(residual[0])
         sources.append(packing.placed_after(state.residuals, residual[1]))
-    halos, inputs = zip(*((s[:, :before], s[:, before:]) for s in sources), strict=True)
+        residual = (packing.placed(residual[0]), sources[2][:, before:])
     pending = state.pending
     if pending is not None:
         # Before the tokens are placed: what fills up a chunk takes no step, even where a period ends there.
-        steps, pending = summed_steps(rule, gates.eta, pending, positions)
-        gates = replace(gates, eta=steps)
-    placed = packing.gates(gates, state.gamma, window)
-    own = (placed.alpha, placed.eta, placed.theta, placed.gamma)
-    whole = Inputs(packing.placed(q), inputs[0], inputs[1], residual_q, inputs[2] if residual else None, *own)
-    now = replace(
-        state, keys=halos[0], values=halos[1], residuals=halos[2] if residual else None, gamma=None, position=0
-    )
-
+        inputs, pending = _with_summed_steps(rule, inputs, pending, positions)
+    gates = packing.gates(inputs.gates, state.gamma, window)
+    whole = Inputs(packing.placed(inputs.q), sources[0][:, before:], sources[1][:, before:], gates, residual)
+    halos = [s[:, :before] for s in sources]
+    held = halos[2] if residual else None
+    now = replace(state.at(0), keys=halos[0], values=halos[1], residuals=held, gamma=None)
     y, now = _by_segment(rule, now, whole, (packing, start), kernels)
     position = positions[:, -1] + 1
     at_border = (position % rule.chunk == 0).view(-1, 1, 1, 1)
     following = [packing.following(s, window) for s in sources]
     gamma = None
     if state.gamma is not None:
-        gamma = packing.following(packing.placed_after(state.gamma, gates.gamma), window)
+        gamma = packing.following(packing.placed_after(state.gamma, inputs.gates.gamma), window)
     after = MemoryState(
         weights=now.weights,
         momentum=now.momentum,
@@ -180,15 +141,20 @@ def omega_memory_packed(
     return packing.taken(y), after
 
 
+def _with_summed_steps(rule: MemoryRule, inputs: Inputs, pending: Tensor, places: Tensor) -> tuple[Inputs, Tensor]:
+    """As `summed_steps`: the inputs whose eta are sums, and the sum that is pending after them."""
+    eta, pending = summed_steps(rule, inputs.gates.eta, pending, places)
+    return replace(inputs, gates=replace(inputs.gates, eta=eta)), pending
+
+
 def _by_segment(
     rule: MemoryRule,
-    state: MemoryState,
+    state: MemoryState[int],
     inputs: Inputs,
     packed: tuple[Packing, tuple[Tensor, ...]] | None = None,
     kernels: Kernels = TORCH,
-) -> tuple[Tensor, MemoryState]:
+) -> tuple[Tensor, MemoryState[int]]:
     """Scan all tokens, recomputing segments where their graph is too large to hold. packed: and the start weights."""
-    assert isinstance(state.position, int)
     length = inputs.q.shape[1]
     pieces = cut(state.position, length, rule.chunk)
     graph = partial(graph_bytes, rule, state, held_of_step=kernels.held_of_step)
@@ -303,37 +269,37 @@ class _Windows(torch.autograd.Function):
 
 def scan(
     rule: MemoryRule,
-    state: MemoryState,
+    state: MemoryState[int],
     inputs: Inputs,
     chunks: int,
     tokens: int,
     by_chunk: bool = False,
     borders: Borders | None = None,
     kernels: Kernels = TORCH,
-) -> tuple[Tensor, MemoryState]:
+) -> tuple[Tensor, MemoryState[int]]:
     """Write and read one segment: `chunks` chunks of `tokens` tokens. (y [B, N*C, H, V], the state after it).
 
     by_chunk: hold only the weights at each chunk's border for the backward. borders: of packed documents; the state's
     anchor is then that of the last chunk of the rows that have ended.
     """
-    assert isinstance(state.position, int)
     layout = Layout(chunks, tokens, rule.window)
     q = read_residual = layout.by_chunk(inputs.q)
     x, keys = layout.with_halo(state.keys, inputs.k)
     v, values = layout.with_halo(state.values, inputs.v)
     r, residuals = x, None
-    if inputs.residual_q is not None and inputs.residual_k is not None and state.residuals is not None:
-        read_residual = layout.by_chunk(inputs.residual_q)
-        r, residuals = layout.with_halo(state.residuals, inputs.residual_k)
+    if inputs.residual is not None and state.residuals is not None:
+        read_residual = layout.by_chunk(inputs.residual[0])
+        r, residuals = layout.with_halo(state.residuals, inputs.residual[1])
     gamma = None
     if state.gamma is None:
-        band = pair_band(layout.by_chunk(inputs.gamma))
+        band = pair_band(layout.by_chunk(inputs.gates.gamma))
     else:
-        sources, gamma = layout.with_halo(state.gamma, inputs.gamma)
+        sources, gamma = layout.with_halo(state.gamma, inputs.gates.gamma)
         band = source_band(sources, tokens)
 
     offset = state.position % rule.chunk
-    gates = (layout.by_chunk(inputs.alpha), layout.by_chunk(inputs.eta), layout.by_chunk(inputs.theta))
+    given = inputs.gates
+    gates = (layout.by_chunk(given.alpha), layout.by_chunk(given.eta), layout.by_chunk(given.theta))
     # Row by row: passes over matrices of one layout are several times faster than over two.
     weights, momentum, anchor = (
         tuple(m.contiguous() for m in oriented(memory_of(rule), tuple(m.flatten(0, 1) for m in ms)))

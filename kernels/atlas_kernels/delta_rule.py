@@ -28,33 +28,25 @@ from torch.utils.checkpoint import checkpoint
 
 from .decays import decay_matrix
 from .products import times_transpose
-from .rule import Gates, MemoryState
+from .rule import Gates, Inputs, MemoryState
 
 BLOCK = 64
 # Blocks between two states that are held for the backward.
 HELD_EVERY = 16
 
 
-def delta_rule(q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: MemoryState) -> tuple[Tensor, MemoryState]:
-    """Arguments as in `omega_memory` for a rule with `rule.delta`."""
-    inputs = (q, k, v, _steps(gates), gates.alpha.unsqueeze(-1))
+def delta_rule(state: MemoryState[int], inputs: Inputs) -> tuple[Tensor, MemoryState[int]]:
+    """Inputs as in `omega_memory` for a rule with `rule.delta`."""
     y, weights = _pieces(inputs, state.weights[0], None, None)
-    return y, replace(state, weights=(weights,), anchor=(weights,), position=state.position + q.shape[1])
+    return y, replace(state, weights=(weights,), anchor=(weights,), position=state.position + inputs.q.shape[1])
 
 
 def delta_rule_packed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates,
-    state: MemoryState,
-    start: tuple[Tensor, ...],
-    positions: Tensor,
-) -> tuple[Tensor, MemoryState]:
+    state: MemoryState, inputs: Inputs, start: tuple[Tensor, ...], positions: Tensor
+) -> tuple[Tensor, MemoryState[Tensor]]:
     """As `delta_rule`, at the `start` weights [H, V, D] wherever `positions` [B, T] is 0."""
-    inputs = (q, k, v, _steps(gates), gates.alpha.unsqueeze(-1))
     y, weights = _pieces(inputs, state.weights[0], positions == 0, start[0])
-    return y, replace(state, weights=(weights,), anchor=(weights,), position=positions[:, -1] + 1)
+    return y, replace(state.at(positions[:, -1] + 1), weights=(weights,), anchor=(weights,))
 
 
 def _steps(gates: Gates) -> Tensor:
@@ -71,14 +63,13 @@ class _Documents:
     start: Tensor
 
 
-def _pieces(
-    inputs: tuple[Tensor, ...], M: Tensor, begins: Tensor | None, start: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(y [B, T, H, V], M after) of q, k, v, step, alpha [B, T, H, ...]; M [B, H, V, D]; begins [B, T] bool."""
-    batch, tokens, heads, _ = inputs[0].shape
+def _pieces(inputs: Inputs, M: Tensor, begins: Tensor | None, start: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(y [B, T, H, V], M after). M [B, H, V, D]; begins [B, T] bool; start [H, V, D]."""
+    batch, tokens, heads, _ = inputs.q.shape
     recompute = torch.is_grad_enabled() and tokens > BLOCK * HELD_EVERY
     parts, M = [], M.flatten(0, 1)
-    for number, piece in enumerate(zip(*(t.split(BLOCK * HELD_EVERY, 1) for t in inputs), strict=True)):
+    whole = (inputs.q, inputs.k, inputs.v, _steps(inputs.gates), inputs.gates.alpha.unsqueeze(-1))
+    for number, piece in enumerate(zip(*(t.split(BLOCK * HELD_EVERY, 1) for t in whole), strict=True)):
         documents = None
         if begins is not None and start is not None:
             own = begins[:, number * BLOCK * HELD_EVERY :][:, : piece[0].shape[1]]
@@ -107,7 +98,7 @@ def _by_block(t: Tensor, fill: float = 0.0) -> Tensor:
 
 
 def _scan(inputs: tuple[Tensor, ...], M: Tensor, documents: _Documents | None) -> tuple[Tensor, Tensor]:
-    """[B, T, H, ...] and M [G, V, D] -> y [G, T, V] and the M after."""
+    """q, k, v, step, alpha [B, T, H, ...] and M [G, V, D] -> y [G, T, V] and the M after."""
     q, k, v, step, alpha = inputs
     tokens = q.shape[1]
     # A token that is not there: no step, no decay.

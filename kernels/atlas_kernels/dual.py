@@ -29,7 +29,7 @@ from .autocast import unrounded_backward
 from .decays import decay_matrix, pair_band, source_band
 from .memories import Matrices, MatrixReader, memory_of, oriented
 from .products import times_transpose
-from .rule import Gates, MemoryRule
+from .rule import Inputs, MemoryRule
 from .writes import SourceReader
 
 
@@ -244,16 +244,9 @@ def _total(scores: Tensor) -> Tensor:
     return total.where(total > 0, 1.0)
 
 
-def omega_memory_dual(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates,
-    rule: MemoryRule,
-    state: DualState,
-    residual: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, DualState]:
-    """The map of `reference_dual.py`. Arguments as in `omega_memory`, checked and in one dtype; theta is not read."""
+def omega_memory_dual(rule: MemoryRule, state: DualState, inputs: Inputs) -> tuple[Tensor, DualState]:
+    """The map of `reference_dual.py`. Inputs as in `omega_memory`, checked and in one dtype; theta is not read."""
+    q, gates, residual = inputs.q, inputs.gates, inputs.residual
     pair, offset = gates.pair, state.position % rule.chunk
     batch, tokens, heads, _ = q.shape
 
@@ -265,7 +258,7 @@ def omega_memory_dual(
 
     # The begun chunk from its start on; the queries before the first new token were answered.
     queries = torch.cat([q.new_zeros(batch, offset, *q.shape[2:]), q], 1)
-    keys, values = torch.cat([state.keys, k], 1), torch.cat([state.values, v], 1)
+    keys, values = torch.cat([state.keys, inputs.k], 1), torch.cat([state.values, inputs.v], 1)
     alpha, eta = torch.cat([state.alpha, gates.alpha], 1), torch.cat([state.eta, gates.eta], 1)
     gamma = torch.cat([state.gamma, gates.gamma], 1)
     read_residuals, residuals = queries, keys

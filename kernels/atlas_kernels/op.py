@@ -15,7 +15,7 @@ from .dual import DualState, initial_dual_state, omega_memory_dual
 from .memories import MatrixReader, memory_of, oriented
 from .packing import documents, of_rows, row_of
 from .reference import omega_memory_reference
-from .rule import Gates, MemoryRule, MemoryState, initial_state
+from .rule import Gates, Inputs, MemoryRule, MemoryState, initial_state
 
 logger = logging.getLogger("atlas_kernels")
 
@@ -57,83 +57,44 @@ def omega_memory(
     where the weights are; differentiable once in every tensor, the state's included.
     Raises ValueError that names the argument, what came and what would do.
     """
-    if impl not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"impl={impl!r} is unknown; choose one of auto, {', '.join(IMPLEMENTATIONS)}")
-    _check_tokens(q, k, v, gates, rule)
-    _check_weights(weights, rule, q, v)
-    _check_residual(residual, rule, q, v)
-    if state is not None:
-        _check_state(state, rule, weights, q, v, gates, residual)
-
-    _check_positions(positions, rule, q)
-    if rule.dual and impl == "reference":
-        raise ValueError(
-            f"impl='reference' carries no state for kernel={rule.kernel!r}; take impl='chunked', or "
-            "omega_memory_dual_reference for a whole sequence"
-        )
-
+    given = Inputs(q, k, v, gates, residual)
+    _check(impl, rule, weights, given, state, positions)
     dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
     cast = lambda t: t.to(dtype)  # noqa: E731  bfloat16 activations: the inner loop sums many small steps
+    start, inputs = tuple(map(cast, weights)), given.map(cast)
     if state is None:
-        start = initial_dual_state if rule.dual else initial_state
-        state = start(
-            rule, tuple(map(cast, weights)), k, v, residuals=residual is not None, source_gates=not gates.pair
-        )
+        initial = initial_dual_state if rule.dual else initial_state
+        state = initial(rule, start, k, v, residuals=residual is not None, source_gates=not gates.pair)
     else:
         state = state.map(cast)
     if positions is None and isinstance(state.position, Tensor):
         positions = state.position[:, None] + torch.arange(q.shape[1], device=q.device)
     products = _operands(q.dtype if products is None else products)
     impl = _choose(impl, rule, q, v, weights, products)
-    gates = Gates(cast(gates.alpha), cast(gates.eta), cast(gates.theta), cast(gates.gamma))
-    residual = None if residual is None else (cast(residual[0]), cast(residual[1]))
-    arguments = (cast(q), cast(k), cast(v), gates, rule)
+    kernels = _gpu_kernels(rule, products) if impl == "triton" else TORCH
     after: State
     if isinstance(state, DualState):
-        y, after = omega_memory_dual(*arguments, state, residual)
-    elif impl == "reference" and positions is not None:
-        y, after = _by_document(*arguments, state, residual, tuple(map(cast, weights)), positions)
-    elif impl == "reference":
-        y, after = omega_memory_reference(*arguments, state, residual)
+        y, after = omega_memory_dual(rule, state, inputs)
+    elif positions is None:
+        plain = omega_memory_reference if impl == "reference" else partial(omega_memory_chunked, kernels=kernels)
+        y, after = plain(rule, state, inputs)
     else:
-        kernels = _gpu_kernels(rule, products) if impl == "triton" else TORCH
-        if positions is not None:
-            packed = (tuple(map(cast, weights)), positions)
-            y, after = omega_memory_packed(*arguments, state, residual, packed, kernels)
-        else:
-            y, after = omega_memory_chunked(*arguments, state, residual, kernels)
+        packed = _by_document if impl == "reference" else partial(omega_memory_packed, kernels=kernels)
+        y, after = packed(rule, state, inputs, start, positions)
     return y.to(q.dtype), after
 
 
 def _by_document(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates,
-    rule: MemoryRule,
-    state: MemoryState,
-    residual: tuple[Tensor, Tensor] | None,
-    start: tuple[Tensor, ...],
-    positions: Tensor,
-) -> tuple[Tensor, MemoryState]:
-    """Packed documents with the reference: each one on its own."""
-    rows: list[list[Tensor]] = [[] for _ in range(q.shape[0])]
-    after: list[MemoryState] = [row_of(state, row) for row in range(q.shape[0])]
+    rule: MemoryRule, state: MemoryState, inputs: Inputs, start: tuple[Tensor, ...], positions: Tensor
+) -> tuple[Tensor, MemoryState[Tensor]]:
+    """Packed documents with the reference: each one on its own. Arguments as in `omega_memory_packed`."""
+    initial = partial(initial_state, residuals=inputs.residual is not None, source_gates=not inputs.gates.pair)
+    rows: list[list[Tensor]] = [[] for _ in range(len(positions))]
+    after = [row_of(state, row, first) for row, first in enumerate(positions[:, 0].tolist())]
     for row, tokens, begins in documents(positions):
-        own = lambda t: t[row : row + 1, tokens]  # noqa: B023, E731  used before the next turn
-        if begins:
-            after[row] = initial_state(
-                rule, start, own(k), own(v), residuals=residual is not None, source_gates=not gates.pair
-            )
-        y, after[row] = omega_memory_reference(
-            own(q),
-            own(k),
-            own(v),
-            Gates(own(gates.alpha), own(gates.eta), own(gates.theta), own(gates.gamma)),
-            rule,
-            after[row],
-            None if residual is None else (own(residual[0]), own(residual[1])),
-        )
+        own = inputs.map(lambda t: t[row : row + 1, tokens])  # noqa: B023  used before the next turn
+        before = initial(rule, start, own.k, own.v) if begins else after[row]
+        y, after[row] = omega_memory_reference(rule, before, own)
         rows[row].append(y)
     return torch.cat([torch.cat(parts, 1) for parts in rows]), of_rows(after)
 
@@ -235,14 +196,39 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], legend: str) -> N
         raise ValueError(f"{name} has dtype {tensor.dtype}; expected a floating-point dtype")
 
 
-def _check_tokens(q: Tensor, k: Tensor, v: Tensor, gates: Gates, rule: MemoryRule) -> None:
+def _check(
+    impl: str,
+    rule: MemoryRule,
+    weights: tuple[Tensor, ...],
+    inputs: Inputs,
+    state: State | None,
+    positions: Tensor | None,
+) -> None:
+    """Raise ValueError where the arguments of `omega_memory` do not fit together."""
+    if impl not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"impl={impl!r} is unknown; choose one of auto, {', '.join(IMPLEMENTATIONS)}")
+    _check_tokens(inputs, rule)
+    _check_weights(weights, rule, inputs.q, inputs.v)
+    _check_residual(inputs, rule)
+    if state is not None:
+        _check_state(state, rule, weights, inputs)
+    _check_positions(positions, rule, inputs.q)
+    if rule.dual and impl == "reference":
+        raise ValueError(
+            f"impl='reference' carries no state for kernel={rule.kernel!r}; take impl='chunked', or "
+            "omega_memory_dual_reference for a whole sequence"
+        )
+
+
+def _check_tokens(inputs: Inputs, rule: MemoryRule) -> None:
+    q, v, gates = inputs.q, inputs.v, inputs.gates
     if q.dim() != 4 or q.shape[1] == 0:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected [B, T, H, D] with at least one token")
     if v.dim() != 4:
         raise ValueError(f"v has shape {tuple(v.shape)}; expected [B, T, H, V]")
     batch, tokens, heads, width = q.shape
     _expect("q", q, (batch, tokens, heads, width), "[B, T, H, D]")
-    _expect("k", k, (batch, tokens, heads, width), "[B, T, H, D] like q")
+    _expect("k", inputs.k, (batch, tokens, heads, width), "[B, T, H, D] like q")
     _expect("v", v, (batch, tokens, heads, v.shape[-1]), "[B, T, H, V]")
     for name in ("alpha", "eta", "theta"):
         _expect(f"gates.{name}", getattr(gates, name), (batch, tokens, heads), "[B, T, H]")
@@ -283,7 +269,8 @@ def _check_weights(weights: tuple[Tensor, ...], rule: MemoryRule, q: Tensor, v: 
         _expect(f"weights[{i}]", w, shape, text)
 
 
-def _check_residual(residual: tuple[Tensor, Tensor] | None, rule: MemoryRule, q: Tensor, v: Tensor) -> None:
+def _check_residual(inputs: Inputs, rule: MemoryRule) -> None:
+    q, v, residual = inputs.q, inputs.v, inputs.residual
     if rule.memory == "linear":
         if residual is not None:
             raise ValueError("residual was given, but memory='linear' has none; pass residual=None")
@@ -298,16 +285,9 @@ def _check_residual(residual: tuple[Tensor, Tensor] | None, rule: MemoryRule, q:
             _expect(name, r, tuple(v.shape), "[B, T, H, V] like v")
 
 
-def _check_state(
-    state: State,
-    rule: MemoryRule,
-    weights: tuple[Tensor, ...],
-    q: Tensor,
-    v: Tensor,
-    gates: Gates,
-    residual: tuple[Tensor, Tensor] | None,
-) -> None:
-    batch, halo, heads = q.shape[0], rule.window - 1, q.shape[2]
+def _check_state(state: State, rule: MemoryRule, weights: tuple[Tensor, ...], inputs: Inputs) -> None:
+    batch, _, heads, width = inputs.q.shape
+    halo = rule.window - 1
     if isinstance(state, DualState) != rule.dual:
         raise ValueError(f"state is a {type(state).__name__}, of a call with another kernel than {rule.kernel!r}")
     if isinstance(state, DualState):
@@ -318,11 +298,11 @@ def _check_state(
             raise ValueError(f"state.{name} holds {len(matrices)} matrices; this memory has {len(weights)}")
         for i, (m, w) in enumerate(zip(matrices, weights, strict=True)):
             _expect(f"state.{name}[{i}]", m, (batch, *w.shape), "[B, H, rows, cols]")
-    _expect("state.keys", state.keys, (batch, halo, heads, q.shape[-1]), "[B, window-1, H, D]")
-    _expect("state.values", state.values, (batch, halo, heads, v.shape[-1]), "[B, window-1, H, V]")
+    _expect("state.keys", state.keys, (batch, halo, heads, width), "[B, window-1, H, D]")
+    _expect("state.values", state.values, (batch, halo, heads, inputs.v.shape[-1]), "[B, window-1, H, V]")
     for name, given, wanted in (
-        ("residuals", state.residuals, residual is not None),
-        ("gamma", state.gamma, not gates.pair),
+        ("residuals", state.residuals, inputs.residual is not None),
+        ("gamma", state.gamma, not inputs.gates.pair),
         ("pending", state.pending, rule.sums_steps),
     ):
         if (given is not None) != wanted:

@@ -134,15 +134,13 @@ def documents(positions: Tensor) -> Iterator[tuple[int, slice, bool]]:
             yield row, slice(start, stop), places[start] == 0
 
 
-def row_of(state: MemoryState, row: int) -> MemoryState:
-    """The state of one sequence of the batch."""
-    own = state.map(lambda t: t[row : row + 1])
-    position = int(state.position[row]) if isinstance(state.position, Tensor) else state.position
-    return MemoryState(**{**vars(own), "position": position})
+def row_of(state: MemoryState, row: int, position: int) -> MemoryState[int]:
+    """The state of one sequence of the batch, whose document has been read so far."""
+    return state.map(lambda t: t[row : row + 1]).at(position)
 
 
-def of_rows(states: list[MemoryState]) -> MemoryState:
-    """The states of single sequences as one batch; `position` [B]."""
+def of_rows(states: list[MemoryState[int]]) -> MemoryState[Tensor]:
+    """The states of single sequences as one batch."""
     fields: dict[str, Any] = {}
     for name in vars(states[0]):
         parts = [getattr(state, name) for state in states]

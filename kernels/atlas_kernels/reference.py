@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .newton_schulz import newton_schulz
-from .rule import Gates, MemoryRule, MemoryState
+from .rule import Inputs, MemoryRule, MemoryState
 
 LAYER_NORM_EPSILON = 1e-5
 
@@ -98,21 +98,14 @@ def write(rule: MemoryRule, alpha: Tensor, eta: Tensor, W: Matrices, S: Matrices
 
 
 def omega_memory_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates,
-    rule: MemoryRule,
-    state: MemoryState,
-    residual: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, MemoryState]:
-    """The whole recurrence. Arguments as in `omega_memory`, checked and in one dtype; the state is given."""
-    assert isinstance(state.position, int)
-    c, T = rule.window, q.shape[1]
-    X, V = torch.cat([state.keys, k], 1), torch.cat([state.values, v], 1)
+    rule: MemoryRule, state: MemoryState[int], inputs: Inputs
+) -> tuple[Tensor, MemoryState[int]]:
+    """The whole recurrence. Inputs as in `omega_memory`, checked and in one dtype; the state is given."""
+    q, gates, c, T = inputs.q, inputs.gates, rule.window, inputs.q.shape[1]
+    X, V = torch.cat([state.keys, inputs.k], 1), torch.cat([state.values, inputs.v], 1)
     r_q, R = q, X
-    if residual is not None and state.residuals is not None:
-        r_q, R = residual[0], torch.cat([state.residuals, residual[1]], 1)
+    if inputs.residual is not None and state.residuals is not None:
+        r_q, R = inputs.residual[0], torch.cat([state.residuals, inputs.residual[1]], 1)
     sources = None if state.gamma is None else torch.cat([state.gamma, gates.gamma], 1)
 
     W, S, A, y = state.weights, state.momentum, state.anchor, []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .reference import gelu, layer_norm
-from .rule import Gates, MemoryRule
+from .rule import Inputs, MemoryRule
 
 
 class Layer:
@@ -38,24 +38,15 @@ class Layer:
         return after
 
 
-def omega_memory_dual_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates,
-    weights: tuple[Tensor, ...],
-    rule: MemoryRule,
-    residual: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """y [B, T, H, V]. Arguments as in `omega_memory`; weights are the start weights."""
-    rows = [
-        torch.stack([_one_head(q, k, v, gates, weights, rule, residual, b, h) for h in range(q.shape[2])], 1)
-        for b in range(q.shape[0])
-    ]
+def omega_memory_dual_reference(rule: MemoryRule, weights: tuple[Tensor, ...], inputs: Inputs) -> Tensor:
+    """y [B, T, H, V]. Inputs as in `omega_memory`; weights: the start weights."""
+    batch, _, heads, _ = inputs.q.shape
+    rows = [torch.stack([_one_head(rule, weights, inputs, b, h) for h in range(heads)], 1) for b in range(batch)]
     return torch.stack(rows)
 
 
-def _one_head(q, k, v, gates, weights, rule, residual, b: int, h: int) -> Tensor:
+def _one_head(rule: MemoryRule, weights: tuple[Tensor, ...], inputs: Inputs, b: int, h: int) -> Tensor:
+    q, k, v, gates, residual = inputs.q, inputs.k, inputs.v, inputs.gates, inputs.residual
     first = [Layer(W[h], rule.kernel == "softmax") for W in (weights if rule.memory == "linear" else weights[1:])]
     W1 = None if rule.memory == "linear" else weights[0][h]
     outputs = []

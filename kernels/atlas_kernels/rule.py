@@ -164,6 +164,10 @@ class Gates:
     def pair(self) -> bool:
         return self.gamma.dim() == 4
 
+    def map(self, fn: Callable[[Any], Any]) -> Gates:
+        """The gates with `fn` applied to each."""
+        return Gates(fn(self.alpha), fn(self.eta), fn(self.theta), fn(self.gamma))
+
     def check_values(self) -> None:
         """Raise ValueError if a gate leaves its range. Reads the values (a device sync on a GPU)."""
         for name, top in (("alpha", 1.0), ("eta", float("inf")), ("theta", 1.0), ("gamma", 1.0)):
@@ -174,14 +178,37 @@ class Gates:
 
 
 @dataclass(frozen=True)
-class MemoryState:
+class Inputs:
+    """What a stretch of tokens brings: q, k, v, gates and residual as in `omega_memory`, [B, T, H, ...] each."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: Gates
+    residual: tuple[Tensor, Tensor] | None
+
+    def map(self, fn: Callable[[Any], Any]) -> Inputs:
+        """The inputs with `fn` applied to every tensor."""
+        residual = None if self.residual is None else (fn(self.residual[0]), fn(self.residual[1]))
+        return Inputs(fn(self.q), fn(self.k), fn(self.v), self.gates.map(fn), residual)
+
+    def split(self, lengths: list[int]) -> list[Inputs]:
+        """Stretches of the given lengths (one split a tensor: its backward is one concatenation)."""
+        parts = self.map(lambda t: iter(t.split(lengths, 1)))
+        return [parts.map(next) for _ in lengths]
+
+
+@dataclass(frozen=True)
+class MemoryState[P: int | Tensor]:
     """All that a memory carries over a cut of the sequence; its size does not depend on the length read.
+
+    position: tokens read of the sequence. A `MemoryState[int]` stands at one position in every row; a call with packed
+    documents leaves a `MemoryState[Tensor]`, [B] int64, that tells of each row's own document.
 
     weights, momentum, anchor: one [B, H, rows, cols] tensor for each matrix of the memory (anchor: the
     weights at the start of the chunk that `position` lies in). keys [B, W-1, H, D], values and
     residuals [B, W-1, H, V]: the lifted halo, zero where the sequence had not begun (a zero source
-    contributes nothing). gamma [B, W-1, H]: with `source` gates only. position: tokens read of the sequence, or
-    [B] of each row's own document, after a call with packed documents. pending [B, H]: with `ns_step="sum"` and a
+    contributes nothing). gamma [B, W-1, H]: with `source` gates only. pending [B, H]: with `ns_step="sum"` and a
     period of several tokens, the sum of eta since the last write.
     """
 
@@ -192,17 +219,21 @@ class MemoryState:
     values: Tensor
     residuals: Tensor | None
     gamma: Tensor | None
-    position: int | Tensor
+    position: P
     pending: Tensor | None = None
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> MemoryState:
-        """The state with `fn` applied to every tensor (a cast, a copy to another device)."""
+    def at[Q: int | Tensor](self, position: Q) -> MemoryState[Q]:
+        """The same memory at another position."""
+        return MemoryState(**{**vars(self), "position": position})
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> MemoryState[P]:
+        """The state with `fn` applied to every tensor but the position (a cast, a copy to another device)."""
         weights, momentum, anchor = (tuple(fn(m) for m in matrices) for matrices in self.matrices())
         residuals, gamma, pending = (None if t is None else fn(t) for t in (self.residuals, self.gamma, self.pending))
         halo = (fn(self.keys), fn(self.values), residuals, gamma)
         return MemoryState(weights, momentum, anchor, *halo, self.position, pending)
 
-    def detach(self) -> MemoryState:
+    def detach(self) -> MemoryState[P]:
         return self.map(Tensor.detach)
 
     def matrices(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -217,7 +248,7 @@ class MemoryState:
         steps = () if self.pending is None or self._has_written(rule) else (self.pending,)
         return (*self.weights, *momentum, *(() if self._at_border(rule) else self.anchor), *halo, *steps)
 
-    def resumed(self, rule: MemoryRule, carried: tuple[Tensor, ...]) -> MemoryState:
+    def resumed(self, rule: MemoryRule, carried: tuple[Tensor, ...]) -> MemoryState[P]:
         """The state of `carried`; self has its shapes and its position, and no momentum where the rule has none."""
         rest = iter(carried)
         weights = tuple(next(rest) for _ in self.weights)
@@ -245,7 +276,7 @@ class MemoryState:
 
 def initial_state(
     rule: MemoryRule, weights: tuple[Tensor, ...], keys: Tensor, values: Tensor, *, residuals: bool, source_gates: bool
-) -> MemoryState:
+) -> MemoryState[int]:
     """The state before the first token: start weights, no momentum, an empty halo.
 
     weights: per-head [H, rows, cols], shared by all sequences; keys [B, T, H, D] and values

@@ -96,7 +96,7 @@ def test_gradients_are_autograds_at_anchors_that_are_constant_in_part(memory_kin
 def test_the_dual_form(memory_kind, kernel, share):
     rule = replace(FIRST, memory=memory_kind, kernel=kernel, momentum=False, window=3, chunk=4, anchor_gradient=share)
     p = problem(rule, 11, batch=1, heads=2)
-    y = omega_memory_dual_reference(p.q, p.k, p.v, p.gates, p.weights, rule, p.residual)
+    y = omega_memory_dual_reference(rule, p.weights, p.inputs())
     ours, _ = p.run("chunked")
     assert_close({"y": ours, **gradients([ours], p.leaves())}, {"y": y, **gradients([y], p.leaves())})
 

@@ -26,7 +26,7 @@ def test_reference_is_the_dual_form(memory, norm, loss, kernel):
     shortest = 2 if kernel == "softmax" else 1
     for tokens, window, pair in itertools.product([shortest, CHUNK, 2 * CHUNK + 1], [1, CHUNK + 2], [True, False]):
         p = problem(rule_of(memory, norm, loss, window, kernel), tokens, pair=pair, batch=1, heads=2, value=4)
-        y = omega_memory_dual_reference(p.q, p.k, p.v, p.gates, p.weights, p.rule, p.residual)
+        y = omega_memory_dual_reference(p.rule, p.weights, p.inputs())
         ours, _ = p.run("chunked")
         expected = {"y": y, **gradients([y], p.leaves())}
         assert_close({"y": ours, **gradients([ours], p.leaves())}, expected)

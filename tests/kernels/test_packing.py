@@ -1,9 +1,11 @@
 """Documents packed into one sequence are the documents on their own."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 
-from atlas_kernels import MemoryRule, chunked, delta_rule, omega_memory
+from atlas_kernels import MemoryRule, MemoryState, chunked, delta_rule, omega_memory
 from tests.support.problems import Problem, assert_close, gradients, problem, state_tensors
 
 CHUNK = 8
@@ -85,6 +87,31 @@ def test_a_packed_state_goes_on_without_positions(rule):
     _, middle = run(p, "chunked", positions, None, slice(0, 23))
     rest, _ = p.run("chunked", 23, None, middle)
     assert_close({"y": rest}, {"y": y[:, 23:]})
+
+
+def test_a_packed_state_is_a_state_like_any_other():
+    """Kept, detached, moved, and taken apart and put together by its fields, as a cache does."""
+    p, positions = problem(RULES["summed steps"], 35), positions_of(LENGTHS)
+    _, middle = run(p, "chunked", positions, None, slice(0, 23))
+    assert isinstance(middle, MemoryState)
+    expected, _ = run(p, "chunked", positions, middle, slice(23, None))
+    rebuilt = MemoryState(**{field.name: getattr(middle, field.name) for field in fields(middle)})
+    for state in (middle.detach(), middle.map(torch.clone), rebuilt, middle.at(middle.position.clone())):
+        assert torch.equal(state.position, middle.position) and len(state.tensors()) == len(middle.tensors())
+        assert torch.equal(run(p, "chunked", positions, state, slice(23, None))[0], expected)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_a_call_may_begin_inside_a_document(rule):
+    """With no state before it: chunks and writes then lie where the positions say, in every implementation."""
+    p = problem(rule, 20)
+    positions = torch.stack([torch.arange(20) + 5, torch.cat([torch.arange(6) + 3, torch.arange(14)])])
+    found = {}
+    for impl in ("reference", "chunked"):
+        y, state = run(p, impl, positions)
+        found[impl] = {"y": y, **state_tensors(state)}
+        assert state.position.tolist() == [25, 14]
+    assert_close(found["chunked"], found["reference"])
 
 
 def test_filling_up_does_not_tip_a_batch_into_recomputation(monkeypatch):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from atlas_megatron.config.presets import PRESETS
+from atlas_megatron.mixers.base import Mode
 from atlas_megatron.mixers.stream import StreamContext
 from atlas_megatron.train import main
 from tests.support import tiny_run
@@ -134,7 +135,7 @@ def test_costs_match_the_built_model(symbol: str) -> None:
 @pytest.mark.usefixtures("single_process_megatron")
 def test_memory_share_sees_a_collapsed_branch() -> None:
     mixer = build_mixer("A", CONFIG)
-    mixer.measure = True
+    mixer.mode = Mode(measure=True)
     x = torch.randn(20, 2, 32)
     with torch.no_grad():
         mixer(x)

@@ -13,8 +13,9 @@ from torch import Tensor
 from atlas_kernels import Gates, MemoryState, omega_memory
 from atlas_megatron.config import MemoryConfig
 from atlas_megatron.config.presets import PRESETS
-from atlas_megatron.mixers.base import Documents
+from atlas_megatron.mixers.base import Documents, Mixer, Mode, in_mode
 from atlas_megatron.mixers.memory_layout import gate_widths
+from atlas_megatron.mixers.stream import StreamContext
 from tests.support.single_mixer import build_mixer
 from tests.support.small_model import SMALL
 
@@ -82,11 +83,29 @@ def test_copying_and_an_open_gate_start_where_the_config_says(symbol: str, copie
         torch.testing.assert_close(F.silu(mixer.branch_bias), torch.ones_like(mixer.branch_bias))
 
 
+@pytest.mark.parametrize("symbol", ["M", "A", "C"])
+@pytest.mark.usefixtures("single_process_megatron")
+def test_no_mode_outlives_an_exception(symbol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer = build_mixer(symbol, replace(SMALL, attention=replace(SMALL.attention, segment=8)))
+    memory, seen = mixer if symbol == "M" else mixer.memory, []
+
+    def failing(*_: object) -> None:
+        seen.append(memory.mode)
+        raise ArithmeticError("lost")
+
+    monkeypatch.setattr(memory, "mix", failing)
+    with pytest.raises(ArithmeticError, match="lost"), in_mode(mixer, measure=True):
+        with in_mode(memory, ablate=True):
+            mixer(torch.randn(8, 1, 32), StreamContext())
+    assert seen == [Mode(measure=True, ablate=True, keep_state=True)]
+    assert {module.mode for module in mixer.modules() if isinstance(module, Mixer)} == {Mode()}
+
+
 @pytest.mark.usefixtures("single_process_megatron")
 def test_gates_start_where_the_config_says() -> None:
     memory = replace(SMALL.memory, alpha_start=0.97, theta_start=0.8, gamma_start=0.3, eta_start=0.05)
     mixer = build_mixer("M", replace(SMALL, memory=memory))
-    mixer.measure = True
+    mixer.mode = Mode(measure=True)
     mixer(torch.zeros(16, 1, 32))
     for name, start in (("alpha", 0.97), ("theta", 0.8), ("gamma", 0.3), ("eta", 0.05)):
         assert mixer.measurements[f"{name}_mean"].item() == pytest.approx(start, rel=1e-5)
@@ -99,7 +118,7 @@ def test_a_write_gate_keeps_what_it_does_not_write(preset: str) -> None:
     memory = replace(SMALL.memory, **{**PRESETS[preset], "write_gate": True, "ns_step": "sum", "alpha_start": 0.97})
     memory = replace(memory, eta_start=0.05, ns_period=4 if memory.ns_steps else 1)
     mixer = build_mixer("M", replace(SMALL, memory=memory))
-    mixer.measure = True
+    mixer.mode = Mode(measure=True)
     mixer(torch.zeros(16, 1, 32))
     # It starts where a model without the gate does.
     assert mixer.measurements["alpha_mean"].item() == pytest.approx(0.97, rel=1e-5)
@@ -118,7 +137,7 @@ def test_retention_starts_by_the_writes_or_by_the_length_of_the_sequences() -> N
     for preset, start in (("atlas", 0.99), ("omeganet", 1 - 1 / 200)):
         memory = replace(SMALL.memory, **PRESETS[preset], alpha_start=0.0)
         mixer = build_mixer("M", replace(SMALL, memory=memory, model=replace(SMALL.model, seq_length=200)))
-        mixer.measure = True
+        mixer.mode = Mode(measure=True)
         mixer(torch.zeros(16, 1, 32))
         assert mixer.measurements["alpha_mean"].item() == pytest.approx(start, rel=1e-5)
 
@@ -128,7 +147,7 @@ def test_measurements_agree_with_the_states_they_describe() -> None:
     mixer = build_mixer("M", SMALL)
     mixer(torch.randn(9, 2, 32))
     assert mixer.measurements == {}
-    mixer.measure = True
+    mixer.mode = Mode(measure=True)
     calls: list[tuple[tuple, Tensor, MemoryState]] = []
 
     def recorded(*args):

@@ -69,9 +69,9 @@ def test_the_inner_loop_is_float32_below_bfloat16(monkeypatch: pytest.MonkeyPatc
 
     seen = []
 
-    def spy(q, k, v, gates, rule, state, residual, *kernels):
-        seen.extend([q, k, v, *vars(gates).values(), *state.tensors()])
-        return v, state
+    def spy(rule, state, inputs, kernels):
+        seen.extend([inputs.q, inputs.k, inputs.v, *vars(inputs.gates).values(), *state.tensors()])
+        return inputs.v, state
 
     monkeypatch.setattr(op, "omega_memory_chunked", spy)
     x, one = torch.randn(1, 4, 2, 8).bfloat16(), torch.ones(1, 4, 2).bfloat16()

@@ -15,6 +15,7 @@ from atlas_kernels import Gates
 from atlas_megatron.commands import plot as command
 from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.mixers import hybrid
+from atlas_megatron.mixers.base import Mode, in_mode
 from atlas_megatron.mixers.memory import HISTOGRAM_BINS, counts, singular_values
 from atlas_megatron.mixers.memory_layout import ETA_HEADROOM, eta_start, gate_widths
 from atlas_megatron.mixers.stream import StreamContext
@@ -45,7 +46,7 @@ def test_counts_are_a_histogram() -> None:
 @pytest.mark.usefixtures("single_process_megatron")
 def test_every_learned_gate_is_counted(memory: Any) -> None:
     mixer, x = build_mixer("M", replace(SMALL, memory=memory)), torch.randn(24, 2, 32)
-    mixer.measure = True
+    mixer.mode = Mode(measure=True)
     with torch.no_grad():
         mixer.gate_bias.uniform_(-3, 3)
         mixer(x)
@@ -101,10 +102,9 @@ def test_a_silent_memory_neither_steps_nor_decays(memory: Any, symbol: str, monk
     x, context = torch.randn(24, 2, 32), StreamContext()
     with torch.no_grad():
         spoken = mixer(x)[0]
-        atlas.silent = True
-        silent = mixer(x)[0]
-        pieces = torch.cat([mixer(piece, context)[0] for piece in x.split([5, 16, 3])])
-        atlas.silent = False
+        with in_mode(mixer, ablate=True):
+            silent = mixer(x)[0]
+            pieces = torch.cat([mixer(piece, context)[0] for piece in x.split([5, 16, 3])])
         assert torch.equal(mixer(x)[0], spoken)
         own = atlas._gates
         monkeypatch.setattr(atlas, "_gates", lambda *given: holding(own(*given)))
@@ -122,12 +122,12 @@ def test_a_silent_memory_reads_its_start_weights_also_in_packed_documents() -> N
     read = mixer.read
     with torch.no_grad():
         _, learned = mixer.mix(x, None)
-        mixer.silent = True
         mixer.read = lambda q, state: asked.append(q) or read(q, state)
-        silent, after = mixer.mix(x, None, positions)
-        assert after.memory is None
-        torch.testing.assert_close(read(asked[0], learned), read(asked[0], None), rtol=0, atol=0)
-        mixer.silent, own = False, mixer._gates
+        with in_mode(mixer, ablate=True):
+            silent, after = mixer.mix(x, None, positions)
+            assert after.memory is None
+            torch.testing.assert_close(read(asked[0], learned), read(asked[0], None), rtol=0, atol=0)
+        own = mixer._gates
         mixer._gates = lambda *given: holding(own(*given))
         torch.testing.assert_close(silent, mixer.mix(x, None, positions)[0], rtol=1e-4, atol=1e-5)
 

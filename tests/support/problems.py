@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from atlas_kernels import Gates, MemoryRule, MemoryState, omega_memory
+from atlas_kernels.rule import Inputs
 
 # Relative RMS allowed between neighbours of the chain autograd -> reference -> chunked, by dtype.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
@@ -31,6 +32,10 @@ class Problem:
         if self.residual is not None:
             named |= {"residual_q": self.residual[0], "residual_k": self.residual[1]}
         return named
+
+    def inputs(self) -> Inputs:
+        """What an implementation takes beside a rule and a state."""
+        return Inputs(self.q, self.k, self.v, self.gates, self.residual)
 
     def run(self, impl: str, start: int = 0, stop: int | None = None, state: MemoryState | None = None):
         """`omega_memory` over the tokens [start, stop)."""

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from atlas_megatron.checkpoint import checkpoint
 from atlas_megatron.cli.ending import NonFiniteError
 from atlas_megatron.config import load
 from atlas_megatron.inference.reader import open_reader
+from atlas_megatron.mixers.base import Mixer, Mode
+from atlas_megatron.mixers.memory import AtlasMixer
 from atlas_megatron.parallel import world
 from atlas_megatron.train import main
 from atlas_megatron.training import metrics
@@ -87,6 +90,32 @@ def test_nan_stops_the_run_with_step_and_layer(root: Path, tmp_path: Path, param
         wrapped[f"module.{parameter}"].data[0] = math.nan
         with pytest.raises(NonFiniteError, match=said):
             trainer.train()
+    finally:
+        world.leave()
+
+
+@pytest.mark.parametrize(("field", "words"), [("measure", ()), ("ablate", ("train.validate_silenced=true",))])
+def test_an_error_leaves_no_model_that_measures_or_is_ablated(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, words: tuple[str, ...]
+) -> None:
+    from atlas_megatron.training.trainer import Trainer
+
+    mix = AtlasMixer.mix
+
+    def failing(self: AtlasMixer, *given: Any) -> Any:
+        if getattr(self.mode, field):
+            raise RuntimeError("lost")
+        return mix(self, *given)
+
+    monkeypatch.setattr(AtlasMixer, "mix", failing)
+    config = load(root / "tiny.toml", [f"run.directory={tmp_path}", *words])
+    world.join(config)
+    try:
+        trainer = Trainer(config)
+        with pytest.raises(RuntimeError, match="lost"):
+            trainer.train()
+        modules = [module for chunk in trainer.trained.chunks for module in chunk.modules()]
+        assert {module.mode for module in modules if isinstance(module, Mixer)} == {Mode()}
     finally:
         world.leave()
 
