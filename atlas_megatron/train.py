@@ -195,7 +195,7 @@ def _train(config: Config, signals: StopSignals) -> int:
         with leaving_nothing_empty(config), world.naming_the_lost(config):
             with run_lock.held(config.run.directory, print) as lock:
                 trainer = Trainer(config, signals, lock)
-                done = trainer.position.step >= config.train.steps
+                done = trainer.progress.step >= config.train.steps
                 finished = trainer.train()
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         setattr(error, SAID_BY_ANOTHER, not world.is_first_to_say(str(error)))
@@ -205,7 +205,7 @@ def _train(config: Config, signals: StopSignals) -> int:
     if first and finished:
         if done:
             print(
-                f"{config.run.directory} is done: step {trainer.position.step} of {config.train.steps}; "
+                f"{config.run.directory} is done: step {trainer.progress.step} of {config.train.steps}; "
                 "raise train.steps to train on, or choose another run.directory"
             )
         records = read(config.run.directory)

@@ -47,7 +47,7 @@ WEIGHTS_ONLY = {"weights_only": True}
 
 
 @dataclass(frozen=True)
-class Position:
+class Progress:
     """How far a run has come."""
 
     step: int = 0
@@ -58,7 +58,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainState:
     """What changes while a run trains."""
 
     chunks: list[MegatronModule]  # this rank's pipeline stages, each wrapped for data parallelism
@@ -160,21 +160,21 @@ class Saver:
         self._config, self._provenance = config, provenance
         self._pending: _Pending | None = None
 
-    def save(self, trained: Trained, position: Position, validation_loss: float | None = None) -> Path:
-        """Write a checkpoint of `position`, or begin to, then drop the oldest ones; where it is, or will be.
+    def save(self, trained: TrainState, progress: Progress, validation_loss: float | None = None) -> Path:
+        """Write a checkpoint of `progress`, or begin to, then drop the oldest ones; where it is, or will be.
 
         validation_loss: that of this step, by which the best is kept; None: it was not validated.
         Raises OSError, with what to do, where the disk does not take it, or the one before; what was saved stays.
         """
         self.finish()
-        folder = folder_of(self._config.run.directory) / step_folders.name_of(position.step)
-        pending = _Pending(folder, position.step, validation_loss)
+        folder = folder_of(self._config.run.directory) / step_folders.name_of(progress.step)
+        pending = _Pending(folder, progress.step, validation_loss)
         if world.rank() == 0:
             shutil.rmtree(pending.temporary, ignore_errors=True)
             pending.temporary.mkdir(parents=True)
         torch.distributed.barrier()
         state = _state(trained, self._config.parallel, loading=False)
-        state |= vars(position)
+        state |= vars(progress)
         state["layout"] = _layout(self._config.parallel)
         with pending.complaints():
             if self._config.checkpoint.async_save:
@@ -240,7 +240,7 @@ class _Pending:
             raise _not_saved(self.temporary, self.step, error) from error
 
 
-def restore(folder: Path, config: Config, trained: Trained) -> Position:
+def restore(folder: Path, config: Config, trained: TrainState) -> Progress:
     """Load a checkpoint into a model, optimizer and schedule of the same configuration; every process calls it.
 
     Raises ValueError where the checkpoint is of another model.
@@ -250,7 +250,7 @@ def restore(folder: Path, config: Config, trained: Trained) -> Position:
     if common.keys() >= WEIGHTS_ONLY.keys():
         _load_parameters(folder, _named(trained.chunks))
         trained.optimizer.reload_model_params()
-        return Position()
+        return Progress()
     same_layout = common["layout"] == _layout(config.parallel)
     allocate_moments(trained.optimizer)
     state = _state(trained, config.parallel, loading=True)
@@ -267,10 +267,10 @@ def restore(folder: Path, config: Config, trained: Trained) -> Position:
     if same_layout:
         _set_random_state(loaded["random"])
     # Runs from before batches could be skipped, or tokens were counted, have not saved all of it.
-    found = {f.name: loaded.get(f.name, f.default) for f in fields(Position)}
+    found = {f.name: loaded.get(f.name, f.default) for f in fields(Progress)}
     before = load_saved(folder / CONFIG)
     found["tokens"] = found["tokens"] or found["step"] * before.train.global_batch * before.model.seq_length
-    return Position(**found)
+    return Progress(**found)
 
 
 def check_same_model(folder: Path, config: Config) -> None:
@@ -374,7 +374,7 @@ def _named(chunks: list[MegatronModule]) -> dict[str, MegatronModule]:
     return {f"chunk {place}": unwrap_model(chunk) for place, chunk in enumerate(chunks)}
 
 
-def _state(trained: Trained, parallel: ParallelConfig, *, loading: bool) -> dict[str, Any]:
+def _state(trained: TrainState, parallel: ParallelConfig, *, loading: bool) -> dict[str, Any]:
     sharding = _sharding()
     model = {name: chunk.sharded_state_dict(metadata=sharding) for name, chunk in _named(trained.chunks).items()}
     # is_loading allocates the moments to load into; without it they would be left out silently.

@@ -41,7 +41,7 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """A rank, as far as its traffic depends on it: its place in the pipeline and in the sequence."""
 
     pipeline: int = 0
@@ -56,7 +56,7 @@ WIDE = 4  # bytes of what is at least float32: tokens on their way into a memory
 POSITION = 8  # bytes of a token's place in its packed document
 
 
-def bytes_sent(config: Config, world_size: int, place: Place, *, bf16: bool) -> dict[Kind, float]:
+def bytes_sent(config: Config, world_size: int, place: RankPlace, *, bf16: bool) -> dict[Kind, float]:
     """Bytes that a rank sends in one step, by kind; without the kinds of which it sends none."""
     size, layers, ends = 2 if bf16 else 4, [], []
     for number, stage in enumerate(stages_at(config, place.pipeline)):
@@ -74,7 +74,7 @@ def bytes_sent(config: Config, world_size: int, place: Place, *, bf16: bool) -> 
 
 def busiest(config: Config, world_size: int, pipeline: int, *, bf16: bool) -> dict[Kind, float]:
     """`bytes_sent` of that context-parallel rank of a pipeline rank that sends most."""
-    places = (Place(pipeline, context) for context in range(config.parallel.context))
+    places = (RankPlace(pipeline, context) for context in range(config.parallel.context))
     return max((bytes_sent(config, world_size, place, bf16=bf16) for place in places), key=lambda t: sum(t.values()))
 
 
@@ -128,7 +128,7 @@ def _stage_ends(config: Config, stage: int, size: int) -> Both:
     return _together(ends)
 
 
-def _layer_context(config: Config, symbol: str, place: Place, size: int) -> Both:
+def _layer_context(config: Config, symbol: str, place: RankPlace, size: int) -> Both:
     """One layer among context-parallel ranks."""
     if config.parallel.context == 1:
         return NOTHING
@@ -138,7 +138,7 @@ def _layer_context(config: Config, symbol: str, place: Place, size: int) -> Both
     return _together([*parts, _hand_off(config, symbol, place)])
 
 
-def _halo(config: Config, place: Place, halo: Halo, size: int) -> Both:
+def _halo(config: Config, place: RankPlace, halo: Halo, size: int) -> Both:
     """A halo's positions to the right; their gradients to the left."""
     ranks, kind = config.parallel.context, Kind(f"context: {halo.of} halo")
     width = config.train.micro_batch * (halo.numbers // config.parallel.tensor) * size
@@ -162,7 +162,7 @@ def _exchange(config: Config, symbol: str) -> Both:
     return {Kind.HEADS: exchanged + positions}, {Kind.HEADS: exchanged}
 
 
-def _hand_off(config: Config, symbol: str, place: Place) -> Both:
+def _hand_off(config: Config, symbol: str, place: RankPlace) -> Both:
     """A layer's state to the right neighbour, and its gradient to the left one. Slices together make up the whole."""
     ranks, near = _chain(config, symbol)
     number, batch = place.context // near, config.train.micro_batch
@@ -184,7 +184,7 @@ def _chain(config: Config, symbol: str) -> tuple[int, int]:
     return far, near
 
 
-def _after_backward(config: Config, world_size: int, place: Place, size: int) -> Traffic:
+def _after_backward(config: Config, world_size: int, place: RankPlace, size: int) -> Traffic:
     """Once a step: gradients and parameters of the distributed optimizer, and of what several ranks hold."""
     parallel, model = config.parallel, config.model
     share = _ring(data_parallel_size(config, world_size) * parallel.context) * parameters_at(config, place.pipeline)

@@ -20,7 +20,7 @@ from torch import Tensor
 from atlas_megatron.parallel.context import ALONE, Chain, all_tokens, to_heads, to_sequence
 
 
-class Memory(Protocol):
+class Scannable(Protocol):
     """What reads and writes token by token, each head for itself."""
 
     def advance(self, tokens: tuple[Tensor, ...], heads: slice, state: Any, positions: Tensor | None) -> Any:
@@ -58,7 +58,7 @@ class Shards:
         return Shards(Chain(groups.cp), near, Chain(far), slices or 2 * far.size())
 
     def scan(
-        self, memory: Memory, tokens: tuple[Tensor, ...], state: Any, positions: Tensor | None, *, sliced: bool
+        self, memory: Scannable, tokens: tuple[Tensor, ...], state: Any, positions: Tensor | None, *, sliced: bool
     ) -> tuple[Tensor, Any]:
         """The memory's y [B, t, H, V] of this rank's tokens [B, t, H, ...], and the state after its stretch.
 
@@ -84,7 +84,7 @@ class Shards:
         return to_sequence(torch.cat(outputs), self.heads), None if sliced else after
 
     def _hand_on(
-        self, memory: Memory, tokens: tuple[Tensor, ...], heads: slice, state: Any, positions: Tensor | None
+        self, memory: Scannable, tokens: tuple[Tensor, ...], heads: slice, state: Any, positions: Tensor | None
     ) -> tuple[Tensor, Any]:
         """One slice: from the left, over this rank's tokens, to the right."""
         chain = self.chain

@@ -17,7 +17,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from atlas_megatron.checkpoint import checkpoint
-from atlas_megatron.checkpoint.checkpoint import Position, Trained
+from atlas_megatron.checkpoint.checkpoint import Progress, TrainState
 from atlas_megatron.checkpoint.provenance import Provenance, refusal
 from atlas_megatron.cli.ending import NonFiniteError, line_of
 from atlas_megatron.config import Config, load_saved, to_toml
@@ -70,30 +70,30 @@ class Trainer:
         self._validation = Validation(
             config, validation_set, self.trained.chunks, partial(self._run, forward_only=True)
         )
-        self.position = checkpoint.restore(resumed, config, self.trained) if resumed else Position()
-        consumed = 0 if "data" in changes else samples_as_long(config, before, self.position.consumed_samples)
-        self.position = replace(self.position, consumed_samples=consumed)
+        self.progress = checkpoint.restore(resumed, config, self.trained) if resumed else Progress()
+        consumed = 0 if "data" in changes else samples_as_long(config, before, self.progress.consumed_samples)
+        self.progress = replace(self.progress, consumed_samples=consumed)
         self._saver = checkpoint.Saver(config, provenance)
-        self._batches = Batches(train_set, config, self.position.consumed_samples, endless=True)
+        self._batches = Batches(train_set, config, self.progress.consumed_samples, endless=True)
         self._speed = Speed(config, flops_per_token(config).training, torch.distributed.get_world_size())
         self._measurements = LayerMeasurements(config, self.trained.chunks, self._say)
         self._signals = signals or StopSignals()
         self._lock = lock
         self._watchdog = Watchdog(config)
         self._stragglers = Stragglers(config.resilience.straggler_every)
-        counts = {"skipped": self.position.skipped, "returns": self.position.returns}
+        counts = {"skipped": self.progress.skipped, "returns": self.progress.returns}
         self._policy = Policy(config.resilience, self._say, **counts)
         self.log = self._open_log()
         if world.rank() == 0:
             # What a finished run was trained with stays; whoever reads it finds all of it or what was there.
-            if self.position.step < config.train.steps or not (directory / checkpoint.CONFIG).is_file():
+            if self.progress.step < config.train.steps or not (directory / checkpoint.CONFIG).is_file():
                 write_whole(directory / checkpoint.CONFIG, to_toml(config))
         for line in wrong:
             self._say(line)
         if resumed:
             self._say(f"resumed from {resumed}")
         for said in (changed_keys, longer_sequences):
-            line = said(config, before, self.position.step)
+            line = said(config, before, self.progress.step)
             if line:
                 self._say(line)
         if changes:
@@ -107,7 +107,7 @@ class Trainer:
             bytes_per_token = trained_bytes_per_token(self.config) or self._validation.bytes_per_token
             Path(self.config.run.directory).mkdir(parents=True, exist_ok=True)
             try:
-                log = RunLog(self.config, self.position.step, bytes_per_token)
+                log = RunLog(self.config, self.progress.step, bytes_per_token)
             except (ValueError, OSError) as error:
                 refused = line_of(error)
         (refused,) = world.from_first([refused])
@@ -131,8 +131,8 @@ class Trainer:
     def _train(self) -> bool:
         every, last = self.config.checkpoint.every, self.config.train.steps
         self._signals.can_save = True
-        while self.position.step < last:
-            step = self.position.step + 1
+        while self.progress.step < last:
+            step = self.progress.step + 1
             record, stop = self._step(step)
             self._watchdog.beat()
             # A batch passed over: whoever asked to stop is heard again after the next.
@@ -155,11 +155,11 @@ class Trainer:
         return True
 
     def _save(self, validation_loss: float | None, *, wait: bool) -> Path:
-        """Save the position, with the loss of this step's validation, if any; wait: until it is on the disk."""
+        """Save the progress, with the loss of this step's validation, if any; wait: until it is on the disk."""
         if self._lock:
             self._lock.check()
         with self._watchdog.patient():
-            saved = self._saver.save(self.trained, self.position, validation_loss)
+            saved = self._saver.save(self.trained, self.progress, validation_loss)
             if wait:
                 self._saver.finish()
         return saved
@@ -197,20 +197,20 @@ class Trainer:
         trouble = non_finite.in_norm(trained.chunks, self.config, grad_norm)
         if trouble:
             raise self._diverged(step, trouble)
-        self._move_on(step=step, tokens=self.position.tokens + self._speed.tokens_per_step)
+        self._move_on(step=step, tokens=self.progress.tokens + self._speed.tokens_per_step)
         record = {
             "step": step,
             "loss": loss,
             "grad_norm": float(grad_norm),
             "lr": trained.optimizer.param_groups[0]["lr"],
-            "tokens": self.position.tokens,
+            "tokens": self.progress.tokens,
             **self._speed.after(step, time.perf_counter() - start),
         }
         if measures:
             record["layers"] = layers
             self._measurements.warn(step, layers)
-        if self.position.skipped:
-            record |= {"skipped": self.position.skipped, "returns": self.position.returns}
+        if self.progress.skipped:
+            record |= {"skipped": self.progress.skipped, "returns": self.progress.returns}
         own = self._stragglers.after(step)
         slow = self._stragglers.line(own)
         if slow:
@@ -227,9 +227,9 @@ class Trainer:
 
     def _move_on(self, **changed: int) -> None:
         """Count what has just been read as consumed."""
-        consumed, policy = self.position.consumed_samples + self.config.train.global_batch, self._policy
+        consumed, policy = self.progress.consumed_samples + self.config.train.global_batch, self._policy
         counts = {"skipped": policy.skipped, "returns": policy.returns}
-        self.position = replace(self.position, consumed_samples=consumed, **counts, **changed)
+        self.progress = replace(self.progress, consumed_samples=consumed, **counts, **changed)
 
     def _go_back(self, step: int, trouble: Trouble) -> None:
         """To the weights, moments and schedule of the newest whole checkpoint; the data goes on from here."""
@@ -238,15 +238,15 @@ class Trainer:
             folder, wrong = checkpoint.to_resume(self.config.run.directory)
             for line in wrong:
                 self._say(line)
-            saved = checkpoint.restore(folder, self.config, self.trained) if folder else Position()
+            saved = checkpoint.restore(folder, self.config, self.trained) if folder else Progress()
             if not saved.step:
                 raise self._diverged(step, trouble, "there is nothing to go back to")
-        self.position = replace(self.position, step=saved.step, tokens=saved.tokens)
+        self.progress = replace(self.progress, step=saved.step, tokens=saved.tokens)
         if self.log:
             self.log.rewind(saved.step)
         limit = self.config.resilience.most_returns
         self._say(
-            f"went back to {folder} (return {self.position.returns} of at most {limit}): step {saved.step + 1} comes "
+            f"went back to {folder} (return {self.progress.returns} of at most {limit}): step {saved.step + 1} comes "
             "next, with data that was not read before"
         )
 
@@ -282,7 +282,7 @@ class Trainer:
         return non_finite.error(step, trouble, why, checkpoint.latest(self.config.run.directory)[0])
 
 
-def _build(config: Config) -> Trained:
+def _build(config: Config) -> TrainState:
     chunks: list[MegatronModule] = []
     for model in build_chunks(config):
         model.to(device())
@@ -297,7 +297,7 @@ def _build(config: Config) -> Trained:
     core.finalize_model_grads_func = finalize_model_grads
     core.grad_scale_func = optimizer.scale_loss
     core.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
-    return Trained(chunks, optimizer, scheduler)
+    return TrainState(chunks, optimizer, scheduler)
 
 
 def _forward_step(packed: bool, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, partial]:

@@ -128,7 +128,7 @@ def test_a_signal_that_comes_while_the_model_is_built_is_not_lost(
 ) -> None:
     build = trainer._build
 
-    def interrupting(config: Config) -> checkpoint.Trained:
+    def interrupting(config: Config) -> checkpoint.TrainState:
         os.kill(os.getpid(), signal.SIGUSR1)
         return build(config)
 

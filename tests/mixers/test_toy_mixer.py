@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from atlas_megatron import mixers
 from atlas_megatron.checkpoint.checkpoint import folder_of
 from atlas_megatron.config import LAYERS, Layer, load
-from atlas_megatron.estimate.traffic import Kind, Place, bytes_sent
+from atlas_megatron.estimate.traffic import Kind, RankPlace, bytes_sent
 from atlas_megatron.hf import export, importing, names, registry_atlas
 from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM
 from atlas_megatron.hf.names import Name
@@ -86,7 +86,7 @@ def test_the_dry_run_knows_it(config: Path, exported: Path, capsys: pytest.Captu
     assert num_params(load(config, WORDS)) == built
     alone = load(config, [*WORDS, "model.pattern=T-", "parallel.context=2"])
     # Two sequences a micro-batch, two micro-batches, 16 numbers of float32.
-    assert bytes_sent(alone, 2, Place(), bf16=False)[Kind.STATE] == 2 * 2 * 16 * 4
+    assert bytes_sent(alone, 2, RankPlace(), bf16=False)[Kind.STATE] == 2 * 2 * 16 * 4
 
 
 def test_packed_documents_are_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -245,7 +245,7 @@ def test_infinite_gradients_are_skipped_before_the_update(
         passes.append(gradient)
         return gradient * math.inf if len(passes) in (5, 6) else gradient  # two micro-batches a step: the third
 
-    def built(config: trainer.Config) -> checkpoint.Trained:
+    def built(config: trainer.Config) -> checkpoint.TrainState:
         made = build(config)
         next(p for n, p in made.chunks[0].named_parameters() if "layers.0.norm" in n).register_hook(overflowing)
         return made
@@ -284,7 +284,7 @@ def test_after_several_in_a_row_it_goes_back_and_past_them(
 
     restore = checkpoint.restore
 
-    def further(*given: object) -> checkpoint.Position:
+    def further(*given: object) -> checkpoint.Progress:
         return replace(restore(*given), consumed_samples=6 * 4)
 
     monkeypatch.setattr(checkpoint, "restore", further)

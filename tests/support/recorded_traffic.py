@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from atlas_megatron.config import Config
 from atlas_megatron.config.checks import data_parallel_size, validate
 from atlas_megatron.estimate.memory import micro_batches
-from atlas_megatron.estimate.traffic import Kind, Place
+from atlas_megatron.estimate.traffic import Kind, RankPlace
 from atlas_megatron.parallel import world
 from atlas_megatron.parallel.context import settle
 from atlas_megatron.training import trainer
@@ -59,7 +59,7 @@ SENT: dict[str, tuple[str, Callable[[int], float]]] = {
 class Counted:
     """Of one rank."""
 
-    place: Place
+    place: RankPlace
     parameters: int
     sent: dict[str, float]  # bytes, by Kind or OTHER
 
@@ -94,7 +94,7 @@ def _step(config: Config) -> Counted:
         trained.optimizer.step()
     assert parallel_state.get_data_parallel_world_size() == data_parallel_size(config, size)
     return Counted(
-        Place(parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_context_parallel_rank()),
+        RankPlace(parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_context_parallel_rank()),
         sum(p.numel() for chunk in trained.chunks for p in chunk.parameters()),
         {kind: sent[kind] for kind in sent if sent[kind]},
     )
