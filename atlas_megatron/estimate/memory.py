@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from atlas_kernels.layer_start import gate_count, weight_shapes
 from atlas_megatron.config import WITH_MEMORY, Config
 from atlas_megatron.config.checks import data_parallel_size
 from atlas_megatron.config.context_levels import context_levels
 from atlas_megatron.mixers import MIXERS
-from atlas_megatron.mixers.memory_layout import gate_count, weight_shapes
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from atlas_kernels.layer_start import lifted, weight_shapes
 from atlas_megatron.config import Config, layers_of
 from atlas_megatron.config.checks import data_parallel_size
 from atlas_megatron.config.context_levels import context_levels
 from atlas_megatron.estimate.memory import micro_batches, parameters_at, replicated_parameters, stages_at
 from atlas_megatron.mixers import MIXERS
-from atlas_megatron.mixers.memory_layout import lifted, weight_shapes
 from atlas_megatron.mixers.recurrent import Recurrent
 from atlas_megatron.parallel.scan import slicing
 

@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from atlas_kernels.layer_start import weight_shapes
 from atlas_megatron.config import WITH_MEMORY, Config, ParallelConfig
 from atlas_megatron.estimate.memory import footprint, parameters_at
 from atlas_megatron.finetune.plan import Plan
-from atlas_megatron.mixers.memory_layout import weight_shapes
 
 FLOAT = 4  # bytes
 LABELS = {

@@ -28,22 +28,26 @@ from .place_atlas import Place, Unpacked, check_packing, exporting, of_any_lengt
 
 # As in configuration_atlas.py: transformers asks each file that it begins with.
 TRAVELS = """
+import .attention
 import .attention_atlas
 import .autocast
 import .baselines_atlas
 import .cache_atlas
+import .cells
 import .chunked
 import .configuration_atlas
 import .convolution_atlas
 import .decays
 import .delta_rule
 import .dual
-import .edges
 import .features
+import .gated_delta
+import .gated_norm
 import .gelu
 import .hybrid_atlas
 import .kernels_atlas
 import .layer_norm
+import .layer_start
 import .memories
 import .memory_atlas
 import .newton_schulz
@@ -54,6 +58,7 @@ import .products
 import .reads
 import .reference
 import .rule
+import .short_conv
 import .write_gate
 import .writes
 """

@@ -142,8 +142,3 @@ class Mixer(MegatronModule):
                 module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
             )
         return sharded
-
-
-def wide(x: Tensor) -> Tensor:
-    """At least float32: gates near 1 and small steps of an inner loop do not survive bfloat16."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from atlas_megatron.config import WITH_MEMORY, Config, layers_of
 from atlas_megatron.mixers import MIXERS
-from atlas_megatron.mixers.memory_layout import anchor_flops
+from atlas_megatron.mixers.memory_flops import anchor_flops
 from atlas_megatron.model.layer_specs import core_pattern, stack_spec
 
 
