@@ -33,7 +33,7 @@ from atlas_megatron.cli.version import add_version
 from atlas_megatron.commands import quickstart
 from atlas_megatron.config import MemoryConfig, load
 from atlas_megatron.config.presets import PRESETS
-from atlas_megatron.mixers.memory_layout import memory_flops
+from atlas_megatron.mixers.memory_flops import memory_flops
 from atlas_megatron.reports.results import commit
 from benchmarks import goals
 from benchmarks.presets import contender

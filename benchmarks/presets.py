@@ -23,11 +23,11 @@ from rich.table import Table
 from torch import Tensor
 
 from atlas_kernels import Gates, initial_coefficients, lift, omega_memory
+from atlas_kernels.layer_start import eta_start, lifted, weight_shapes
 from atlas_megatron.cli.ending import command
 from atlas_megatron.cli.version import add_version
 from atlas_megatron.config import MemoryConfig
 from atlas_megatron.config.presets import PRESETS
-from atlas_megatron.mixers.memory_layout import eta_start, lifted, weight_shapes
 from atlas_megatron.parallel.device import flush_denormals
 from atlas_megatron.reports.results import commit
 from benchmarks.memory import timed

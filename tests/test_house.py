@@ -18,7 +18,9 @@ HF = ROOT / "atlas_megatron/hf"
 MEGATRON = [file for file in SOURCES if file.is_relative_to(ROOT / "atlas_megatron")]
 
 # Within a package, a module imports only what stands left of it; the rest is free.
-KERNEL_ARROW = ("reference", "chunked", "op")
+KERNEL_ARROW = ("reference", "chunked", "op", "gated_delta")
+# The layers' mathematics, which mixers/ and hf/ both call.
+LAYER_FUNCTIONS = ("layer_start", "short_conv", "gated_norm", "gated_delta", "attention", "cells")
 # Each room imports only rooms that stand left of it; the last four are commands.
 MEGATRON_ARROW = (
     "cli", "files", "config", "parallel", "data", "mixers", "model", "estimate", "resilience", "checkpoint", "training",
@@ -54,6 +56,12 @@ def travelling_package(file: Path) -> str:
     return "atlas_megatron.hf" if file.parent == HF and file.name.endswith("_atlas.py") else ""
 
 
+def functions(file: Path) -> set[str]:
+    """The names of a file's functions, but for methods."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
 def reaches(names: set[str], module: str) -> bool:
     return any(name == module or name.startswith(f"{module}.") for name in names)
 
@@ -79,6 +87,14 @@ def test_kernels_arrow_points_one_way() -> None:
         assert file.is_file(), f"{module} is gone; correct the arrow"
         for later in KERNEL_ARROW[place + 1 :]:
             assert not reaches(imports(file), f"atlas_kernels.{later}"), f"{file} imports {later}"
+
+
+def test_the_layers_mathematics_stands_once() -> None:
+    """What a layer's parameters pass through is written in atlas_kernels, and neither here nor there again."""
+    once = {name for module in LAYER_FUNCTIONS for name in functions(ROOT / f"kernels/atlas_kernels/{module}.py")}
+    assert {"gates_of", "banded_attention", "gru_cell", "gated_delta_rule"} <= once
+    for file in (*HF.glob("*.py"), *(ROOT / "atlas_megatron/mixers").glob("*.py")):
+        assert not functions(file) & once, f"{file} defines {functions(file) & once} again"
 
 
 def test_every_room_has_its_place_in_the_arrow_and_says_what_it_is_for() -> None:

@@ -6,7 +6,7 @@ that they stand in one place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from atlas_kernels.rule import MemoryRule
@@ -106,8 +106,7 @@ class MemoryConfig:
 
     def rule(self) -> MemoryRule:
         """The part of this section that `atlas_kernels` learns by; raises ValueError where it does not fit together."""
-        own = {f.name: getattr(self, f.name) for f in fields(MemoryRule)}
-        return MemoryRule(**{**own, "anchor_gradient": 1.0 if self.memory == "linear" else self.anchor_gradient})
+        return MemoryRule.of(self)
 
 
 @dataclass(frozen=True)

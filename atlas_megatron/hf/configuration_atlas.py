@@ -24,21 +24,25 @@ if Version(transformers.__version__).release < Version(MINIMUM).release:
 # All that travels with a model, in the form in which transformers reads of a file what belongs to it: 5.0.0 copies what
 # is named here alone, and later ones tell folders of one name apart by the content of these files.
 TRAVELS = """
+import .attention
 import .attention_atlas
 import .autocast
 import .baselines_atlas
 import .cache_atlas
+import .cells
 import .chunked
 import .convolution_atlas
 import .decays
 import .delta_rule
 import .dual
-import .edges
 import .features
+import .gated_delta
+import .gated_norm
 import .gelu
 import .hybrid_atlas
 import .kernels_atlas
 import .layer_norm
+import .layer_start
 import .memories
 import .memory_atlas
 import .mixer_atlas
@@ -52,6 +56,7 @@ import .reads
 import .reference
 import .registry_atlas
 import .rule
+import .short_conv
 import .write_gate
 import .writes
 """
@@ -270,8 +275,8 @@ class AtlasConfig(PretrainedConfig):
 
         return [MIXERS[symbol] for symbol in self.pattern if symbol in MIXERS]
 
-    def section(self, name: str) -> SimpleNamespace:
-        """A section with its keys as attributes."""
+    def section(self, name: str) -> Any:
+        """A section with its keys as attributes: `MemorySection` of layer_start.py, and more."""
         return SimpleNamespace(**getattr(self, name))
 
     def sections(self) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from .kernels_atlas import SILU_IS_ONE, copying, late_keys, short_convolution
+from .kernels_atlas import copying, initial_taps, late_keys, open_gate, short_convolution
 
 
 class ShortConvolution(nn.Module):
@@ -21,8 +21,8 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(heads, 3 * head_dim, taps))
 
     def start(self) -> dict[str, Tensor]:
-        bound = self.weight.shape[-1] ** -0.5
-        return {"weight": torch.empty(self.weight.shape).uniform_(-bound, bound)}
+        heads, channels, taps = self.weight.shape
+        return {"weight": initial_taps(heads, channels // 3, taps)}
 
     def forward(self, qkv: Tensor, tail: Tensor | None, documents: Tensor | None) -> tuple[Tensor, ...]:
         """[B, T, H, 3, K] -> q and k of length 1, v, [B, T, H, K] each, at least float32; the tail for what follows.
@@ -30,11 +30,6 @@ class ShortConvolution(nn.Module):
         tail [B, 3HK, L-1]: the inputs before the first token; None: there are none. documents: see `Place`.
         """
         return short_convolution(qkv, self.weight, tail, documents)
-
-
-def wide(x: Tensor) -> Tensor:
-    """At least float32: gates near 1 and small steps of an inner loop do not survive bfloat16."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def edge_starts(section: SimpleNamespace, projection: nn.Linear, convolution: ShortConvolution) -> dict[str, Tensor]:
@@ -47,5 +42,5 @@ def edge_starts(section: SimpleNamespace, projection: nn.Linear, convolution: Sh
     if section.copy_start:
         taps, own["linear_out.weight"] = copying(rows, taps)
     if section.open_gate:
-        own["branch_bias"] = torch.full((section.heads, section.head_dim), SILU_IS_ONE)
+        own["branch_bias"] = open_gate(section.heads, section.head_dim)
     return {"linear_qkvg.weight": rows.flatten(0, 2), "convolution.weight": taps, **own}

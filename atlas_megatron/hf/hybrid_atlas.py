@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention_atlas import AttentionState, WindowAttention, rotate
+from .attention_atlas import AttentionState, WindowAttention
 from .configuration_atlas import AtlasConfig
+from .kernels_atlas import attention, head_norm, memory_as_gate
 from .memory_atlas import AtlasMemory, AtlasState
 from .mixer_atlas import Mixer
 from .place_atlas import Place
@@ -40,10 +40,8 @@ class _Joined(Mixer):
 
     def join(self, attention: Tensor, memory: Tensor) -> Tensor:
         """[B, T, hidden] both."""
-        shape = self.memory_gain.shape
-        # Under autocast the gains are wider than what they scale.
-        gate = F.silu(F.rms_norm(memory, shape, self.memory_gain.to(memory.dtype), self.epsilon))
-        return F.rms_norm(attention, shape, self.attention_gain.to(attention.dtype), self.epsilon) * gate
+        seen, gate = memory_as_gate(attention, memory, self.attention_gain, self.memory_gain, self.epsilon)
+        return seen * gate
 
 
 @dataclass(frozen=True)
@@ -129,20 +127,17 @@ class MemoryAsContext(_Joined):
     def _within(self, x: Tensor, state: ContextState, place: Place) -> tuple[Tensor, ContextState]:
         """Tokens of one segment."""
         read = self.memory.read(self.linear_query(x).unflatten(-1, self.read_gain.shape), state.start)
-        read = F.rms_norm(read, read.shape[-1:], eps=self.epsilon) * self.read_gain.to(read.dtype)
-        context = self.linear_read(read.to(x.dtype).flatten(2))
+        context = self.linear_read(head_norm(read, self.read_gain, self.epsilon).to(x.dtype).flatten(2))
 
-        attention = self.attention
-        unrotated, own_keys, own_values = attention.heads_of(x)
-        _, answered_keys, answered_values = attention.heads_of(context)
-        turn = attention.rotation(place, x.device)
-        own = _extended(state.own, rotate(own_keys, turn), own_values)
-        answered = _extended(state.answered, rotate(answered_keys, turn), answered_values)
-        tokens, keys = x.shape[1], own.keys.shape[2]
-        before = torch.ones(tokens, keys, dtype=torch.bool, device=x.device).tril(keys - tokens)
-        k, v = torch.cat([own.keys, answered.keys], 2), torch.cat([own.values, answered.values], 2)
-        seen = torch.cat([before, before], 1)
-        y = attention.projected(attention.attend(rotate(unrotated, turn), unrotated, k, v, seen))
+        heads = self.attention
+        plain, own_keys, own_values = heads.heads_of(x)
+        _, answered_keys, answered_values = heads.heads_of(context)
+        turn = heads.rotation(place, x.device)
+        own = _extended(state.own, attention.rotate(own_keys, turn), own_values)
+        answered = _extended(state.answered, attention.rotate(answered_keys, turn), answered_values)
+        q, persistent = attention.rotate(plain, turn), attention.persistent_of(heads.persistent, plain)
+        keys, values = (own.keys, answered.keys), (own.values, answered.values)
+        y = heads.projected(attention.within_segment(q, keys, values, persistent))
 
         written, memory = self.memory(y, state.memory, place)
         if place.after % self.segment == 0:

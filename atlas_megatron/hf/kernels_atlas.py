@@ -1,4 +1,4 @@
-"""The memory's mathematics: the installed atlas_kernels, or, without them, the copies that travel with a model."""
+"""The layers' mathematics: the installed atlas_kernels, or, without them, the copies that travel with a model."""
 
 import functools
 from collections.abc import Callable
@@ -9,39 +9,37 @@ from .place_atlas import exporting
 
 try:
     from atlas_kernels import (
-        SILU_IS_ONE,
         DualState,
         Gates,
         MemoryRule,
         MemoryState,
         State,
-        budgeted,
+        at_least_float32,
+        attention,
+        cells,
         copying,
+        gated_delta,
         gated_norm,
-        initial_coefficients,
         late_keys,
-        lift,
-        lifted_width,
+        layer_start,
         omega_memory,
         read_memory,
-        retained,
         short_convolution,
         unrounded,
-        write_gate,
-        write_logit,
     )
+    from atlas_kernels.gated_norm import head_norm, memory_as_gate, open_gate
+    from atlas_kernels.short_conv import initial_taps
 except ImportError:
-    from .autocast import unrounded  # type: ignore[no-redef]
+    from . import attention, cells, gated_delta, layer_start  # type: ignore[attr-defined, no-redef]
+    from .autocast import at_least_float32, unrounded  # type: ignore[no-redef]
     from .dual import DualState  # type: ignore[no-redef]
-    from .edges import SILU_IS_ONE, copying, gated_norm, late_keys, short_convolution  # type: ignore[no-redef]
-    from .features import initial_coefficients, lift, lifted_width  # type: ignore[no-redef]
+    from .gated_norm import gated_norm, head_norm, memory_as_gate, open_gate  # type: ignore[no-redef]
     from .op import State, omega_memory, read_memory  # type: ignore[no-redef]
 
     # transformers copies those siblings that a file names in this form; writes.py names this one in another.
     from .reads import widen  # noqa: F401
     from .rule import Gates, MemoryRule, MemoryState  # type: ignore[no-redef]
-    from .write_gate import budgeted, retained, write_gate, write_logit  # type: ignore[no-redef]
-
+    from .short_conv import copying, initial_taps, late_keys, short_convolution  # type: ignore[no-redef]
 
 
 def uncompiled[**Given, Found](scan: Callable[Given, Found]) -> Callable[Given, Found]:
@@ -58,26 +56,29 @@ def uncompiled[**Given, Found](scan: Callable[Given, Found]) -> Callable[Given, 
 
 omega_memory = uncompiled(omega_memory)
 read_memory = uncompiled(read_memory)
+gated_delta_rule = uncompiled(gated_delta.gated_delta_rule)
 
 __all__ = [
-    "SILU_IS_ONE",
     "DualState",
     "Gates",
     "MemoryRule",
     "MemoryState",
     "State",
-    "budgeted",
+    "at_least_float32",
+    "attention",
+    "cells",
     "copying",
+    "gated_delta",
+    "gated_delta_rule",
     "gated_norm",
-    "initial_coefficients",
+    "head_norm",
+    "initial_taps",
     "late_keys",
-    "lift",
-    "lifted_width",
+    "layer_start",
+    "memory_as_gate",
     "omega_memory",
+    "open_gate",
     "read_memory",
-    "retained",
     "short_convolution",
     "unrounded",
-    "write_gate",
-    "write_logit",
 ]

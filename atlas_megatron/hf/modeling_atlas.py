@@ -24,22 +24,26 @@ from .registry_atlas import MIXERS
 
 # As in configuration_atlas.py: transformers asks each file that it begins with.
 TRAVELS = """
+import .attention
 import .attention_atlas
 import .autocast
 import .baselines_atlas
 import .cache_atlas
+import .cells
 import .chunked
 import .configuration_atlas
 import .convolution_atlas
 import .decays
 import .delta_rule
 import .dual
-import .edges
 import .features
+import .gated_delta
+import .gated_norm
 import .gelu
 import .hybrid_atlas
 import .kernels_atlas
 import .layer_norm
+import .layer_start
 import .memories
 import .memory_atlas
 import .mixer_atlas
@@ -52,6 +56,7 @@ import .reads
 import .reference
 import .registry_atlas
 import .rule
+import .short_conv
 import .write_gate
 import .writes
 """

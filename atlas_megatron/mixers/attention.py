@@ -1,7 +1,6 @@
 """Sliding-window and full attention with rotary positions.
 
-Dims: B batch, T tokens, H heads of this tensor-parallel rank, K head size, W window, L query block, P tokens kept
-from before.
+Dims: B batch, T tokens, H heads of this tensor-parallel rank, K head size, W window, P tokens kept from before.
 """
 
 from __future__ import annotations
@@ -9,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from atlas_kernels.attention import banded_attention, causal_attention, persistent_of, rotary, rotate
 from atlas_megatron.config import Config
 from atlas_megatron.mixers.base import Mixer
 from atlas_megatron.mixers.costs import Halo
@@ -26,17 +25,6 @@ class AttentionState:
     keys: Tensor
     values: Tensor
     position: int
-
-
-@dataclass(frozen=True)
-class Persistent:
-    """Learned keys and values [H, 2, n, K] that every query sees besides, and the queries [B, H, T, K] that see them.
-
-    They have no position, so these queries are not rotated: what a token sees of them does not depend on where it is.
-    """
-
-    learned: Tensor
-    queries: Tensor
 
 
 class SlidingWindowAttention(Mixer):
@@ -118,10 +106,10 @@ class SlidingWindowAttention(Mixer):
         self, hidden_states: Tensor, state: AttentionState | None, positions: Tensor | None = None
     ) -> tuple[Tensor, AttentionState]:
         q, k, v = self.heads_of(hidden_states)
-        persistent = self.persistent_for(q)
+        persistent = persistent_of(self.persistent, q)
         tokens = self.shards.tokens
         position = (state.position if state else 0) + tokens.rank * q.shape[2]
-        rotation = rotary(position, q.shape[2], self.head_dim, self.rotary_base, q.device)
+        rotation = self.rotation(position, q)
         q, k = rotate(q, rotation), rotate(k, rotation)
         reach = self.window - 1 if self.window else None
         held = torch.stack((state.keys, state.values)) if state else None
@@ -142,9 +130,10 @@ class SlidingWindowAttention(Mixer):
         q, k, v = qkv.unflatten(-1, (-1, 3, self.head_dim)).permute(3, 1, 2, 0, 4).unbind(0)
         return q, k, v
 
-    def persistent_for(self, queries: Tensor) -> Persistent | None:
-        """Of queries that are not rotated; None: there are no persistent tokens."""
-        return None if self.persistent is None else Persistent(self.persistent, queries)
+    def rotation(self, position: int, q: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, K/2] for q [B, H, T, K], whose first token stands at `position`."""
+        positions = torch.arange(position, position + q.shape[2], device=q.device)
+        return rotary(positions, self.head_dim, self.rotary_base)
 
     def projected(self, y: Tensor) -> Tensor:
         """[B, H, T, K] -> [T, B, hidden]."""
@@ -157,95 +146,3 @@ class FullAttention(SlidingWindowAttention):
     @staticmethod
     def reach(settings: Config) -> int | None:
         return None
-
-
-def rotary(position: int, tokens: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, K/2], float32, of the rotary angles at absolute positions from `position` on."""
-    # float64: ten million tokens into a sequence, a float32 angle is wrong by half a radian.
-    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
-    positions = torch.arange(position, position + tokens, dtype=torch.float64, device=device)
-    angle = positions[:, None] * frequency
-    return angle.cos().float(), angle.sin().float()
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (x_i, x_{i+K/2}) of x [..., T, K] by its angle; in float32 or wider, returned in x's dtype."""
-    cos, sin = rotation
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
-
-
-def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, persistent: Persistent | None = None, positions: Tensor | None = None
-) -> Tensor:
-    """Attention of q [B, H, T, K] to k, v [B, H, P+T, K], the last T of which are the queries' own tokens.
-
-    positions [B, T]: of the queries in packed documents, out of which none looks back.
-    """
-    if q.shape[2] == k.shape[2] and persistent is None and positions is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    query = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[:, None]
-    back = query - torch.arange(k.shape[2], device=q.device)
-    seen = back >= 0
-    if positions is not None:
-        seen = seen & (back <= positions[:, None, :, None])
-    return attend(q, k, v, seen, persistent)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, persistent: Persistent | None) -> Tensor:
-    """Attention of q [..., H, T, K] to the keys [..., H, R, K] that `seen` [..., T, R] allows, and to `persistent`."""
-    if persistent is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-    keys, values = persistent.learned.to(q.dtype).unbind(1)
-    scale, width = q.shape[-1] ** -0.5, q.shape[-1]
-    # One attention over both kinds of keys: the rotated queries meet zeros in the persistent ones, and the other way.
-    q = torch.cat([persistent.queries, q], -1)
-    keys = F.pad(keys, (0, width)).expand(*k.shape[:-2], -1, -1)
-    k = torch.cat([keys, F.pad(k, (width, 0))], -2)
-    v = torch.cat([values.expand(*v.shape[:-2], -1, -1), v], -2)
-    seen = F.pad(seen, (values.shape[-2], 0), value=True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-
-
-def banded_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int,
-    persistent: Persistent | None = None,
-    positions: Tensor | None = None,
-) -> Tensor:
-    """Attention of q [B, H, T, K] to the `window` keys that end at each query's own; k, v [B, H, P+T, K].
-
-    The last T keys are the queries' own tokens. Queries are taken in blocks of L = min(window, T): each
-    needs only the W-1+L keys up to its end, so that masks and scores grow with T x W, not with T x T.
-    positions [B, T]: of the queries in packed documents, out of which none looks back.
-    """
-    tokens, before = q.shape[2], k.shape[2] - q.shape[2]
-    length = min(window, tokens)
-    blocks = -(-tokens // length)
-    # One block reads from the first key there is; several must all look back equally far.
-    reach = before if blocks == 1 else window - 1
-    front, back = reach - before, blocks * length - tokens
-    q = _in_blocks(F.pad(q, (0, 0, 0, back)), length, length)
-    k, v = (_in_blocks(F.pad(t, (0, 0, front, back)), reach + length, length) for t in (k, v))
-    if persistent is not None:
-        queries = _in_blocks(F.pad(persistent.queries, (0, 0, 0, back)), length, length)
-        persistent = Persistent(persistent.learned, queries)
-
-    query = torch.arange(length, device=q.device)[:, None]
-    key = torch.arange(reach + length, device=q.device) - reach
-    band = (key <= query) & (key > query - window)
-    start = torch.arange(0, blocks * length, length, device=q.device)[:, None, None]
-    seen = band & (start + key >= -before)  # no key before the first
-    seen = seen[:, None, None]  # [blocks, B, H, L, reach + L]
-    if positions is not None:
-        own = F.pad(positions, (0, back)).unflatten(1, (blocks, length)).transpose(0, 1)
-        seen = seen & (query - key <= own[:, :, None, :, None])
-    y = attend(q, k, v, seen, persistent)
-    return y.movedim(0, 2).flatten(2, 3)[:, :, :tokens]
-
-
-def _in_blocks(x: Tensor, size: int, step: int) -> Tensor:
-    """[B, H, T, K] -> the blocks of `size` tokens that begin `step` apart, [blocks, B, H, size, K]."""
-    return x.unfold(2, size, step).movedim(2, 0).mT

@@ -162,8 +162,3 @@ def in_mode(*modules: nn.Module, **changed: bool) -> Iterator[None]:
     finally:
         for mixer, mode in zip(mixers, before, strict=True):
             mixer.mode = mode
-
-
-def wide(x: Tensor) -> Tensor:
-    """At least float32: gates near 1 and small steps of an inner loop do not survive bfloat16."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

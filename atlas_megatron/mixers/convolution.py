@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from atlas_kernels import SILU_IS_ONE, copying, late_keys, short_convolution
+from atlas_kernels import copying, late_keys, short_convolution
 from atlas_megatron.config import DeltaConfig, MemoryConfig
 from atlas_megatron.parallel.context import ALONE, Chain
 
@@ -28,17 +28,6 @@ def convolved(
         tail = channels.new_zeros(*channels.shape[:2], reach) if tail is None else tail
         before = tokens.before(channels, reach, -1, tail)
     return short_convolution(qkv, taps, before, positions, impl)
-
-
-def initial_taps(heads: int, head_dim: int, size: int) -> Tensor:
-    """Filters of the q, k and v channels of each head, [H, 3K, size], uniform as torch draws a convolution's."""
-    bound = size**-0.5
-    return torch.empty(heads, 3 * head_dim, size).uniform_(-bound, bound)
-
-
-def open_gate(heads: int, head_dim: int) -> Tensor:
-    """The start [H, K] of the output gate's bias, at which SiLU is one."""
-    return torch.full((heads, head_dim), SILU_IS_ONE)
 
 
 @torch.no_grad()

@@ -1,7 +1,4 @@
-"""DeltaNet (`D`, arXiv 2406.06484) and Gated DeltaNet (`G`, arXiv 2412.06464): linear memories under the delta rule.
-
-    D   S_t = S_{t-1} - beta_t (S_{t-1} k_t - v_t) k_t^T
-    G   S_t = alpha_t S_{t-1} - beta_t (alpha_t S_{t-1} k_t - v_t) k_t^T          y_t = S_t q_t,  S_0 = 0
+"""DeltaNet (`D`) and Gated DeltaNet (`G`): linear memories under the delta rule of `atlas_kernels.gated_delta`.
 
 Dims: B batch, T tokens, H heads of this tensor-parallel rank, K = V head size.
 """
@@ -9,7 +6,6 @@ Dims: B batch, T tokens, H heads of this tensor-parallel rank, K = V head size.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,27 +13,22 @@ from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from atlas_kernels import Gates, MemoryRule, MemoryState, State, gated_norm, initial_state, omega_memory
+from atlas_kernels import MemoryState, at_least_float32, gated_norm, initial_state
+from atlas_kernels.gated_delta import RULE, gated_delta_rule, initial_decay, log_decay
+from atlas_kernels.gated_norm import open_gate
+from atlas_kernels.short_conv import initial_taps
 from atlas_megatron.config import Config, MemoryConfig
 from atlas_megatron.config.presets import PRESETS
-from atlas_megatron.mixers.base import Mixer, wide
-from atlas_megatron.mixers.convolution import convolved, initial_taps, open_gate, start_edges
+from atlas_megatron.mixers.base import Mixer
+from atlas_megatron.mixers.convolution import convolved, start_edges
 from atlas_megatron.mixers.costs import FLOAT, Halo
 from atlas_megatron.mixers.linears import MixerLinears
-from atlas_megatron.mixers.memory_layout import memory_flops
+from atlas_megatron.mixers.memory_flops import memory_flops
 
 logger = logging.getLogger(__name__)
-
-RULE = MemoryRule(memory="linear", window=1, chunk=1, momentum=False, ns_steps=0)
-# What a decay of e^-30 leaves is below the last digit of float32; a smaller one is taken as this.
-LEAST_LOG_DECAY = -30.0
-# Start ranges of Gated DeltaNet's decay exp(-rate x step), those of Mamba2: over 10 to 1000 tokens for a rate of 1.
-RATES = (1.0, 16.0)
-STEPS = (0.001, 0.1)
 
 # The decay where a packed document begins: nothing is left in float32; sums of 64 of these keep three decimals.
 LOG_NOTHING = -100.0
@@ -136,7 +127,8 @@ class DeltaNet(Mixer):
         qkv, branch = projected.unflatten(-1, (-1, 4, self.head_dim)).split((3, 1), dim=-2)
         before, held = (state.tail, state.memory) if state else (None, None)
         q, k, v, tail = convolved(qkv, self.convolution, before, positions, self.shards.tokens, self.edges)
-        logits = wide(self.linear_gates(hidden_states)[0].transpose(0, 1)).unflatten(-1, (-1, self.gates))
+        logits = self.linear_gates(hidden_states)[0].transpose(0, 1)
+        logits = at_least_float32(logits).unflatten(-1, (-1, self.gates))
         log_alpha = self.log_decay(logits)
         tokens = (q, k, v, logits[..., 0].sigmoid(), *(() if log_alpha is None else (log_alpha,)))
         y, memory = self.shards.scan(self, tokens, held, positions, sliced=not self.mode.keep_state)
@@ -182,11 +174,8 @@ class GatedDeltaNet(DeltaNet):
     gates = 2  # beta, a
 
     def build(self, settings: Config, linears: MixerLinears, groups: ProcessGroupCollection) -> None:
-        heads = settings.delta.heads
-        low, high = (math.log(step) for step in STEPS)
-        step = torch.empty(heads).uniform_(low, high).exp()
-        self.decay_rate_log = self.by_head(torch.empty(heads).uniform_(*RATES).log())
-        self.decay_bias = self.by_head(step.expm1().log())  # softplus(bias) = step
+        rate_log, bias = initial_decay(settings.delta.heads)
+        self.decay_rate_log, self.decay_bias = self.by_head(rate_log), self.by_head(bias)
         super().build(settings, linears, groups)
 
     @classmethod
@@ -194,33 +183,7 @@ class GatedDeltaNet(DeltaNet):
         return super().num_params(settings) + 2 * settings.delta.heads
 
     def log_decay(self, logits: Tensor) -> Tensor | None:
-        step = F.softplus(logits[..., 1] + wide(self.decay_bias))
-        return (-wide(self.decay_rate_log).exp() * step).clamp(min=LEAST_LOG_DECAY)
-
-
-def chunked_kernel(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_alpha: Tensor | None,
-    positions: Tensor | None,
-    memory: State | None,
-) -> tuple[Tensor, State]:
-    """The delta rule of `atlas_kernels`.
-
-    Its step is taken before the decay: M_t = alpha M_{t-1} - eta (M_{t-1} k - v') k^T. Gated DeltaNet's is
-    that of eta = alpha beta and v' = v / alpha, whose product is beta v again: to the rounding of beta v, whatever
-    alpha is, as long as v / alpha stays in range; LEAST_LOG_DECAY keeps it below 1.1e13 v. Its part of the derivative
-    by log alpha is a difference of two equal terms, each of the size of the derivative by v: zero to their rounding.
-    """
-    one, step = torch.ones_like(beta), beta
-    alpha = one if log_alpha is None else log_alpha.exp()
-    if log_alpha is not None:
-        step, v = alpha * beta, v * log_alpha.neg().exp().unsqueeze(-1)
-    gates = Gates(alpha=alpha, eta=step, theta=torch.zeros_like(one), gamma=one)
-    empty = v.new_zeros(v.shape[2], v.shape[3], k.shape[3])
-    return omega_memory(q, k, v, gates, (empty,), RULE, state=memory, positions=positions)
+        return log_decay(logits[..., 1], self.decay_rate_log, self.decay_bias)
 
 
 def flash_kernel(
@@ -268,6 +231,6 @@ def choose_kernel(impl: str, dtype: torch.dtype, head_dim: int) -> Kernel:
         raise ValueError(f"delta.impl='fla' but {lacking}; mend that, or set delta.impl='auto'")
     if impl == "chunked" or lacking:
         logger.info("[delta] runs on atlas_kernels: %s", lacking or "delta.impl='chunked'")
-        return chunked_kernel
+        return gated_delta_rule
     logger.info("[delta] runs on flash-linear-attention")
     return flash_kernel

@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from atlas_kernels.attention import persistent_of, rotate, within_segment
+from atlas_kernels.gated_norm import head_norm, memory_as_gate
+from atlas_kernels.layer_start import weight_shapes
 from atlas_megatron.config import Config
-from atlas_megatron.mixers.attention import AttentionState, SlidingWindowAttention, attend, rotary, rotate
+from atlas_megatron.mixers.attention import AttentionState, SlidingWindowAttention
 from atlas_megatron.mixers.base import Mixer
 from atlas_megatron.mixers.costs import FLOAT, Halo
 from atlas_megatron.mixers.linears import MixerLinears
 from atlas_megatron.mixers.memory import AtlasMixer, AtlasState
-from atlas_megatron.mixers.memory_layout import weight_shapes
 from atlas_megatron.mixers.reach import ended
 from atlas_megatron.parallel.scan import Shards
 
@@ -71,9 +72,8 @@ class _Joined(Mixer):
 
     def join(self, attention: Tensor, memory: Tensor) -> Tensor:
         """[T, B, hidden] both."""
-        epsilon, shape = self.config.layernorm_epsilon, self.memory_gain.shape
-        gate = F.silu(F.rms_norm(memory, shape, self.memory_gain, epsilon))
-        seen = F.rms_norm(attention, shape, self.attention_gain, epsilon)
+        epsilon = self.config.layernorm_epsilon
+        seen, gate = memory_as_gate(attention, memory, self.attention_gain, self.memory_gain, epsilon)
         if self.mode.measure:
             self._measure(seen, gate)
         return seen * gate
@@ -267,23 +267,19 @@ class MemoryAsContext(_Joined):
     def _within(self, hidden_states: Tensor, state: ContextState) -> tuple[Tensor, ContextState]:
         """Tokens of one segment."""
         queries = self.linear_query(hidden_states)[0].transpose(0, 1).unflatten(-1, self.read_gain.shape)
-        read = self.memory.read(queries, state.start)
-        read = F.rms_norm(read, read.shape[-1:], eps=self.config.layernorm_epsilon) * self.read_gain.to(read.dtype)
+        read = head_norm(self.memory.read(queries, state.start), self.read_gain, self.config.layernorm_epsilon)
         context = self.linear_read(read.to(hidden_states.dtype).flatten(2).transpose(0, 1).contiguous())[0]
 
         attention = self.attention
         q, *own = attention.heads_of(hidden_states)
-        persistent = attention.persistent_for(q)
+        persistent = persistent_of(attention.persistent, q)
         _, *answered = attention.heads_of(context)
         keys, values = (torch.stack(pair, 1) for pair in zip(own, answered, strict=True))
-        rotation = rotary(state.position, q.shape[2], attention.head_dim, attention.rotary_base, q.device)
+        rotation = attention.rotation(state.position, q)
         q, keys = rotate(q, rotation), rotate(keys, rotation)
         if state.keys is not None and state.values is not None:
             keys, values = torch.cat([state.keys, keys], 3), torch.cat([state.values, values], 3)
-        before = torch.ones(q.shape[2], keys.shape[3], dtype=torch.bool, device=q.device)
-        before = before.tril(keys.shape[3] - q.shape[2])
-        k, v = torch.cat(keys.unbind(1), 2), torch.cat(values.unbind(1), 2)
-        y = attention.projected(attend(q, k, v, torch.cat([before, before], 1), persistent))
+        y = attention.projected(within_segment(q, keys.unbind(1), values.unbind(1), persistent))
 
         written, memory = self.memory.mix(y, state.memory)
         position = state.position + hidden_states.shape[0]

@@ -11,39 +11,40 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor, nn
+from torch import Tensor
 
 from atlas_kernels import (
     Gates,
     MemoryState,
     State,
-    budgeted,
+    at_least_float32,
     check_implementation,
     gated_norm,
-    initial_coefficients,
     initial_state,
-    lift,
     newton_schulz,
     omega_memory,
     read_memory,
-    retained,
-    write_gate,
 )
-from atlas_megatron.config import Config
-from atlas_megatron.mixers.base import Mixer, wide
-from atlas_megatron.mixers.convolution import convolved, initial_taps, open_gate, start_edges
-from atlas_megatron.mixers.linears import MixerLinears
-from atlas_megatron.mixers.memory_costs import MemoryCosts
-from atlas_megatron.mixers.memory_layout import (
+from atlas_kernels.gated_norm import open_gate
+from atlas_kernels.layer_start import (
     ETA_HEADROOM,
     eta_start,
-    first_gain,
     gate_count,
     gate_starts,
     gate_widths,
+    gates_of,
+    initial_weights,
     lifted,
-    weight_shapes,
+    lifted_for,
+    own_residual,
+    start_coefficients,
 )
+from atlas_kernels.short_conv import initial_taps
+from atlas_megatron.config import Config
+from atlas_megatron.mixers.base import Mixer
+from atlas_megatron.mixers.convolution import convolved, start_edges
+from atlas_megatron.mixers.linears import MixerLinears
+from atlas_megatron.mixers.memory_costs import MemoryCosts
 from atlas_megatron.mixers.reach import ended, stretches
 
 HISTOGRAM_BINS = 32
@@ -96,9 +97,7 @@ class AtlasMixer(MemoryCosts, Mixer):
         self.convolution = self.by_head(initial_taps(memory.heads, memory.head_dim, memory.conv_size))
         start_edges(memory, self.linear_qkvg, self.convolution, self.linear_out)
         self.gate_bias = self.by_head(torch.tensor(gate_starts(memory, tokens)).repeat(memory.heads, 1))
-        coefficients = initial_coefficients(memory.feature_map, memory.degree)
-        if memory.kernel != "lifted":
-            coefficients = torch.ones(1)  # the kernel's scale: exp(scale q . k)
+        coefficients = start_coefficients(memory)
         self.coefficients = None if coefficients is None else self.by_head(coefficients.repeat(memory.heads, 1))
         self.norm_gain = self.by_head(torch.ones(memory.heads, memory.head_dim))
         self.branch_bias = self.by_head(open_gate(memory.heads, memory.head_dim)) if memory.open_gate else None
@@ -106,15 +105,10 @@ class AtlasMixer(MemoryCosts, Mixer):
         view = torch.zeros(memory.heads, 2 * memory.head_dim)
         self.write_view = self.by_head(view) if memory.write_gate else None
 
-        (rows, cols), *over_input = weight_shapes(memory)
-        std = first_gain(memory) * cols**-0.5
-        self.start_first = self.by_head(torch.empty(memory.heads, rows, cols).normal_(std=std))
-        drawn = [
-            torch.stack([nn.init.orthogonal_(torch.empty(*shape)) for _ in range(memory.heads)]) for shape in over_input
-        ]
-        self.start_second = self.by_head(drawn[0]) if drawn else None
-        # Entries of about 1: the gate then leaves the hidden width its size, as if it were not there.
-        self.start_gate = self.by_head(drawn[1] * cols**0.5) if len(drawn) > 1 else None
+        first, *over_input = (self.by_head(drawn) for drawn in initial_weights(memory))
+        self.start_first = first
+        self.start_second = over_input[0] if over_input else None
+        self.start_gate = over_input[1] if len(over_input) > 1 else None
 
     def mix(
         self, hidden_states: Tensor, state: AtlasState | None, positions: Tensor | None = None
@@ -137,39 +131,9 @@ class AtlasMixer(MemoryCosts, Mixer):
         return self.linear_out(y.flatten(2).transpose(0, 1).contiguous())[0], AtlasState(after, tail)  # [T, B, D]
 
     def _gates(self, hidden_states: Tensor, k: Tensor, v: Tensor) -> Gates:
-        """The gates of every token [B, T, H], at least float32: sigmoids, eta scaled to its bound.
-
-        k, v [B, T, H, K]: what a token would write, which its write gate sees.
-        """
-        memory = self.memory
+        """The gates of every token. k, v [B, T, H, K]: what a token would write."""
         logits = self.linear_gates(F.linear(hidden_states, self.gate_down))[0].transpose(0, 1)
-        logits = wide(logits).unflatten(-1, self.gate_bias.shape) + self.gate_bias
-        widths = gate_widths(memory)
-        gates = dict(zip(widths, logits.sigmoid().split(list(widths.values()), dim=-1), strict=True))
-        if memory.write_gate:
-            raw = dict(zip(widths, logits.split(list(widths.values()), dim=-1), strict=True))
-            assert self.write_view is not None
-            seen = (torch.cat([k, v], -1) * wide(self.write_view)).sum(-1, keepdim=True)
-            gates["eta"] = budgeted(write_gate(raw["eta"] + seen), self.write_budget)
-            if memory.retention:
-                gates["alpha"] = retained(raw["alpha"], gates["eta"])
-        eta = gates["eta"].squeeze(-1) * (ETA_HEADROOM * eta_start(memory))
-        one = torch.ones_like(eta)
-        if memory.omega_gates == "pair":
-            gamma = gates["gamma"]
-        elif memory.omega_gates == "source":
-            gamma = gates["gamma"].squeeze(-1)
-        else:
-            gamma = eta if memory.step_in_momentum else one
-        if memory.write_gate and memory.ns_steps:
-            # Newton-Schulz gives every momentum the same size: what writes little must be little in it.
-            gamma = gamma * (gates["eta"] if gamma.dim() == 4 else gates["eta"].squeeze(-1))
-        return Gates(
-            alpha=gates["alpha"].squeeze(-1) if memory.retention else one,
-            eta=one if memory.step_in_momentum else eta,
-            theta=gates["theta"].squeeze(-1) if memory.momentum else torch.zeros_like(eta),
-            gamma=gamma,
-        )
+        return gates_of(self.memory, logits, self.gate_bias, k, v, self.write_view, self.write_budget)
 
     def advance(
         self, tokens: tuple[Tensor, ...], heads: slice, state: State | None, positions: Tensor | None
@@ -205,7 +169,7 @@ class AtlasMixer(MemoryCosts, Mixer):
                 self._start(heads),
                 self.rule,
                 state=ended(state) if ends and state is not None else state,
-                residual=own if self._own_residual() else None,
+                residual=own if own_residual(self.memory) else None,
                 impl=self.memory.impl,
                 positions=None if positions is None else positions[:, part],
                 products=self.config.params_dtype,
@@ -218,7 +182,7 @@ class AtlasMixer(MemoryCosts, Mixer):
         """Before any token, but for its position."""
         _, k, v, *_ = tokens
         keys = k[..., :1].expand(*k.shape[:-1], lifted(self.memory))
-        own, source = self._own_residual(), self.memory.omega_gates != "pair"
+        own, source = own_residual(self.memory), self.memory.omega_gates != "pair"
         start = initial_state(self.rule, self._start(heads), keys, v, residuals=own, source_gates=source)
         return start.at(position)
 
@@ -251,30 +215,23 @@ class AtlasMixer(MemoryCosts, Mixer):
         return AtlasState(self.shards.chain.from_last(after.memory), self.shards.tokens.from_last(after.tail))
 
     def _lifted(self, x: Tensor, heads: slice = ALL, *, key: bool = False) -> Tensor:
-        """phi(x); an exponential kernel's scale goes to the query."""
+        """phi(x) of these heads' queries, or keys."""
         coefficients = None if self.coefficients is None else self.coefficients[heads]
-        if self.memory.kernel == "lifted":
-            return lift(x, self.memory.feature_map, coefficients, self.memory.sketch_width)
-        assert coefficients is not None
-        return x if key else x * coefficients
-
-    def _own_residual(self) -> bool:
-        """Whether the memory's residual is the unlifted input: where the lifted one has another meaning or width."""
-        deep, keeps = self.memory.memory != "linear", lifted(self.memory) == self.memory.head_dim
-        return deep and (self.memory.kernel != "lifted" or not keeps)
+        return lifted_for(self.memory, x, coefficients, key=key)
 
     def read(self, q: Tensor, state: AtlasState | None) -> Tensor:
         """What the memory as it stands in `state` answers to q [B, T, H, K], without a write: [B, T, H, K].
 
         An ablated memory stands at its start weights, whatever the state.
         """
-        q = F.normalize(wide(q), dim=-1)
+        q = F.normalize(at_least_float32(q), dim=-1)
         held = state.memory if state and not self.mode.ablate else None
-        return read_memory(self._lifted(q), self._start(), self.rule, held, q if self._own_residual() else None)
+        return read_memory(self._lifted(q), self._start(), self.rule, held, q if own_residual(self.memory) else None)
 
     def _start(self, heads: slice = ALL) -> tuple[Tensor, ...]:
         """The memory before the first token, [H, rows, cols] each."""
-        return tuple(wide(w[heads]) for w in (self.start_first, self.start_second, self.start_gate) if w is not None)
+        start = (self.start_first, self.start_second, self.start_gate)
+        return tuple(at_least_float32(w[heads]) for w in start if w is not None)
 
     @torch.no_grad()
     def _measure(self, k: Tensor, v: Tensor, gates: Gates, heads: slice, before: State | None, after: State) -> None:

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import math
 
+from atlas_kernels.layer_start import coefficient_count, gate_count, lifted, weight_shapes
 from atlas_megatron.config import Config
 from atlas_megatron.mixers.costs import FLOAT, Costs, Halo
-from atlas_megatron.mixers.memory_layout import (
-    anchor_flops,
-    coefficient_count,
-    gate_count,
-    lift_flops,
-    lifted,
-    memory_flops,
-    weight_shapes,
-)
+from atlas_megatron.mixers.memory_flops import anchor_flops, lift_flops, memory_flops
 
 
 class MemoryCosts(Costs):

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
+from atlas_kernels.layer_start import ETA_HEADROOM, eta_start
 from atlas_megatron.cli.version import versions
 from atlas_megatron.config import Config
 from atlas_megatron.estimate.machine import peak_flops
@@ -208,9 +209,6 @@ def _tensorboard(directory: Path, resumed_step: int) -> Any:
 
 
 def _add_histograms(board: Any, record: Record, config: Config) -> None:
-    # Imported here: it brings Megatron, which a reader of records does not need.
-    from atlas_megatron.mixers.memory_layout import ETA_HEADROOM, eta_start
-
     for number, layer in record.get("layers", {}).items():
         for name in (name for name in layer if name.endswith(HISTOGRAM)):
             counts = torch.tensor(layer[name], dtype=torch.float64)

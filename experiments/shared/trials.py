@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import atlas_kernels
-from atlas_kernels import memories, op
+from atlas_kernels import layer_start, memories, op
 from atlas_kernels.chunked import Kernels
 from atlas_kernels.layer_norm import layer_norm
 from atlas_kernels.memories import Factors, Matrices, Mlp, Reader
@@ -25,7 +25,6 @@ from atlas_kernels.newton_schulz import direct_form, newton_schulz, schedule
 from atlas_kernels.rule import MemoryRule
 from atlas_kernels.writes import Leave, OrthogonalWrites, SourceReader, decay_matrix
 from atlas_megatron.mixers import memory as mixer
-from atlas_megatron.mixers import memory_layout
 from atlas_megatron.mixers.memory import AtlasMixer
 
 DECAYS_ALL, DECAYS_W1 = (True, True, True), (True, False, False)
@@ -333,10 +332,10 @@ def spread(*spans: float) -> Callable[[], None]:
     """2: heads that start by remembering so many tokens each, and write the less the longer they do."""
 
     def started(self: AtlasMixer) -> None:
-        places = list(memory_layout.gate_widths(self.memory))
+        places = list(layer_start.gate_widths(self.memory))
         for head, bias in enumerate(self.gate_bias):
             span = spans[head % len(spans)]
-            step = 1 / (1 - memory_layout.RETENTION) / span / memory_layout.ETA_HEADROOM
+            step = 1 / (1 - layer_start.RETENTION) / span / layer_start.ETA_HEADROOM
             bias[places.index("alpha")] = math.log(span - 1)
             bias[places.index("eta")] = math.log(step / (1 - step))
 
@@ -363,7 +362,7 @@ def second(gain: float) -> Callable[[], None]:
 
 def large_start() -> None:
     """8: W1 starts at the scale of any linear layer."""
-    memory_layout.W1_GAIN = 1.0
+    layer_start.W1_GAIN = 1.0
 
 
 def _edges(change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:

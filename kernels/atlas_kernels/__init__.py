@@ -1,12 +1,13 @@
 """The ATLAS memory: a deep neural memory that learns, at test time, from a sliding window of the context."""
 
-from .autocast import unrounded
+from .autocast import at_least_float32, unrounded
 from .dual import DualState
-from .edges import SILU_IS_ONE, copying, gated_norm, late_keys, short_convolution
 from .features import FEATURE_MAPS, initial_coefficients, lift, lifted_width
+from .gated_norm import SILU_IS_ONE, gated_norm
 from .newton_schulz import newton_schulz
 from .op import State, check_implementation, omega_memory, read_memory
 from .rule import Gates, MemoryRule, MemoryState, initial_state
+from .short_conv import copying, late_keys, short_convolution
 from .write_gate import budgeted, retained, write_gate, write_logit
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "MemoryRule",
     "MemoryState",
     "State",
+    "at_least_float32",
     "budgeted",
     "check_implementation",
     "copying",

@@ -1,4 +1,4 @@
-"""What is left out of autocast: the inner loop, whose many small steps half precision would round away, both ways.
+"""What keeps its precision: the inner loop, whose many small steps half precision would round away, both ways.
 
 torch runs a backward under the autocast of whoever calls it. Where that call stands inside the `torch.autocast` block,
 as in many training loops, products of a backward that is written by hand would come in two precisions.
@@ -13,6 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or as it is where it is wider: gates near 1 and small steps do not survive bfloat16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def unrounded(x: Tensor) -> AbstractContextManager[object]:

@@ -6,7 +6,7 @@ Dims: B batch, T tokens, H heads, V value, D lifted key, F memory hidden, W wind
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isqrt
 from typing import Any
 
@@ -101,6 +101,15 @@ class MemoryRule:
                 f"kernel={self.kernel!r} came with ns_steps={self.ns_steps}, momentum={self.momentum}; its dual form "
                 "keeps sources, not matrices: take ns_steps=0 and momentum=False"
             )
+
+    @classmethod
+    def of(cls, section: Any) -> MemoryRule:
+        """The rule in a layer's description, whose attributes have these fields' names; raises ValueError as above.
+
+        A linear memory's outer gradient is always exact, whatever the section's `anchor_gradient`.
+        """
+        own = {f.name: getattr(section, f.name) for f in fields(cls)}
+        return cls(**{**own, "anchor_gradient": 1.0 if section.memory == "linear" else section.anchor_gradient})
 
     @property
     def dual(self) -> bool:

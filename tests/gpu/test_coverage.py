@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from atlas_kernels import check_implementation
+from atlas_kernels.layer_start import weight_shapes
 from atlas_megatron.config import load
-from atlas_megatron.mixers.memory_layout import weight_shapes
 from tests.support.device_problems import DEVICE
 
 CONFIGS = Path(__file__).parents[2] / "configs"

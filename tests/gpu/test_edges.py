@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from atlas_kernels.edges import gated_norm, short_convolution
+from atlas_kernels import gated_norm, short_convolution
 from atlas_kernels.gpu import edges
 from tests.support.device_problems import BFLOAT16_ON_A_GPU, DEVICE
 from tests.support.problems import assert_close, relative_rms

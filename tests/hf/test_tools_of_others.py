@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -203,9 +204,15 @@ def test_a_strictly_traced_graph_is_the_same(pattern: str) -> None:
 def test_a_graph_reads_any_batch_and_any_length_where_nothing_is_unrolled() -> None:
     given, other = {"input_ids": tokens(3, 12)}, {"input_ids": tokens(2, 30)}
     batch, length = Dim("batch", max=64), Dim("length", min=2, max=64)
-    cases = (("D-", {0: batch}, {"input_ids": tokens(2, 12)}), ("*-F-", {0: batch, 1: length}, other))
-    for pattern, free, read in cases:
-        model = moved(settings(pattern), torch.float32)
+    windowed = settings("*-F-")
+    cases = (
+        (settings("D-"), {0: batch}, {"input_ids": tokens(2, 12)}),
+        (windowed, {0: batch, 1: length}, other),
+        # A window that no persistent token makes a mask for.
+        (replace(windowed, attention=replace(windowed.attention, persistent=0)), {0: batch, 1: length}, other),
+    )
+    for config, free, read in cases:
+        model = moved(config, torch.float32)
         graph = torch.export.export(model, (), given, dynamic_shapes={"input_ids": free}).module()
         with torch.no_grad():
             torch.testing.assert_close(graph(**read)["logits"], model(**read).logits, rtol=1e-4, atol=1e-4)

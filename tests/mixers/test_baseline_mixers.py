@@ -208,13 +208,13 @@ def rule_problem(dtype: torch.dtype, log_alpha: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("decay", ["usual", "down to the least", "none at all"])
 def test_a_decay_however_strong_is_the_recurrence(decay: str, dtype: torch.dtype, tolerance: float) -> None:
     """alpha from 1 to e^-30, where v / alpha is 1e13 v: outputs and every gradient."""
-    from atlas_megatron.mixers.delta import LEAST_LOG_DECAY, chunked_kernel
+    from atlas_kernels.gated_delta import LEAST_LOG_DECAY, gated_delta_rule
 
     drawn = torch.rand(2, 40, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     log_alpha = {"usual": -drawn, "down to the least": LEAST_LOG_DECAY * drawn.round(), "none at all": 0 * drawn}[decay]
     given = rule_problem(dtype, log_alpha)
     exact = [t.detach().double().requires_grad_() for t in given]
-    found, expected = chunked_kernel(*given, None, None)[0], delta_loop(*exact)[0]
+    found, expected = gated_delta_rule(*given)[0], delta_loop(*exact)[0]
     weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     compared = [(found, expected)]
     compared += zip(
@@ -269,12 +269,13 @@ def test_the_arguments_of_flash_linear_attention(gated: bool, packed: bool, monk
 
 
 def test_flash_linear_attention_is_refused_where_it_cannot_run() -> None:
-    from atlas_megatron.mixers.delta import choose_kernel, chunked_kernel
+    from atlas_kernels.gated_delta import gated_delta_rule
+    from atlas_megatron.mixers.delta import choose_kernel
 
-    assert choose_kernel("chunked", torch.bfloat16, 64) is chunked_kernel
+    assert choose_kernel("chunked", torch.bfloat16, 64) is gated_delta_rule
     if torch.cuda.is_available():
         pytest.skip("a GPU is there")
-    assert choose_kernel("auto", torch.bfloat16, 64) is chunked_kernel
+    assert choose_kernel("auto", torch.bfloat16, 64) is gated_delta_rule
     with pytest.raises(ValueError, match="delta.impl='fla' but no GPU is visible; "):
         choose_kernel("fla", torch.bfloat16, 64)
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atlas_kernels import Gates, MemoryState, omega_memory
+from atlas_kernels.layer_start import gate_widths
 from atlas_megatron.config import MemoryConfig
 from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.mixers.base import Documents, Mixer, Mode, in_mode
-from atlas_megatron.mixers.memory_layout import gate_widths
 from atlas_megatron.mixers.stream import StreamContext
 from tests.support.single_mixer import build_mixer
 from tests.support.small_model import SMALL
@@ -189,7 +189,7 @@ def test_measurements_agree_with_the_states_they_describe() -> None:
 
 @pytest.mark.parametrize(("tokens", "window"), [(1, 4), (7, 16), (16, 16), (17, 16), (33, 5), (12, 1)])
 def test_banded_attention_is_masked_attention(tokens: int, window: int) -> None:
-    from atlas_megatron.mixers.attention import banded_attention
+    from atlas_kernels.attention import banded_attention
 
     torch.manual_seed(3)
     before = min(window - 1, 3)
@@ -201,13 +201,13 @@ def test_banded_attention_is_masked_attention(tokens: int, window: int) -> None:
 
 
 def test_rotary_attention_depends_on_distance_alone_even_far_out() -> None:
-    from atlas_megatron.mixers.attention import rotary, rotate
+    from atlas_kernels.attention import rotary, rotate
 
     torch.manual_seed(3)
     q, k = torch.randn(2, 1, 16)
 
     def score(start: int) -> Tensor:
-        cos, sin = rotary(start, 8, 16, 10000.0, torch.device("cpu"))
+        cos, sin = rotary(torch.arange(start, start + 8), 16, 10000.0)
         return (rotate(q, (cos[7:], sin[7:])) * rotate(k, (cos[:1], sin[:1]))).sum()
 
     for start in (5, 10_000_000, 2**40):

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from atlas_kernels import Gates
+from atlas_kernels.layer_start import ETA_HEADROOM, eta_start, gate_widths
 from atlas_megatron.commands import plot as command
 from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.mixers import hybrid
 from atlas_megatron.mixers.base import Mode, in_mode
 from atlas_megatron.mixers.memory import HISTOGRAM_BINS, counts, singular_values
-from atlas_megatron.mixers.memory_layout import ETA_HEADROOM, eta_start, gate_widths
 from atlas_megatron.mixers.stream import StreamContext
 from atlas_megatron.train import main
 from atlas_megatron.training import metrics

@@ -11,9 +11,10 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from atlas_kernels import at_least_float32
 from atlas_megatron import mixers
 from atlas_megatron.config import Config, Layer
-from atlas_megatron.mixers.base import Mixer, wide
+from atlas_megatron.mixers.base import Mixer
 from atlas_megatron.mixers.costs import FLOAT
 from atlas_megatron.mixers.linears import MixerLinears
 from atlas_megatron.train import main
@@ -36,11 +37,11 @@ class MovingAverage(Mixer):
         self, hidden_states: Tensor, state: Tensor | None, positions: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         x = self.linear_in(hidden_states)[0].unflatten(-1, (-1, self.head_dim))  # [T, B, H, K]
-        average = wide(x.new_zeros(x.shape[1:])) if state is None else state
-        chain, kept, averages = self.shards.tokens, wide(self.decay).sigmoid(), []
+        average = at_least_float32(x.new_zeros(x.shape[1:])) if state is None else state
+        chain, kept, averages = self.shards.tokens, at_least_float32(self.decay).sigmoid(), []
         if chain.rank > 0:
             (average,) = chain.receive((average,), x)
-        for token in wide(x):
+        for token in at_least_float32(x):
             average = torch.lerp(token, average, kept)
             averages.append(average)
         y = chain.pass_on(torch.stack(averages), (average,))

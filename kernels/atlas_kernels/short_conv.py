@@ -1,6 +1,6 @@
-"""The edges of a memory: what makes q, k and v of a projection, and what its reads go out through (paper Fig 3).
+"""The short causal convolution between a projection and a memory: what makes q, k and v (paper Fig 3).
 
-Dims: B batch, T tokens, H heads, K head size, L taps.
+Dims: B batch, T tokens, H heads, K head size, D hidden size, L taps.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import at_least_float32
+
 OWN_TOKEN = 0.2  # of what was drawn, where a start has an order of its own
-SILU_IS_ONE = 1.2784645  # SiLU of it
 
 
 def short_convolution(
@@ -31,7 +32,7 @@ def short_convolution(
     reach = taps.shape[-1] - 1
     if before is None:
         before = qkv.new_zeros(qkv.shape[0], taps[..., 0].numel(), reach)
-    if gpu := _gpu(qkv, impl):
+    if gpu := gpu_edges(qkv, impl):
         newest = qkv[:, max(0, qkv.shape[1] - reach) :].flatten(2).transpose(1, 2)
         kept = before[..., before.shape[-1] - (reach - newest.shape[-1]) :]
         return (*gpu.short_convolution(qkv, taps, before, positions), torch.cat([kept, newest], -1))
@@ -42,9 +43,14 @@ def short_convolution(
     else:
         mixed = _within_documents(channels, filters, positions.unsqueeze(1))
     mixed = F.silu(mixed).transpose(1, 2)
-    wide = mixed.to(torch.promote_types(mixed.dtype, torch.float32))
-    q, k, v = wide.unflatten(-1, qkv.shape[2:]).unbind(-2)
+    q, k, v = at_least_float32(mixed).unflatten(-1, qkv.shape[2:]).unbind(-2)
     return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, channels[..., channels.shape[-1] - reach :]
+
+
+def initial_taps(heads: int, head_dim: int, size: int) -> Tensor:
+    """Filters of the q, k and v channels of each head, [H, 3K, L], float32; uniform as torch draws a convolution's."""
+    bound = size**-0.5
+    return torch.empty(heads, 3 * head_dim, size).uniform_(-bound, bound)
 
 
 def late_keys(projection: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,17 +83,6 @@ def copying(projection: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
     return channels.flatten(1, 2), projection[:, 2].flatten(0, 1).mT
 
 
-def gated_norm(y: Tensor, gate: Tensor, gain: Tensor, epsilon: float, impl: str = "auto") -> Tensor:
-    """RMS norm of every head's read, times its gain and SiLU of the output gate.
-
-    y, gate [B, T, H, K]; gain [H, K]; impl: as for `short_convolution`. Returns [B, T, H, K] in the gate's dtype.
-    """
-    if gpu := _gpu(y, impl):
-        return gpu.gated_norm(y, gate, gain, epsilon)
-    normed = F.rms_norm(y, y.shape[-1:], eps=epsilon) * gain.to(y.dtype)
-    return normed.to(gate.dtype) * F.silu(gate)
-
-
 def _within_documents(channels: Tensor, filters: Tensor, positions: Tensor) -> Tensor:
     """The same convolution, tap by tap: channels [B, C, L-1+T], filters [C, L], positions [B, 1, T] -> [B, C, T]."""
     tokens, reach = positions.shape[-1], filters.shape[-1] - 1
@@ -99,11 +94,15 @@ def _within_documents(channels: Tensor, filters: Tensor, positions: Tensor) -> T
     return out
 
 
-def _gpu(x: Tensor, impl: str) -> ModuleType | None:
-    """The Triton kernels where they take this call. By name: this file also travels with an exported model."""
+def gpu_edges(x: Tensor, impl: str) -> ModuleType | None:
+    """The Triton kernels of the convolution and of the gated norm, where they take this call; None: torch does.
+
+    x: any tensor of the call. impl: as for `short_convolution`.
+    """
     if x.dtype == torch.float64 or not (x.is_cuda if impl == "auto" else impl == "triton"):
         return None
     try:
+        # By its name: this file also travels with an exported model.
         return importlib.import_module("atlas_kernels.gpu.edges")
     except ModuleNotFoundError:  # an exported model, where the package is not installed
         return None

@@ -1,105 +1,10 @@
-"""What a [memory] section means in numbers: gates, matrices, step sizes, FLOPs."""
+"""FLOPs of a memory's inner loop, by count: what a [memory] section costs."""
 
 from __future__ import annotations
 
-import math
-
-from atlas_kernels import lifted_width, write_logit
+from atlas_kernels.layer_start import weight_shapes
 from atlas_kernels.newton_schulz import GRAM_STEPS
 from atlas_megatron.config import MemoryConfig
-
-# A learned step size may grow to this many times its start: without Newton-Schulz, larger sums of steps diverge.
-ETA_HEADROOM = 10.0
-W1_GAIN = 0.02
-SHORT = 100  # tokens
-# Of an orthogonalised write, for each token that it stands for. A gated memory's hidden width is a product of two
-# written layers: with the step of a plain one its outer gradients explode.
-STEP, GATED_STEP = 0.01, 0.0015
-# Of a token beside it. A chunk multiplies the outer gradient by about RETENTION^chunk (1 + kappa STEP chunk): these two
-# keep that near one, whatever the chunk.
-RETENTION = 0.99
-
-
-def eta_start(memory: MemoryConfig) -> float:
-    """The step size at initialisation, given or derived as MemoryConfig says."""
-    if memory.eta_start > 0:
-        return memory.eta_start
-    if memory.ns_steps > 0:
-        step = GATED_STEP if memory.memory == "gated_mlp" else STEP
-        return step if memory.ns_step == "sum" else step * memory.ns_period
-    gradients = memory.window * (1.0 if memory.omega_gates == "none" else memory.gamma_start)
-    if memory.momentum:
-        gradients /= 1.0 - memory.theta_start
-    feedback = memory.memory != "linear" or memory.loss != "dot"
-    return memory.eta_sum / (gradients * (memory.chunk if feedback else 1))
-
-
-def first_gain(memory: MemoryConfig) -> float:
-    """Of the start of the output matrix, whose entries are drawn with std gain / sqrt(cols).
-
-    Near zero: reads begin as the residual alone. Not so under the output norm without Newton-Schulz: there the norm
-    divides the first gradients by W1's small output, and one chunk would bury the start. (2 F)^(1/4) makes steps that
-    sum to one as large as W1 itself (|e| about sqrt(2 V), |W1| = gain sqrt(V), sd = gain |h| / sqrt(F)).
-    """
-    if memory.norm == "layer" and memory.ns_steps == 0:
-        return (2.0 * memory.expansion * memory.head_dim) ** 0.25
-    return W1_GAIN
-
-
-def lifted(memory: MemoryConfig) -> int:
-    """D: features of a lifted key."""
-    return lifted_width(memory.feature_map, memory.head_dim, memory.degree, memory.sketch_width)
-
-
-def weight_shapes(memory: MemoryConfig) -> tuple[tuple[int, int], ...]:
-    """(rows, cols) of each matrix of one head's memory, in the order of `omega_memory`."""
-    width, features = memory.head_dim, lifted(memory)
-    if memory.memory == "linear":
-        return ((width, features),)
-    hidden = memory.expansion * width
-    return ((width, hidden), *([(hidden, features)] * (2 if memory.memory == "gated_mlp" else 1)))
-
-
-def gate_widths(memory: MemoryConfig) -> dict[str, int]:
-    """How many of each gate one head has, in the order in which `AtlasMixer` reads them."""
-    widths = {"alpha": 1} if memory.retention else {}
-    widths["eta"] = 1
-    if memory.momentum:
-        widths["theta"] = 1
-    if memory.omega_gates != "none":
-        widths["gamma"] = memory.window if memory.omega_gates == "pair" else 1
-    return widths
-
-
-def alpha_start(memory: MemoryConfig, tokens: int) -> float:
-    """The retention at initialisation, given or derived. With Newton-Schulz RETENTION. Without: what was there first
-    fades to a third over `tokens`, or over SHORT where they are fewer, for models are read further than they were
-    trained."""
-    return memory.alpha_start or (RETENTION if memory.ns_steps else 1.0 - 1.0 / max(SHORT, tokens))
-
-
-def gate_starts(memory: MemoryConfig, tokens: int) -> list[float]:
-    """Start logits of one head's gates, of a model for sequences of so many tokens."""
-    step, kept = 1.0 / ETA_HEADROOM, alpha_start(memory, tokens)
-    if memory.write_gate:
-        kept **= ETA_HEADROOM  # a token then keeps a^w, and w starts at `step`
-    start = {"alpha": kept, "eta": step, "theta": memory.theta_start, "gamma": memory.gamma_start}
-    logits = {name: math.log(share / (1.0 - share)) for name, share in start.items()}
-    if memory.write_gate:
-        logits["eta"] = write_logit(step)
-    return [logits[name] for name, width in gate_widths(memory).items() for _ in range(width)]
-
-
-def gate_count(memory: MemoryConfig) -> int:
-    """Gates of one head."""
-    return sum(gate_widths(memory).values())
-
-
-def coefficient_count(memory: MemoryConfig) -> int:
-    """Learned numbers of one head's feature map or kernel."""
-    if memory.kernel != "lifted":
-        return 1  # the kernel's scale
-    return 0 if memory.feature_map == "identity" else memory.degree + 1
 
 
 def memory_flops(memory: MemoryConfig, tokens: int) -> float:
