@@ -23,6 +23,8 @@ vanish otherwise.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -34,6 +36,13 @@ from atlas_kernels.gpu.newton_schulz_forward import (
     places,
     polynomial,
 )
+
+
+class Scratch(NamedTuple):
+    """Memory of each program, which its next matrix takes again. AFTER = M N, or BLOCKS M N of backward_blocks."""
+
+    trail_pointer: Any  # [programs, STEPS, AFTER + 2 M M] of PRODUCTS; by blocks [2 M M] after each program's steps
+    work_pointer: Any  # [programs, AFTER] float32, X and then G in full precision; None of backward_whole
 
 
 @triton.jit
@@ -52,12 +61,13 @@ def through_step(dP, A, b, c, PRODUCTS: tl.constexpr):
 
 
 @triton.jit
-def sum_of_products(left, right, total, M: tl.constexpr, SLICE: tl.constexpr):
+def sum_of_products(left_pointer, right_pointer, total, M: tl.constexpr):
     """total + left right [M, M], read from memory by slices of the inner side: whole, they would spill at M = 128."""
+    SLICE: tl.constexpr = 32 if M > 32 else 16
     rows, slice = tl.arange(0, M), tl.arange(0, SLICE)
     for k in tl.range(0, M // SLICE, disable_licm=True):
-        across = tl.load(left + grid_of(rows, k * SLICE + slice, M))
-        down = tl.load(right + grid_of(k * SLICE + slice, rows, M))
+        across = tl.load(left_pointer + grid_of(rows, k * SLICE + slice, M))
+        down = tl.load(right_pointer + grid_of(k * SLICE + slice, rows, M))
         total = tl.dot(across, down, total, input_precision=PRECISION)
     return total
 
@@ -72,276 +82,197 @@ def bounded(dS, pointer):
 
 @triton.jit
 def backward_whole(
-    matrices,
-    scales,
-    coefficients,
-    short,
-    long,
-    rank,
-    gradients,
-    gradient_scales,
-    gradient_coefficients,
-    gradient_short,
-    gradient_long,
-    gradient_rank,
-    share,
-    result,
-    norms,
-    table,
-    trail,
-    count,
-    m,
-    n,
-    stride_matrix,
-    stride_row,
-    stride_column,
-    gradient_stride_matrix,
-    gradient_stride_row,
-    gradient_stride_column,
-    result_stride_matrix,
-    result_stride_row,
-    result_stride_column,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    PRODUCTS: tl.constexpr,
-    STEPS: tl.constexpr,
-    TURNS: tl.constexpr,
-    RANKS: tl.constexpr,
-    GRADIENT_RANKS: tl.constexpr,
+    matrices,  # Matrices
+    gradients,  # Matrices, of what comes in
+    result,  # Strided, out
+    norms_pointer,  # [matrices] float32, of the forward
+    table_pointer,  # [steps, 3] float32
+    scratch,  # Scratch
+    sizes,  # Sizes
+    S: tl.constexpr,  # Constants
 ):
-    """All of X, then of G, on chip. count: matrices, at most programs x TURNS; trail [programs, STEPS,
-    M N + 2 M M] of PRODUCTS."""
-    rows, columns, inner = tl.arange(0, M), tl.arange(0, N), tl.arange(0, M)
-    inside = (rows < m)[:, None] & (columns < n)[None, :]
-    wide, small = grid_of(rows, columns, N), grid_of(rows, inner, M)
-    source = (matrices, stride_matrix, stride_row, stride_column, scales, coefficients, short, long, rank, share)
-    incoming = (
-        gradients, gradient_stride_matrix, gradient_stride_row, gradient_stride_column, gradient_scales,
-        gradient_coefficients, gradient_short, gradient_long, gradient_rank, share,
-    )  # fmt: skip
-    STEP: tl.constexpr = M * N + 2 * M * M
-    trail += tl.program_id(0).to(tl.int64) * STEPS * STEP
+    """All of X, then of G, on chip."""
+    rows, columns, inner = tl.arange(0, S.M), tl.arange(0, S.N), tl.arange(0, S.M)
+    inside = (rows < sizes.m)[:, None] & (columns < sizes.n)[None, :]
+    wide, small = grid_of(rows, columns, S.N), grid_of(rows, inner, S.M)
+    STEP: tl.constexpr = S.M * S.N + 2 * S.M * S.M
+    trail = scratch.trail_pointer + tl.program_id(0).to(tl.int64) * S.STEPS * STEP
     # Not a while: what is hoisted out of one costs the registers that the products need.
-    for turn in tl.range(0, TURNS, disable_licm=True):
+    for turn in tl.range(0, S.TURNS, disable_licm=True):
         place = turn * tl.num_programs(0) + tl.program_id(0)
-        if place < count:
+        if place < sizes.count:
             matrix = place.to(tl.int64)
-            norm = tl.load(norms + matrix)
-            X = columns_of(source, matrix, 0, m, n, M, N, PRODUCTS, RANKS) / (norm + EPSILON)
-            for step in tl.range(0, STEPS, disable_licm=True):
-                a, b, c = coefficients_of(table, step)
+            norm = tl.load(norms_pointer + matrix)
+            X = columns_of(matrices, matrix, 0, sizes, S.M, S.N, S.PRODUCTS) / (norm + EPSILON)
+            for step in tl.range(0, S.STEPS, disable_licm=True):
+                a, b, c = coefficients_of(table_pointer, step)
                 here = trail + step * STEP
-                x = X.to(PRODUCTS)
+                x = X.to(S.PRODUCTS)
                 A = tl.dot(x, tl.trans(x), input_precision=PRECISION)
-                P = polynomial(A, b, c, PRODUCTS)
+                P = polynomial(A, b, c, S.PRODUCTS)
                 tl.store(here + wide, x)
-                tl.store(here + M * N + small, A.to(PRODUCTS))
-                tl.store(here + M * N + M * M + small, P)
+                tl.store(here + S.M * S.N + small, A.to(S.PRODUCTS))
+                tl.store(here + S.M * S.N + S.M * S.M + small, P)
                 X = tl.dot(P, x, a * X, input_precision=PRECISION)
-            G = columns_of(incoming, matrix, 0, m, n, M, N, PRODUCTS, GRADIENT_RANKS)
+            G = columns_of(gradients, matrix, 0, sizes, S.M, S.N, S.PRODUCTS)
             size = tl.sqrt(tl.sum(G * G))
             size = tl.where(size > 0, size, 1.0)
             G = G / size
             # What one thread stored, another may load.
             tl.debug_barrier()
-            for back in tl.range(0, STEPS, disable_licm=True):
-                step = STEPS - 1 - back
-                a, b, c = coefficients_of(table, step)
+            for back in tl.range(0, S.STEPS, disable_licm=True):
+                step = S.STEPS - 1 - back
+                a, b, c = coefficients_of(table_pointer, step)
                 here = trail + step * STEP
                 x = tl.load(here + wide)
-                A = tl.load(here + M * N + small)
-                P = tl.load(here + M * N + M * M + small)
-                g = G.to(PRODUCTS)
-                D = through_step(tl.dot(g, tl.trans(x), input_precision=PRECISION), A, b, c, PRODUCTS)
+                A = tl.load(here + S.M * S.N + small)
+                P = tl.load(here + S.M * S.N + S.M * S.M + small)
+                g = G.to(S.PRODUCTS)
+                D = through_step(tl.dot(g, tl.trans(x), input_precision=PRECISION), A, b, c, S.PRODUCTS)
                 G = tl.dot(P, g, a * G, input_precision=PRECISION)
                 G = tl.dot(D, x, G, input_precision=PRECISION)
-            X = columns_of(source, matrix, 0, m, n, M, N, PRODUCTS, RANKS) / (norm + EPSILON)
+            X = columns_of(matrices, matrix, 0, sizes, S.M, S.N, S.PRODUCTS) / (norm + EPSILON)
             radial = tl.sum(G * X) * tl.where(norm > 0, (norm + EPSILON) / tl.where(norm > 0, norm, 1.0), 0.0)
-            target = result + matrix * result_stride_matrix
-            target += places(rows, columns, result_stride_row, result_stride_column)
-            tl.store(target, bounded((G - X * radial) * (size / (norm + EPSILON)), result), mask=inside)
+            target = result.pointer + matrix * result.stride_matrix
+            target += places(rows, columns, result.stride_row, result.stride_column)
+            tl.store(target, bounded((G - X * radial) * (size / (norm + EPSILON)), result.pointer), mask=inside)
             # The next matrix takes the same trail.
             tl.debug_barrier()
 
 
 @triton.jit
-def forward_again(
-    source, matrix, norm, table, trail, work, m, n, M: tl.constexpr, N: tl.constexpr, PRODUCTS: tl.constexpr,
-    STEPS: tl.constexpr, RANKS: tl.constexpr, BLOCKS: tl.constexpr, SLICE: tl.constexpr,
-):  # fmt: skip
-    """Every step's X, A and P onto this program's trail; `work` holds the last X in full precision."""
-    rows, inner = tl.arange(0, M), tl.arange(0, M)
-    block, small = grid_of(rows, tl.arange(0, N), N), grid_of(rows, inner, M)
-    AFTER: tl.constexpr = BLOCKS * M * N
-    STEP: tl.constexpr = AFTER + 2 * M * M
-    A = tl.zeros((M, M), tl.float32)
-    for j in tl.range(0, BLOCKS, disable_licm=True):
-        X = columns_of(source, matrix, j, m, n, M, N, PRODUCTS, RANKS) / (norm + EPSILON)
-        x = X.to(PRODUCTS)
-        tl.store(work + j * M * N + block, X)
-        tl.store(trail + j * M * N + block, x)
+def forward_again(matrices, matrix, norm, table_pointer, scratch, sizes, S: tl.constexpr):
+    """Every step's X, A and P onto this program's trail; its work holds the last X in full precision."""
+    trail, work = scratch.trail_pointer, scratch.work_pointer
+    rows, inner = tl.arange(0, S.M), tl.arange(0, S.M)
+    block, small = grid_of(rows, tl.arange(0, S.N), S.N), grid_of(rows, inner, S.M)
+    AFTER: tl.constexpr = S.BLOCKS * S.M * S.N
+    STEP: tl.constexpr = AFTER + 2 * S.M * S.M
+    A = tl.zeros((S.M, S.M), tl.float32)
+    for j in tl.range(0, S.BLOCKS, disable_licm=True):
+        X = columns_of(matrices, matrix, j, sizes, S.M, S.N, S.PRODUCTS) / (norm + EPSILON)
+        x = X.to(S.PRODUCTS)
+        tl.store(work + j * S.M * S.N + block, X)
+        tl.store(trail + j * S.M * S.N + block, x)
         A = tl.dot(x, tl.trans(x), A, input_precision=PRECISION)
-    for step in tl.range(0, STEPS, disable_licm=True):
-        a, b, c = coefficients_of(table, step)
+    for step in tl.range(0, S.STEPS, disable_licm=True):
+        a, b, c = coefficients_of(table_pointer, step)
         here = trail + step * STEP
-        tl.store(here + AFTER + small, A.to(PRODUCTS))
+        tl.store(here + AFTER + small, A.to(S.PRODUCTS))
         # What one thread stored, another may load.
         tl.debug_barrier()
-        P = (c * sum_of_products(here + AFTER, here + AFTER, (b / c) * A, M, SLICE)).to(PRODUCTS)
-        tl.store(here + AFTER + M * M + small, P)
-        A = tl.zeros((M, M), tl.float32)
+        P = (c * sum_of_products(here + AFTER, here + AFTER, (b / c) * A, S.M)).to(S.PRODUCTS)
+        tl.store(here + AFTER + S.M * S.M + small, P)
+        A = tl.zeros((S.M, S.M), tl.float32)
         tl.debug_barrier()
-        if step + 1 < STEPS:
-            for j in tl.range(0, BLOCKS, disable_licm=True):
-                x = tl.load(here + j * M * N + block)
-                X = tl.load(work + j * M * N + block)
+        if step + 1 < S.STEPS:
+            for j in tl.range(0, S.BLOCKS, disable_licm=True):
+                x = tl.load(here + j * S.M * S.N + block)
+                X = tl.load(work + j * S.M * S.N + block)
                 X = tl.dot(P, x, a * X, input_precision=PRECISION)
-                x = X.to(PRODUCTS)
-                tl.store(work + j * M * N + block, X)
-                tl.store(here + STEP + j * M * N + block, x)
+                x = X.to(S.PRODUCTS)
+                tl.store(work + j * S.M * S.N + block, X)
+                tl.store(here + STEP + j * S.M * S.N + block, x)
                 A = tl.dot(x, tl.trans(x), A, input_precision=PRECISION)
 
 
 @triton.jit
-def incoming_gradient(
-    incoming, matrix, last, work, m, n, M: tl.constexpr, N: tl.constexpr, PRODUCTS: tl.constexpr,
-    GRADIENT_RANKS: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """G of length 1 into `work`; its product with the last step's X, at `last`, and its length (1 where that is 0)."""
-    rows = tl.arange(0, M)
-    block = grid_of(rows, tl.arange(0, N), N)
-    squares = tl.zeros((M,), tl.float32)
-    for j in tl.range(0, BLOCKS, disable_licm=True):
-        G = columns_of(incoming, matrix, j, m, n, M, N, PRODUCTS, GRADIENT_RANKS)
-        tl.store(work + j * M * N + block, G)
+def incoming_gradient(gradients, matrix, last, work, sizes, S: tl.constexpr):
+    """G of length 1 at `work`; its product with the last step's X, at `last`, and its length (1 where that is 0)."""
+    rows = tl.arange(0, S.M)
+    block = grid_of(rows, tl.arange(0, S.N), S.N)
+    squares = tl.zeros((S.M,), tl.float32)
+    for j in tl.range(0, S.BLOCKS, disable_licm=True):
+        G = columns_of(gradients, matrix, j, sizes, S.M, S.N, S.PRODUCTS)
+        tl.store(work + j * S.M * S.N + block, G)
         squares += tl.sum(G * G, 1)
     size = tl.sqrt(tl.sum(squares, 0))
     size = tl.where(size > 0, size, 1.0)
-    dP = tl.zeros((M, M), tl.float32)
+    dP = tl.zeros((S.M, S.M), tl.float32)
     tl.debug_barrier()
-    for j in tl.range(0, BLOCKS, disable_licm=True):
-        G = tl.load(work + j * M * N + block) / size
-        tl.store(work + j * M * N + block, G)
-        x = tl.load(last + j * M * N + block)
-        dP = tl.dot(G.to(PRODUCTS), tl.trans(x), dP, input_precision=PRECISION)
+    for j in tl.range(0, S.BLOCKS, disable_licm=True):
+        G = tl.load(work + j * S.M * S.N + block) / size
+        tl.store(work + j * S.M * S.N + block, G)
+        x = tl.load(last + j * S.M * S.N + block)
+        dP = tl.dot(G.to(S.PRODUCTS), tl.trans(x), dP, input_precision=PRECISION)
     return dP, size
 
 
 @triton.jit
-def back_through_steps(
-    dP, table, trail, work, M: tl.constexpr, N: tl.constexpr, PRODUCTS: tl.constexpr, STEPS: tl.constexpr,
-    BLOCKS: tl.constexpr, SLICE: tl.constexpr,
-):  # fmt: skip
-    """G in `work` from behind the last step to before the first; its product with the first X."""
-    rows, inner = tl.arange(0, M), tl.arange(0, M)
-    block, small = grid_of(rows, tl.arange(0, N), N), grid_of(rows, inner, M)
-    AFTER: tl.constexpr = BLOCKS * M * N
-    STEP: tl.constexpr = AFTER + 2 * M * M
-    spare = trail + STEPS * STEP
-    for back in tl.range(0, STEPS, disable_licm=True):
-        step = STEPS - 1 - back
-        a, b, c = coefficients_of(table, step)
+def back_through_steps(dP, table_pointer, scratch, S: tl.constexpr):
+    """G in this program's work from behind the last step to before the first; its product with the first X."""
+    trail, work = scratch.trail_pointer, scratch.work_pointer
+    rows, inner = tl.arange(0, S.M), tl.arange(0, S.M)
+    block, small = grid_of(rows, tl.arange(0, S.N), S.N), grid_of(rows, inner, S.M)
+    AFTER: tl.constexpr = S.BLOCKS * S.M * S.N
+    STEP: tl.constexpr = AFTER + 2 * S.M * S.M
+    spare = trail + S.STEPS * STEP
+    for back in tl.range(0, S.STEPS, disable_licm=True):
+        step = S.STEPS - 1 - back
+        a, b, c = coefficients_of(table_pointer, step)
         here = trail + step * STEP
         before = trail + tl.maximum(step - 1, 0) * STEP
         E = dP + tl.trans(dP)
-        tl.store(spare + small, E.to(PRODUCTS))
+        tl.store(spare + small, E.to(S.PRODUCTS))
         tl.debug_barrier()
-        D = sum_of_products(spare, here + AFTER, (b / c) * E, M, SLICE)
-        D = sum_of_products(here + AFTER, spare, D, M, SLICE)
+        D = sum_of_products(spare, here + AFTER, (b / c) * E, S.M)
+        D = sum_of_products(here + AFTER, spare, D, S.M)
         # Beside P it would spill, so it is read again with every block.
-        d = spare + M * M + small
-        tl.store(d, (c * D).to(PRODUCTS))
-        P = tl.load(here + AFTER + M * M + small)
-        dP = tl.zeros((M, M), tl.float32)
+        d = spare + S.M * S.M + small
+        tl.store(d, (c * D).to(S.PRODUCTS))
+        P = tl.load(here + AFTER + S.M * S.M + small)
+        dP = tl.zeros((S.M, S.M), tl.float32)
         tl.debug_barrier()
-        for j in tl.range(0, BLOCKS, disable_licm=True):
-            G = tl.load(work + j * M * N + block)
-            G = tl.dot(P, G.to(PRODUCTS), a * G, input_precision=PRECISION)
-            G = tl.dot(tl.load(d), tl.load(here + j * M * N + block), G, input_precision=PRECISION)
-            tl.store(work + j * M * N + block, G)
-            x = tl.load(before + j * M * N + block)
-            dP = tl.dot(G.to(PRODUCTS), tl.trans(x), dP, input_precision=PRECISION)
+        for j in tl.range(0, S.BLOCKS, disable_licm=True):
+            G = tl.load(work + j * S.M * S.N + block)
+            G = tl.dot(P, G.to(S.PRODUCTS), a * G, input_precision=PRECISION)
+            G = tl.dot(tl.load(d), tl.load(here + j * S.M * S.N + block), G, input_precision=PRECISION)
+            tl.store(work + j * S.M * S.N + block, G)
+            x = tl.load(before + j * S.M * S.N + block)
+            dP = tl.dot(G.to(S.PRODUCTS), tl.trans(x), dP, input_precision=PRECISION)
     return dP
 
 
 @triton.jit
 def backward_blocks(
-    matrices,
-    scales,
-    coefficients,
-    short,
-    long,
-    rank,
-    gradients,
-    gradient_scales,
-    gradient_coefficients,
-    gradient_short,
-    gradient_long,
-    gradient_rank,
-    share,
-    result,
-    norms,
-    table,
-    trail,
-    work,
-    count,
-    m,
-    n,
-    stride_matrix,
-    stride_row,
-    stride_column,
-    gradient_stride_matrix,
-    gradient_stride_row,
-    gradient_stride_column,
-    result_stride_matrix,
-    result_stride_row,
-    result_stride_column,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    PRODUCTS: tl.constexpr,
-    STEPS: tl.constexpr,
-    TURNS: tl.constexpr,
-    RANKS: tl.constexpr,
-    GRADIENT_RANKS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    matrices,  # Matrices
+    gradients,  # Matrices, of what comes in
+    result,  # Strided, out
+    norms_pointer,  # [matrices] float32, of the forward
+    table_pointer,  # [steps, 3] float32
+    scratch,  # Scratch
+    sizes,  # Sizes
+    S: tl.constexpr,  # Constants
 ):
-    """By BLOCKS of N columns. trail [programs, STEPS (BLOCKS M N + 2 M M) + 2 M M] of PRODUCTS, a block's rows
-    together, E and D at its end; work float32 [programs, BLOCKS M N], X and then G in full precision; otherwise as
+    """By BLOCKS of N columns, a block's rows together in `scratch`, and E and D at the end of the trail; otherwise as
     backward_whole."""
-    rows, inner = tl.arange(0, M), tl.arange(0, M)
-    block = grid_of(rows, tl.arange(0, N), N)
-    source = (matrices, stride_matrix, stride_row, stride_column, scales, coefficients, short, long, rank, share)
-    incoming = (
-        gradients, gradient_stride_matrix, gradient_stride_row, gradient_stride_column, gradient_scales,
-        gradient_coefficients, gradient_short, gradient_long, gradient_rank, share,
-    )  # fmt: skip
-    AFTER: tl.constexpr = BLOCKS * M * N
-    STEP: tl.constexpr = AFTER + 2 * M * M
-    SLICE: tl.constexpr = 32 if M > 32 else 16
-    trail += tl.program_id(0).to(tl.int64) * (STEPS * STEP + 2 * M * M)
-    work += tl.program_id(0).to(tl.int64) * AFTER
+    rows, inner = tl.arange(0, S.M), tl.arange(0, S.M)
+    block = grid_of(rows, tl.arange(0, S.N), S.N)
+    AFTER: tl.constexpr = S.BLOCKS * S.M * S.N
+    STEP: tl.constexpr = AFTER + 2 * S.M * S.M
+    trail = scratch.trail_pointer + tl.program_id(0).to(tl.int64) * (S.STEPS * STEP + 2 * S.M * S.M)
+    work = scratch.work_pointer + tl.program_id(0).to(tl.int64) * AFTER
+    own = Scratch(trail, work)
     # Not a while: what is hoisted out of one costs the registers that the products need.
-    for turn in tl.range(0, TURNS, disable_licm=True):
+    for turn in tl.range(0, S.TURNS, disable_licm=True):
         place = turn * tl.num_programs(0) + tl.program_id(0)
-        if place < count:
+        if place < sizes.count:
             matrix = place.to(tl.int64)
-            norm = tl.load(norms + matrix)
-            forward_again(source, matrix, norm, table, trail, work, m, n, M, N, PRODUCTS, STEPS, RANKS, BLOCKS, SLICE)
-            dP, size = incoming_gradient(
-                incoming, matrix, trail + (STEPS - 1) * STEP, work, m, n, M, N, PRODUCTS, GRADIENT_RANKS, BLOCKS
-            )
-            dP = back_through_steps(dP, table, trail, work, M, N, PRODUCTS, STEPS, BLOCKS, SLICE)
+            norm = tl.load(norms_pointer + matrix)
+            forward_again(matrices, matrix, norm, table_pointer, own, sizes, S)
+            dP, size = incoming_gradient(gradients, matrix, trail + (S.STEPS - 1) * STEP, work, sizes, S)
+            dP = back_through_steps(dP, table_pointer, own, S)
             # Before the first step stands its own X: the diagonal of what was summed last is <dX, X>.
             radial = tl.sum(tl.sum(tl.where(rows[:, None] == inner[None, :], dP, 0.0), 1), 0)
             radial *= tl.where(norm > 0, (norm + EPSILON) / tl.where(norm > 0, norm, 1.0), 0.0)
             tl.debug_barrier()
-            target = result + matrix * result_stride_matrix
-            for j in tl.range(0, BLOCKS, disable_licm=True):
-                X = columns_of(source, matrix, j, m, n, M, N, PRODUCTS, RANKS) / (norm + EPSILON)
-                G = tl.load(work + j * M * N + block) - X * radial
-                columns = j * N + tl.arange(0, N)
-                inside = (rows < m)[:, None] & (columns < n)[None, :]
-                at = places(rows, columns, result_stride_row, result_stride_column)
-                tl.store(target + at, bounded(G * (size / (norm + EPSILON)), result), mask=inside)
+            target = result.pointer + matrix * result.stride_matrix
+            for j in tl.range(0, S.BLOCKS, disable_licm=True):
+                X = columns_of(matrices, matrix, j, sizes, S.M, S.N, S.PRODUCTS) / (norm + EPSILON)
+                G = tl.load(work + j * S.M * S.N + block) - X * radial
+                columns = j * S.N + tl.arange(0, S.N)
+                inside = (rows < sizes.m)[:, None] & (columns < sizes.n)[None, :]
+                at = places(rows, columns, result.stride_row, result.stride_column)
+                tl.store(target + at, bounded(G * (size / (norm + EPSILON)), result.pointer), mask=inside)
             # The next matrix takes the same trail.
             tl.debug_barrier()

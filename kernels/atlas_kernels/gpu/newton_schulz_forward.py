@@ -26,6 +26,8 @@ read and one write of X a step. O: bytes of an element of the result; R = 79 sou
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -36,6 +38,48 @@ PRECISION = tl.constexpr("tf32x3")
 RANK_BLOCK = tl.constexpr(32)
 
 
+class Strided(NamedTuple):
+    """Matrices in memory, of any strides."""
+
+    pointer: Any  # [matrices, m, n]
+    stride_matrix: Any
+    stride_row: Any
+    stride_column: Any
+
+
+class Matrices(NamedTuple):
+    """Matrices [m, n], m <= n: each in memory (RANKS = 0, all after `base` unused), or each formed of
+
+    scales[p] base[p // share] + sum_r coefficients[p, r] short[p // share, r] long[p // share, r]^T
+    """
+
+    base: Strided  # [owners, m, n]; its pointer None: the sum alone
+    scales_pointer: Any  # [matrices] float32, as the next three
+    coefficients_pointer: Any  # [matrices, rank]
+    short_pointer: Any  # [owners, rank, m]
+    long_pointer: Any  # [owners, rank, n]
+    rank: Any
+    RANKS: tl.constexpr  # blocks of RANK_BLOCK outer products
+
+
+class Sizes(NamedTuple):
+    count: Any  # of matrices; of the backward at most programs x TURNS
+    m: Any
+    n: Any
+    share: Any  # matrices after each other that have one owner
+
+
+class Constants(NamedTuple):
+    """S of the kernels of Newton-Schulz."""
+
+    M: int  # a power of two from 16 that holds m
+    N: int  # a power of two from 16: it holds n, or is a block of the columns
+    BLOCKS: int  # of N columns; not used where N holds n
+    PRODUCTS: tl.dtype
+    STEPS: int
+    TURNS: int  # of a program of the backward, a matrix each
+
+
 @triton.jit
 def places(rows, columns, row_stride, column_stride):
     """Offsets [M, N] in 64 bits: a view's strides times its rows may pass 2^31."""
@@ -43,41 +87,38 @@ def places(rows, columns, row_stride, column_stride):
 
 
 @triton.jit
-def coefficients_of(table, step):
+def coefficients_of(table_pointer, step):
     """(a, b, c) of a step; table float32 [steps, 3]."""
-    return tl.load(table + 3 * step), tl.load(table + 3 * step + 1), tl.load(table + 3 * step + 2)
+    at = table_pointer + 3 * step
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2)
 
 
 @triton.jit
-def columns_of(source, place, j, m, n, M: tl.constexpr, N: tl.constexpr, PRODUCTS: tl.constexpr, RANKS: tl.constexpr):
-    """Block j of N columns of matrix `place`, float32 [M, N], zeros outside [m, n].
-
-    source: (pointer, its strides from matrix to matrix, row and column; and of a formed matrix scales [matrices],
-    coefficients [matrices, rank], short [owners, rank, m], long [owners, rank, n], rank, share), None and 0 where
-    RANKS is 0. RANKS: blocks of RANK_BLOCK outer products; `share` matrices after each other have one owner. Without
-    `pointer` a formed matrix is its outer products alone.
-    """
-    pointer, stride_matrix, stride_row, stride_column, scales, coefficients, short, long, rank, share = source
+def columns_of(matrices, place, j, sizes, M: tl.constexpr, N: tl.constexpr, PRODUCTS: tl.constexpr):
+    """Block j of N columns of matrix `place` of `Matrices`, float32 [M, N], zeros outside [m, n]."""
+    m, n = sizes.m, sizes.n
     rows, columns = tl.arange(0, M), j * N + tl.arange(0, N)
     inside = (rows < m)[:, None] & (columns < n)[None, :]
-    if RANKS > 0:
-        owner = place // share
+    base = matrices.base
+    if matrices.RANKS > 0:
+        rank = matrices.rank
+        owner = place // sizes.share
         X = tl.zeros((M, N), tl.float32)
-        if pointer is not None:
-            at = pointer + owner * stride_matrix + places(rows, columns, stride_row, stride_column)
-            X = tl.load(scales + place) * tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        short += owner * rank * m
-        long += owner * rank * n
-        for block in tl.range(0, RANKS, disable_licm=True):
+        if base.pointer is not None:
+            at = base.pointer + owner * base.stride_matrix + places(rows, columns, base.stride_row, base.stride_column)
+            X = tl.load(matrices.scales_pointer + place) * tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        short_at = matrices.short_pointer + owner * rank * m
+        long_at = matrices.long_pointer + owner * rank * n
+        for block in tl.range(0, matrices.RANKS, disable_licm=True):
             r = block * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
-            c = tl.load(coefficients + place * rank + r, mask=r < rank, other=0.0)
-            left = short + r[None, :] * m + rows[:, None]
+            c = tl.load(matrices.coefficients_pointer + place * rank + r, mask=r < rank, other=0.0)
+            left = short_at + r[None, :] * m + rows[:, None]
             left = tl.load(left, mask=(rows < m)[:, None] & (r < rank)[None, :], other=0.0)
-            right = long + r[:, None] * n + columns[None, :]
+            right = long_at + r[:, None] * n + columns[None, :]
             right = tl.load(right, mask=(r < rank)[:, None] & (columns < n)[None, :], other=0.0)
             X = tl.dot((c[None, :] * left).to(PRODUCTS), right.to(PRODUCTS), X, input_precision=PRECISION)
     else:
-        at = pointer + place * stride_matrix + places(rows, columns, stride_row, stride_column)
+        at = base.pointer + place * base.stride_matrix + places(rows, columns, base.stride_row, base.stride_column)
         X = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     return X
 
@@ -91,116 +132,80 @@ def polynomial(A, b, c, PRODUCTS: tl.constexpr):
 
 @triton.jit
 def forward_whole(
-    matrices,
-    scales,
-    coefficients,
-    short,
-    long,
-    rank,
-    share,
-    result,
-    norms,
-    table,
-    m,
-    n,
-    stride_matrix,
-    stride_row,
-    stride_column,
-    result_stride_matrix,
-    result_stride_row,
-    result_stride_column,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    PRODUCTS: tl.constexpr,
-    STEPS: tl.constexpr,
-    RANKS: tl.constexpr,
+    matrices,  # Matrices
+    result,  # Strided, out
+    norms_pointer,  # out: [matrices] float32, |S|_F for the backward
+    table_pointer,  # [steps, 3] float32
+    sizes,  # Sizes
+    S: tl.constexpr,  # Constants
 ):
-    """All of X on chip. M, N: powers of two from 16 that hold m and n; norms float32 [matrices], for the backward."""
+    """All of X on chip."""
     matrix = tl.program_id(0).to(tl.int64)
-    rows, columns = tl.arange(0, M), tl.arange(0, N)
-    inside = (rows < m)[:, None] & (columns < n)[None, :]
-    source = (matrices, stride_matrix, stride_row, stride_column, scales, coefficients, short, long, rank, share)
-    X = columns_of(source, matrix, 0, m, n, M, N, PRODUCTS, RANKS)
+    rows, columns = tl.arange(0, S.M), tl.arange(0, S.N)
+    inside = (rows < sizes.m)[:, None] & (columns < sizes.n)[None, :]
+    X = columns_of(matrices, matrix, 0, sizes, S.M, S.N, S.PRODUCTS)
     # At once: by rows first, triton 3.6 fails on sm_100 where X comes from a product.
     norm = tl.sqrt(tl.sum(X * X))
-    tl.store(norms + matrix, norm)
+    tl.store(norms_pointer + matrix, norm)
     X = X / (norm + EPSILON)
-    for step in range(STEPS):
-        a, b, c = coefficients_of(table, step)
-        x = X.to(PRODUCTS)
+    for step in range(S.STEPS):
+        a, b, c = coefficients_of(table_pointer, step)
+        x = X.to(S.PRODUCTS)
         A = tl.dot(x, tl.trans(x), input_precision=PRECISION)
-        P = polynomial(A, b, c, PRODUCTS)
+        P = polynomial(A, b, c, S.PRODUCTS)
         X = tl.dot(P, x, a * X, input_precision=PRECISION)
-    target = result + matrix * result_stride_matrix + places(rows, columns, result_stride_row, result_stride_column)
-    tl.store(target, X.to(result.dtype.element_ty), mask=inside)
+    target = result.pointer + matrix * result.stride_matrix
+    target += places(rows, columns, result.stride_row, result.stride_column)
+    tl.store(target, X.to(result.pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def forward_blocks(
-    matrices,
-    scales,
-    coefficients,
-    short,
-    long,
-    rank,
-    share,
-    result,
-    norms,
-    table,
-    m,
-    n,
-    stride_matrix,
-    stride_row,
-    stride_column,
-    result_stride_matrix,
-    result_stride_row,
-    result_stride_column,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    PRODUCTS: tl.constexpr,
-    STEPS: tl.constexpr,
-    RANKS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    matrices,  # Matrices
+    result,  # Strided, out
+    norms_pointer,  # out: [matrices] float32, |S|_F for the backward
+    table_pointer,  # [steps, 3] float32
+    sizes,  # Sizes
+    S: tl.constexpr,  # Constants
 ):
     """X by blocks of N columns, kept in `result` between the steps (in its dtype); otherwise as forward_whole."""
     matrix = tl.program_id(0).to(tl.int64)
-    rows = tl.arange(0, M)
-    source = (matrices, stride_matrix, stride_row, stride_column, scales, coefficients, short, long, rank, share)
-    target = result + matrix * result_stride_matrix
-    squares = tl.zeros((M,), tl.float32)
-    for j in range(BLOCKS):
-        columns = j * N + tl.arange(0, N)
-        inside = (rows < m)[:, None] & (columns < n)[None, :]
-        X = columns_of(source, matrix, j, m, n, M, N, PRODUCTS, RANKS)
-        here = target + places(rows, columns, result_stride_row, result_stride_column)
-        tl.store(here, X.to(result.dtype.element_ty), mask=inside)
+    rows = tl.arange(0, S.M)
+    target = result.pointer + matrix * result.stride_matrix
+    squares = tl.zeros((S.M,), tl.float32)
+    for j in range(S.BLOCKS):
+        columns = j * S.N + tl.arange(0, S.N)
+        inside = (rows < sizes.m)[:, None] & (columns < sizes.n)[None, :]
+        X = columns_of(matrices, matrix, j, sizes, S.M, S.N, S.PRODUCTS)
+        here = target + places(rows, columns, result.stride_row, result.stride_column)
+        tl.store(here, X.to(result.pointer.dtype.element_ty), mask=inside)
         squares += tl.sum(X * X, 1)
     norm = tl.sqrt(tl.sum(squares, 0))
-    tl.store(norms + matrix, norm)
+    tl.store(norms_pointer + matrix, norm)
 
-    A = tl.zeros((M, M), tl.float32)
+    A = tl.zeros((S.M, S.M), tl.float32)
     # What one thread stored, another may load.
     tl.debug_barrier()
-    for j in range(BLOCKS):
-        columns = j * N + tl.arange(0, N)
-        inside = (rows < m)[:, None] & (columns < n)[None, :]
-        here = target + places(rows, columns, result_stride_row, result_stride_column)
+    for j in range(S.BLOCKS):
+        columns = j * S.N + tl.arange(0, S.N)
+        inside = (rows < sizes.m)[:, None] & (columns < sizes.n)[None, :]
+        here = target + places(rows, columns, result.stride_row, result.stride_column)
         X = tl.load(here, mask=inside, other=0.0).to(tl.float32) / (norm + EPSILON)
-        tl.store(here, X.to(result.dtype.element_ty), mask=inside)
-        x = X.to(PRODUCTS)
+        tl.store(here, X.to(result.pointer.dtype.element_ty), mask=inside)
+        x = X.to(S.PRODUCTS)
         A = tl.dot(x, tl.trans(x), A, input_precision=PRECISION)
-    for step in range(STEPS):
-        a, b, c = coefficients_of(table, step)
-        P = polynomial(A, b, c, PRODUCTS)
-        A = tl.zeros((M, M), tl.float32)
+    for step in range(S.STEPS):
+        a, b, c = coefficients_of(table_pointer, step)
+        P = polynomial(A, b, c, S.PRODUCTS)
+        A = tl.zeros((S.M, S.M), tl.float32)
         tl.debug_barrier()
-        for j in range(BLOCKS):
-            columns = j * N + tl.arange(0, N)
-            inside = (rows < m)[:, None] & (columns < n)[None, :]
-            here = target + places(rows, columns, result_stride_row, result_stride_column)
+        for j in range(S.BLOCKS):
+            columns = j * S.N + tl.arange(0, S.N)
+            inside = (rows < sizes.m)[:, None] & (columns < sizes.n)[None, :]
+            here = target + places(rows, columns, result.stride_row, result.stride_column)
             X = tl.load(here, mask=inside, other=0.0).to(tl.float32)
-            X = tl.dot(P, X.to(PRODUCTS), a * X, input_precision=PRECISION)
-            tl.store(here, X.to(result.dtype.element_ty), mask=inside)
-            if step + 1 < STEPS:
-                x = X.to(PRODUCTS)
+            X = tl.dot(P, X.to(S.PRODUCTS), a * X, input_precision=PRECISION)
+            tl.store(here, X.to(result.pointer.dtype.element_ty), mask=inside)
+            if step + 1 < S.STEPS:
+                x = X.to(S.PRODUCTS)
                 A = tl.dot(x, tl.trans(x), A, input_precision=PRECISION)

@@ -22,84 +22,121 @@ tokens, by count, for one of its matrices (E: bytes of an element of the stack):
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from atlas_kernels.gpu.newton_schulz_forward import columns_of, places
+from atlas_kernels.gpu.newton_schulz_forward import Matrices, Sizes, Strided, columns_of, places
 from atlas_kernels.gpu.scan_pieces import add_product, column, product, put, tile
+
+
+class Stack(NamedTuple):
+    """The matrices of G memories and what each token sees of them (`total`: one token; `meet`: unweighted)."""
+
+    base_pointer: Any  # [G, wide, narrow]
+    alphas_pointer: Any  # [G, T], of the base
+    stack_pointer: Any  # [G, K, wide, narrow]
+    weights_pointer: Any  # [G, K, T], of the stack
+
+
+class Through(NamedTuple):
+    """S of `through_kernel`: A of what comes out, B of what goes in."""
+
+    A: int
+    B: int
+    ROW: int  # from one of A to the next in a matrix, and from one of B to the next
+    COLUMN: int
+    BLOCK_T: int
+    BLOCK_A: int
+    BLOCK_B: int
+    PRODUCTS: tl.dtype
+
+
+class Meet(NamedTuple):
+    """S of `meet_kernel`."""
+
+    F: int
+    D: int
+    BLOCK_T: int
+    BLOCK_F: int
+    BLOCK_D: int
+    PRODUCTS: tl.dtype
+
+
+class Total(NamedTuple):
+    """S of `total_kernel`."""
+
+    SIZE: int  # elements of a matrix
+    BLOCK: int
+
+
+class Form(NamedTuple):
+    """S of `form_kernel`."""
+
+    F: int
+    D: int
+    BLOCK_F: int
+    BLOCK_D: int
+    PRODUCTS: tl.dtype
+    RANKS: int  # blocks of the outer products
 
 
 @triton.jit
 def through_kernel(
     x_pointer,  # [G, T, B]
-    base_pointer,  # [G, ...], A x B elements each
-    alphas_pointer,  # [G, T]
-    stack_pointer,  # [G, K, ...]
-    weights_pointer,  # [G, K, T]
+    stack,  # Stack
     out_pointer,  # out: [G, T, A]
     T,
     K,
-    A: tl.constexpr,
-    B: tl.constexpr,
-    ROW: tl.constexpr,  # from one of A to the next in a matrix, and from one of B to the next
-    COLUMN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    PRODUCTS: tl.constexpr,
+    S: tl.constexpr,  # Through
 ):
-    blocks = tl.cdiv(T, BLOCK_T)
+    blocks = tl.cdiv(T, S.BLOCK_T)
     g = (tl.program_id(0) // blocks).to(tl.int64)
-    t = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
-    a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
-    alphas = column(alphas_pointer + g * T, t, T)
-    out = tl.zeros([BLOCK_T, BLOCK_A], tl.float32)
-    for start in tl.range(0, B, BLOCK_B, disable_licm=True):
-        b = start + tl.arange(0, BLOCK_B)
-        x = tile(x_pointer + g * T * B, t, b, T, B)
-        at = b[:, None] * COLUMN + a[None, :] * ROW
-        inside = (b[:, None] < B) & (a[None, :] < A)
-        base = tl.load(base_pointer + g * A * B + at, mask=inside, other=0.0)
-        out = add_product(out, alphas * x, base, PRODUCTS)
+    t = tl.program_id(0) % blocks * S.BLOCK_T + tl.arange(0, S.BLOCK_T)
+    a = tl.program_id(1) * S.BLOCK_A + tl.arange(0, S.BLOCK_A)
+    alphas = column(stack.alphas_pointer + g * T, t, T)
+    out = tl.zeros([S.BLOCK_T, S.BLOCK_A], tl.float32)
+    for start in tl.range(0, S.B, S.BLOCK_B, disable_licm=True):
+        b = start + tl.arange(0, S.BLOCK_B)
+        x = tile(x_pointer + g * T * S.B, t, b, T, S.B)
+        at = b[:, None] * S.COLUMN + a[None, :] * S.ROW
+        inside = (b[:, None] < S.B) & (a[None, :] < S.A)
+        base = tl.load(stack.base_pointer + g * S.A * S.B + at, mask=inside, other=0.0)
+        out = add_product(out, alphas * x, base, S.PRODUCTS)
         k = 0
         while k < K:  # no range: the interpreter takes an argument as its bound only with an older numpy
-            weights = column(weights_pointer + (g * K + k) * T, t, T)
+            weights = column(stack.weights_pointer + (g * K + k) * T, t, T)
             # Tokens before a write see nothing of it, sources outside its window give nothing to it. NaN is not zero.
             if tl.sum((weights != 0.0).to(tl.int32)) > 0:
-                matrix = tl.load(stack_pointer + (g * K + k) * A * B + at, mask=inside, other=0.0)
-                out = add_product(out, weights * x, matrix, PRODUCTS)
+                matrix = tl.load(stack.stack_pointer + (g * K + k) * S.A * S.B + at, mask=inside, other=0.0)
+                out = add_product(out, weights * x, matrix, S.PRODUCTS)
             k += 1
-    put(out_pointer + g * T * A, out, t, a, T, A)
+    put(out_pointer + g * T * S.A, out, t, a, T, S.A)
 
 
 @triton.jit
 def meet_kernel(
     wide_pointer,  # [G, T, F]
     narrow_pointer,  # [G, T, D]
-    base_pointer,  # [G, F, D]
-    stack_pointer,  # [G, K, F, D]
+    stack,  # Stack
     scores_pointer,  # out: [G, K, T]
     inner_pointer,  # out: [G, K]
     T,
     K,
-    F: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRODUCTS: tl.constexpr,
+    S: tl.constexpr,  # Meet
 ):
     at = tl.program_id(0).to(tl.int64)
     g = at // K
-    t, d = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
-    narrow = tile(narrow_pointer + g * T * D, t, d, T, D).to(PRODUCTS)
-    scores, inner = tl.zeros([BLOCK_T], tl.float32), tl.zeros([BLOCK_F], tl.float32)
-    for start in tl.range(0, F, BLOCK_F, disable_licm=True):
-        f = start + tl.arange(0, BLOCK_F)
-        matrix = tile(stack_pointer + at * F * D, f, d, F, D)
-        met = product(narrow, tl.trans(matrix), PRODUCTS)
-        scores += tl.sum(met * tile(wide_pointer + g * T * F, t, f, T, F), 1)
-        inner += tl.sum(matrix.to(tl.float32) * tile(base_pointer + g * F * D, f, d, F, D), 1)
+    t, d = tl.program_id(1) * S.BLOCK_T + tl.arange(0, S.BLOCK_T), tl.arange(0, S.BLOCK_D)
+    narrow = tile(narrow_pointer + g * T * S.D, t, d, T, S.D).to(S.PRODUCTS)
+    scores, inner = tl.zeros([S.BLOCK_T], tl.float32), tl.zeros([S.BLOCK_F], tl.float32)
+    for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
+        f = start + tl.arange(0, S.BLOCK_F)
+        matrix = tile(stack.stack_pointer + at * S.F * S.D, f, d, S.F, S.D)
+        met = product(narrow, tl.trans(matrix), S.PRODUCTS)
+        scores += tl.sum(met * tile(wide_pointer + g * T * S.F, t, f, T, S.F), 1)
+        inner += tl.sum(matrix.to(tl.float32) * tile(stack.base_pointer + g * S.F * S.D, f, d, S.F, S.D), 1)
     tl.store(scores_pointer + at * T + t, scores, mask=t < T)
     if tl.program_id(1) == 0:
         tl.store(inner_pointer + at, tl.sum(inner, 0))
@@ -107,25 +144,22 @@ def meet_kernel(
 
 @triton.jit
 def total_kernel(
-    base_pointer,  # [G, SIZE]
-    alphas_pointer,  # [G]
-    stack_pointer,  # [G, K, SIZE]
-    weights_pointer,  # [G, K]
+    stack,  # Stack
     out_pointer,  # out: [G, SIZE]
     K,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    S: tl.constexpr,  # Total
 ):
     g = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < SIZE
-    out = tl.load(alphas_pointer + g) * tl.load(base_pointer + g * SIZE + i, mask=inside, other=0.0)
+    i = tl.program_id(1) * S.BLOCK + tl.arange(0, S.BLOCK)
+    inside = i < S.SIZE
+    out = tl.load(stack.alphas_pointer + g) * tl.load(stack.base_pointer + g * S.SIZE + i, mask=inside, other=0.0)
     k = 0
     while k < K:
         at = g * K + k
-        out += tl.load(weights_pointer + at) * tl.load(stack_pointer + at * SIZE + i, mask=inside, other=0.0)
+        weight = tl.load(stack.weights_pointer + at)
+        out += weight * tl.load(stack.stack_pointer + at * S.SIZE + i, mask=inside, other=0.0)
         k += 1
-    tl.store(out_pointer + g * SIZE + i, out, mask=inside)
+    tl.store(out_pointer + g * S.SIZE + i, out, mask=inside)
 
 
 @triton.jit
@@ -137,18 +171,18 @@ def form_kernel(
     wide_pointer,  # [G, R, F]
     out_pointer,  # out: [G, F, D]
     R,
-    F: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRODUCTS: tl.constexpr,
-    RANKS: tl.constexpr,
+    S: tl.constexpr,  # Form
 ):
     g = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1)
-    source = (
-        base_pointer, F * D, 1, D, scales_pointer, coefficients_pointer, narrow_pointer, wide_pointer, R, 1,
+    # Not kept in variables, which would make numbers of the constants.
+    out = columns_of(
+        Matrices(
+            Strided(base_pointer, S.F * S.D, 1, S.D), scales_pointer, coefficients_pointer, narrow_pointer,
+            wide_pointer, R, S.RANKS,
+        ),
+        g, j, Sizes(1, S.D, S.F, 1), S.BLOCK_D, S.BLOCK_F, S.PRODUCTS,
     )  # fmt: skip
-    out = columns_of(source, g, j, D, F, BLOCK_D, BLOCK_F, PRODUCTS, RANKS)
-    d, f = tl.arange(0, BLOCK_D), j * BLOCK_F + tl.arange(0, BLOCK_F)
-    tl.store(out_pointer + g * F * D + places(d, f, 1, D), out, mask=(d < D)[:, None] & (f < F)[None, :])
+    d, f = tl.arange(0, S.BLOCK_D), j * S.BLOCK_F + tl.arange(0, S.BLOCK_F)
+    inside = (d < S.D)[:, None] & (f < S.F)[None, :]
+    tl.store(out_pointer + g * S.F * S.D + places(d, f, 1, S.D), out, mask=inside)
