@@ -35,7 +35,7 @@ from atlas_kernels.gpu.newton_schulz import (
     plan,
     rank_blocks,
 )
-from atlas_kernels.gpu.stack_kernels import (
+from atlas_kernels.gpu.stack import (
     Form,
     Meet,
     Stack,
@@ -163,34 +163,34 @@ class _OrthogonalStep(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @unrounded_backward
-    def backward(ctx: Any, grad_out: Tensor, grad_w: Tensor, grad_s: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor, grad_written: Tensor, grad_moved: Tensor) -> tuple[Tensor | None, ...]:
         x, alphas, of_writes, thetas, sums, last_theta, last_sums, W, S, wide, narrow, O, norms, table = (  # noqa: E741
             ctx.saved_tensors
         )
         products, widens = ctx.step.products, ctx.step.widens
-        grad_out, grad_w, grad_s = (t.contiguous() for t in (grad_out, grad_w, grad_s))
+        grad_out, grad_written, grad_moved = (t.contiguous() for t in (grad_out, grad_written, grad_moved))
         left, right = (grad_out, x) if widens else (x, grad_out)
         grad_x = _through(grad_out, W, alphas, O, of_writes, products, not widens)
-        grad_of_writes, at_last = _meet(left, right, grad_w, O, products)
+        grad_of_writes, at_last = _meet(left, right, grad_written, O, products)
         grad_of_writes[..., -1] += at_last
-        grad_alphas, at_last = (t[:, 0] for t in _meet(left, right, grad_w, W.unsqueeze(1), products))
+        grad_alphas, at_last = (t[:, 0] for t in _meet(left, right, grad_written, W.unsqueeze(1), products))
         grad_alphas[:, -1] += at_last
-        of_w = _form(grad_w, alphas[:, -1].contiguous(), alphas, left, right, products)
+        grad_w = _form(grad_written, alphas[:, -1].contiguous(), alphas, left, right, products)
 
         # float16 would not hold what Newton-Schulz's gradient multiplies by the inverse of a small momentum.
         held = torch.bfloat16 if products == torch.bfloat16 else torch.float32
         grad_momenta = W.new_empty(O.shape, dtype=held)
         if thetas.numel():
             momenta = _source(S, thetas, sums, wide, narrow)
-            gradient = _source(grad_w, of_writes[..., -1].contiguous(), of_writes, left, right)
+            gradient = _source(grad_written, of_writes[..., -1].contiguous(), of_writes, left, right)
             launch_backward(momenta, gradient, norms, table, products, _rows(grad_momenta))
         grad_sums, grad_thetas = _meet(wide, narrow, S, grad_momenta, products)
-        grad_last_sums, grad_last_theta = (t[:, 0] for t in _meet(wide, narrow, S, grad_s.unsqueeze(1), products))
-        grad_wide = _through(narrow, grad_s, last_sums, grad_momenta, sums, products, True)
-        grad_narrow = _through(wide, grad_s, last_sums, grad_momenta, sums, products, False)
-        of_s = _total(grad_s, last_theta, grad_momenta, thetas)
+        grad_last_sums, grad_last_theta = (t[:, 0] for t in _meet(wide, narrow, S, grad_moved.unsqueeze(1), products))
+        grad_wide = _through(narrow, grad_moved, last_sums, grad_momenta, sums, products, True)
+        grad_narrow = _through(wide, grad_moved, last_sums, grad_momenta, sums, products, False)
+        grad_s = _total(grad_moved, last_theta, grad_momenta, thetas)
         tables = (grad_alphas, grad_of_writes, grad_thetas, grad_sums, grad_last_theta, grad_last_sums)
-        return None, grad_x, *tables, of_w, of_s, grad_wide, grad_narrow
+        return None, grad_x, *tables, grad_w, grad_s, grad_wide, grad_narrow
 
 
 class _Product(torch.autograd.Function):

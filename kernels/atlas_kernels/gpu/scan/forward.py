@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from atlas_kernels.gpu.scan_pieces import (
+from atlas_kernels.gpu.scan.pieces import (
     add_flipped,
     add_product,
     column,

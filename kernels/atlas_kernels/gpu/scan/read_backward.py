@@ -8,7 +8,7 @@ slot 0 takes the gradient of the first chunk's anchor, every other anchor is the
 
 Names: `grad_a` is the loss's gradient of a.
 
-A chunk of a memory, sizes as in scan_forward.py; by count, not measured:
+A chunk of a memory, sizes as in forward.py; by count, not measured:
 
     kernel          MFLOP  device memory                        L2                          held on chip
     read_backward   40     256 KB matrices, 200 KB tokens,      anchor: 128 KB              grad_q_w, grad_q_s [C, 64],
@@ -28,7 +28,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from atlas_kernels.gpu.scan_pieces import (
+from atlas_kernels.gpu.scan.pieces import (
     add_product,
     column,
     flipped,

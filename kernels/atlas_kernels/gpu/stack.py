@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from atlas_kernels.gpu.newton_schulz_forward import Matrices, Sizes, Strided, columns_of, places
-from atlas_kernels.gpu.scan_pieces import add_product, column, product, put, tile
+from atlas_kernels.gpu.newton_schulz.forward import Matrices, Sizes, Strided, columns_of, places
+from atlas_kernels.gpu.scan.pieces import add_product, column, product, put, tile
 
 
 class Stack(NamedTuple):

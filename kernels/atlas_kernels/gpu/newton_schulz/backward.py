@@ -16,7 +16,7 @@ that it is as large as the GPU has room for programs, not as the batch. J bytes 
 | backward_blocks | the same            | 6 I m n       | k (J (4 m n + m^2 (10 + n / N)| A, P or E, P, columns of    |
 |                 |                     |               | + 16 m n)                     | G, X                        |
 
-S and G may both be formed here from their factors, as in newton_schulz_forward.py; S twice, at 2 R m n FLOPs each.
+S and G may both be formed here from their factors, as in forward.py; S twice, at 2 R m n FLOPs each.
 The gradient of Newton-Schulz is linear in what comes in, which is scaled to |G|_F = 1 first: in float16 it would
 vanish otherwise.
 """
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from atlas_kernels.gpu.newton_schulz_forward import (
+from atlas_kernels.gpu.newton_schulz.forward import (
     EPSILON,
     PRECISION,
     coefficients_of,

@@ -21,9 +21,8 @@ from atlas_kernels.autocast import unrounded_backward
 from atlas_kernels.chunked import SegmentScan
 from atlas_kernels.chunked import Tokens as SegmentTokens
 from atlas_kernels.gpu.launch import TRITON_DTYPES, Variant, launch, recording
-from atlas_kernels.gpu.scan_backward import read_backward_kernel
-from atlas_kernels.gpu.scan_forward import read_kernel, write_kernel
-from atlas_kernels.gpu.scan_pieces import (
+from atlas_kernels.gpu.scan.forward import read_kernel, write_kernel
+from atlas_kernels.gpu.scan.pieces import (
     Matrices,
     ReadGradients,
     Reads,
@@ -34,7 +33,8 @@ from atlas_kernels.gpu.scan_pieces import (
     Tokens,
     WriteGradients,
 )
-from atlas_kernels.gpu.scan_write_backward import write_backward_kernel
+from atlas_kernels.gpu.scan.read_backward import read_backward_kernel
+from atlas_kernels.gpu.scan.write_backward import write_backward_kernel
 from atlas_kernels.rule import MemoryRule
 from atlas_kernels.writes import Coefficients
 
@@ -67,7 +67,7 @@ KERNELS = {
 # (rows of the hidden width at a time, warps), pinned so that equal inputs give equal bits: the largest that the
 # forward holds without spilling on compute capability 9.0, and the smallest in the backward, which spills least.
 CONFIGURATIONS = {"write": (32, 8), "read": (32, 8), "read_backward": (16, 8), "write_backward": (16, 8)}
-# The constants that a kernel has no use for: at their default, so that none of them compiles it anew.
+# Constants that a kernel does not use. They are set to their defaults, so that a change of them compiles nothing anew.
 UNUSED = {
     "write": ("BLOCK_C", "SHARE", "KEEP"),
     "read": ("SHARE",),
@@ -77,6 +77,7 @@ UNUSED = {
 
 
 def shape_of(rule: MemoryRule, products: torch.dtype, sizes: Sizes, D: int, V: int, F: int, keep: bool) -> Shape:
+    """The constants of a segment's launches; F the hidden width, keep: for a backward. BLOCK_F is each launch's own."""
     pad = lambda n: max(16, triton.next_power_of_2(n))  # noqa: E731
     return Shape(
         D=D,
@@ -97,6 +98,7 @@ def shape_of(rule: MemoryRule, products: torch.dtype, sizes: Sizes, D: int, V: i
 
 
 def _launch(kernel: str, programs: int, arguments: tuple[Any, ...], shape: Shape) -> None:
+    """One of KERNELS, with as many rows of the hidden width at a time as CONFIGURATIONS and the sizes allow."""
     block, warps = CONFIGURATIONS[kernel]
     if max(shape.D, shape.V) > 64 or shape.GATED or shape.PRODUCTS == triton.language.float32:
         block = 16
@@ -224,7 +226,8 @@ def variants() -> list[Variant]:
 
 
 def _variants(title: str, rule: MemoryRule, *kernels: str) -> list[Variant]:
-    """Of chunks one token short, so that no size is known to be a multiple of 16."""
+    """Recorded of chunks one token short: of a whole one the kernels would be told that C is a multiple of 16, which
+    the last chunk of a sequence is not."""
     N, G, C, D, F = 3, 3, rule.chunk - 1, 64, 256
     I = C + rule.window - 1  # noqa: E741
     empty = partial(torch.empty, device="meta", requires_grad=True)

@@ -1,7 +1,7 @@
 """Newton-Schulz on a GPU: the contract of atlas_kernels.newton_schulz, thousands of small matrices at a time.
 
-What is launched for which size is pinned here (`plan`); the kernels and what they cost are in newton_schulz_forward.py
-and newton_schulz_backward.py.
+What is launched for which size is pinned here (`plan`); the kernels and what they cost are in forward.py
+and backward.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from atlas_kernels.autocast import unrounded_backward
 from atlas_kernels.gpu.launch import TRITON_DTYPES, Variant, launch, recording
-from atlas_kernels.gpu.newton_schulz_backward import Scratch, backward_blocks, backward_whole
-from atlas_kernels.gpu.newton_schulz_forward import (
+from atlas_kernels.gpu.newton_schulz.backward import Scratch, backward_blocks, backward_whole
+from atlas_kernels.gpu.newton_schulz.forward import (
     RANK_BLOCK,
     Constants,
     Matrices,
@@ -64,13 +64,8 @@ def plan(m: int, n: int, products: torch.dtype, backward: bool) -> Plan:
 
 @dataclass(frozen=True)
 class Source:
-    """Matrices [m, n], m <= n, as the kernels take them: each in memory, or each formed on chip,
-
-        scales[p] base[p // share] + sum_r coefficients[p, r] short[p // share, r] long[p // share, r]^T
-
-    base of any strides, the rest float32 and dense: scales [matrices], coefficients [matrices, rank],
-    short [owners, rank, m], long [owners, rank, n].
-    """
+    """What `Matrices` are made of: base of any strides and dtype, alone or with the outer products of `share` matrices
+    an owner, float32 and dense."""
 
     base: Tensor
     scales: Tensor | None = None
@@ -78,10 +73,6 @@ class Source:
     short: Tensor | None = None
     long: Tensor | None = None
     share: int = 1
-
-    @property
-    def count(self) -> int:
-        return self.base.shape[0] if self.scales is None else self.scales.numel()
 
     def matrices(self) -> Matrices:
         """As a kernel takes them."""

@@ -1,4 +1,4 @@
-"""The memory scan backward, the chain of the writes: see scan_backward.py."""
+"""The memory scan backward, the chain of the writes: see read_backward.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from atlas_kernels.gpu.scan_pieces import (
+from atlas_kernels.gpu.scan.pieces import (
     Matrices,
     add_flipped,
     add_product,
