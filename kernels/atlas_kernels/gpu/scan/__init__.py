@@ -118,19 +118,21 @@ class _SegmentScan(torch.autograd.Function):
         to_s: Tensor | None, *matrices: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         count, keep = len(matrices) // (3 if rule.momentum else 2), any(ctx.needs_input_grad)
-        sizes = Sizes(*q.shape[:3], v.shape[-2])
-        shape = shape_of(rule, products, sizes, q.shape[-1], v.shape[-1], matrices[0].shape[-2], keep)
+        N, G, C, D = q.shape
+        I, V = v.shape[-2:]  # noqa: E741
+        sizes = Sizes(N, G, C, I)
+        shape = shape_of(rule, products, sizes, D, V, matrices[0].shape[-2], keep)
         tokens = Tokens(*(t.contiguous() for t in (q, x, v, r)))
         coefficients = (alphas, kappas, _padded(sources, shape), last, to_w, to_s)
         tables = Tables(*(None if t is None else t.contiguous() for t in coefficients))
-        states = _entering(sizes.N, *(matrices[i * count : (i + 1) * count] for i in range(3)))
+        states = _entering(N, *(matrices[i * count : (i + 1) * count] for i in range(3)))
 
         o = torch.empty_like(tokens.v_pointer)
-        _launch("write", sizes.G, (tokens, tables, states, o, sizes), shape)
+        _launch("write", G, (tokens, tables, states, o, sizes), shape)
         y = torch.empty_like(read_residual, memory_format=torch.contiguous_format)
         reads = Reads(o, *map(torch.empty_like, (y, tables.sources_pointer))) if keep else Reads(o, None, None)
         arguments = tokens, tables, states, read_residual.contiguous(), y, reads, sizes
-        _launch("read", sizes.N * sizes.G, arguments, shape)
+        _launch("read", N * G, arguments, shape)
         left = (*states.weights[:count], *(states.momenta[:count] if states.momenta else ()))
         if keep:
             ctx.save_for_backward(*tokens, *tables, *reads, *left)
