@@ -56,21 +56,8 @@ def all_variants() -> list[Any]:
 
 
 def measure(variant: Any, arch: int) -> dict[str, Any]:
-    """What `variant` takes on sm_<arch>.
-
-    Pointers are taken as aligned to 16 bytes, as an allocation is; an integer that is a multiple of 16 at launch is
-    written "i32:16" in the signature, as the launcher would find out.
-    """
-    kernel, signature, hints = variant.kernel, {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in variant.constants:
-            signature[name] = "constexpr"
-            continue
-        kind, _, hint = variant.signature[name].partition(":")
-        signature[name] = kind
-        if kind.startswith("*") or hint == "16":
-            hints[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=dict(variant.constants), attrs=hints)
+    """What `variant` takes on sm_<arch>."""
+    source = ASTSource(variant.kernel, variant.signature, dict(variant.constants), dict(variant.hints))
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

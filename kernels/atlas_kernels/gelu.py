@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .autocast import unrounded_backward
 
-_C = 2.0 * math.sqrt(2.0 / math.pi)
-_A = 0.044715
+SCALE = 2.0 * math.sqrt(2.0 / math.pi)
+CUBIC = 0.044715
 
 
 def gelu(z: Tensor) -> Tensor:
@@ -38,11 +38,11 @@ def _even(z: Tensor, constant: float, square: float) -> Tensor:
 
 
 def _sigmoid(z: Tensor) -> Tensor:
-    return _even(z, _C, _A * _C).mul_(z).sigmoid_()
+    return _even(z, SCALE, CUBIC * SCALE).mul_(z).sigmoid_()
 
 
 def _slope(z: Tensor) -> Tensor:
-    return _even(z, _C, 3.0 * _A * _C)
+    return _even(z, SCALE, 3.0 * CUBIC * SCALE)
 
 
 def _first(z: Tensor, s: Tensor) -> Tensor:
@@ -76,5 +76,5 @@ class _GeluWithDerivative(torch.autograd.Function):
         z, s, first = ctx.saved_tensors
         p = _slope(z)
         bend = torch.rsub(s, 1, alpha=2).mul_(z).mul_(p).mul_(p)
-        bend.add_(_even(z, 2.0 * _C, 12.0 * _A * _C)).mul_(grad_first)
+        bend.add_(_even(z, 2.0 * SCALE, 12.0 * CUBIC * SCALE)).mul_(grad_first)
         return torch.ops.aten.sigmoid_backward(bend, s).addcmul_(grad_h, first)

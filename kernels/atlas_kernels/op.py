@@ -156,7 +156,7 @@ def _choose(
     refused: str | None = "is for tensors on a GPU"
     if impl == "triton" or q.is_cuda:
         try:
-            refused = _gpu("scan_coverage").refusal(rule, q, v, weights, products)
+            refused = _gpu("coverage").refusal(rule, q, v, weights, products)
         except ModuleNotFoundError:
             refused = "needs the atlas_kernels package, which is not installed"
     if impl == "triton":

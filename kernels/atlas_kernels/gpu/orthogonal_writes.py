@@ -15,20 +15,37 @@ activation and the norms are the torch code's. Dims: G = B x H memories, C token
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atlas_kernels.autocast import unrounded_backward
 from atlas_kernels.decays import decay_matrix
-from atlas_kernels.gpu.newton_schulz import PRODUCTS, Source, coefficient_table, launch_backward, launch_forward, plan
-from atlas_kernels.gpu.newton_schulz_forward import RANK_BLOCK
-from atlas_kernels.gpu.stack_kernels import form_kernel, meet_kernel, through_kernel, total_kernel
-from atlas_kernels.gpu.variants import Variant
+from atlas_kernels.gpu.launch import TRITON_DTYPES, Variant, launch, recording
+from atlas_kernels.gpu.newton_schulz import (
+    FORMED_OF,
+    Source,
+    coefficient_table,
+    launch_backward,
+    launch_forward,
+    plan,
+    rank_blocks,
+)
+from atlas_kernels.gpu.stack import (
+    Form,
+    Meet,
+    Stack,
+    Through,
+    Total,
+    form_kernel,
+    meet_kernel,
+    through_kernel,
+    total_kernel,
+)
 from atlas_kernels.memories import Factors, Matrices
 from atlas_kernels.rule import MemoryRule
 from atlas_kernels.writes import Leave
@@ -146,34 +163,34 @@ class _OrthogonalStep(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @unrounded_backward
-    def backward(ctx: Any, grad_out: Tensor, grad_w: Tensor, grad_s: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor, grad_written: Tensor, grad_moved: Tensor) -> tuple[Tensor | None, ...]:
         x, alphas, of_writes, thetas, sums, last_theta, last_sums, W, S, wide, narrow, O, norms, table = (  # noqa: E741
             ctx.saved_tensors
         )
         products, widens = ctx.step.products, ctx.step.widens
-        grad_out, grad_w, grad_s = (t.contiguous() for t in (grad_out, grad_w, grad_s))
+        grad_out, grad_written, grad_moved = (t.contiguous() for t in (grad_out, grad_written, grad_moved))
         left, right = (grad_out, x) if widens else (x, grad_out)
         grad_x = _through(grad_out, W, alphas, O, of_writes, products, not widens)
-        grad_of_writes, at_last = _meet(left, right, grad_w, O, products)
+        grad_of_writes, at_last = _meet(left, right, grad_written, O, products)
         grad_of_writes[..., -1] += at_last
-        grad_alphas, at_last = (t[:, 0] for t in _meet(left, right, grad_w, W.unsqueeze(1), products))
+        grad_alphas, at_last = (t[:, 0] for t in _meet(left, right, grad_written, W.unsqueeze(1), products))
         grad_alphas[:, -1] += at_last
-        of_w = _form(grad_w, alphas[:, -1].contiguous(), alphas, left, right, products)
+        grad_w = _form(grad_written, alphas[:, -1].contiguous(), alphas, left, right, products)
 
         # float16 would not hold what Newton-Schulz's gradient multiplies by the inverse of a small momentum.
         held = torch.bfloat16 if products == torch.bfloat16 else torch.float32
         grad_momenta = W.new_empty(O.shape, dtype=held)
         if thetas.numel():
             momenta = _source(S, thetas, sums, wide, narrow)
-            gradient = _source(grad_w, of_writes[..., -1].contiguous(), of_writes, left, right)
+            gradient = _source(grad_written, of_writes[..., -1].contiguous(), of_writes, left, right)
             launch_backward(momenta, gradient, norms, table, products, _rows(grad_momenta))
         grad_sums, grad_thetas = _meet(wide, narrow, S, grad_momenta, products)
-        grad_last_sums, grad_last_theta = (t[:, 0] for t in _meet(wide, narrow, S, grad_s.unsqueeze(1), products))
-        grad_wide = _through(narrow, grad_s, last_sums, grad_momenta, sums, products, True)
-        grad_narrow = _through(wide, grad_s, last_sums, grad_momenta, sums, products, False)
-        of_s = _total(grad_s, last_theta, grad_momenta, thetas)
+        grad_last_sums, grad_last_theta = (t[:, 0] for t in _meet(wide, narrow, S, grad_moved.unsqueeze(1), products))
+        grad_wide = _through(narrow, grad_moved, last_sums, grad_momenta, sums, products, True)
+        grad_narrow = _through(wide, grad_moved, last_sums, grad_momenta, sums, products, False)
+        grad_s = _total(grad_moved, last_theta, grad_momenta, thetas)
         tables = (grad_alphas, grad_of_writes, grad_thetas, grad_sums, grad_last_theta, grad_last_sums)
-        return None, grad_x, *tables, of_w, of_s, grad_wide, grad_narrow
+        return None, grad_x, *tables, grad_w, grad_s, grad_wide, grad_narrow
 
 
 class _Product(torch.autograd.Function):
@@ -227,18 +244,13 @@ def _through(
     """alphas_t B x_t + sum_k weights_kt M_k x_t, or with the transposes: [G, T, wide] or [G, T, narrow]."""
     G, T, B = x.shape
     wide, narrow = base.shape[1:]
-    A = wide if widens else narrow
-    strides = (narrow, 1) if widens else (1, narrow)
+    A, strides = (wide, (narrow, 1)) if widens else (narrow, (1, narrow))
     out = x.new_empty(G, T, A)
-    blocks = {"BLOCK_T": _padded(T, TOKENS), "BLOCK_A": _padded(A, COLUMNS), "BLOCK_B": _padded(B, COLUMNS)}
-    through_kernel[(G * triton.cdiv(T, blocks["BLOCK_T"]), triton.cdiv(A, blocks["BLOCK_A"]))](
-        *(x, base, alphas, stack, weights, out, T, stack.shape[1]),
-        **dict(zip(("A", "B", "ROW", "COLUMN"), (A, B, *strides), strict=True)),
-        **blocks,
-        PRODUCTS=PRODUCTS[products],
-        num_warps=4,
-        num_stages=1,
-    )
+    blocks = _padded(T, TOKENS), _padded(A, COLUMNS), _padded(B, COLUMNS)
+    constants = Through(A, B, *strides, *blocks, TRITON_DTYPES[products])
+    grid = G * triton.cdiv(T, constants.BLOCK_T), triton.cdiv(A, constants.BLOCK_A)
+    arguments = x, Stack(base, alphas, stack, weights), out, T, stack.shape[1]
+    launch(through_kernel, grid, arguments, constants, warps=4)
     return out
 
 
@@ -248,28 +260,18 @@ def _meet(wide: Tensor, narrow: Tensor, base: Tensor, stack: Tensor, products: t
     K, D = stack.shape[1], narrow.shape[-1]
     scores, inner = wide.new_empty(G, K, T), wide.new_empty(G, K)
     if K:
-        block = _padded(T, TOKENS)
-        meet_kernel[(G * K, triton.cdiv(T, block))](
-            *(wide, narrow, base, stack, scores, inner, T, K),
-            F=F,
-            D=D,
-            BLOCK_T=block,
-            BLOCK_F=_padded(F, COLUMNS),
-            BLOCK_D=_padded(D, 128),
-            PRODUCTS=PRODUCTS[products],
-            num_warps=4,
-            num_stages=1,
-        )
+        constants = Meet(F, D, _padded(T, TOKENS), _padded(F, COLUMNS), _padded(D, 128), TRITON_DTYPES[products])
+        arguments = wide, narrow, Stack(base, None, stack, None), scores, inner, T, K
+        launch(meet_kernel, (G * K, triton.cdiv(T, constants.BLOCK_T)), arguments, constants, warps=4)
     return scores, inner
 
 
 def _total(base: Tensor, alphas: Tensor, stack: Tensor, weights: Tensor) -> Tensor:
     """alphas B + sum_k weights_k M_k [G, wide, narrow]."""
     out, size = torch.empty_like(base), base[0].numel()
-    block = _padded(size, ELEMENTS)
-    total_kernel[(len(base), triton.cdiv(size, block))](
-        *(base, alphas, stack, weights, out, stack.shape[1]), SIZE=size, BLOCK=block, num_warps=4
-    )
+    constants = Total(size, _padded(size, ELEMENTS))
+    arguments = Stack(base, alphas, stack, weights), out, stack.shape[1]
+    launch(total_kernel, (len(base), triton.cdiv(size, constants.BLOCK)), arguments, constants, warps=4)
     return out
 
 
@@ -283,48 +285,31 @@ def _form(
 ) -> Tensor:
     """scales B + sum_r coefficients_r wide_r narrow_r^T [G, wide, narrow]; the sum alone without B."""
     (G, R, F), D = wide.shape, narrow.shape[-1]
-    out, block = wide.new_empty(G, F, D), _padded(F, COLUMNS)
-    source = Source(out, coefficients=coefficients, short=narrow, long=wide)
-    form_kernel[(G, triton.cdiv(F, block))](
-        *(base, scales, coefficients, narrow, wide, out, R),
-        F=F,
-        D=D,
-        BLOCK_F=block,
-        BLOCK_D=_padded(D, 128),
-        PRODUCTS=PRODUCTS[products],
-        RANKS=source.ranks,
-        num_warps=4,
-        num_stages=1,
-    )
+    out = wide.new_empty(G, F, D)
+    constants = Form(F, D, _padded(F, COLUMNS), _padded(D, 128), TRITON_DTYPES[products], rank_blocks(R))
+    arguments = base, scales, coefficients, narrow, wide, out, R
+    launch(form_kernel, (G, triton.cdiv(F, constants.BLOCK_F)), arguments, constants, warps=4)
     return out
 
 
 def variants() -> list[Variant]:
-    """One matrix of the presets' shape, F = 256 and D = 64, of a chunk of 64 tokens with a write at each."""
-    wide, narrow, tokens, sources = 256, 64, 64, 79
-    blocks = {"BLOCK_F": COLUMNS, "BLOCK_D": narrow, "PRODUCTS": tl.bfloat16}
-    through = {"BLOCK_T": TOKENS, "BLOCK_A": COLUMNS, "BLOCK_B": COLUMNS, "PRODUCTS": tl.bfloat16}
-
-    def form(rank: int) -> dict[str, object]:
-        return {"F": wide, "D": narrow, "RANKS": triton.cdiv(rank, RANK_BLOCK.value), **blocks}
-
-    return [
-        _variant("widen", through_kernel, {"A": wide, "B": narrow, "ROW": narrow, "COLUMN": 1, **through}),
-        _variant("narrow", through_kernel, {"A": narrow, "B": wide, "ROW": 1, "COLUMN": narrow, **through}),
-        _variant("meet", meet_kernel, {"F": wide, "D": narrow, "BLOCK_T": TOKENS, **blocks}),
-        _variant("total", total_kernel, {"SIZE": wide * narrow, "BLOCK": ELEMENTS}),
-        _variant("form", form_kernel, form(sources)),
-        _variant("form alone", form_kernel, {"base_pointer": None, "scales_pointer": None, **form(tokens)}),
-    ]
-
-
-def _variant(name: str, kernel: Any, constants: dict[str, object]) -> Variant:
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument == "stack_pointer":
-            signature[argument] = "*bf16"
-        elif argument.endswith("_pointer") and argument not in constants:
-            signature[argument] = "*fp32"
-        elif argument not in constants:
-            signature[argument] = "i32"
-    return Variant(f"stack {name} bf16", kernel, signature, constants, 4, 1)
+    """One matrix of the presets' shape, F = 256 and D = 64, of a chunk of 63 tokens with a write at each."""
+    products, (sources, T) = torch.bfloat16, FORMED_OF
+    empty = partial(torch.empty, device="meta")
+    wide, narrow, alphas, weights = empty(1, T, 256), empty(1, T, 64), empty(1, T), empty(1, T, T)
+    base, stack = empty(1, 256, 64), empty(1, T, 256, 64, dtype=products)
+    form = empty(1, sources), empty(1, sources, 256), empty(1, sources, 64), products
+    calls = {
+        "widen": lambda: _through(narrow, base, alphas, stack, weights, products, True),
+        "narrow": lambda: _through(wide, base, alphas, stack, weights, products, False),
+        "meet": lambda: _meet(wide, narrow, base, stack, products),
+        "total": lambda: _total(base, alphas[:, 0], stack, weights[:, 0]),
+        "form": lambda: _form(base, alphas[:, 0], *form),
+        "form alone": lambda: _form(None, None, alphas, wide, narrow, products),
+    }
+    found = []
+    for name, call in calls.items():
+        with recording(f"stack {name} bf16") as launches:
+            call()
+        found += launches
+    return found

@@ -1,13 +1,13 @@
 """Newton-Schulz on a GPU: the contract of atlas_kernels.newton_schulz, thousands of small matrices at a time.
 
-What is launched for which size is pinned here (`plan`); the kernels and what they cost are in newton_schulz_forward.py
-and newton_schulz_backward.py.
+What is launched for which size is pinned here (`plan`); the kernels and what they cost are in forward.py
+and backward.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -17,15 +17,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atlas_kernels.autocast import unrounded_backward
-from atlas_kernels.gpu.newton_schulz_backward import backward_blocks, backward_whole
-from atlas_kernels.gpu.newton_schulz_forward import RANK_BLOCK, forward_blocks, forward_whole
-from atlas_kernels.gpu.variants import Variant
+from atlas_kernels.gpu.launch import TRITON_DTYPES, Variant, launch, recording
+from atlas_kernels.gpu.newton_schulz.backward import Scratch, backward_blocks, backward_whole
+from atlas_kernels.gpu.newton_schulz.forward import (
+    RANK_BLOCK,
+    Constants,
+    Matrices,
+    Sizes,
+    Strided,
+    forward_blocks,
+    forward_whole,
+)
 from atlas_kernels.newton_schulz import schedule
 
 SMALLER, LARGER = 128, 512
 # Past it three tf32 products in place of one fit neither registers nor, on sm_100, tensor memory.
 SMALLER_OF_FLOAT32 = 64
-PRODUCTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 INTERPRETED = not isinstance(forward_whole, triton.runtime.JITFunction)
 
 
@@ -38,8 +45,8 @@ class Plan:
     N: int
     warps: int
 
-    def blocks(self, n: int) -> dict[str, int]:
-        return {} if self.whole else {"BLOCKS": triton.cdiv(n, self.N)}
+    def constants(self, n: int, products: torch.dtype, steps: int, turns: int = 1) -> Constants:
+        return Constants(self.M, self.N, triton.cdiv(n, self.N), TRITON_DTYPES[products], steps, turns)
 
 
 def plan(m: int, n: int, products: torch.dtype, backward: bool) -> Plan:
@@ -57,13 +64,8 @@ def plan(m: int, n: int, products: torch.dtype, backward: bool) -> Plan:
 
 @dataclass(frozen=True)
 class Source:
-    """Matrices [m, n], m <= n, as the kernels take them: each in memory, or each formed on chip,
-
-        scales[p] base[p // share] + sum_r coefficients[p, r] short[p // share, r] long[p // share, r]^T
-
-    base of any strides, the rest float32 and dense: scales [matrices], coefficients [matrices, rank],
-    short [owners, rank, m], long [owners, rank, n].
-    """
+    """What `Matrices` are made of: base of any strides and dtype, alone or with the outer products of `share` matrices
+    an owner, float32 and dense."""
 
     base: Tensor
     scales: Tensor | None = None
@@ -72,18 +74,20 @@ class Source:
     long: Tensor | None = None
     share: int = 1
 
-    @property
-    def count(self) -> int:
-        return self.base.shape[0] if self.scales is None else self.scales.numel()
-
-    @property
-    def ranks(self) -> int:
-        """Blocks of outer products, a constant of the kernels."""
-        return 0 if self.short is None else triton.cdiv(self.short.shape[-2], RANK_BLOCK.value)
-
-    def arguments(self) -> tuple[Tensor | int | None, ...]:
+    def matrices(self) -> Matrices:
+        """As a kernel takes them."""
         rank = 0 if self.short is None else self.short.shape[-2]
-        return self.base, self.scales, self.coefficients, self.short, self.long, rank
+        outer = self.scales, self.coefficients, self.short, self.long, rank
+        return Matrices(_strided(self.base), *outer, RANKS=tl.constexpr(rank_blocks(rank)))
+
+
+def rank_blocks(rank: int) -> int:
+    """Blocks in which a kernel sums so many outer products."""
+    return triton.cdiv(rank, RANK_BLOCK.value)
+
+
+def _strided(matrices: Tensor) -> Strided:
+    return Strided(matrices, *matrices.stride())
 
 
 def _kernel(at: Plan, backward: bool) -> Any:
@@ -114,7 +118,7 @@ def newton_schulz(S: Tensor, steps: int, coefficients: str = "jordan", products:
 
 def _check(S: Tensor, products: torch.dtype) -> None:
     for name, dtype in (("S", S.dtype), ("products", products)):
-        if dtype not in PRODUCTS:
+        if dtype not in TRITON_DTYPES:
             raise ValueError(f"{name} is {dtype}; the kernels take float32, bfloat16 and float16")
     if S.dim() < 2:
         raise ValueError(f"S has shape {list(S.shape)}; give matrices [..., m, n]")
@@ -151,7 +155,7 @@ def coefficient_table(steps: int, coefficients: str, device: torch.device) -> Te
 
 def _programs(count: int, M: int, device: torch.device) -> int:
     """As many as a GPU runs at once, so that what they keep aside does not grow with the batch."""
-    if INTERPRETED:
+    if device.type != "cuda":
         return min(count, 2)
     a_multiprocessor = {16: 8, 32: 4, 64: 2, 128: 1}[M]
     return min(count, a_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count)
@@ -162,17 +166,8 @@ def launch_forward(source: Source, table: Tensor, products: torch.dtype, result:
     count, m, n = result.shape
     norms = torch.empty(count, dtype=torch.float32, device=result.device)
     at = plan(m, n, products, backward=False)
-    _kernel(at, backward=False)[(count,)](
-        *(*source.arguments(), source.share, result, norms, table, m, n, *source.base.stride(), *result.stride()),
-        M=at.M,
-        N=at.N,
-        PRODUCTS=PRODUCTS[products],
-        STEPS=len(table),
-        RANKS=source.ranks,
-        **at.blocks(n),
-        num_warps=at.warps,
-        num_stages=1,
-    )
+    arguments = source.matrices(), _strided(result), norms, table, Sizes(count, m, n, source.share)
+    launch(_kernel(at, False), (count,), arguments, at.constants(n, products, len(table)), warps=at.warps)
     return norms
 
 
@@ -183,26 +178,17 @@ def launch_backward(
     count, m, n = result.shape
     steps = len(table)
     at = plan(m, n, products, backward=True)
-    programs, wide = _programs(count, at.M, result.device), at.M * triton.cdiv(n, at.N) * at.N
-    kept_of_steps = steps * (wide + 2 * at.M**2) + (0 if at.whole else 2 * at.M**2)
-    kept = [torch.empty(programs, kept_of_steps, dtype=products, device=result.device)]
-    if not at.whole:
-        kept.append(torch.empty(programs, wide, dtype=torch.float32, device=result.device))
-    _kernel(at, backward=True)[(programs,)](
-        *(*source.arguments(), *gradient.arguments(), source.share, result, norms, table, *kept, count, m, n),
-        *(*source.base.stride(), *gradient.base.stride(), *result.stride()),
-        M=at.M,
-        N=at.N,
-        PRODUCTS=PRODUCTS[products],
-        STEPS=steps,
-        # A power of two, so that few batch sizes compile anew.
-        TURNS=triton.next_power_of_2(triton.cdiv(count, programs)),
-        RANKS=source.ranks,
-        GRADIENT_RANKS=gradient.ranks,
-        **at.blocks(n),
-        num_warps=at.warps,
-        num_stages=1,
+    programs, columns = _programs(count, at.M, result.device), triton.cdiv(n, at.N) * at.N
+    trail = steps * (at.M * columns + 2 * at.M**2) + (0 if at.whole else 2 * at.M**2)
+    scratch = Scratch(
+        torch.empty(programs, trail, dtype=products, device=result.device),
+        None if at.whole else torch.empty(programs, at.M * columns, dtype=torch.float32, device=result.device),
     )
+    # A power of two, so that few batch sizes compile anew.
+    turns = triton.next_power_of_2(triton.cdiv(count, programs))
+    sizes = Sizes(count, m, n, source.share)
+    arguments = source.matrices(), gradient.matrices(), _strided(result), norms, table, scratch, sizes
+    launch(_kernel(at, True), (programs,), arguments, at.constants(n, products, steps, turns), warps=at.warps)
 
 
 class _NewtonSchulz(torch.autograd.Function):
@@ -227,48 +213,40 @@ class _NewtonSchulz(torch.autograd.Function):
         return result, None, None, None
 
 
-# Sources of a chunk of 64 tokens with a window of 16, and its tokens: what S and its gradient are formed from.
-FORMED_OF = (79, 64)
+# Matrices, and outer products of S and of its gradient: of a chunk of 63 tokens with a window of 17. Of 64 the kernels
+# would be told that their number is a multiple of 16, which a last chunk's is not.
+COUNT, FORMED_OF = 31, (79, 63)
 
 
 def variants() -> list[Variant]:
     """A float32 momentum with bfloat16 products, as it is trained; in memory and formed from its factors."""
     return [
-        _variant(m, n, backward, formed)
+        variant
         for m, n in ((64, 64), (64, 256), (128, 512), (48, 80))
         for formed in (False, True)
-        for backward in (False, True)
         if not (formed and m == 48)
+        for variant in _variants(m, n, formed)
     ]
 
 
-def _variant(m: int, n: int, backward: bool, formed: bool) -> Variant:
-    at = plan(m, n, torch.bfloat16, backward)
-    kernel = _kernel(at, backward)
-    signature = {}
-    ranks = [triton.cdiv(rank, RANK_BLOCK.value) if formed else 0 for rank in FORMED_OF]
-    constants: dict[str, object] = {"M": at.M, "N": at.N, "PRODUCTS": tl.bfloat16, "STEPS": 5, "RANKS": ranks[0]}
-    constants |= at.blocks(n)
-    if backward:
-        constants |= {"TURNS": 16, "GRADIENT_RANKS": ranks[1]}
-    for name in kernel.arg_names:
-        if name.endswith(("scales", "coefficients", "short", "long")):
-            if formed:
-                signature[name] = "*fp32"
-            else:
-                constants[name] = None
-        elif name in ("matrices", "gradients", "norms", "table", "work"):
-            signature[name] = "*fp32"
-        elif name == "result":
-            signature[name] = "*bf16" if formed and at.whole else "*fp32"
-        elif name == "trail":
-            signature[name] = "*bf16"
-        elif name in ("count", "rank", "gradient_rank", "share"):
-            signature[name] = "i32"
-        # The smaller side of a momentum is the narrow one, along which it is dense; so are rows of a formed one.
-        elif name.endswith("stride_row" if formed else "stride_column"):
-            constants[name] = 1
-        elif name not in constants:
-            signature[name] = "i32:16"
-    title = f"{kernel.__name__}{' formed' if formed else ''} {m}x{n} bf16"
-    return Variant(title, kernel, signature, constants, at.warps, 1)
+def _variants(m: int, n: int, formed: bool) -> list[Variant]:
+    """Both ways."""
+    products = torch.bfloat16
+    empty = partial(torch.empty, device="meta")
+
+    def source(rank: int) -> Source:
+        if not formed:
+            return Source(empty(COUNT, m, n))
+        factors = empty(1, COUNT), empty(1, COUNT, rank), empty(1, rank, m), empty(1, rank, n)
+        # A momentum is dense along its narrow side, the smaller one; so are the results.
+        return Source(empty(1, n, m).mT, *factors, share=COUNT)
+
+    def result(backward: bool) -> Tensor:
+        stored = products if formed and plan(m, n, products, backward).whole else torch.float32
+        return empty(COUNT, n, m, dtype=stored).mT if formed else empty(COUNT, m, n)
+
+    table = empty(5, 3)
+    with recording(f"{{}}{' formed' if formed else ''} {m}x{n} bf16") as found:
+        norms = launch_forward(source(FORMED_OF[0]), table, products, result(False))
+        launch_backward(source(FORMED_OF[0]), source(FORMED_OF[1]), norms, table, products, result(True))
+    return found

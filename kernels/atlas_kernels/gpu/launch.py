@@ -1,0 +1,91 @@
+"""The one door to a launch; what a launch would compile can be recorded there, without a GPU.
+
+Kernels take NamedTuples of tensors and sizes, and as their last argument S, a NamedTuple of constants. What a field
+holds, with its shape, stands beside it in the NamedTuple. How long a launch with NamedTuples keeps the host, beside one
+with plain arguments, has not been measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of one kernel, as Triton's launcher asks for it.
+
+    name: unique among all. kernel: the function under `@triton.jit`. signature: Triton's type of every argument,
+    "*bf16", "*fp32", "i32", "constexpr", or a NamedTuple of such. A path is an argument's place, (2,), or that of a
+    field of a NamedTuple, (0, 1). constants: the values of constexprs, and of what is None or 1, by path. hints: by
+    path what else is known, such as that a pointer is a multiple of 16 bytes.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, Any]
+    constants: Mapping[tuple[int, ...], object]
+    hints: Mapping[tuple[int, ...], list[Any]]
+    num_warps: int
+    num_stages: int
+
+
+_recordings: list[tuple[str, list[Variant]]] = []
+
+
+@contextmanager
+def recording(title: str) -> Iterator[list[Variant]]:
+    """Notes what the launches of its block would compile, in their order, and launches nothing.
+
+    title: of the variants' names, with {} where the kernel's name stands. Tensors on the meta device suffice, whose
+    addresses count as multiples of 16 bytes, as those of allocations are.
+    """
+    variants: list[Variant] = []
+    _recordings.append((title, variants))
+    try:
+        yield variants
+    finally:
+        _recordings.pop()
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    constants: NamedTuple,
+    *,
+    warps: int,
+    stages: int = 1,
+) -> None:
+    """kernel[grid](*arguments, S), S the constants; within `recording` it is noted instead.
+
+    stages: of loads in flight in a loop. One is enough where a block's loads are few: more would cost shared memory.
+    """
+    # The compiler knows fields as constants only where each says so; the interpreter takes them as they are.
+    compiled = isinstance(kernel, JITFunction)
+    arguments = *arguments, constants._make(map(tl.constexpr, constants)) if compiled else constants
+    if _recordings:
+        title, variants = _recordings[-1]
+        name = title.format(kernel.__name__.removesuffix("_kernel"))
+        variants.append(Variant(name, kernel, *_specialised(kernel, arguments), warps, stages))
+    else:
+        kernel[grid](*arguments, num_warps=warps, num_stages=stages)
+
+
+def _specialised(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    """Signature, constants and hints, found out by Triton's own binder: the same for every compute capability."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialised, _ = bind(*arguments)
+    _, *found = kernel._pack_args(backend, {}, bound, specialised, None)
+    return tuple(found)

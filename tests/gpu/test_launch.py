@@ -1,0 +1,75 @@
+"""A launch, and what is noted of it in its place; how many arguments a kernel may take."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+
+from atlas_kernels.gpu.launch import launch, recording
+from tests.support.device_problems import DEVICE
+
+GPU = Path(__file__).parents[2] / "kernels/atlas_kernels/gpu"
+ARGUMENTS = 8
+
+
+class Inputs(NamedTuple):
+    x_pointer: Any  # [n]
+    bias_pointer: Any  # [n], or None
+    n: Any
+
+
+class Constants(NamedTuple):
+    BLOCK: int
+    SCALE: float
+
+
+def scaled_kernel(inputs, out_pointer, S: tl.constexpr):
+    i = tl.arange(0, S.BLOCK)
+    x = tl.load(inputs.x_pointer + i, mask=i < inputs.n, other=0.0) * S.SCALE
+    if inputs.bias_pointer is not None:
+        x += tl.load(inputs.bias_pointer + i, mask=i < inputs.n, other=0.0)
+    tl.store(out_pointer + i, x, mask=i < inputs.n)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_fields_reach_the_kernel(biased):
+    x = torch.arange(20.0, device=DEVICE)
+    bias = torch.ones_like(x) if biased else None
+    out = torch.empty_like(x)
+    launch(triton.jit(scaled_kernel), (1,), (Inputs(x, bias, 20), out), Constants(32, 0.5), warps=1)
+    assert torch.equal(out, 0.5 * x + (1 if biased else 0))
+
+
+def test_a_recording_notes_the_call_and_launches_nothing():
+    empty = torch.empty(32, device="meta")
+    kernel = JITFunction(scaled_kernel)  # as without an interpreter
+    with recording("{} 32") as variants:
+        launch(kernel, (1,), (Inputs(empty, None, 32), empty.bfloat16()), Constants(32, 0.5), warps=2)
+        launch(kernel, (1,), (Inputs(empty, empty.half(), 20), empty), Constants(32, 0.5), warps=4, stages=3)
+    first, second = variants
+    assert (first.name, first.kernel, first.num_warps, first.num_stages) == ("scaled 32", kernel, 2, 1)
+    # The NamedTuple itself: of a plain tuple the compiler would not know the names.
+    assert first.signature == {"inputs": Inputs("*fp32", "constexpr", "i32"), "out_pointer": "*bf16", "S": "constexpr"}
+    assert isinstance(first.signature["inputs"], Inputs)
+    assert first.constants[0, 1] is None
+    assert [constant.value for constant in first.constants[2,]] == [32, 0.5]
+    sixteen = [["tt.divisibility", 16]]
+    assert {path for path, hint in first.hints.items() if hint == sixteen} == {(0, 0), (0, 2), (1,)}
+    assert second.signature["inputs"] == Inputs("*fp32", "*fp16", "i32")
+    assert {path for path, hint in second.hints.items() if hint == sixteen} == {(0, 0), (0, 1), (1,)}
+    assert (second.num_warps, second.num_stages) == (4, 3)
+
+
+@pytest.mark.parametrize("file", sorted(GPU.rglob("*.py")), ids=lambda file: str(file.relative_to(GPU)))
+def test_kernels_take_few_arguments(file):
+    """Order is the only contract between a launch and a kernel: past these, a NamedTuple names them."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list):
+            assert len(node.args.args) <= ARGUMENTS, node.name
