@@ -73,7 +73,7 @@ def contender(
     coefficients = None if coefficients is None else coefficients.to(device)
     leaves = [t.clone().requires_grad_() for t in (q, k, v, *vars(gates).values(), *weights)]
     rule = memory.rule()
-    own_residual = memory.memory != "linear" and (rule.dual or lifted(memory) != memory.head_dim)
+    own_residual = memory.network != "linear" and (rule.dual or lifted(memory) != memory.head_dim)
 
     def run() -> None:
         q, k, v, alpha, eta, theta, gamma, *start = leaves

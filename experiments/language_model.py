@@ -63,9 +63,9 @@ CONTENDERS: dict[str, Contender] = {
     "c = 1": Contender(("memory.window=1",), "the paper's Table 6", rate_of="atlas"),
     "without phi": Contender(("memory.feature_map=identity",), "the paper's Table 6", rate_of="atlas"),
     "linear memory": Contender(
-        ("memory.memory=linear", "memory.norm=none"), "the paper's Table 6", rate_of="atlas"
+        ("memory.network=linear", "memory.norm=none"), "the paper's Table 6", rate_of="atlas"
     ),
-    "atlas++": Contender(("memory.memory=gated_mlp",), "the paper's gated memory", rate_of="atlas"),
+    "atlas++": Contender(("memory.network=gated_mlp",), "the paper's gated memory", rate_of="atlas"),
 }
 QUICK = ("atlas", "attention (Transformer++)")
 

@@ -107,7 +107,7 @@ SCREEN: dict[str, Contender] = {
     ),
     "c = 1": _atlas("memory.window=1", asks="the paper's Table 6"),
     "c = 16": _atlas("memory.window=16", asks="the paper's Fig 5"),
-    "linear memory": _atlas("memory.memory=linear", asks="the paper's Table 6"),
+    "linear memory": _atlas("memory.network=linear", asks="the paper's Table 6"),
     "F = V": _atlas("memory.expansion=1", asks="8"),
     "F = 4 V": _atlas("memory.expansion=4", asks="8"),
     "2 heads of 64": _atlas("memory.heads=2", "memory.head_dim=64", asks="8"),

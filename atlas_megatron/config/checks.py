@@ -300,7 +300,7 @@ def _check_memory(config: Config) -> None:
         )
     width = lifted_width(memory.feature_map, memory.head_dim, memory.degree, memory.sketch_width)
     if width > WIDEST:
-        rows = memory.head_dim * (1 if memory.memory == "linear" else memory.expansion)
+        rows = memory.head_dim * (1 if memory.network == "linear" else memory.expansion)
         raise ValueError(
             f"memory.feature_map={memory.feature_map!r} of degree {memory.degree} lifts head_dim={memory.head_dim} to "
             f"{width} features: {4 * rows * width * memory.heads / 2**20:,.0f} MiB of weights a matrix and sequence, "

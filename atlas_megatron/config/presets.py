@@ -14,9 +14,9 @@ _NEWTON_SCHULZ = {"momentum": True, "ns_steps": 5}
 _MOMENTUM = {"momentum": True, "ns_steps": 0, "ns_period": 1}
 _PLAIN = {"momentum": False, "ns_steps": 0, "ns_period": 1}
 # With Newton-Schulz as the paper prints it; what writes raw gradients needs the norm.
-_DEEP = {"memory": "mlp", "norm": "layer"}
-_PLAIN_DEEP = {"memory": "mlp", "norm": "none"}
-_LINEAR = {"memory": "linear", "norm": "none"}
+_DEEP = {"network": "mlp", "norm": "layer"}
+_PLAIN_DEEP = {"network": "mlp", "norm": "none"}
+_LINEAR = {"network": "linear", "norm": "none"}
 _POLYNOMIAL = {"kernel": "lifted", "feature_map": "hadamard", "degree": 2}
 _IDENTITY = {"kernel": "lifted", "feature_map": "identity"}
 _EXPONENTIAL = {"kernel": "exponential", "feature_map": "identity"}
@@ -26,7 +26,7 @@ _KEEPS_ALL = {**_L2, "retention": False}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "atlas": {**_PLAIN_DEEP, **_L2, **_OMEGA, **_NEWTON_SCHULZ, **_POLYNOMIAL},
-    "atlas++": {**_PLAIN_DEEP, **_L2, **_OMEGA, **_NEWTON_SCHULZ, **_POLYNOMIAL, "memory": "gated_mlp"},
+    "atlas++": {**_PLAIN_DEEP, **_L2, **_OMEGA, **_NEWTON_SCHULZ, **_POLYNOMIAL, "network": "gated_mlp"},
     "omeganet": {**_DEEP, **_L2, **_OMEGA, **_PLAIN, **_POLYNOMIAL},
     "titans": {**_DEEP, **_L2, **_ONLINE, **_MOMENTUM, **_IDENTITY, "step_in_momentum": True},
     "ttt": {**_DEEP, **_KEEPS_ALL, **_ONLINE, **_PLAIN, **_IDENTITY},

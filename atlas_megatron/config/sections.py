@@ -13,6 +13,8 @@ from atlas_kernels.rule import MemoryRule
 
 # Keys with defaults that change what a saved model is: what they were before there were any.
 LATER: dict[str, dict[str, Any]] = {"memory": {"open_gate": False, "copy_start": False}}
+# Keys that are read under their former names too.
+RENAMED = {("memory", "memory"): "network"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class MemoryConfig:
     # Sets the keys that make a member of the family: atlas, atlas++, omeganet, titans, ttt, delta, dla, swla,
     # deep_transformer, swdt, dot. A key beside it wins; on the command line it wins over the file.
     preset: str = ""
-    memory: str = "mlp"  # linear | mlp | gated_mlp
+    network: str = "mlp"  # linear | mlp | gated_mlp: what answers a key with a value
     loss: str = "l2"  # l2 | dot
     # none | layer: LayerNorm on the memory's output. Deep memories without Newton-Schulz diverge without it; with
     # Newton-Schulz it costs bits and makes outer gradients explode (docs/results/recipe.md).

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from atlas_megatron.config.presets import PRESETS
-from atlas_megatron.config.sections import LATER, Config
+from atlas_megatron.config.sections import LATER, RENAMED, Config
 from atlas_megatron.config.values import parse_word, toml_value, typed
 
 
@@ -38,6 +38,7 @@ def load(
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not a TOML file: {error}; mend that line") from error
+    tables = {section: _under_new_names(section, table) for section, table in tables.items()}
     memory = tables.get("memory")
     if isinstance(memory, dict) and "preset" in memory:
         tables["memory"] = _preset(memory["preset"]) | memory
@@ -55,11 +56,22 @@ def load(
         section, dot, key = name.partition(".")
         if not (equals and dot and section and key):
             raise ValueError(f"{word!r} is not an override; write section.key=value, for example train.steps=100")
+        key = RENAMED.get((section, key), key)
         _check_key(section, key)
         tables.setdefault(section, {})[key] = parse_word(value, _types(section)[key])
     config = _from_tables(tables)
     pattern = cut_evenly(config.model.pattern, config.parallel.pipeline * config.parallel.virtual)
     return replace(config, model=replace(config.model, pattern=pattern))
+
+
+def _under_new_names(section: str, table: Any) -> Any:
+    """Keys of a section as they are called now. Raises ValueError where one stands under both names."""
+    if not isinstance(table, dict):
+        return table
+    for (where, old), new in RENAMED.items():
+        if where == section and old in table and new in table:
+            raise ValueError(f"{section}.{old} is the former name of {section}.{new}, and both are given; keep {new}")
+    return {RENAMED.get((section, key), key): value for key, value in table.items()}
 
 
 def cut_evenly(pattern: str, stages: int) -> str:

@@ -61,11 +61,13 @@ import .write_gate
 import .writes
 """
 
+# Keys under the names that they had in exports of before.
+RENAMED = {("memory", "memory"): "network"}
 # The keys of each section and where they start. What they mean: `atlas-train --help`.
 SECTIONS: dict[str, dict[str, Any]] = {
     "memory": {
         "preset": "",
-        "memory": "mlp",
+        "network": "mlp",
         "loss": "l2",
         "norm": "none",
         "activation": "gelu",
@@ -307,7 +309,7 @@ def differences(ours: dict[str, dict[str, Any]], theirs: dict[str, dict[str, Any
 
 
 def _complete(section: str, given: dict[str, Any] | None) -> dict[str, Any]:
-    given = given or {}
+    given = {RENAMED.get((section, key), key): value for key, value in (given or {}).items()}
     unknown = sorted(set(given) - set(SECTIONS[section]))
     if unknown:
         raise ValueError(

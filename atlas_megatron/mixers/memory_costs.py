@@ -73,7 +73,7 @@ class MemoryCosts(Costs):
         begun = settings.data.packed or position % memory.chunk > 0
         matrices = _matrix_numbers(settings) * (1 + memory.momentum + begun)
         width, features = memory.head_dim, lifted(memory)
-        residual = memory.memory != "linear" and features != width
+        residual = memory.network != "linear" and features != width
         source = features + width * (2 if residual else 1) + (memory.omega_gates != "pair")
         return memory.heads * (matrices + (memory.window - 1) * source)
 
@@ -91,7 +91,7 @@ class MemoryCosts(Costs):
         memory = settings.memory
         if memory.kernel == "lifted":
             return 0.0
-        inner = {"linear": 1, "mlp": memory.expansion, "gated_mlp": 2 * memory.expansion}[memory.memory]
+        inner = {"linear": 1, "mlp": memory.expansion, "gated_mlp": 2 * memory.expansion}[memory.network]
         source = memory.heads * (memory.head_dim * (1 + inner) + 1)
         return source * ((memory.chunk + memory.window - 1) / memory.chunk)
 

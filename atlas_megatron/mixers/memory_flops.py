@@ -48,7 +48,7 @@ def anchor_flops(memory: MemoryConfig, tokens: int) -> float:
     for start in range(0, tokens, memory.chunk):
         sources = memory.chunk + (min(memory.window - 1, start) if rule.dual else memory.window - 1)
         for j, (m, n) in enumerate(weight_shapes(memory)):
-            over_cache = cached * (m + n) if rule.dual and (memory.memory == "linear" or j > 0) else 0
+            over_cache = cached * (m + n) if rule.dual and (memory.network == "linear" or j > 0) else 0
             flops += 2 * sources * _factor_passes(memory, j) * (m * n + over_cache)
         cached += sources
     return flops * memory.heads
@@ -60,7 +60,7 @@ def _factor_passes(memory: MemoryConfig, j: int) -> int:
     The dot loss needs no output of the memory, but where it passes through the output norm.
     """
     output = memory.loss == "l2" or memory.norm == "layer"
-    if memory.memory == "linear":
+    if memory.network == "linear":
         return int(output)
     return 1 + int(output) if j == 0 else 1
 
@@ -75,7 +75,7 @@ def _dual_flops(memory: MemoryConfig, tokens: int) -> float:
         for j, (m, n) in enumerate(weight_shapes(memory)):
             flops += 2 * sources * m * n * _factor_passes(memory, j) + 2 * chunk * m * n
             flops += 2 * chunk * sources * (m + n)
-            if memory.memory == "linear" or j > 0:
+            if memory.network == "linear" or j > 0:
                 flops += 2 * (sources * _factor_passes(memory, j) + chunk) * cached * (m + n)
             else:
                 flops += 2 * sources * m * n

@@ -38,7 +38,7 @@ class MemorySection(Protocol):
     """
 
     @property
-    def memory(self) -> str: ...  # linear | mlp | gated_mlp
+    def network(self) -> str: ...  # linear | mlp | gated_mlp
     @property
     def loss(self) -> str: ...  # l2 | dot
     @property
@@ -99,10 +99,10 @@ def weight_shapes(memory: MemorySection) -> tuple[tuple[int, int], ...]:
     """(rows, cols) of each matrix of one head's memory, in the order of `omega_memory`: W1 [V, F], then W2 (and W3)
     [F, D]; of a linear memory W [V, D]."""
     width, features = memory.head_dim, lifted(memory)
-    if memory.memory == "linear":
+    if memory.network == "linear":
         return ((width, features),)
     hidden = memory.expansion * width
-    return ((width, hidden), *([(hidden, features)] * (2 if memory.memory == "gated_mlp" else 1)))
+    return ((width, hidden), *([(hidden, features)] * (2 if memory.network == "gated_mlp" else 1)))
 
 
 def initial_weights(memory: MemorySection) -> tuple[Tensor, ...]:
@@ -160,7 +160,7 @@ def lifted_for(memory: MemorySection, x: Tensor, coefficients: Tensor | None, *,
 
 def own_residual(memory: MemorySection) -> bool:
     """Whether the memory's residual is the unlifted input: where the lifted one has another meaning or width."""
-    return memory.memory != "linear" and (memory.kernel != "lifted" or lifted(memory) != memory.head_dim)
+    return memory.network != "linear" and (memory.kernel != "lifted" or lifted(memory) != memory.head_dim)
 
 
 def gate_widths(memory: MemorySection) -> dict[str, int]:
@@ -208,12 +208,12 @@ def eta_start(memory: MemorySection) -> float:
     if memory.eta_start > 0:
         return memory.eta_start
     if memory.ns_steps > 0:
-        step = GATED_STEP if memory.memory == "gated_mlp" else STEP
+        step = GATED_STEP if memory.network == "gated_mlp" else STEP
         return step if memory.ns_step == "sum" else step * memory.ns_period
     gradients = memory.window * (1.0 if memory.omega_gates == "none" else memory.gamma_start)
     if memory.momentum:
         gradients /= 1.0 - memory.theta_start
-    feedback = memory.memory != "linear" or memory.loss != "dot"
+    feedback = memory.network != "linear" or memory.loss != "dot"
     return memory.eta_sum / (gradients * (memory.chunk if feedback else 1))
 
 

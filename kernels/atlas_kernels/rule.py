@@ -104,12 +104,14 @@ class MemoryRule:
 
     @classmethod
     def of(cls, section: Any) -> MemoryRule:
-        """The rule in a layer's description, whose attributes have these fields' names; raises ValueError as above.
+        """The rule in a layer's description, whose attributes have these fields' names, and `network` for `memory`.
 
-        A linear memory's outer gradient is always exact, whatever the section's `anchor_gradient`.
+        A linear memory's outer gradient is always exact, whatever the section's `anchor_gradient`. Raises ValueError as
+        above.
         """
-        own = {f.name: getattr(section, f.name) for f in fields(cls)}
-        return cls(**{**own, "anchor_gradient": 1.0 if section.memory == "linear" else section.anchor_gradient})
+        own = {f.name: getattr(section, f.name) for f in fields(cls) if f.name != "memory"}
+        exact = {"anchor_gradient": 1.0} if section.network == "linear" else {}
+        return cls(memory=section.network, **{**own, **exact})
 
     @property
     def dual(self) -> bool:

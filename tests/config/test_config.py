@@ -259,7 +259,7 @@ def test_the_quickstart_is_the_whole_model() -> None:
     config = load(CONFIGS / "quickstart.toml")
     validate(config, 1)
     memory = config.memory
-    assert (memory.memory, memory.norm, memory.window, memory.omega_gates) == ("mlp", "none", 16, "pair")
+    assert (memory.network, memory.norm, memory.window, memory.omega_gates) == ("mlp", "none", 16, "pair")
     assert (memory.momentum, memory.ns_steps, memory.feature_map, memory.degree) == (True, 5, "hadamard", 2)
     assert config.model.pattern.count("*") == 1
 
@@ -280,3 +280,14 @@ def test_a_pattern_without_cuts_is_cut_evenly(empty: Path, pattern: str, stages:
     assert cut_evenly(pattern, stages) == cut
     config = load(empty, [f"model.pattern={pattern}", f"parallel.pipeline={stages}"])
     assert config.model.pattern == cut
+
+
+def test_a_key_is_read_under_its_former_name(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('[memory]\nmemory = "gated_mlp"\n')
+    assert load(file).memory.network == "gated_mlp"
+    assert load(file, ["memory.memory=linear"]).memory.network == "linear"
+    assert "network = " in to_toml(load(file))
+    file.write_text('[memory]\nmemory = "linear"\nnetwork = "mlp"\n')
+    with pytest.raises(ValueError, match="memory.memory is the former name of memory.network"):
+        load(file)

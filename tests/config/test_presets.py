@@ -21,7 +21,7 @@ def test_one_key_picks_a_member_and_keys_beside_it_win(tmp_path: Path) -> None:
     assert (memory.window, memory.step_in_momentum, memory.chunk, memory.ns_steps) == (1, True, 32, 2)
     # On the command line the preset wins over the file, another word over the preset.
     memory = load(path, ["memory.degree=3", "memory.preset=atlas++"]).memory
-    assert (memory.memory, memory.ns_steps, memory.step_in_momentum, memory.degree) == ("gated_mlp", 5, False, 3)
+    assert (memory.network, memory.ns_steps, memory.step_in_momentum, memory.degree) == ("gated_mlp", 5, False, 3)
     assert memory.chunk == 32
 
 

@@ -40,7 +40,7 @@ BATCH, TOKENS, HEADS, WIDTH, WINDOW = 2, 6, 3, 8, 4
 def section(**changed: Any) -> SimpleNamespace:
     """An ATLAS memory, and what a case changes of it."""
     keys: dict[str, Any] = {
-        "memory": "mlp", "loss": "l2", "norm": "none", "heads": HEADS, "head_dim": WIDTH, "expansion": 2,
+        "network": "mlp", "loss": "l2", "norm": "none", "heads": HEADS, "head_dim": WIDTH, "expansion": 2,
         "kernel": "lifted", "feature_map": "hadamard", "degree": 2, "sketch_width": 0, "window": WINDOW, "chunk": 8,
         "omega_gates": "pair", "momentum": True, "step_in_momentum": False, "retention": True, "ns_steps": 5,
         "ns_period": 2, "ns_step": "last", "ns_coefficients": "jordan", "activation": "gelu", "write_gate": False,
@@ -53,12 +53,12 @@ def section(**changed: Any) -> SimpleNamespace:
 PLAIN = {"ns_steps": 0, "ns_period": 1, "momentum": False, "norm": "layer"}
 SECTIONS = {
     "atlas": section(),
-    "atlas++": section(memory="gated_mlp"),
+    "atlas++": section(network="gated_mlp"),
     "omeganet": section(**PLAIN),
     "titans": section(**{**PLAIN, "momentum": True}, omega_gates="none", window=1, step_in_momentum=True),
     "source": section(omega_gates="source"),
     "no retention": section(**PLAIN, retention=False),
-    "linear": section(**{**PLAIN, "norm": "none"}, memory="linear", feature_map="taylor"),
+    "linear": section(**{**PLAIN, "norm": "none"}, network="linear", feature_map="taylor"),
     "sketch": section(feature_map="sketch", sketch_width=12),
     "softmax": section(**{**PLAIN, "norm": "none"}, kernel="softmax", feature_map="identity"),
     "write gate": section(write_gate=True, ns_step="sum"),
@@ -154,19 +154,19 @@ def test_a_write_gate_sees_key_and_value_and_rules_forgetting() -> None:
 def test_step_sizes_and_retention_are_derived() -> None:
     assert eta_start(section(eta_start=0.3)) == 0.3
     assert eta_start(section()) == 2 * STEP
-    assert eta_start(section(ns_step="sum", memory="gated_mlp")) == GATED_STEP
+    assert eta_start(section(ns_step="sum", network="gated_mlp")) == GATED_STEP
     # The steps of a chunk, all at one anchor, sum to eta_sum.
     assert eta_start(section(**PLAIN)) * 0.5 * WINDOW * 8 == pytest.approx(0.1)
     momentum = section(**{**PLAIN, "momentum": True}, omega_gates="none")
     assert eta_start(momentum) * WINDOW / (1 - 0.9) * 8 == pytest.approx(0.1)
-    assert eta_start(section(**{**PLAIN, "norm": "none"}, memory="linear", loss="dot")) * 0.5 * WINDOW == 0.1
+    assert eta_start(section(**{**PLAIN, "norm": "none"}, network="linear", loss="dot")) * 0.5 * WINDOW == 0.1
     assert alpha_start(section(), 500) == RETENTION and alpha_start(section(alpha_start=0.7), 500) == 0.7
     assert [alpha_start(section(**PLAIN), tokens) for tokens in (500, 10)] == [1 - 1 / 500, 1 - 1 / 100]
 
 
 def test_matrices_start_at_their_sizes() -> None:
     torch.manual_seed(0)
-    memory = section(memory="gated_mlp", heads=40)
+    memory = section(network="gated_mlp", heads=40)
     first, second, gate = initial_weights(memory)
     assert first_gain(memory) == W1_GAIN and first_gain(section(**PLAIN)) == (2 * 2 * WIDTH) ** 0.25
     assert first.std().item() == pytest.approx(W1_GAIN / math.sqrt(2 * WIDTH), rel=0.05)

@@ -26,7 +26,7 @@ MEMORIES = {
     "sketch": replace(SMALL.memory, feature_map="sketch", sketch_width=16),
     "softmax": replace(SMALL.memory, **PRESETS["swdt"] | {"kernel": "softmax"}),
     "write gate": replace(SMALL.memory, write_gate=True, ns_step="sum"),
-    "linear": replace(SMALL.memory, memory="linear", norm="none", feature_map="identity"),
+    "linear": replace(SMALL.memory, network="linear", norm="none", feature_map="identity"),
 }
 
 

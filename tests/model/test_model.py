@@ -20,12 +20,12 @@ MEMORIES = {
     "source gates": replace(SMALL.memory, norm="none", omega_gates="source"),
     "no newton-schulz": replace(SMALL.memory, ns_steps=0, ns_period=1),
     "no momentum": replace(SMALL.memory, ns_steps=0, ns_period=1, momentum=False),
-    "linear": replace(SMALL.memory, memory="linear", norm="none", feature_map="identity"),
+    "linear": replace(SMALL.memory, network="linear", norm="none", feature_map="identity"),
     **{name: replace(SMALL.memory, **PRESETS[name]) for name in PRESETS},
     "taylor": replace(SMALL.memory, feature_map="taylor", head_dim=4),
-    "sketch": replace(SMALL.memory, memory="linear", norm="none", feature_map="sketch", sketch_width=9, degree=3),
+    "sketch": replace(SMALL.memory, network="linear", norm="none", feature_map="sketch", sketch_width=9, degree=3),
     "softmax": replace(SMALL.memory, **PRESETS["dot"] | {"kernel": "softmax"}),
-    "linear, no newton-schulz": replace(SMALL.memory, memory="linear", norm="none", ns_steps=0, ns_period=1),
+    "linear, no newton-schulz": replace(SMALL.memory, network="linear", norm="none", ns_steps=0, ns_period=1),
 }
 
 # Products that torch's counter does not know.
