@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .configuration_atlas import AtlasConfig
 from .kernels_atlas import attention
 from .mixer_atlas import Mixer
-from .place_atlas import Place, of_any_length
+from .place_atlas import TokenPositions, of_any_length
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class WindowAttention(Mixer):
     def start(self) -> dict[str, Tensor]:
         return {} if self.persistent is None else {"persistent": torch.randn(self.persistent.shape)}
 
-    def forward(self, x: Tensor, state: AttentionState | None, place: Place) -> tuple[Tensor, AttentionState]:
+    def forward(self, x: Tensor, state: AttentionState | None, place: TokenPositions) -> tuple[Tensor, AttentionState]:
         """[B, T, hidden] -> [B, T, hidden] and the state after."""
         unrotated, k, v = self.heads_of(x)
         turn = self.rotation(place, x.device)
@@ -88,7 +88,7 @@ class WindowAttention(Mixer):
         """[B, H, T, K] -> [B, T, hidden]."""
         return self.linear_out(y.transpose(1, 2).flatten(2))
 
-    def rotation(self, place: Place, device: torch.device) -> tuple[Tensor, Tensor]:
+    def rotation(self, place: TokenPositions, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin [B or 1, 1, T, K/2] of the rotary angles of a call's tokens."""
         return attention.rotary(place.positions(device)[:, None], self.head_dim, self.rotary_base)
 

@@ -25,7 +25,7 @@ from .kernels_atlas import (
     unrounded,
 )
 from .mixer_atlas import Mixer
-from .place_atlas import Place
+from .place_atlas import TokenPositions
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Recurrent(Mixer):
         """One token, as `gru_cell` says."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, state: RecurrentState | None, place: Place) -> tuple[Tensor, RecurrentState]:
+    def forward(self, x: Tensor, state: RecurrentState | None, place: TokenPositions) -> tuple[Tensor, RecurrentState]:
         """[B, T, hidden] -> [B, T, hidden] and the state after."""
         projected = self.linear_in(x).unflatten(-1, (-1, self.gates + 1, self.head_dim))
         inputs, branch = projected.split((self.gates, 1), dim=-2)
@@ -130,7 +130,7 @@ class DeltaNet(Mixer):
         own = edge_starts(self.delta, self.linear_qkvg, self.convolution)
         return {"norm_gain": torch.ones(self.norm_gain.shape), **own}
 
-    def forward(self, x: Tensor, state: DeltaState | None, place: Place) -> tuple[Tensor, DeltaState]:
+    def forward(self, x: Tensor, state: DeltaState | None, place: TokenPositions) -> tuple[Tensor, DeltaState]:
         """[B, T, hidden] -> [B, T, hidden] and the state after."""
         qkv, branch = self.linear_qkvg(x).unflatten(-1, (-1, 4, self.head_dim)).split((3, 1), dim=-2)
         held, tail = (state.memory, state.tail) if state else (None, None)

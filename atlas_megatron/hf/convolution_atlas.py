@@ -27,7 +27,7 @@ class ShortConvolution(nn.Module):
     def forward(self, qkv: Tensor, tail: Tensor | None, documents: Tensor | None) -> tuple[Tensor, ...]:
         """[B, T, H, 3, K] -> q and k of length 1, v, [B, T, H, K] each, at least float32; the tail for what follows.
 
-        tail [B, 3HK, L-1]: the inputs before the first token; None: there are none. documents: see `Place`.
+        tail [B, 3HK, L-1]: the inputs before the first token; None: there are none. documents: see `TokenPositions`.
         """
         return short_convolution(qkv, self.weight, tail, documents)
 

@@ -15,7 +15,7 @@ from .configuration_atlas import AtlasConfig
 from .kernels_atlas import attention, head_norm, memory_as_gate
 from .memory_atlas import AtlasMemory, AtlasState
 from .mixer_atlas import Mixer
-from .place_atlas import Place
+from .place_atlas import TokenPositions
 
 
 class _Joined(Mixer):
@@ -61,7 +61,7 @@ class MemoryAsGate(_Joined):
     def alike(cls, config: AtlasConfig) -> str:
         return AtlasMemory.alike(config)
 
-    def forward(self, x: Tensor, state: GateState | None, place: Place) -> tuple[Tensor, GateState]:
+    def forward(self, x: Tensor, state: GateState | None, place: TokenPositions) -> tuple[Tensor, GateState]:
         """[B, T, hidden] -> [B, T, hidden] and the state after."""
         memory, kept = self.memory(x, state.memory if state else None, place)
         attention, seen = self.attention(x, state.attention if state else None, place)
@@ -107,7 +107,7 @@ class MemoryAsContext(_Joined):
     def start(self) -> dict[str, Tensor]:
         return super().start() | {"read_gain": torch.ones(self.read_gain.shape)}
 
-    def forward(self, x: Tensor, state: ContextState | None, place: Place) -> tuple[Tensor, ContextState]:
+    def forward(self, x: Tensor, state: ContextState | None, place: TokenPositions) -> tuple[Tensor, ContextState]:
         """[B, T, hidden] -> [B, T, hidden] and the state after; every row stands at the same position."""
         state, outputs, start = state or ContextState(None, None, None, None), [], 0
         reach, ended = self.memory.reach_in(place.tokens), 0
@@ -118,13 +118,13 @@ class MemoryAsContext(_Joined):
                 memory, ended = state.memory.ended(), start
                 state = ContextState(memory, memory, None, None)
             stop = min(start + self.segment - first % self.segment, place.tokens)
-            part = Place(first, stop - start, None, place.first + stop)
+            part = TokenPositions(first, stop - start, None, place.first + stop)
             y, state = self._within(x[:, start:stop], state, part)
             outputs.append(y)
             start = stop
         return torch.cat(outputs, 1), state
 
-    def _within(self, x: Tensor, state: ContextState, place: Place) -> tuple[Tensor, ContextState]:
+    def _within(self, x: Tensor, state: ContextState, place: TokenPositions) -> tuple[Tensor, ContextState]:
         """Tokens of one segment."""
         read = self.memory.read(self.linear_query(x).unflatten(-1, self.read_gain.shape), state.start)
         context = self.linear_read(head_norm(read, self.read_gain, self.epsilon).to(x.dtype).flatten(2))

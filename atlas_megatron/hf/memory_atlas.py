@@ -28,7 +28,7 @@ from .kernels_atlas import (
     unrounded,
 )
 from .mixer_atlas import Mixer
-from .place_atlas import Place
+from .place_atlas import TokenPositions
 
 logger = logging.get_logger(__name__)
 
@@ -104,7 +104,7 @@ class AtlasMemory(Mixer):
         own |= zip(names, layer_start.initial_weights(memory), strict=False)
         return own | edge_starts(memory, self.linear_qkvg, self.convolution)
 
-    def forward(self, x: Tensor, state: AtlasState | None, place: Place) -> tuple[Tensor, AtlasState]:
+    def forward(self, x: Tensor, state: AtlasState | None, place: TokenPositions) -> tuple[Tensor, AtlasState]:
         """[B, T, hidden] -> [B, T, hidden] and the state after."""
         projected = self.linear_qkvg(x).unflatten(-1, (-1, 4, self.memory.head_dim))
         qkv, branch = projected.split((3, 1), dim=-2)

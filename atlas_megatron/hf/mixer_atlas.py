@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_atlas import AtlasConfig
-from .place_atlas import Place
+from .place_atlas import TokenPositions
 
 
 class Mixer(nn.Module):
@@ -35,7 +35,7 @@ class Mixer(nn.Module):
         """What keeps rows from standing at different positions; empty: nothing."""
         return ""
 
-    def forward(self, x: Tensor, state: Any, place: Place) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, state: Any, place: TokenPositions) -> tuple[Tensor, Any]:
         """[B, T, hidden] and what it left before (None: nothing was read) -> [B, T, hidden], and the state after."""
         raise NotImplementedError
 
@@ -50,6 +50,6 @@ class SwiGLU(Mixer):
         self.linear_gate_up = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=False)
         self.linear_down = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, state: None, place: Place) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, state: None, place: TokenPositions) -> tuple[Tensor, None]:
         gate, up = self.linear_gate_up(x).chunk(2, -1)
         return self.linear_down(F.silu(gate) * up), None

@@ -19,7 +19,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .cache_atlas import AtlasCache
 from .configuration_atlas import AtlasConfig
-from .place_atlas import Place, Unpacked, check_packing, exporting, of_any_length, padding_of, place_of
+from .place_atlas import TokenPositions, Unpacked, check_packing, exporting, of_any_length, padding_of, place_of
 from .registry_atlas import MIXERS
 
 # As in configuration_atlas.py: transformers asks each file that it begins with.
@@ -74,7 +74,7 @@ class AtlasLayer(GradientCheckpointingLayer):
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_epsilon)
         self.mixer = MIXERS[symbol](config)
 
-    def forward(self, x: Tensor, state: Any, place: Place) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, state: Any, place: TokenPositions) -> tuple[Tensor, Any]:
         y, after = self.mixer(self.norm(x), state, place)
         return x + y, after
 
@@ -187,14 +187,14 @@ class AtlasModel(AtlasPreTrainedModel):
         )
 
     def _through(
-        self, x: Tensor, cache: AtlasCache | None, place: Place, remember: bool
+        self, x: Tensor, cache: AtlasCache | None, place: TokenPositions, remember: bool
     ) -> tuple[Tensor, list[Any], list[Tensor]]:
         """x [B, T, hidden] after every layer and the last norm; the layers' states; what went into each, and came out
         in the end, where it is to be remembered. Documents become rows where a layer wants rows that stand alike; the
         states are then of no use."""
         unpacked = Unpacked.of(place.documents) if place.documents is not None and self._alike() else None
         if unpacked is not None:
-            x, place = unpacked.apart(x), Place(0, unpacked.length, None, unpacked.length)
+            x, place = unpacked.apart(x), TokenPositions(0, unpacked.length, None, unpacked.length)
         before = cache.states if cache is not None else [None] * len(self.layers)
         states, seen = [], []
         for layer, state in zip(self.layers, before, strict=True):

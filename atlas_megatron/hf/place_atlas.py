@@ -20,7 +20,7 @@ Position = int | Tensor
 
 
 @dataclass(frozen=True)
-class Place:
+class TokenPositions:
     """The positions of a call's tokens, and what the next call's begin with.
 
     documents [B, T] int64: of each token in its own document, 0 where one begins, which the layers do not look out of;
@@ -81,7 +81,7 @@ class Unpacked:
 
     @classmethod
     def of(cls, documents: Tensor) -> Unpacked:
-        """documents: those of a `Place`."""
+        """documents: those of a `TokenPositions`."""
         begins = documents == 0
         begins[:, 0] = True
         number, length = begins.flatten().cumsum(0) - 1, int(documents.max()) + 1
@@ -164,7 +164,7 @@ def place_of(
     position_ids: Tensor | None,
     padding: Padding | None,
     aligned: bool,
-) -> Place:
+) -> TokenPositions:
     """Where `tokens` tokens of each row stand that follow `read` tokens of text in so many columns of the batch.
 
     position_ids [B or 1, T]: count up by one, and begin at 0 where a packed document does; None: all of a row is one
@@ -176,18 +176,18 @@ def place_of(
         documents = _packed(position_ids, read, columns, batch, tokens, padding)
     left = padding is not None and padding.left and not aligned
     if documents is None and not left and isinstance(read, int):
-        return Place(read, tokens, None, read + tokens)
+        return TokenPositions(read, tokens, None, read + tokens)
     given = next(t for t in (documents, read, padding and padding.before) if isinstance(t, Tensor))
     column = torch.arange(tokens, device=given.device)
     before = torch.as_tensor(read, device=given.device).expand(batch)
     if documents is None:
         documents = before[:, None] + column
     if padding is None or not left:
-        return Place(0, tokens, documents, documents[:, -1] + 1)
+        return TokenPositions(0, tokens, documents, documents[:, -1] + 1)
     last = (padding.count - 1).clamp(min=0)[:, None]
     after = torch.where(padding.count > 0, documents.gather(1, last)[:, 0] + 1, before)
     documents = torch.where(column < padding.before[:, None], column, padding.back(documents))
-    return Place(0, tokens, documents, after)
+    return TokenPositions(0, tokens, documents, after)
 
 
 def _packed(

@@ -100,10 +100,10 @@ class Mixer(Costs, MegatronModule):
         with in_mode(self, keep_state=inference_context is not None):
             y, after = self.mix(hidden_states, state, *positions)
         if inference_context is not None:
-            inference_context.states[self.layer_number] = self.at_end(after)
+            inference_context.states[self.layer_number] = self.final_state(after)
         return y, None
 
-    def at_end(self, after: Any) -> Any:
+    def final_state(self, after: Any) -> Any:
         """The state after the whole sequence, from those after each rank's tokens."""
         return self.shards.tokens.from_last(after)
 

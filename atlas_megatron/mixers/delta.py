@@ -144,7 +144,7 @@ class DeltaNet(Mixer):
         q, k, v, beta, *decay = tokens
         return self.kernel(q, k, v, beta, decay[0] if decay else None, positions, state)
 
-    def blank(self, tokens: tuple[Tensor, ...], heads: slice, position: int | Tensor) -> Any:
+    def empty_state(self, tokens: tuple[Tensor, ...], heads: slice, position: int | Tensor) -> Any:
         """An empty memory at this position."""
         _, k, v, *_ = tokens
         if self.kernel is flash_kernel:
@@ -152,14 +152,14 @@ class DeltaNet(Mixer):
         empty = v.new_zeros(v.shape[2], v.shape[3], k.shape[3])
         return initial_state(RULE, (empty,), k, v, residuals=False, source_gates=True).at(position)
 
-    def carried(self, state: Any) -> tuple[Tensor, ...]:
+    def to_message(self, state: Any) -> tuple[Tensor, ...]:
         return state.weights if isinstance(state, MemoryState) else (state,)
 
-    def resumed(self, blank: Any, carried: tuple[Tensor, ...]) -> Any:
-        (weights,) = carried
-        return replace(blank, weights=carried, anchor=carried) if isinstance(blank, MemoryState) else weights
+    def from_message(self, empty: Any, message: tuple[Tensor, ...]) -> Any:
+        (weights,) = message
+        return replace(empty, weights=message, anchor=message) if isinstance(empty, MemoryState) else weights
 
-    def at_end(self, after: DeltaState) -> DeltaState:
+    def final_state(self, after: DeltaState) -> DeltaState:
         """The memory stays with the rank that has its heads; the convolutions' tail is of all heads."""
         return DeltaState(self.shards.chain.from_last(after.memory), self.shards.tokens.from_last(after.tail))
 

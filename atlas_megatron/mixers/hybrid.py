@@ -141,8 +141,8 @@ class MemoryAsGate(_Joined):
         attention, seen = self.attention.mix(hidden_states, state.attention if state else None, positions)
         return self.join(attention, memory), GateState(kept, seen)
 
-    def at_end(self, after: GateState) -> GateState:
-        return GateState(self.memory.at_end(after.memory), self.attention.at_end(after.attention))
+    def final_state(self, after: GateState) -> GateState:
+        return GateState(self.memory.final_state(after.memory), self.attention.final_state(after.attention))
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class MemoryAsContext(_Joined):
         y = torch.cat(outputs)
         if chain.rank < chain.size - 1:
             assert state.memory is not None
-            y = chain.pass_on(y, self.memory.all_carried(state.memory))
+            y = chain.pass_on(y, self.memory.all_to_message(state.memory))
         return y, state
 
     def _received(self, hidden_states: Tensor, first: ContextState) -> ContextState:
@@ -259,9 +259,9 @@ class MemoryAsContext(_Joined):
                 f"attention.segment={self.segment} does; give whole segments to each rank"
             )
         position = first.position + chain.rank * tokens
-        blank = self.memory.blank_state(hidden_states.shape[1], position)
-        carried = chain.receive(self.memory.all_carried(blank), hidden_states, first)
-        memory = self.memory.all_resumed(blank, carried)
+        empty = self.memory.empty_layer_state(hidden_states.shape[1], position)
+        message = chain.receive(self.memory.all_to_message(empty), hidden_states, first)
+        memory = self.memory.all_from_message(empty, message)
         return ContextState(memory, memory, None, None, position)
 
     def _within(self, hidden_states: Tensor, state: ContextState) -> tuple[Tensor, ContextState]:

@@ -178,7 +178,7 @@ class AtlasMixer(MemoryCosts, Mixer):
         assert state is not None
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state
 
-    def blank(self, tokens: tuple[Tensor, ...], heads: slice, position: int | Tensor) -> MemoryState:
+    def empty_state(self, tokens: tuple[Tensor, ...], heads: slice, position: int | Tensor) -> MemoryState:
         """Before any token, but for its position."""
         _, k, v, *_ = tokens
         keys = k[..., :1].expand(*k.shape[:-1], lifted(self.memory))
@@ -186,31 +186,31 @@ class AtlasMixer(MemoryCosts, Mixer):
         start = initial_state(self.rule, self._start(heads), keys, v, residuals=own, source_gates=source)
         return start.at(position)
 
-    def carried(self, state: State) -> tuple[Tensor, ...]:
+    def to_message(self, state: State) -> tuple[Tensor, ...]:
         """Only matrices are handed on: the exponential kernels' growing state is refused with the configuration."""
         assert isinstance(state, MemoryState)
-        return state.carried(self.rule)
+        return state.to_message(self.rule)
 
-    def resumed(self, blank: State, carried: tuple[Tensor, ...]) -> MemoryState:
-        assert isinstance(blank, MemoryState)
-        return blank.resumed(self.rule, carried)
+    def from_message(self, empty: State, message: tuple[Tensor, ...]) -> MemoryState:
+        assert isinstance(empty, MemoryState)
+        return empty.from_message(self.rule, message)
 
-    def blank_state(self, batch: int, position: int) -> AtlasState:
+    def empty_layer_state(self, batch: int, position: int) -> AtlasState:
         """Before any token of so many sequences, but for its position; all heads of this rank."""
         heads, channels, taps = self.convolution.shape
         tail = self.convolution.new_zeros(batch, heads * channels, taps - 1)
         none = self.norm_gain.new_zeros(batch, 0, heads, self.memory.head_dim)
-        return AtlasState(None if self.mode.ablate else self.blank((none, none, none), ALL, position), tail)
+        return AtlasState(None if self.mode.ablate else self.empty_state((none, none, none), ALL, position), tail)
 
-    def all_carried(self, state: AtlasState) -> tuple[Tensor, ...]:
-        """As `carried`, with the convolutions' tail."""
-        return (state.tail, *(() if state.memory is None else self.carried(state.memory)))
+    def all_to_message(self, state: AtlasState) -> tuple[Tensor, ...]:
+        """As `to_message`, with the convolutions' tail."""
+        return (state.tail, *(() if state.memory is None else self.to_message(state.memory)))
 
-    def all_resumed(self, blank: AtlasState, carried: tuple[Tensor, ...]) -> AtlasState:
-        tail, *rest = carried
-        return AtlasState(None if blank.memory is None else self.resumed(blank.memory, tuple(rest)), tail)
+    def all_from_message(self, empty: AtlasState, message: tuple[Tensor, ...]) -> AtlasState:
+        tail, *rest = message
+        return AtlasState(None if empty.memory is None else self.from_message(empty.memory, tuple(rest)), tail)
 
-    def at_end(self, after: AtlasState) -> AtlasState:
+    def final_state(self, after: AtlasState) -> AtlasState:
         """The memory stays with the rank that has its heads; the convolutions' tail is of all heads."""
         return AtlasState(self.shards.chain.from_last(after.memory), self.shards.tokens.from_last(after.tail))
 

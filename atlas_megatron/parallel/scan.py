@@ -27,16 +27,16 @@ class Scannable(Protocol):
         """tokens [B, t, h, ...] of these heads -> (y [B, t, h, V], the state after). state None: there were none."""
         ...
 
-    def blank(self, tokens: tuple[Tensor, ...], heads: slice, position: int | Tensor) -> Any:
+    def empty_state(self, tokens: tuple[Tensor, ...], heads: slice, position: int | Tensor) -> Any:
         """A state of the right shapes at this position."""
         ...
 
-    def carried(self, state: Any) -> tuple[Tensor, ...]:
+    def to_message(self, state: Any) -> tuple[Tensor, ...]:
         """What the right neighbour has to be told of a state."""
         ...
 
-    def resumed(self, blank: Any, carried: tuple[Tensor, ...]) -> Any:
-        """The state that `carried` tells of."""
+    def from_message(self, empty: Any, message: tuple[Tensor, ...]) -> Any:
+        """The state that `to_message` tells of."""
         ...
 
 
@@ -91,11 +91,11 @@ class Shards:
         if chain.rank > 0:
             # A document that goes on over the border is at its token's position, one that begins there at 0.
             position = chain.rank * tokens[0].shape[1] + (0 if state is None else state.position)
-            blank = memory.blank(tokens, heads, position if positions is None else positions[:, 0])
-            state = memory.resumed(blank, chain.receive(memory.carried(blank), tokens[0], state))
+            empty = memory.empty_state(tokens, heads, position if positions is None else positions[:, 0])
+            state = memory.from_message(empty, chain.receive(memory.to_message(empty), tokens[0], state))
         y, after = memory.advance(tokens, heads, state, positions)
         if chain.rank < chain.size - 1:
-            y = chain.pass_on(y, memory.carried(after))
+            y = chain.pass_on(y, memory.to_message(after))
         return y, after
 
     def _exchanged(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

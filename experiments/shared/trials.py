@@ -20,7 +20,7 @@ import atlas_kernels
 from atlas_kernels import layer_start, memories, op
 from atlas_kernels.chunked import Kernels
 from atlas_kernels.layer_norm import layer_norm
-from atlas_kernels.memories import Factors, Matrices, Mlp, Reader
+from atlas_kernels.memories import Factors, Matrices, Mlp, WeightView
 from atlas_kernels.newton_schulz import direct_form, newton_schulz, schedule
 from atlas_kernels.rule import MemoryRule
 from atlas_kernels.writes import Leave, OrthogonalWrites, SourceReader, decay_matrix
@@ -60,7 +60,7 @@ class Trial(OrthogonalWrites):
         """The weights that leave a chunk."""
         return new
 
-    def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[Reader, Leave]:
+    def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[WeightView, Leave]:
         alphas = [self.of_weights[n] if w else torch.ones_like(self.of_weights[n]) for w in self.written]
         directions, written, moved = [], [], []
         for j, (W, S, (wide, narrow)) in enumerate(zip(weights, momentum, factors, strict=True)):
@@ -220,7 +220,7 @@ class ProvisionalOwn(Trial):
 class ToStart(Trial):
     """2: what decays is what was written: without writes the weights come back to their start, not to zero."""
 
-    def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[Reader, Leave]:
+    def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[WeightView, Leave]:
         if n == 0:
             self.start = weights
         written = tuple(W - start for W, start in zip(weights, self.start, strict=True))
@@ -236,7 +236,7 @@ class ToStart(Trial):
 class _WithStart:
     """Reads of what was written, and of the start weights besides."""
 
-    def __init__(self, written: Reader, start: Matrices) -> None:
+    def __init__(self, written: WeightView, start: Matrices) -> None:
         self.written, self.start = written, start
 
     def widen(self, j: int, x: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ def read_norm() -> None:
 def no_residual() -> None:
     """8: M(x) = W1 act(W2 x)."""
 
-    def error(self: Mlp, anchor: Reader, h: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    def error(self: Mlp, anchor: WeightView, h: Tensor, v: Tensor, r: Tensor) -> Tensor:
         return anchor.narrow(0, h) - v
 
     memories.Mlp.error = error  # type: ignore[method-assign]

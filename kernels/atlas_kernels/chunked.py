@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .decays import pair_band, source_band
 from .delta_rule import delta_rule, delta_rule_packed
-from .memories import Matrices, MatrixReader, Reader, memory_of, oriented
+from .memories import Matrices, MatrixView, WeightView, memory_of, oriented
 from .packing import Packing, pack
 from .rule import Inputs, MemoryRule, MemoryState
 from .writes import (
@@ -72,7 +72,7 @@ class Kernels:
     """
 
     segment: SegmentScan | None = None
-    anchor: Callable[[Matrices], Reader] = MatrixReader
+    anchor: Callable[[Matrices], WeightView] = MatrixView
     orthogonal: OrthogonalWriter = OrthogonalWrites
     held_of_step: float = 2.0
 
@@ -363,7 +363,7 @@ def _stretches(of: Any, lengths: list[int]) -> list[Any]:
 
 def _chunk_by_chunk(
     rule: MemoryRule,
-    by: tuple[Callable[[Matrices], Reader], Writes],
+    by: tuple[Callable[[Matrices], WeightView], Writes],
     whole: Tokens,
     matrices: tuple[Matrices, Matrices, Matrices],
     by_chunk: bool,

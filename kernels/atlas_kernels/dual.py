@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from . import chunked
 from .autocast import unrounded_backward
 from .decays import decay_matrix, pair_band, source_band
-from .memories import Matrices, MatrixReader, memory_of, oriented
+from .memories import Matrices, MatrixView, memory_of, oriented
 from .products import times_transpose
 from .rule import Inputs, MemoryRule
 from .writes import SourceReader
@@ -134,7 +134,7 @@ class _DualReader:
     def __init__(
         self,
         rule: MemoryRule,
-        plain: MatrixReader | SourceReader,
+        plain: MatrixView | SourceReader,
         matrices: Matrices,
         cache: _Cache,
         scale: Tensor | None = None,
@@ -330,7 +330,7 @@ def _step(
     written = (retention * eta.unsqueeze(-2)) @ band  # C
 
     anchor, seen = rule.anchor_of(matrices), cache.map(rule.as_anchor)
-    factors = memory.factors(_DualReader(rule, MatrixReader(anchor), anchor, seen), x, v, r)
+    factors = memory.factors(_DualReader(rule, MatrixView(anchor), anchor, seen), x, v, r)
     values = tuple(-factors[j][0] for j in dual_layers(rule))
     plain = SourceReader(-written, factors, [(alphas, W) for W in matrices])
     reader = _DualReader(rule, plain, matrices, cache, alphas, (written, x, values))

@@ -4,7 +4,7 @@ A memory's matrices meet its hidden width (wide, F) and its input or output (nar
 as [G, wide, narrow], W1 transposed, so that one code serves them all; `factors` gives the gradient of the inner loss
 at the anchor as one pair a matrix, gradient = sum_i wide_i narrow_i^T, never formed; `read` is the memory's output,
 written over the two ways to multiply by a matrix as it stands after token t's write. Both meet the matrices through a
-`Reader` alone, so a layer may be kept in another form than its matrix (see dual.py).
+`WeightView` alone, so a layer may be kept in another form than its matrix (see dual.py).
 
 Dims: G = B x H memories side by side, I tokens.
 """
@@ -25,7 +25,7 @@ Matrices = tuple[Tensor, ...]
 Factors = tuple[tuple[Tensor, Tensor], ...]
 
 
-class Reader(Protocol):
+class WeightView(Protocol):
     """Multiplies each token's vector by matrix j after that token's write, without forming the matrix."""
 
     def widen(self, j: int, x: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class Reader(Protocol):
         """[G, C, wide] -> [G, C, narrow]: M_t^T h_t."""
 
 
-class MatrixReader:
+class MatrixView:
     """Every token sees the same matrices, [G, wide, narrow] each: those of the chunk's start."""
 
     def __init__(self, matrices: Matrices) -> None:
@@ -55,10 +55,10 @@ class Memory(Protocol):
     def transposed(self) -> tuple[bool, ...]:
         """For each matrix: whether the chunk form keeps its transpose."""
 
-    def factors(self, anchor: Reader, x: Tensor, v: Tensor, r: Tensor) -> Factors:
+    def factors(self, anchor: WeightView, x: Tensor, v: Tensor, r: Tensor) -> Factors:
         """x [G, I, D], v, r [G, I, V] -> ([G, I, wide], [G, I, narrow]) a matrix."""
 
-    def read(self, reader: Reader, x: Tensor, r: Tensor) -> Tensor:
+    def read(self, reader: WeightView, x: Tensor, r: Tensor) -> Tensor:
         """x [G, C, D], r [G, C, V] -> [G, C, V]."""
 
 
@@ -75,10 +75,10 @@ class Linear:
     def __init__(self, rule: MemoryRule) -> None:
         self.loss = rule.loss
 
-    def factors(self, anchor: Reader, x: Tensor, v: Tensor, r: Tensor) -> Factors:
+    def factors(self, anchor: WeightView, x: Tensor, v: Tensor, r: Tensor) -> Factors:
         return ((-v if self.loss == "dot" else anchor.widen(0, x) - v, x),)
 
-    def read(self, reader: Reader, x: Tensor, r: Tensor) -> Tensor:
+    def read(self, reader: WeightView, x: Tensor, r: Tensor) -> Tensor:
         return reader.widen(0, x)
 
 
@@ -90,19 +90,19 @@ class Mlp:
     def __init__(self, rule: MemoryRule) -> None:
         self.output_norm, self.loss = rule.norm == "layer", rule.loss
 
-    def factors(self, anchor: Reader, x: Tensor, v: Tensor, r: Tensor) -> Factors:
+    def factors(self, anchor: WeightView, x: Tensor, v: Tensor, r: Tensor) -> Factors:
         h, slope = gelu_with_derivative(anchor.widen(1, x))
         e = self.error(anchor, h, v, r)
         return (h, e), (anchor.widen(0, e) * slope, x)
 
-    def error(self, anchor: Reader, h: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    def error(self, anchor: WeightView, h: Tensor, v: Tensor, r: Tensor) -> Tensor:
         """The inner loss's gradient at W1's output, [G, I, V]."""
         l2 = self.loss == "l2"
         if self.output_norm:
             return pull_through_layer_norm(anchor.narrow(0, h), r - v if l2 else -v, plus_output=l2)
         return (r - v) + anchor.narrow(0, h) if l2 else -v
 
-    def read(self, reader: Reader, x: Tensor, r: Tensor) -> Tensor:
+    def read(self, reader: WeightView, x: Tensor, r: Tensor) -> Tensor:
         return self.output(reader.narrow(0, gelu(reader.widen(1, x))), r)
 
     def output(self, o: Tensor, r: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class GatedMlp(Mlp):
 
     transposed = (True, False, False)
 
-    def factors(self, anchor: Reader, x: Tensor, v: Tensor, r: Tensor) -> Factors:
+    def factors(self, anchor: WeightView, x: Tensor, v: Tensor, r: Tensor) -> Factors:
         act, slope = gelu_with_derivative(anchor.widen(1, x))
         u = anchor.widen(2, x)
         h = act * u
@@ -122,7 +122,7 @@ class GatedMlp(Mlp):
         back = anchor.widen(0, e)
         return (h, e), (back * u * slope, x), (back * act, x)
 
-    def read(self, reader: Reader, x: Tensor, r: Tensor) -> Tensor:
+    def read(self, reader: WeightView, x: Tensor, r: Tensor) -> Tensor:
         h = gelu(reader.widen(1, x)) * reader.widen(2, x)
         return self.output(reader.narrow(0, h), r)
 

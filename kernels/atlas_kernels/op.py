@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .chunked import TORCH, Kernels, omega_memory_chunked, omega_memory_packed
 from .dual import DualState, initial_dual_state, omega_memory_dual
-from .memories import MatrixReader, memory_of, oriented
+from .memories import MatrixView, memory_of, oriented
 from .packing import documents, of_rows, row_of
 from .reference import omega_memory_reference
 from .rule import Gates, Inputs, MemoryRule, MemoryState, initial_state
@@ -123,7 +123,7 @@ def read_memory(
     flat = lambda t: t.to(dtype).transpose(1, 2).flatten(0, 1)  # noqa: E731  [B, T, H, ...] -> [B H, T, ...]
     memory = memory_of(rule)
     held = tuple(w.to(dtype).flatten(0, 1) for w in oriented(memory, matrices))
-    y = memory.read(MatrixReader(held), flat(q), flat(q if residual is None else residual))
+    y = memory.read(MatrixView(held), flat(q), flat(q if residual is None else residual))
     return y.unflatten(0, (batch, heads)).transpose(1, 2).to(q.dtype)
 
 

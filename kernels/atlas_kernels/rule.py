@@ -251,17 +251,19 @@ class MemoryState[P: int | Tensor]:
         """(weights, momentum, anchor)."""
         return self.weights, self.momentum, self.anchor
 
-    def carried(self, rule: MemoryRule) -> tuple[Tensor, ...]:
-        """Of `tensors`, what the others do not follow from: no momentum without one, no anchor at a chunk's border,
-        no steps right after a write."""
+    def to_message(self, rule: MemoryRule) -> tuple[Tensor, ...]:
+        """The tensors that a neighbour rank needs; the rest can be rebuilt.
+
+        Left out: the momentum of a rule without one, the anchor at a chunk's border, pending steps right after a write.
+        """
         halo = tuple(t for t in (self.keys, self.values, self.residuals, self.gamma) if t is not None)
         momentum = self.momentum if rule.momentum else ()
         steps = () if self.pending is None or self._has_written(rule) else (self.pending,)
         return (*self.weights, *momentum, *(() if self._at_border(rule) else self.anchor), *halo, *steps)
 
-    def resumed(self, rule: MemoryRule, carried: tuple[Tensor, ...]) -> MemoryState[P]:
-        """The state of `carried`; self has its shapes and its position, and no momentum where the rule has none."""
-        rest = iter(carried)
+    def from_message(self, rule: MemoryRule, message: tuple[Tensor, ...]) -> MemoryState[P]:
+        """The state that `to_message` told of; self has its shapes and position, and what the rule leaves unsent."""
+        rest = iter(message)
         weights = tuple(next(rest) for _ in self.weights)
         momentum = tuple(next(rest) for _ in self.momentum) if rule.momentum else self.momentum
         anchor = weights if self._at_border(rule) else tuple(next(rest) for _ in self.anchor)

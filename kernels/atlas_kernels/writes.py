@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import reads
 from .decays import decay_matrix
-from .memories import Factors, Matrices, Reader
+from .memories import Factors, Matrices, WeightView
 from .newton_schulz import newton_schulz
 from .products import step_pair
 from .rule import MemoryRule
@@ -37,7 +37,7 @@ Leave = Callable[[], tuple[Matrices, Matrices]]
 class Writes(Protocol):
     """How the tokens of each chunk change the weights."""
 
-    def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[Reader, Leave]:
+    def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[WeightView, Leave]:
         """How tokens of chunk n read, and what they leave."""
 
 
@@ -89,7 +89,7 @@ class RawWrites:
         outer = (of.to_weights.unbind(), of.to_momentum.unbind())
         self.leaving = list(zip(of.last.unbind(), *outer, strict=True))
 
-    def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[Reader, Leave]:
+    def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[WeightView, Leave]:
         last, to_weights, to_momentum = self.leaving[n]
         after = [
             step_pair(W, S, last, to_weights, to_momentum, wide, narrow)
@@ -108,7 +108,7 @@ class SumWrites:
         self.reads = list(zip(of.alphas.unbind(), of.sources.unbind(), strict=True))
         self.leaving = list(zip(of.last.unbind(), of.to_weights.unbind(), strict=True))
 
-    def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[Reader, Leave]:
+    def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[WeightView, Leave]:
         last, outer = self.leaving[n]
         written = tuple(
             torch.baddbmm(last * W, wide.mT, outer * narrow) for W, (wide, narrow) in zip(weights, factors, strict=True)
@@ -147,7 +147,7 @@ class OrthogonalWrites:
         self.thetas = (decay[..., formed, :1] * theta[..., :1, None]).unsqueeze(-1).unbind()
         self.sums = (decay[..., formed, :] @ band).unsqueeze(-1).unbind()
 
-    def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[Reader, Leave]:
+    def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[WeightView, Leave]:
         alphas, of_writes = self.of_weights[n], self.of_writes[n]
         orthogonal, written, moved = [], [], []
         for W, S, (wide, narrow) in zip(weights, momentum, factors, strict=True):

@@ -38,7 +38,7 @@ def test_any_cut_gives_the_whole(rule, impl):
     whole |= gradients(list(whole.values()), p.leaves())
     for at in (1, 3, 4, CHUNK, CHUNK + 1, CHUNK + 7):
         first, middle = p.run(impl, 0, at)
-        middle = middle.resumed(rule, middle.carried(rule))  # as a rank of a split sequence gets it
+        middle = middle.from_message(rule, middle.to_message(rule))  # as a rank of a split sequence gets it
         second, state = p.run(impl, at, None, middle)
         parts = {"y": torch.cat([first, second], 1), **state_tensors(state)}
         assert_close(parts | gradients(list(parts.values()), p.leaves()), whole)
@@ -78,7 +78,7 @@ def test_what_a_state_holds():
     assert torch.allclose(state.pending, p.gates.eta[:, 4:].sum(1))
     # At a write's border nothing is pending, and nothing is handed on.
     _, at_border = p.run("chunked", 0, 4)
-    assert not at_border.pending.any() and len(at_border.carried(SUMS)) == len(state.carried(SUMS)) - 1
+    assert not at_border.pending.any() and len(at_border.to_message(SUMS)) == len(state.to_message(SUMS)) - 1
     every = replace(SUMS, ns_period=1)
     assert initial_state(every, p.weights, p.k, p.v, residuals=False, source_gates=False).pending is None
 

@@ -122,7 +122,7 @@ class _StepReader:
 
 
 class ProductReader:
-    """As `memories.MatrixReader`, the products' factors rounded to `products`."""
+    """As `memories.MatrixView`, the products' factors rounded to `products`."""
 
     def __init__(self, matrices: Matrices, products: torch.dtype) -> None:
         self.matrices, self.products = matrices, products
