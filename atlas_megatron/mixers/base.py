@@ -37,11 +37,11 @@ class Documents:
 
 @dataclass(frozen=True)
 class Mode:
-    """What a mixer's forward does beside its output; `in_mode` changes it."""
+    """What a mixer's forward does besides its output; `in_mode` changes it."""
 
-    measure: bool = False  # leaves its statistics in `measurements`
-    ablate: bool = False  # for whole sequences: memories stay at their start weights, which are read, not written
-    keep_state: bool = False  # is asked for the state that it ends with
+    measure: bool = False  # it leaves its statistics in `measurements`
+    ablate: bool = False  # memories are read at their start weights and not written; for whole sequences
+    keep_state: bool = False  # it returns its final state
 
 
 class Mixer(Costs, MegatronModule):

@@ -56,7 +56,7 @@ class Policy:
         self._in_a_row = 0
 
     def decide(self, step: int, trouble: Trouble | None) -> Decision:
-        """What to do about a step's trouble before its update, None where all is finite. A skip is counted and said."""
+        """What follows a step, before its update. trouble: None where all is finite. A skip is counted and logged."""
         limits = self._limits
         if trouble is None:
             self._in_a_row = 0
@@ -88,8 +88,8 @@ def before_update(
 ) -> Trouble | None:
     """What is not finite in a step before its update; the same in every process, and every process calls this.
 
-    layers: the measurements of memories, by layer number. forward: as in `in_forward`. norm: computes the gradients'
-    norm, which is asked for where batches may be skipped alone; else the optimizer tells it.
+    layers: the measurements of memories, by layer number. forward: as in `in_forward`. norm: computes the norm of the
+    gradients; called only where batches may be skipped, for elsewhere the optimizer reports it after the update.
     """
     if not math.isfinite(loss):
         return Trouble(f"loss is {loss}", in_forward(chunks, config, forward))

@@ -135,12 +135,12 @@ def documents(positions: Tensor) -> Iterator[tuple[int, slice, bool]]:
 
 
 def row_of(state: MemoryState, row: int, position: int) -> MemoryState[int]:
-    """The state of one sequence of the batch, whose document has been read so far."""
+    """The state of one sequence of the batch. position: tokens read of its document."""
     return state.map(lambda t: t[row : row + 1]).at(position)
 
 
 def of_rows(states: list[MemoryState[int]]) -> MemoryState[Tensor]:
-    """The states of single sequences as one batch."""
+    """The states of single sequences as one batch; the position becomes [B]."""
     fields: dict[str, Any] = {}
     for name in vars(states[0]):
         parts = [getattr(state, name) for state in states]

@@ -213,8 +213,8 @@ class Inputs:
 class MemoryState[P: int | Tensor]:
     """All that a memory carries over a cut of the sequence; its size does not depend on the length read.
 
-    position: tokens read of the sequence. A `MemoryState[int]` stands at one position in every row; a call with packed
-    documents leaves a `MemoryState[Tensor]`, [B] int64, that tells of each row's own document.
+    position: tokens read of the sequence. A `MemoryState[int]` stands at the same position in every row. A call with
+    packed documents leaves a `MemoryState[Tensor]`: [B] int64, the position of each row in its own document.
 
     weights, momentum, anchor: one [B, H, rows, cols] tensor for each matrix of the memory (anchor: the
     weights at the start of the chunk that `position` lies in). keys [B, W-1, H, D], values and
