@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import transformers
 from packaging.version import Version
 from transformers import PretrainedConfig
+
+from .kernels_atlas import MemoryRule
 
 if TYPE_CHECKING:
     from .mixer_atlas import Mixer
@@ -63,31 +66,21 @@ import .writes
 
 # Keys under the names that they had in exports of before.
 RENAMED = {("memory", "memory"): "network"}
-# The keys of each section and where they start. What they mean: `atlas-train --help`.
+# The keys of each section and where they start. What they mean: `atlas-train --help`. What a memory learns by starts as
+# the kernels have it.
 SECTIONS: dict[str, dict[str, Any]] = {
     "memory": {
         "preset": "",
-        "network": "mlp",
-        "loss": "l2",
-        "norm": "none",
-        "activation": "gelu",
+        **{RENAMED.get(("memory", f.name), f.name): f.default for f in fields(MemoryRule)},
         "heads": 4,
         "head_dim": 64,
         "expansion": 4,
-        "kernel": "lifted",
         "feature_map": "hadamard",
         "degree": 2,
         "sketch_width": 0,
-        "window": 16,
-        "chunk": 64,
         "omega_gates": "pair",
-        "momentum": True,
         "step_in_momentum": False,
         "retention": True,
-        "ns_steps": 5,
-        "ns_period": 1,
-        "ns_step": "last",
-        "ns_coefficients": "jordan",
         "write_gate": False,
         "conv_size": 4,
         "late_keys": True,
@@ -99,7 +92,6 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "gamma_start": 0.5,
         "eta_start": 0.0,
         "eta_sum": 0.1,
-        "anchor_gradient": 1.0,
         "impl": "auto",
     },
     "attention": {

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from .short_conv import gpu_edges
 
-SILU_IS_ONE = 1.2784645  # SiLU of it
+SILU_IS_ONE = 1.2784645  # where SiLU is 1
 
 
 def gated_norm(y: Tensor, gate: Tensor, gain: Tensor, epsilon: float, impl: str = "auto") -> Tensor:
-    """RMS norm of every head's read, times its gain and SiLU of the output gate.
+    """RMS norm of every head's read, times its gain and the output gate's SiLU:
+
+        y / sqrt(mean(y^2) + epsilon) * gain * silu(gate)
 
     y, gate [B, T, H, K]; gain [H, K]; impl: as for `short_convolution`. Returns [B, T, H, K] in the gate's dtype.
     """

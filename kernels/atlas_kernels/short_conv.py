@@ -14,18 +14,21 @@ from torch import Tensor
 
 from .autocast import at_least_float32
 
-OWN_TOKEN = 0.2  # of what was drawn, where a start has an order of its own
+# Where a start gives a filter an order of its own: the share that it keeps of what was drawn.
+OWN_TOKEN = 0.2
 
 
 def short_convolution(
     qkv: Tensor, taps: Tensor, before: Tensor | None, positions: Tensor | None = None, impl: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A causal depthwise convolution, SiLU, and length 1 for q and k.
+    """A causal depthwise convolution, SiLU, and length 1 for q and k:
 
-    qkv [B, T, H, 3, K]. taps [H, 3K, L]: the filter of each channel, the newest token's last. before [B, 3HK, L-1]: the
-    inputs before the first token; None: there are none. positions [B, T] int64: each token's in its own document, which
-    a filter does not reach out of; None: all is one. impl: "triton" (one GPU kernel), "auto" (that on a GPU), anything
-    else: torch; float64 is torch's.
+        c_t = silu(sum_{j=0..L-1} taps_{L-1-j} x_{t-j})        q, k = c / |c|        v = c
+
+    qkv [B, T, H, 3, K]: x of q, k and v. taps [H, 3K, L]: the filter of each channel, the newest token's last. before
+    [B, 3HK, L-1]: the inputs before the first token; None at the start of a sequence. positions [B, T] int64: each
+    token's in its own document, which a filter does not reach out of; None: all is one. impl: "triton" (one GPU
+    kernel), "auto" (that on a GPU), anything else: torch; float64 is torch's.
 
     Returns q, k, v [B, T, H, K], at least float32, and what is `before` for the tokens that follow.
     """
