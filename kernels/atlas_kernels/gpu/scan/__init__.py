@@ -24,6 +24,7 @@ from atlas_kernels.gpu.launch import TRITON_DTYPES, Variant, launch, recording
 from atlas_kernels.gpu.scan.forward import read_kernel, write_kernel
 from atlas_kernels.gpu.scan.pieces import (
     Matrices,
+    Owed,
     ReadGradients,
     Reads,
     Shape,
@@ -122,19 +123,19 @@ class _SegmentScan(torch.autograd.Function):
         I, V = v.shape[-2:]  # noqa: E741
         sizes = Sizes(N, G, C, I)
         shape = shape_of(rule, products, sizes, D, V, matrices[0].shape[-2], keep)
-        tokens = Tokens(*(t.contiguous() for t in (q, x, v, r)))
+        tokens = Tokens(*(t.contiguous() for t in (q, read_residual, x, v, r)))
         coefficients = (alphas, kappas, _padded(sources, shape), last, to_w, to_s)
         tables = Tables(*(None if t is None else t.contiguous() for t in coefficients))
         states = _entering(N, *(matrices[i * count : (i + 1) * count] for i in range(3)))
 
-        o = torch.empty_like(tokens.v_pointer)
+        o, y = torch.empty_like(tokens.v_pointer), torch.empty_like(tokens.read_residual_pointer)
         _launch("write", G, (tokens, tables, states, o, sizes), shape)
-        y = torch.empty_like(read_residual, memory_format=torch.contiguous_format)
-        reads = Reads(o, *map(torch.empty_like, (y, tables.sources_pointer))) if keep else Reads(o, None, None)
-        arguments = tokens, tables, states, read_residual.contiguous(), y, reads, sizes
-        _launch("read", N * G, arguments, shape)
+        kept = map(torch.empty_like, (y, tables.sources_pointer)) if keep else (None, None)
+        reads = Reads(o, y, *kept)
+        _launch("read", N * G, (tokens, tables, states, reads, sizes), shape)
         left = (*states.weights[:count], *(states.momenta[:count] if states.momenta else ()))
         if keep:
+            tokens, reads = tokens._replace(read_residual_pointer=None), reads._replace(y_pointer=None)
             ctx.save_for_backward(*tokens, *tables, *reads, *left)
             ctx.shape, ctx.sizes, ctx.products = shape, sizes, products
         # Copies: a view would keep every chunk's matrices alive for as long as the state lives.
@@ -146,13 +147,13 @@ class _SegmentScan(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, *grad_matrices: Tensor) -> tuple[Tensor | None, ...]:
         shape, sizes, saved = ctx.shape, ctx.sizes, ctx.saved_tensors
         N, G, C, I = sizes  # noqa: E741
-        tokens, tables, reads = Tokens(*saved[:4]), Tables(*saved[4:10]), Reads(*saved[10:13])
+        tokens, tables, reads = Tokens(*saved[:5]), Tables(*saved[5:11]), Reads(*saved[11:15])
         count = 3 if shape.GATED else 2
-        states = States(Matrices(*saved[13 : 13 + count]), Matrices(*saved[13 + count :]) if shape.MOMENTUM else None)
+        states = States(Matrices(*saved[15 : 15 + count]), Matrices(*saved[15 + count :]) if shape.MOMENTUM else None)
         like = lambda t: None if t is None else torch.empty_like(t)  # noqa: E731
         side = partial(tokens.q_pointer.new_empty, N, G, C, shape.F, dtype=ctx.products)
+        grad_y = grad_y.contiguous()
         grads = ReadGradients(
-            grad_y_pointer=grad_y.contiguous(),
             grad_q_pointer=torch.empty_like(tokens.q_pointer),
             grad_x_pointer=torch.empty_like(tokens.x_pointer),
             grad_e_pointer=torch.empty_like(tokens.r_pointer),
@@ -164,7 +165,7 @@ class _SegmentScan(torch.autograd.Function):
             grad_z_pointer=side(),
             grad_up_pointer=side() if shape.GATED else None,
         )
-        _launch("read_backward", N * G, (tokens, tables, states, reads, grads, sizes), shape)
+        _launch("read_backward", N * G, (grad_y, tokens, tables, states, reads, grads, sizes), shape)
 
         grad_weights = Matrices(*(torch.stack([torch.zeros_like(m), m]) for m in grad_matrices[:count]))
         grad_momenta = [m.clone(memory_format=torch.contiguous_format) for m in grad_matrices[count:]]
@@ -179,10 +180,11 @@ class _SegmentScan(torch.autograd.Function):
             part_z_pointer=part(),
             part_up_pointer=part() if shape.GATED else None,
         )
-        _launch("write_backward", G, (tokens, tables, states, reads.o_pointer, grads, write, sizes), shape)
+        owed = Owed(**{name: getattr(grads, name) for name in Owed._fields})
+        _launch("write_backward", G, (tokens, tables, states, reads.o_pointer, owed, write, sizes), shape)
         grad_value = write.grad_value_pointer
         return (
-            *(None, None, grads.grad_q_pointer, grads.grad_y_pointer, grads.grad_x_pointer),
+            *(None, None, grads.grad_q_pointer, grad_y, grads.grad_x_pointer),
             *(grad_value.neg(), grad_value if shape.L2 else None),
             *(grads.grad_alphas_pointer, grads.grad_kappas_pointer, grads.grad_sources_pointer[..., :C, :I]),
             *(write.grad_last_pointer, write.grad_to_w_pointer, write.grad_to_s_pointer),

@@ -117,9 +117,7 @@ def read_kernel(
     tokens,  # Tokens
     tables,  # Tables
     states,  # States
-    read_residual_pointer,  # [N, G, C, V]
-    y_pointer,  # out: [N, G, C, V]
-    reads,  # Reads; out where KEEP: all but o
+    reads,  # Reads; out: y, and where KEEP read and scores
     sizes,  # Sizes
     S: tl.constexpr,  # Shape
 ):
@@ -161,4 +159,7 @@ def read_kernel(
         put_flipped(reads.scores_pointer + at * S.BLOCK_C * S.BLOCK_I, scores, S.BLOCK_C, S.BLOCK_I)
     if S.LAYER:
         o, _ = normalised(o, inside, S.V)
-    put(y_pointer + at * C * S.V, tile(read_residual_pointer + at * C * S.V, t, c, C, S.V) + o, t, c, C, S.V)
+    put(
+        reads.y_pointer + at * C * S.V, tile(tokens.read_residual_pointer + at * C * S.V, t, c, C, S.V) + o,
+        t, c, C, S.V,
+    )  # fmt: skip

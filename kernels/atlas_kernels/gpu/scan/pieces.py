@@ -21,6 +21,7 @@ _A: tl.constexpr = tl.constexpr(CUBIC)
 
 class Tokens(NamedTuple):
     q_pointer: Any  # [N, G, C, D]
+    read_residual_pointer: Any  # [N, G, C, V], of the read alone, else None
     x_pointer: Any  # [N, G, I, D]
     v_pointer: Any  # [N, G, I, V]
     r_pointer: Any  # [N, G, I, V]
@@ -53,27 +54,39 @@ class States(NamedTuple):
 
 
 class Reads(NamedTuple):
-    """What the forward keeps for the backward, y apart."""
+    """What the read gives, and keeps for the backward."""
 
-    o_pointer: Any  # [N, G, I, V], what the anchor gives to each source
+    o_pointer: Any  # [N, G, I, V], what the anchor gives to each source, of the write
+    y_pointer: Any  # [N, G, C, V], None in the backward
     read_pointer: Any  # [N, G, C, V], y before its norm and residual
     scores_pointer: Any  # [N, G, BLOCK_C, BLOCK_I], h of the reads times h of the sources
 
 
 class ReadGradients(NamedTuple):
-    """Of the reads' backward, what it takes and gives; the writes' backward adds to grad_x."""
-
-    grad_y_pointer: Any  # in: [N, G, C, V]
     grad_q_pointer: Any  # [N, G, C, D]
-    grad_x_pointer: Any  # [N, G, I, D], the reads' part
-    grad_e_pointer: Any  # [N, G, I, V], the reads' part
-    grad_read_pointer: Any  # [N, G, C, V]
     grad_alphas_pointer: Any  # [N, G, C]
     grad_kappas_pointer: Any  # [N, G, C]
     grad_sources_pointer: Any  # [N, G, BLOCK_C, BLOCK_I]
+    grad_x_pointer: Any  # [N, G, I, D], the reads' part, as the next
+    grad_e_pointer: Any  # [N, G, I, V]
+    grad_read_pointer: Any  # [N, G, C, V]
     h_pointer: Any  # [N, G, C, F] in PRODUCTS, as the next two
     grad_z_pointer: Any
     grad_up_pointer: Any  # None without a gate
+
+
+class Owed(NamedTuple):
+    """What the reads' backward leaves to the writes', as in `ReadGradients`.
+
+    In this order, of all: a compiler deals out registers by the order of the arguments.
+    """
+
+    grad_read_pointer: Any
+    h_pointer: Any
+    grad_z_pointer: Any
+    grad_up_pointer: Any
+    grad_e_pointer: Any
+    grad_x_pointer: Any  # in: the reads' part; out: the whole
 
 
 class WriteGradients(NamedTuple):

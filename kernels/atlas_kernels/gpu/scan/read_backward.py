@@ -68,11 +68,12 @@ def through_sources(e, grad_read, sources_at, scores_at, grad_sources_at, S: tl.
 
 @triton.jit
 def read_backward_kernel(
+    grad_y_pointer,  # [N, G, C, V]
     tokens,  # Tokens
     tables,  # Tables
     states,  # States
     reads,  # Reads
-    grads,  # ReadGradients; out: all but grad_y
+    grads,  # ReadGradients, out
     sizes,  # Sizes
     S: tl.constexpr,  # Shape
 ):
@@ -84,7 +85,7 @@ def read_backward_kernel(
     t, i, d, c = tl.arange(0, S.BLOCK_C), tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
     inside = c[None, :] < S.V
 
-    grad_read = tile(grads.grad_y_pointer + at * C * S.V, t, c, C, S.V)
+    grad_read = tile(grad_y_pointer + at * C * S.V, t, c, C, S.V)
     if S.LAYER:
         n, inverse_sd = normalised(tile(reads.read_pointer + at * C * S.V, t, c, C, S.V), inside, S.V)
         grad_read = jacobian_times(n, inverse_sd, grad_read, inside, S.V)

@@ -241,7 +241,7 @@ def write_backward_kernel(
     tables,  # Tables
     states,  # States
     o_pointer,  # [N, G, I, V]
-    grads,  # ReadGradients; in: the reads' part of grad_x and what follows from them; out: grad_x
+    owed,  # Owed; out: grad_x
     write,  # WriteGradients
     sizes,  # Sizes
     S: tl.constexpr,  # Shape
@@ -257,7 +257,7 @@ def write_backward_kernel(
     grad_first = slot_of(write.grad_weights, g, S)
     part_z_at = write.part_z_pointer + g * I * S.F
     part_up_at = (write.part_up_pointer if S.GATED else write.part_z_pointer) + g * I * S.F
-    grad_up_pointer = grads.grad_up_pointer if S.GATED else grads.grad_z_pointer
+    grad_up_pointer = owed.grad_up_pointer if S.GATED else owed.grad_z_pointer
     n = N - 1
     while n >= 0:
         at = n * G + g
@@ -268,7 +268,7 @@ def write_backward_kernel(
         q = tile(tokens.q_pointer + at * C * S.D, t, d, C, S.D)
         v, r = tile(tokens.v_pointer + at * I * S.V, i, c, I, S.V), tile(tokens.r_pointer + at * I * S.V, i, c, I, S.V)
         e = inner_error(tile(o_pointer + at * I * S.V, i, c, I, S.V), r, v, inside, S).to(S.PRODUCTS)
-        grad_read = tile(grads.grad_read_pointer + at * C * S.V, t, c, C, S.V)
+        grad_read = tile(owed.grad_read_pointer + at * C * S.V, t, c, C, S.V)
         sources = flipped(tables.sources_pointer + at * S.BLOCK_C * S.BLOCK_I, S.BLOCK_C, S.BLOCK_I)
         seen = (sources * product(x, tl.trans(q), S.PRODUCTS)).to(S.PRODUCTS)
         scores_met = (sources * product(e, tl.trans(grad_read), S.PRODUCTS)).to(S.PRODUCTS)
@@ -285,12 +285,12 @@ def write_backward_kernel(
             keep, push, drag = tl.load(tables.last_pointer + at), 0.0, 0.0
         sides = at * C * S.F
         chunk = Chunk(
-            anchors, weights, momenta, grad_weights, grad_momenta, grad_first, grads.h_pointer + sides,
-            grads.grad_z_pointer + sides, grad_up_pointer + sides, part_z_at, part_up_at, n == 0,
+            anchors, weights, momenta, grad_weights, grad_momenta, grad_first, owed.h_pointer + sides,
+            owed.grad_z_pointer + sides, grad_up_pointer + sides, part_z_at, part_up_at, n == 0,
         )  # fmt: skip
         held = Held(x, e, seen, scores_met, read_w, read_s, q_w, q_s, to_w, to_s, keep, push, drag)
-        grad_e = tile(grads.grad_e_pointer + at * I * S.V, i, c, I, S.V)
-        grad_x = tile(grads.grad_x_pointer + at * I * S.D, i, d, I, S.D)
+        grad_e = tile(owed.grad_e_pointer + at * I * S.V, i, c, I, S.V)
+        grad_x = tile(owed.grad_x_pointer + at * I * S.D, i, d, I, S.D)
         grad_e, grad_x, grad_to_w, grad_to_s, grad_last = through_factors(chunk, held, grad_e, grad_x, sizes, S)
         tl.debug_barrier()
 
@@ -310,6 +310,6 @@ def write_backward_kernel(
         slot = tl.where(n == 0, g, G + g)
         grad_anchors = slot_of(write.grad_weights, slot, S)
         grad_x = through_anchor(chunk, grad_anchors, x, grad_o, grad_x, sizes, S)
-        put(grads.grad_x_pointer + at * I * S.D, grad_x, i, d, I, S.D)
+        put(owed.grad_x_pointer + at * I * S.D, grad_x, i, d, I, S.D)
         tl.debug_barrier()
         n -= 1
