@@ -1,11 +1,13 @@
-"""Language modelling at equal parameters and tokens: ATLAS beside every member, the paper's ablations, the baselines.
+"""Language modelling at equal parameters and tokens: ATLAS, every member, the paper's ablations, the baselines.
 
-Every contender is configs/quickstart.toml with a few keys changed, trained by `atlas-train` on the quickstart's corpus
-(run `make quickstart` first, or tools/prepare_data.py), two side by side on two cores, with MLPs as wide as makes it
-equal to the first in parameters. Each trains at three learning rates for a quarter of the tokens; at the best of them
-from three seeds. Reported: bits per byte of the held-out text after the last step, and whether a difference has one
-sign in every seed. Where there is a GPU, configs/experiments/language_model_gpu.toml is the base instead, with its own
-data and steps.
+Every contender is configs/quickstart.toml with a few keys changed. Its MLPs are as wide as makes it equal to the first
+contender in parameters. `atlas-train` trains it on the quickstart's corpus, two contenders side by side on two cores.
+Run `make quickstart` first, or tools/prepare_data.py. Where there is a GPU, the base is
+configs/experiments/language_model_gpu.toml instead, with its own data and steps.
+
+Each contender trains at three learning rates for a quarter of the tokens, and then at the best rate from three seeds.
+Reported are bits per byte of the held-out text after the last step, and whether a difference has one sign in every
+seed.
 
 On two cores the whole of it takes about ten hours. A cell is kept as it ends; interrupt it and call it again.
 """
@@ -32,13 +34,13 @@ STAGE = "members"
 SEEDS = (1, 2, 3)
 STEPS = 20000 if GPU else 1000
 RATES = (1e-3, 2e-3, 4e-3) if GPU else (1.5e-3, 3e-3, 6e-3)
-VALIDATED = 256 if GPU else 176  # sequences; of the quickstart's, all of the held-out text
+VALIDATED = 256 if GPU else 176  # sequences; 176 are all of the quickstart's held-out text
 # Measuring costs a second read of every memory.
 WORDS = (f"train.validate_sequences={VALIDATED}", "train.stats_every=1000000", "log.tensorboard=false")
 SILENCED = "train.validate_silenced=true"  # what the memories contribute
-# The first is what the others are compared with and sized by. A pattern of three blocks is repeated as often as the
-# base's. ATLAS stands here with several periods: beside OmegaNet, which writes at every token, a write a chunk reads
-# its own chunk late.
+# The others are compared with the first and have its parameters. A pattern of three blocks is repeated as often as the
+# base's. ATLAS is here with two periods. OmegaNet writes at every token; with one write a chunk, ATLAS could not read
+# what its own chunk holds.
 CONTENDERS: dict[str, Contender] = {
     "atlas": Contender(asks="a write every 16 tokens"),
     "OmegaNet": Contender(("memory.preset=omeganet",), "without Muon; a write a token"),
@@ -61,7 +63,7 @@ QUICK = ("atlas", "attention (Transformer++)")
 
 
 def contenders(names: Sequence[str]) -> dict[str, Contender]:
-    """Those named, their patterns repeated to the base's length."""
+    """The contenders of these names, with patterns repeated to the base's length."""
     times = load(BASE).model.pattern.count("M-*-M-")
 
     def repeated(word: str) -> str:
