@@ -84,16 +84,16 @@ def describe(results: record.Record, names: Sequence[str], seeds: Sequence[int],
     """The page of what is there, of so many rows."""
     config = load(BASE, SCREEN[names[0]].words)
     tokens = steps * config.train.global_batch * config.model.seq_length
-    hypotheses = "; ".join(f"{number}, {said}" for number, said in HYPOTHESES.items())
+    hypotheses = record.Table(("hypothesis", "about"), [(str(number), said) for number, said in HYPOTHESES.items()])
     results.write_text(
         "The recipe, searched",
         f"Bits per byte of held-out Python sources after {tokens:,} bytes, from {record.seeds_said(seeds)}. Models "
         f"have {protocol.parameters(config):,} parameters (within 1 %) and the pattern {config.model.pattern}, where "
         f"the row names no other. Sequences have {config.model.seq_length} bytes; there is one learning rate. A number "
-        f"under *asks* is a hypothesis of the search. *Difference*: the row's bits less those of {names[0]}, so less "
-        "than zero is better. *Sign*: whether every seed has the difference's. The words of each row are in the JSON. "
-        f"{_missing(names, rows)}",
-        [table(results, names, seeds), f"The hypotheses are {hypotheses}."],
+        f"under *asks* is a hypothesis of the last table. *Difference*: the row's bits less those of {names[0]}, so "
+        "less than zero is better. *Sign*: whether every seed has the difference's. The words of each row are in the "
+        f"JSON. {_missing(names, rows)}",
+        [table(results, names, seeds), "The hypotheses of the search:", hypotheses],
         _seen(results, names, seeds),
     )
 
