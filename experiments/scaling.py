@@ -23,7 +23,7 @@ from atlas_megatron import train
 from atlas_megatron.config import Config, to_toml
 from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.scaling import compare as scaling
-from atlas_megatron.scaling import ladder, power_law
+from atlas_megatron.scaling import ladder
 from experiments.shared import record
 
 RUNS = record.ROOT / "runs" / "experiments" / "scaling"
@@ -88,11 +88,6 @@ def kinds_of(results: record.Record, kinds: Sequence[str], rungs: Sequence[str])
     return scaling.kinds_of([scaling.Run(**{name: cell[name] for name in names}) for cell in cells])
 
 
-METHOD = f"""Curves are fitted by least squares of relative residuals over a grid of E. Error bars are the middle 80 %
-    of {power_law.DRAWS} refits to resampled residuals, widened by (n / (n - p))^0.5. They are too narrow for so few
-    points: of made-up curves with 4 to 8, they hold the true exponent in 61 to 71 %. There is one seed a point. So the
-    bars hold the curves' lack of fit, and not what another seed would do. So small a range says little of the paper's
-    sizes."""
 # Of the full ladder; the numbers behind it are in the JSON.
 OBSERVED = (
     """On the two smaller rungs, of at most 301,056 tokens, both memories are ahead of attention by 0.3 to 0.8 nats. On
@@ -129,7 +124,8 @@ def describe(
             "seen.",
             *([_gaps(gaps)] if gaps else []),
             *(f"{gap}." for gap in found["gaps"] if isinstance(gap, str)),
-            METHOD,
+            f"{scaling.METHOD}. There is one seed a point. So the bars hold the curves' lack of fit, and not what "
+            "another seed would do. So small a range says little of the paper's sizes.",
         ],
         observed,
     )

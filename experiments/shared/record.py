@@ -113,7 +113,7 @@ class Table:
         """Raises ValueError where a row has not one cell for each of the head."""
         for row in self.rows:
             if len(row) != len(self.head):
-                raise ValueError(f"the row of {row[0]!r} has {len(row)} cells, its head {len(self.head)}")
+                raise ValueError(f"the row of {row[0]!r} has {len(row)} cells, its head {len(self.head)}; give as many")
 
     def markdown(self) -> str:
         """Its lines; a `|` in a cell is escaped."""
@@ -181,9 +181,9 @@ def longer_said(longer: dict[str, int]) -> str:
 def side_by_side(results: Record, jobs: dict[str, Callable[[], Cell]], *, fresh: bool = True) -> None:
     """Compute the cells that are missing, one to a core (on a GPU one by one), with the seconds that each took.
 
-    A job is a partial of a module's function. It runs in a process of one thread; with `fresh` the process is its own,
-    so that its peak of memory is. Where a job fails, no other is begun. What it raised is raised when those beside it
-    have ended.
+    A job is a partial of a module's function. It runs in a process of one thread. With `fresh` each job has a process
+    of its own, and so its own peak of memory. Where a job fails, no other is begun. What it raised is raised when those
+    beside it have ended.
     """
     start, most = multiprocessing.get_context("spawn"), 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(
