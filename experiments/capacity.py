@@ -1,16 +1,18 @@
 """How many random key-value pairs one memory holds, against the bounds of the theory.
 
-Keys lie uniformly on the unit sphere in K = 16 dimensions, values are V = 16 random signs. The pairs are written with
-`omega_memory`, window 1, no decay, in many passes, each in a new order; the step falls linearly to zero over the
-passes, so that the last pairs written are not favoured. Then every key is read.
+Keys lie uniformly on the unit sphere in K = 16 dimensions; values are V = 16 random signs. `omega_memory` writes the
+pairs with window 1 and no decay, in many passes, each in a new order. The step falls linearly to zero over the passes,
+so that the last pairs are not favoured. Then every key is read.
 
-Linear memories start at zero and learn by the online delta rule, step 1 / |phi(k)|^2: the first pass writes each pair
-whole. phi is the identity or `taylor` of degree p with its start coefficients 1/i!. Deep memories (F = 4 V = 64, no
-output norm, the residual k) start as the layers of the models do and learn by gradient descent in chunks of 16 with
-momentum 0.9; of a grid of steps the one that recalls best is taken, for the last pass and for the first one apart.
+Linear memories start at zero and learn by the online delta rule with step 1 / |phi(k)|^2: the first pass writes each
+pair whole. phi is the identity, or `taylor` of degree p with its start coefficients 1/i!.
 
-Recall: the share of the values' signs that are right; the share of pairs with every sign right; and the share of the
-values explained, 1 - |y - v|^2 / |v|^2, which for a linear memory of D independent features, fully learned, is
+Deep memories have F = 4 V = 64, no output norm, and the residual k. They start as the models' layers do. They learn by
+gradient descent in chunks of 16 with momentum 0.9. Of a grid of steps the one that recalls best is taken, separately
+for the first pass and for the last.
+
+Three measures of recall: the share of the values' signs that are right; the share of pairs with every sign right; the
+share of the values explained, 1 - |y - v|^2 / |v|^2. A fully learned linear memory of D independent features explains
 min(1, D / pairs) on average.
 """
 
@@ -42,7 +44,7 @@ MEASURES = {"signs": "value signs right", "pairs": "pairs with every sign right"
 
 @dataclass(frozen=True)
 class Contender:
-    """A memory, its protocol, and the numbers of pairs that it is given."""
+    """A memory, how it is trained, and the numbers of pairs that it is given."""
 
     memory: str
     degree: int  # of the taylor feature map; 1 is the identity
@@ -52,11 +54,11 @@ class Contender:
 
     @property
     def bound(self) -> int:
-        """Pairs that cannot be exceeded in exact recall of values in general position.
+        """The most pairs whose values, in general position, can be recalled exactly.
 
-        linear: the dimension of the lifted keys: K for Prop 1's O(d_k), C(K+p, p) for Prop 2's O(d_k^p), less the
-        C(K+p-2, p-2) features that are sums of others on the sphere, where |k|^2 = 1. Deep: as many equations as
-        weights, N V = their number; Thm 1's "at least O(d_k d_v)" names no constant.
+        Linear: the dimension of the lifted keys. That is K for Prop 1's O(d_k), and C(K+p, p) for Prop 2's O(d_k^p).
+        On the sphere |k|^2 = 1, so C(K+p-2, p-2) features are sums of others and do not count.
+        Deep: N pairs are N V equations, as many as there are weights. Thm 1's "at least O(d_k d_v)" has no constant.
         """
         if self.memory == "linear":
             return features(self.degree) - (math.comb(KEY + self.degree - 2, KEY) if self.degree > 1 else 0)
@@ -112,7 +114,7 @@ def random_pairs(count: int, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def start_weights(contender: Contender, seeds: Sequence[int]) -> tuple[Tensor, ...]:
-    """[seeds, rows, cols] each: zero, or W1 small and the others orthogonal."""
+    """The start of each matrix, [seeds, rows, cols]: zero, or W1 small and the others orthogonal."""
     (rows, cols), *over_input = shapes(contender)
     if not over_input:
         return (torch.zeros(len(seeds), rows, cols),)
@@ -126,7 +128,7 @@ def start_weights(contender: Contender, seeds: Sequence[int]) -> tuple[Tensor, .
 
 @torch.no_grad()
 def measure(contender: Contender, count: int, seeds: Sequence[int] = SEEDS) -> record.Cell:
-    """Write `count` pairs and read them: each measure of each seed, after the first pass and after the last."""
+    """Write `count` pairs and read them. Gives each measure of each seed, after the first pass and after the last."""
     keys, values = random_pairs(count, seeds)
     if contender.degree > 1:
         keys = lift(keys, "taylor", initial_coefficients("taylor", contender.degree))
@@ -156,7 +158,7 @@ def measure(contender: Contender, count: int, seeds: Sequence[int] = SEEDS) -> r
 
 
 def recall(contender: Contender, state: MemoryState, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-    """Each measure [steps, seeds] of what the memory reads at every key."""
+    """Each measure, [steps, seeds], of what the memory reads at every key."""
     shape = keys.shape[:3]
     nothing, one = torch.zeros(shape), torch.ones(shape)
     rule = replace(rule_of(contender), momentum=False)
@@ -175,7 +177,7 @@ def recall(contender: Contender, state: MemoryState, keys: Tensor, values: Tenso
 
 
 def best_of(contender: Contender, found: dict[str, Tensor]) -> dict[str, object]:
-    """The measures [seeds] of the step that explains most, and that step. Raises ValueError if every step diverged."""
+    """The step that explains most, and its measures [seeds]. Raises ValueError if every step diverged."""
     explained = found["explained"].mean(1).nan_to_num(nan=-math.inf)
     if explained.max() == -math.inf:
         raise ValueError(f"every step of {contender.steps} diverged for {contender.memory}; give it smaller ones")

@@ -1,10 +1,11 @@
-"""Context parallelism measured: a memory layer's time, work and bytes in each mode, and how true it stays.
+"""Context parallelism measured: a memory layer's time, work and bytes in each mode, and how exact it stays.
 
-The layer of the quickstart's rule, forward and backward, over equal total work on 1, 2 and 4 processes of one thread
-each. Processes may share cores, so what is compared is the processes' own work and what they send; the time on cores
-of their own is modelled from them and held against the wall clock where each process has a core. Then the model of a
-run: gradients and likeliest tokens over ranks beside those of one process, and beside those of one process whose
-embeddings are moved by one unit in the last place.
+A layer with the quickstart's rule runs forward and backward on 1, 2 and 4 processes of one thread each. The total work
+is the same. Processes may share cores, so the processes' own work and the bytes that they send are compared. The time
+on cores of their own is modelled from these, and held against the wall clock where each process has a core.
+
+Then the model of a trained run: its gradients and likeliest tokens over ranks, beside those of one process. The scale
+for that is one process whose embeddings are moved by one unit in the last place.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from experiments.shared.context_worker import Compared, Timed
 
 @dataclass(frozen=True)
 class Layout:
-    """Context-parallel ranks and what they exchange; in a node of `node`."""
+    """Context-parallel ranks, the mode in which they exchange, and the ranks of a node (0: not given)."""
 
     ranks: int
     mode: str = "auto"
@@ -45,7 +46,7 @@ class Layout:
 
     @property
     def chain(self) -> int:
-        """Ranks that a state is handed on over."""
+        """How many ranks pass a state on, one after the other."""
         return {"handoff": self.ranks, "heads+handoff": self.ranks // max(1, self.node)}.get(self.mode, 1)
 
     def parallel(self) -> ParallelConfig:
@@ -72,9 +73,9 @@ class Grid:
     heads: int
     head_dim: int
     rounds: int
-    run: str  # of a trained model; none: nothing is compared
-    sequences: int
-    together: int
+    run: str  # folder of a trained run; empty: nothing is compared
+    sequences: int  # of the comparison
+    together: int  # sequences in one forward
 
     def config(self, layout: Layout) -> Config:
         """A single memory layer."""
@@ -94,13 +95,13 @@ QUICK = Grid(tokens=256, batch=1, hidden=32, heads=4, head_dim=8, rounds=1, run=
 
 
 def in_processes(ranks: int, work: Callable[[Any], Any], given: Any) -> list[Any]:
-    """What work(given) returns in each of so many processes."""
+    """What work(given) returns in each of `ranks` processes."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
         # Forked from a server that has imported everything once.
-        multiprocessing.set_forkserver_preload(["context_worker"])
+        multiprocessing.set_forkserver_preload([context_worker.__name__])
         given_all = (ranks, port, folder, work, given)
         torch.multiprocessing.start_processes(_process, given_all, nprocs=ranks, start_method="forkserver")
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(ranks)]
@@ -113,7 +114,7 @@ def _process(rank: int, ranks: int, port: int, folder: str, work: Callable[[Any]
 
 
 def time_layout(grid: Grid, layout: Layout) -> record.Cell:
-    """Of the slowest rank, but for the work, which is of all."""
+    """Seconds of the slowest rank, each rank's work, and the bytes that each sent."""
     found = in_processes(
         layout.ranks, context_worker.time_layer, Timed(grid.config(layout), grid.batch, grid.rounds)
     )
@@ -127,7 +128,7 @@ def time_layout(grid: Grid, layout: Layout) -> record.Cell:
 
 
 def compare_layout(grid: Grid, layout: Layout, *, disturbed: bool = False) -> record.Cell:
-    """Gradients and likeliest tokens beside those of one process."""
+    """How far a layout's gradients and likeliest tokens are from those of one process."""
     compared = Compared(str(record.ROOT / grid.run), layout.parallel(), grid.sequences, grid.together, disturbed)
     alone = replace(compared, parallel=ParallelConfig(), disturbed=False)
     (whole,) = in_processes(1, context_worker.outputs_and_gradients, alone)
@@ -144,10 +145,10 @@ def compare_layout(grid: Grid, layout: Layout, *, disturbed: bool = False) -> re
 
 
 def modelled(results: record.Record, layout: Layout) -> float:
-    """Seconds with a core for each process: its work, the wait for the first state, and its bytes on the link.
+    """Seconds if each process had a core: its work, the wait for the first state, and its bytes on the link.
 
-    A chain of c ranks works on s = 2 c slices. The last rank begins its scan when c - 1 slices have passed the others,
-    and so does the first in the backward: (c - 1) / s of a rank's work, taken here as all scan.
+    A chain of c ranks works on s = 2 c slices. The last rank begins its scan when c - 1 slices have passed the others.
+    In the backward the first rank waits as long. So (c - 1) / s of a rank's work is added, as if all work were scan.
     """
     cell = results.cells[layout.name]
     work = sum(cell["work_seconds"]) / layout.ranks

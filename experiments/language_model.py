@@ -1,4 +1,4 @@
-"""Language modelling at equal parameters and tokens: ATLAS beside every member, the paper's ablations, the baselines.
+"""Language modelling at equal parameters and tokens: ATLAS, every member, the paper's ablations, the baselines.
 
 Every contender is configs/experiments/language_model.toml, the quickstart's model, with a few keys changed.
 `atlas-train` trains it on the quickstart's corpus: run `make quickstart` first, or tools/prepare_data.py. Its MLPs are
@@ -34,15 +34,15 @@ STAGE = "members"
 SEEDS = (1, 2, 3)
 STEPS = 20000 if GPU else 1000
 RATES = (1e-3, 2e-3, 4e-3) if GPU else (1.5e-3, 3e-3, 6e-3)
-VALIDATED = 256 if GPU else 176  # sequences; of the quickstart's, all of the held-out text
+VALIDATED = 256 if GPU else 176  # sequences; 176 are all of the quickstart's held-out text
 # Measuring costs a second read of every memory.
 WORDS = (f"train.validate_sequences={VALIDATED}", "train.stats_every=1000000", "log.tensorboard=false")
 SILENCED = "train.validate_silenced=true"  # what the memories contribute
 # Members that write raw gradients gain 0.06 bits by it; ATLAS loses as much where its outer gradient is exact.
 CHUNK_16, DAMPED = "memory.chunk=16", "memory.anchor_gradient=0.3"
-# The first is what the others are compared with and sized by. A pattern of three blocks is repeated as often as the
-# base's. ATLAS stands here with several periods: beside OmegaNet, which writes at every token, a write a chunk reads
-# its own chunk late.
+# The others are compared with the first and have its parameters. A pattern of three blocks is repeated as often as the
+# base's. ATLAS is here with two periods. OmegaNet writes at every token; with one write a chunk, ATLAS could not read
+# what its own chunk holds.
 CONTENDERS: dict[str, Contender] = {
     "atlas": Contender(asks="a write every 16 tokens"),
     "OmegaNet": Contender(("memory.preset=omeganet", CHUNK_16), "without Muon; a write a token"),
@@ -71,7 +71,7 @@ QUICK = ("atlas", "attention (Transformer++)")
 
 
 def contenders(names: Sequence[str]) -> dict[str, Contender]:
-    """Those named, their patterns repeated to the base's length."""
+    """The contenders of these names, with patterns repeated to the base's length."""
     times = load(BASE).model.pattern.count("M-*-M-")
 
     def repeated(word: str) -> str:

@@ -1,9 +1,11 @@
 """One run that goes on in several parallel layouts: its loss curves, laid over each other.
 
-configs/quickstart.toml on one process; from the checkpoint of its first steps the same run goes on in each layout, on
-two processes and on eight, started by torchrun as a user would (run `make quickstart` first, for its corpus). In
-float32 the layouts sum in other orders, and training amplifies what that changes (see tests/parallel/test_layouts.py);
-the curves below show how fast.
+configs/quickstart.toml trains its first steps on one process. From that checkpoint the same run goes on in each
+layout, on two processes and on eight. torchrun starts them, as a user would. Run `make quickstart` first, for its
+corpus.
+
+In float32 the layouts sum in different orders, and training amplifies the difference (tests/parallel/test_layouts.py).
+The curves show how fast.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ QUICK = (ONE, "context 2, handoff")
 
 
 def trained(layout: str, preset: str, start: int, steps: int) -> record.Cell:
-    """The loss and the gradient norm of every step after `start`, where a run on one process is taken up."""
+    """Loss and gradient norm of every step after `start`; up to there the run trained on one process."""
     processes, changes = LAYOUTS[layout]
     directory = RUNS / f"{layout} {preset}".replace(",", "").replace(" ", "_")
     shutil.rmtree(directory, ignore_errors=True)
@@ -78,7 +80,7 @@ def trained(layout: str, preset: str, start: int, steps: int) -> record.Cell:
 
 
 def _checkpoint(preset: str, start: int, steps: int) -> Path:
-    """That of the run on one process after `start` steps; the run is made again if it is gone."""
+    """The checkpoint of one process after `start` steps; its run is trained again if the checkpoint is gone."""
     folders = RUNS / f"{ONE} {preset}".replace(" ", "_") / "checkpoints"
     if not folders.is_dir():
         trained(ONE, preset, start, steps)
@@ -86,7 +88,7 @@ def _checkpoint(preset: str, start: int, steps: int) -> Path:
 
 
 def apart(results: record.Record, layout: str, preset: str) -> list[float]:
-    """Of each step, how far the loss is from one process's, relative."""
+    """Each step's relative distance of the loss from that of one process."""
     ours, theirs = (results.cells[f"{name}, {preset}"]["loss"] for name in (layout, ONE))
     return [abs(a - b) / b for a, b in zip(ours, theirs, strict=True)]
 

@@ -1,15 +1,17 @@
 """Recall against the length of the context: up to millions of tokens, read through each mixer's state.
 
-Two blocks of a mixer and an MLP, 64 wide, are trained on a language of facts and filler (recall_language.py), in which
-facts are asked for all along: sequences of 128, then 256, 1,024, and last 4,096 tokens, with ever more filler; the loss
-is at the answers alone. Then each reads contexts of rising length in which eight facts lie anywhere, and is asked for
-all of them at the end. What it keeps of a context has a constant size, but for full attention, which reads no more than
+A model has two blocks of a mixer and an MLP, 64 wide. It is trained on a language of facts and filler
+(recall_language.py), in which facts are asked for all along. Training sequences have 128, then 256, 1,024, and last
+4,096 tokens, with ever more filler. The loss is taken at the answers alone.
+
+Then each model reads contexts of rising length. Eight facts lie anywhere in a context, and all of them are asked for
+at its end. The state that a model keeps has a constant size, but for full attention. So attention reads no more than
 65,536 tokens. Models train, and lengths are read, side by side: one to a core, each a process of one thread.
 
-A memory forgets with every token, however slowly, and writes what is not worth it. Those with a write gate
-(memory.write_gate) learn under a budget to leave filler alone, and neither forget over it nor write it.
+A memory forgets with every token, however slowly, and writes what is not worth it. Memories with a write gate
+(memory.write_gate) learn under a budget to leave filler alone: they neither forget over it nor write it.
 
-Every trained model is left in runs/long_context/NAME as a run's checkpoint: atlas-eval, atlas-generate and
+Every trained model is left in runs/long_context/NAME as a run's checkpoint. atlas-eval, atlas-generate and
 tools/convert_hf.py take it.
 """
 
@@ -68,8 +70,11 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Contender:
-    """size: as training.config_of has it; memory, delta: keys of those sections that differ from its; budget: of the
-    write gates, early and late; longer: times the steps; reach: the longest context that is read."""
+    """What is trained and how far it reads.
+
+    size: as in training.config_of. memory, delta: keys of those sections that differ from that configuration. budget:
+    of the write gates, early and late. longer: times the steps. reach: tokens of the longest context that is read.
+    """
 
     mixer: str
     size: int
@@ -78,17 +83,18 @@ class Contender:
     budget: tuple[float, float] = (0.0, 0.0)
     lr: float = 5e-3
     longer: int = 1
-    grows: bool = False  # what it keeps
+    grows: bool = False  # whether its state grows with the context
     reach: int = 10 * 2**20
 
 
-# A memory's writes inside a chunk do not see each other: chunks of 64 learned less than half as fast. All begin with a
-# slow decay. GATED: what writes nothing forgets nothing, and training asks for zeros.
+# Writes inside a chunk do not see each other: with chunks of 64 a memory learned less than half as fast. All memories
+# start with a slow decay. GATED: a token that writes nothing forgets nothing, and training asks for zeros.
 MEMORY = {"chunk": 16, "window": 8, "alpha_start": 0.99999}
 RAW = {"eta_sum": 4.0}  # without Newton-Schulz steps may be larger than the default
 GATED, BUDGET = {"write_gate": True}, (0.1, 0.5)
-# A write is normalised to one size: of many tokens at once, a fact among filler is a small part. With the defaults (0.9
-# and 0.5) ATLAS answers 9 % after 300 steps, with these 41 (one seed, without a gate); titans 40 to 43.
+# Newton-Schulz gives every write one size. Where a write is of many tokens, a fact among filler is a small part of it.
+# With the defaults (0.9 and 0.5) ATLAS answers 9 % after 300 steps, with these 41 % (one seed, without a gate). Titans
+# answers 40 to 43 %.
 NARROW = {"theta_start": 0.3, "gamma_start": 0.1}
 PERIOD = 4
 ATLAS = {**MEMORY, **NARROW, "ns_period": PERIOD, "ns_step": "sum", "eta_start": training.ORTHOGONAL / PERIOD}
@@ -97,7 +103,7 @@ CONTENDERS = {
     "atlas": Contender("atlas", 16, {**ATLAS, **GATED}, budget=BUDGET),
     "omeganet": Contender("omeganet", 16, {**OMEGANET, **GATED}, budget=BUDGET),
     "titans": Contender("titans", 16, {**TITANS, **GATED}, budget=BUDGET),
-    # Its writes do not get smaller: with 0.99999 gradients are not finite at the first sequences of 1,024 tokens.
+    # Writes of ATLAS do not get smaller. With 0.99999 its gradients are not finite at the first 1,024-token sequences.
     "atlas, no gate": Contender("atlas", 16, {**ATLAS, "alpha_start": 0.999}, reach=2**20),
     "omeganet, no gate": Contender("omeganet", 16, OMEGANET, reach=2**20),
     "gated delta": Contender("gated delta", 16, lr=1e-2),
@@ -109,8 +115,12 @@ CONTENDERS = {
 
 @dataclass(frozen=True)
 class Grid:
-    """steps of `tokens` each from every seed; then samples[length] contexts of each length, of a state that grows to
-    `held`. Beyond `all_seeds` tokens the first seed's models alone read."""
+    """What is trained and read.
+
+    steps, tokens: training from every seed, `steps` of `tokens` each. samples: how many contexts of each length a model
+    reads. held: the longest context for a state that grows. all_seeds: beyond so many tokens only the first seed's
+    models read.
+    """
 
     contenders: tuple[str, ...]
     steps: int
@@ -148,9 +158,9 @@ def config_of(contender: Contender, steps: int, seed: int) -> Config:
 
 
 def train(name: str, seed: int, grid: Grid, runs: Path) -> record.Cell:
-    """Train a contender and leave its checkpoint; its last training accuracy of each stage.
+    """Train a contender and leave its checkpoint. The cell has the last training accuracy of each stage.
 
-    Where a gradient is not finite the cell says so, and nothing is left to read.
+    Where a gradient is not finite, the cell says so and there is no checkpoint to read with.
     """
     contender, folder = CONTENDERS[name], folder_of(name, seed, runs)
     language.write_tokenizer(folder / "tokenizer")
@@ -207,8 +217,7 @@ def _train(asked: training.Asked, config: Config, contender: Contender, tokens: 
 
 @torch.no_grad()
 def _unwritten(asked: training.Asked) -> list[float]:
-    """Of each memory with a write gate: the share of filler that it leaves unwritten, over a batch of the last stage's
-    mix."""
+    """The share of filler that each memory with a write gate leaves unwritten, over a batch of the last stage's mix."""
     memories = [module for module in asked.modules() if isinstance(module, AtlasMixer) and module.memory.write_gate]
     filler = language.batch(training.EVALUATION_SEED, 1, replace(STAGES[-1].mix, filler=(1.0, 1.0)))
     with in_mode(*memories, measure=True):
@@ -227,7 +236,7 @@ def score(prediction: str, question: recall.Question) -> dict[str, float]:
 
 
 def read_and_ask(name: str, seed: int, runs: Path, length: int, count: int) -> record.Cell:
-    """What a trained model recalls of so many contexts, one after the other: speeds of all lengths compare."""
+    """What a trained model recalls of `count` contexts, read one by one so that speeds of all lengths compare."""
     quieten()
     task, reader = Recall("recall", language.example, score), open_reader(folder_of(name, seed, runs))
     first = seed * count
@@ -236,7 +245,7 @@ def read_and_ask(name: str, seed: int, runs: Path, length: int, count: int) -> r
 
 
 def lengths_of(name: str, grid: Grid) -> list[int]:
-    """Those that it reads and can hold."""
+    """The lengths that a contender reads and can hold."""
     contender = CONTENDERS[name]
     longest = min(contender.reach, grid.held) if contender.grows else contender.reach
     return [length for length in grid.samples if length <= longest]
@@ -255,20 +264,20 @@ def read_cell(name: str, seed: int, length: int) -> str:
 
 
 def reads_of(results: record.Record, name: str, seed: int, grid: Grid) -> list[int]:
-    """Lengths that a contender's model of this seed reads: none, where training failed."""
+    """The lengths that a contender's model of this seed reads; none where training failed."""
     if "wrong" in results.cells.get(trained_cell(name, seed), {}):
         return []
     return [n for n in lengths_of(name, grid) if n <= grid.all_seeds or seed == grid.seeds[0]]
 
 
 def points(results: record.Record, name: str) -> list[Point]:
-    """Of every length, over all seeds."""
+    """Recall, memory and speed at every length, over all seeds."""
     mine = [cell for cell in results.cells.values() if cell.get("contender") == name and "read" in cell]
     return recall.points([read for cell in mine for read in cell["read"]], METRIC)
 
 
 def drop_lost(results: record.Record, grid: Grid, runs: Path) -> None:
-    """The cells of models that have lengths to read yet and whose checkpoint is gone: they are trained anew."""
+    """Drop the cells of models that still have lengths to read but no checkpoint, so that they are trained anew."""
     for name, seed in product(grid.contenders, grid.seeds):
         lengths = reads_of(results, name, seed, grid)
         own = [trained_cell(name, seed), *(read_cell(name, seed, length) for length in lengths)]
@@ -362,11 +371,11 @@ def main(words: Sequence[str] | None = None) -> int:
     runs = asked.out / "long_context" if asked.quick else RUNS
 
     def experiment() -> None:
-        # Of the grid what training depends on: longer contexts and further contenders may come.
+        # Only what training depends on: longer contexts and more contenders may come later.
         settings = {"steps": grid.steps, "tokens": grid.tokens, "stages": [asdict(stage) for stage in STAGES]}
         results = record.Record("long_context", asked, {**settings, **training.SETTINGS})
         drop_lost(results, grid, runs)
-        # A seed of all of them before the next one; of what they read the short ones first.
+        # All contenders of a seed before the next seed, and short contexts before long ones.
         if not asked.report:
             for seed in grid.seeds:
                 jobs = {trained_cell(name, seed): partial(train, name, seed, grid, runs) for name in grid.contenders}

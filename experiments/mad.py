@@ -1,15 +1,16 @@
 """The six tasks of MAD (Poli et al. 2024, arXiv 2403.17844), generated here, for each sequence mixer.
 
-In-context recall, fuzzy and noisy in-context recall, selective copying, compression, memorisation: see synthetic.py.
-Two blocks of mixer and SwiGLU MLP, 64 wide; the loss and the accuracy are where an answer is due. MAD trains models
-128 wide for 200 epochs of 12,800 sequences of 128 tokens. Here a CPU core trains all of them: shorter sequences, all
-fresh, and a few hundred steps, so that most tasks are in the midst of being learned: compare the mixers here with each
-other, and as to what they learn soon, not with MAD's tables. MAD reports the best of six settings of AdamW, this one
-learning rate for all. Attention, full and sliding, has no short convolution,
-which the others have, and gets three times the steps.
+In-context recall, fuzzy and noisy in-context recall, selective copying, compression, memorisation: see synthetic.py. A
+model has two blocks of a mixer and a SwiGLU MLP, 64 wide. Loss and accuracy are taken where an answer is due.
+
+MAD trains models 128 wide for 200 epochs of 12,800 sequences of 128 tokens, and reports the best of six settings of
+AdamW. Here a CPU core trains each model for a few hundred steps at one learning rate. Sequences are shorter, and none
+comes twice. So most tasks are still being learned. Compare the mixers with each other, as to what they learn soon, and
+not with MAD's tables. Attention, full and sliding, lacks the short convolution that the other mixers have, and gets
+three times the steps.
 
 --generator mad draws the sequences, and counts the accuracy, as MAD's repository does (evaluate/mad.py) in these
-sizes; the default is our generator (evaluate/synthetic.py).
+sizes. The default is our generator (evaluate/synthetic.py).
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from experiments.shared.training import Schedule
 
 @dataclass(frozen=True)
 class Grid:
-    """What is trained: one size a mixer (head size of a memory, window of attention, 0 where it has none).
+    """What is trained, on which tasks.
 
-    longer: how many times the schedule's steps a mixer takes, where not once. generator: who draws the sequences.
+    sizes: of each mixer the head size of a memory, or the window of attention (0: neither). longer: the mixers that
+    take several times the schedule's steps. generator: who draws the sequences.
     """
 
     sizes: dict[str, int]
@@ -47,7 +49,7 @@ class Grid:
     generator: str = record.OURS
 
     def tasks(self, *, training: bool = False) -> dict[str, Task]:
-        """As they are measured, or learned."""
+        """The tasks by name, as they are measured; with `training`, as they are learned."""
         if self.generator == mad.SOURCE:
             return mad.tasks(self.tokens, self.short, self.copied, training)
         return mad_tasks(self.tokens, self.short, self.copied)
@@ -100,7 +102,7 @@ def cell_name(mixer: str, task: str, seed: int) -> str:
 
 
 def accuracies(results: record.Record, grid: Grid, mixer: str, task: str) -> list[float]:
-    """Of each seed that did not diverge."""
+    """The accuracy of each seed that did not diverge."""
     cells = [results.cells[cell_name(mixer, task, seed)] for seed in grid.seeds]
     found = [cell["measured"][task]["accuracy"] for cell in cells]
     return [accuracy for accuracy in found if accuracy is not None]
@@ -156,7 +158,7 @@ def main(words: Sequence[str] | None = None) -> int:
     grid = replace(QUICK if asked.quick else FULL, generator=asked.generator)
 
     def experiment() -> None:
-        # What the name of a cell says is not asked of the whole: the grid may grow by it.
+        # Sizes and seeds are in the cells' names. They are no settings of the whole, so the grid may grow.
         shared = {name: value for name, value in asdict(grid).items() if name not in ("sizes", "seeds")}
         results = record.Record("mad", asked, {**shared, **training.SETTINGS})
         train_all(results, grid)

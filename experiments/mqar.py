@@ -1,20 +1,25 @@
 """Multi-query associative recall: accuracy against the size of the state, for each sequence mixer.
 
-After zoology (Arora et al. 2023, arXiv 2312.04927): key value pairs, then every key once more after a gap drawn from a
-power law; the loss and the accuracy are at those queries alone, every sequence is fresh. Two layers of the mixer, 64
-wide, without MLPs, tied embeddings. One training run mixes the numbers of pairs, each is measured apart. The state of
-a mixer is what it carries past a token: see state_floats in training.py.
+After zoology (Arora et al. 2023, arXiv 2312.04927): key-value pairs, then every key once more after a gap drawn from a
+power law. Loss and accuracy are taken at those queries alone, and every sequence is fresh. A model has two layers of
+the mixer, 64 wide, without MLPs, with tied embeddings. One training run mixes the numbers of pairs; each is measured
+apart. A mixer's state is what it carries past a token: see state_floats in training.py.
 
-So that two CPU cores train all mixers in about half an hour, it is a small task. Zoology has a vocabulary of 8192,
-100,000 and more sequences of 64 to 512 tokens over 64 epochs, and the best of four learning rates. Here: a vocabulary
-of 256 (with 8192, atlas, omeganet and titans answered 1 % or less after 600 steps); four tokens for each pair, so that
-a sequence is dense in queries; sequences of one pair and up, which bring the recurrent mixers off the start sooner; the
-better of two learning rates; about a million tokens. Attention, full and sliding, has rotary positions and no short
-convolution, which the others have: it has to learn to look one token back, and gets three times the steps. So this
-shows what is learned soon, and bounds from below alone what a state can hold.
+The task is small, so that two CPU cores train all mixers in about half an hour. Zoology has a vocabulary of 8192, at
+least 100,000 sequences of 64 to 512 tokens over 64 epochs, and the best of four learning rates. Here:
 
---generator zoology draws the sequences as zoology does (evaluate/zoology.py) in these sizes, --passes 2 tells the pairs
-twice in longer ones; the default is our generator (evaluate/synthetic.py).
+    vocabulary       256; with 8192, atlas, omeganet and titans answered 1 % or less after 600 steps
+    sequences        four tokens for each pair, so that they are dense in queries
+    pairs            from one up, which lets the recurrent mixers start to learn sooner
+    learning rates   the better of two
+    tokens           about a million
+
+Attention, full and sliding, has rotary positions but lacks the short convolution that the others have. It has to learn
+to look one token back, and gets three times the steps. So this shows what is learned soon. It is only a lower bound of
+what a state can hold.
+
+--generator zoology draws the sequences as zoology does (evaluate/zoology.py) in these sizes; --passes 2 tells the pairs
+twice, in longer ones. The default is our generator (evaluate/synthetic.py).
 """
 
 from __future__ import annotations
@@ -36,12 +41,12 @@ from experiments.shared.training import Schedule
 
 @dataclass(frozen=True)
 class Grid:
-    """What is trained: sizes a mixer (head size of a memory, window of attention, 0 where it has none).
+    """What is trained, on which sequences.
 
-    lengths: tokens of the sequences with so many pairs. schedule.batch: sequences of the longest; of shorter ones as
-    many as have the same tokens. Every cell is trained at each of the `rates`, and the best of them is what counts.
-    longer: how many times the schedule's steps a mixer takes, where not once. generator: who draws the sequences;
-    zoology tells the pairs `passes` times.
+    sizes: of each mixer the head sizes of a memory, or the windows of attention (0: neither). lengths: tokens of a
+    sequence by its pairs. schedule.batch: sequences of the longest length; a batch of shorter ones has as many tokens.
+    rates: each is trained, and the best one counts. longer: the mixers that take several times the schedule's steps.
+    generator: who draws the sequences. passes: how often zoology tells the pairs.
     """
 
     sizes: dict[str, tuple[int, ...]]
@@ -95,7 +100,7 @@ QUICK = Grid(
 
 
 def sequences(seed: int, count: int, grid: Grid, pairs: int) -> Batch:
-    """Sequences with so many pairs: the tokens of `count` of the longest."""
+    """Sequences with this number of pairs, with as many tokens together as `count` of the longest."""
     tokens = grid.lengths[pairs]
     count = count * grid.tokens // tokens
     if grid.generator == zoology.SOURCE:
@@ -104,7 +109,7 @@ def sequences(seed: int, count: int, grid: Grid, pairs: int) -> Batch:
 
 
 def drawn_by(grid: Grid, generator: str, passes: int) -> Grid:
-    """The grid with another generator; its sequences are as many times longer as their pairs are told."""
+    """The grid with another generator. Where pairs are told twice, sequences are twice as long."""
     lengths = {pairs: tokens * passes for pairs, tokens in grid.lengths.items()}
     return replace(grid, lengths=lengths, generator=generator, passes=passes)
 
@@ -136,7 +141,7 @@ def train_all(results: record.Record, grid: Grid) -> None:
 
 @dataclass(frozen=True)
 class Found:
-    """A mixer of one size at its best rate: numbers of state, and accuracies by the number of pairs, mean of seeds."""
+    """A mixer of one size at its best rate: numbers of state, and accuracy by the number of pairs (mean of seeds)."""
 
     state: int
     rate: float
@@ -144,7 +149,7 @@ class Found:
 
 
 def found(results: record.Record, grid: Grid, mixer: str, size: int) -> Found:
-    """Best is the highest mean accuracy over the numbers of pairs shown; training that diverged counts as none."""
+    """The rate with the highest mean accuracy over the shown numbers of pairs; a run that diverged counts as zero."""
     tried = []
     for rate in grid.rates:
         cells = [results.cells[cell_name(mixer, size, rate, seed)] for seed in grid.seeds]
@@ -209,7 +214,7 @@ def main(words: Sequence[str] | None = None) -> int:
     grid = drawn_by(QUICK if asked.quick else FULL, asked.generator, asked.passes)
 
     def experiment() -> None:
-        # What the name of a cell says is not asked of the whole: the grid may grow by it.
+        # Sizes, rates and seeds are in the cells' names. They are no settings of the whole, so the grid may grow.
         shared = {name: value for name, value in asdict(grid).items() if name not in ("sizes", "rates", "seeds")}
         results = record.Record("mqar", asked, {**shared, **training.SETTINGS})
         train_all(results, grid)

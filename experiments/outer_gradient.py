@@ -1,11 +1,14 @@
 """The outer gradient against the length of the sequence, for memory.anchor_gradient = 1, 0.3 and 0.
 
-The exact one passes through the weights at which each chunk's inner gradients are taken, so that of a sequence of N
-chunks is a product of N of their Jacobians; first order takes those weights for constants; damped lets 0.3 of the
-gradient through each of them. First part: its norm before any training, on text (run `make quickstart` first), of
-configs/quickstart.toml with one preset or another, for a retention that starts at 0.99 whatever the length, and at
-1 - 1/length. Second part: the loss as each learns from sequences of 4,096 tokens with the retention that it starts from
-by default, beside attention. All by `atlas-train`, two side by side on two cores.
+An anchor is the weights at which a chunk's inner gradients are taken. The exact outer gradient (1) passes through the
+anchors. Over a sequence of N chunks it is a product of N Jacobians. First order (0) takes the anchors as constants.
+Damped (0.3) lets 0.3 of the gradient pass through each of them.
+
+First part: the gradient norm before any training, on text, of configs/quickstart.toml with one preset or another. The
+retention starts at 0.99 whatever the length, and at 1 - 1/length. Second part: the loss as each learns from sequences
+of 4,096 tokens, beside attention, with the retention that it starts from by default.
+
+`atlas-train` runs all of it, two runs side by side on two cores. Run `make quickstart` first, for its corpus.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ SMOOTHED = 5  # steps
 
 
 def words_of(length: int, steps: int) -> list[str]:
-    """Steps of TOKENS, of sequences of this length."""
+    """Words for `steps` of TOKENS each, in sequences of this length."""
     batch = max(1, TOKENS // length)
     words = [f"model.seq_length={length}", f"train.global_batch={batch}", f"train.micro_batch={batch}"]
     words += [f"train.steps={steps}", f"train.warmup_steps={max(1, steps // 6)}", "train.lr=2e-3"]
@@ -52,7 +55,7 @@ def words_of(length: int, steps: int) -> list[str]:
 
 
 def measured(base: Path, words: list[str], directory: Path) -> record.Cell:
-    """Losses and gradient norms of a run; both end where a gradient was not finite."""
+    """Losses and gradient norms of a run; both end at a gradient that is not finite."""
     shutil.rmtree(directory, ignore_errors=True)
     status = record.train_quietly([str(base), *words, f"run.directory={directory}"], directory)
     if status not in (0, 1):
@@ -69,7 +72,7 @@ def measured(base: Path, words: list[str], directory: Path) -> record.Cell:
 
 
 def jobs_of(kinds: Sequence[str], lengths: Sequence[int], steps: int) -> dict[str, partial[record.Cell]]:
-    """By the cell's name."""
+    """What trains each cell, by the cell's name."""
     jobs = {}
 
     def add(name: str, words: list[str]) -> None:

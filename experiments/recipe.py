@@ -1,11 +1,11 @@
-"""The recipe of ATLAS, searched: which norm, retention, step, period, and what beside them, each in a run of its own.
+"""The recipe of ATLAS, searched: norm, retention, step, period and more, each hypothesis in a run of its own.
 
-    screen    recipe_rows.SCREEN on bytes with a model of 0.5M parameters, half a million tokens a row: two to five
-              minutes on a core. A row changes one thing of the recipe; all have its parameters.
-    confirm   language_model.py compares what is left, and the members and baselines, at the quickstart's size.
+    screen    recipe_rows.SCREEN on bytes, with a model of 0.5M parameters and half a million tokens a row. A row takes
+              two to five minutes on a core. It changes one thing of the recipe; all rows have the recipe's parameters.
+    confirm   language_model.py compares what is left, the members and the baselines, at the quickstart's size.
 
-Everything that was tried is in the table, failures too. A cell is kept as it ends and never trained twice: interrupt it
-and call it again. Needs the quickstart's corpus as bytes; it is made at the first call.
+Everything that was tried is in the table, failures too. A cell is kept as it ends and never trained twice: interrupt
+the search and call it again. The quickstart's corpus is needed as bytes, and is made at the first call.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from matplotlib import pyplot
 
 from atlas_megatron.config import load
 from atlas_megatron.data.corpus import standard_library
-from experiments.recipe_rows import SCREEN
+from experiments.recipe_rows import HYPOTHESES, SCREEN
 from experiments.shared import protocol, record
 from experiments.shared.protocol import Protocol
 
@@ -30,7 +30,7 @@ SEEDS = (1, 2)
 STEPS = 250
 QUICK = ("atlas", "norm = layer")
 STAGE = "screen"
-BYTES = 257  # vocabulary: bytes, and the end of a text
+BYTES = 257  # vocabulary: 256 bytes, and the end of a text
 CORPUS_BYTES, HELD_OUT = 10_000_000, 0.04  # of the standard library, as in the quickstart
 
 
@@ -84,15 +84,16 @@ def describe(results: record.Record, names: Sequence[str], seeds: Sequence[int],
     """The page of what is there, of so many rows."""
     config = load(BASE, SCREEN[names[0]].words)
     tokens = steps * config.train.global_batch * config.model.seq_length
+    hypotheses = record.Table(("hypothesis", "about"), [(str(number), said) for number, said in HYPOTHESES.items()])
     results.write_text(
         "The recipe, searched",
         f"Bits per byte of held-out Python sources after {tokens:,} bytes, from {record.seeds_said(seeds)}. Models "
         f"have {protocol.parameters(config):,} parameters (within 1 %) and the pattern {config.model.pattern}, where "
         f"the row names no other. Sequences have {config.model.seq_length} bytes; there is one learning rate. A number "
-        f"under *asks* is a hypothesis of the search. *Difference*: the row's bits less those of {names[0]}, so less "
-        "than zero is better. *Sign*: whether every seed has the difference's. The words of each row are in the JSON. "
-        f"{_missing(names, rows)}",
-        [table(results, names, seeds)],
+        f"under *asks* is a hypothesis of the last table. *Difference*: the row's bits less those of {names[0]}, so "
+        "less than zero is better. *Sign*: whether every seed has the difference's. The words of each row are in the "
+        f"JSON. {_missing(names, rows)}",
+        [table(results, names, seeds), "The hypotheses of the search:", hypotheses],
         _seen(results, names, seeds),
     )
 
@@ -124,7 +125,7 @@ def main(words: Sequence[str] | None = None) -> int:
         names = QUICK if asked.quick else tuple(SCREEN)
         seeds, steps = ((1,), 3) if asked.quick else (SEEDS, STEPS)
         contenders = {name: SCREEN[name] for name in names}
-        # Not the rows: the search grows by them.
+        # The rows are no settings: the search may grow by them.
         results = record.Record("recipe", asked, {"steps": steps, "base": BASE.read_text(encoding="utf-8")})
         more = ("train.validate_sequences=8",) if asked.quick else ()
         if not asked.report:

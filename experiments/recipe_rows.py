@@ -1,7 +1,7 @@
-"""What the recipe search compares: every hypothesis a row, by name.
+"""What the recipe search compares: every hypothesis is a row, by name.
 
-The first row is the recipe that the others change in one place each: the preset, with the defaults that won. But for
-the rows that ask for another start, keys, values and output start as they are drawn: how they start came last.
+The first row is the recipe: the preset, with the defaults that won. Each other row changes it in one place. Keys,
+values and output start as they are drawn, except in the rows about starts, because those were tried last.
 """
 
 from __future__ import annotations
@@ -11,7 +11,22 @@ from experiments.shared.protocol import Contender
 DRAWN = ("memory.late_keys=false", "memory.open_gate=false", "memory.copy_start=false")
 ATLAS = ("memory.preset=atlas", *DRAWN)
 
-# Of a Gated DeltaNet: what the memories start with by default.
+# The numbers under `asks`.
+HYPOTHESES = {
+    1: "norm and start",
+    2: "retention and step",
+    3: "what a write stands for",
+    4: "how strongly a weak momentum is written",
+    5: "reads of a token's own chunk",
+    6: "bounded memories",
+    7: "the write gate",
+    8: "starts and sizes",
+    10: "magnitude after Newton-Schulz",
+    11: "writing the last layer alone",
+    13: "who reads the own chunk",
+}
+
+# What the memories start with by default, for a Gated DeltaNet.
 OURS = ("delta.late_keys=true", "delta.open_gate=true", "delta.copy_start=true")
 
 LONG, SHORT = "memory.alpha_start=0.998", ("memory.chunk=8", "memory.ns_period=8")
@@ -22,7 +37,7 @@ def _atlas(*words: str, asks: str, trial: str = "") -> Contender:
 
 
 def _started(*words: str, asks: str, trial: str = "") -> Contender:
-    """With the three starts that are the default."""
+    """A row with the three starts that are the default now."""
     return Contender(("memory.preset=atlas", *words), asks, trial)
 
 
@@ -128,7 +143,7 @@ SCREEN: dict[str, Contender] = {
     "copies through an open gate": Contender(("memory.preset=atlas",), "8: all three; the default"),
     "Gated DeltaNet, late keys": Contender(("model.pattern=G-G-", "delta.late_keys=true"), "8: so its keys"),
     "Gated DeltaNet, copies through an open gate": Contender(("model.pattern=G-G-", *OURS), "8: all three"),
-    # With all three starts: the inner loss, how long a memory keeps, how fresh its anchors are.
+    # With all three starts: the inner loss, how long a memory keeps, how recent its anchors are.
     "copies, dot loss": _started("memory.loss=dot", asks="what is written is the value, whatever the memory answers"),
     "copies, dot loss, retention 0.998": _started("memory.loss=dot", LONG, asks="2"),
     "copies, retention 0.998": _started(LONG, asks="2"),

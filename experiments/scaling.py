@@ -1,10 +1,11 @@
 """Loss against compute on the smallest rungs of the ladder: the paper's memory, OmegaNet's, attention.
 
-Every cell is one rung of atlas_megatron/scaling/ladder.py in one kind of model, trained by `atlas-train` on the
-quickstart's corpus (run `make quickstart` first). All kinds of a rung have its width, depth and parameters, and see the
-same tokens
-in the same order. Reported: validation loss after the last step against training compute, a curve through each kind's
-rungs with error bars, and the kinds' gap at equal compute; the fits are those of tools/scaling.py.
+Every cell is one rung of atlas_megatron/scaling/ladder.py in one kind of model. `atlas-train` trains it on the
+quickstart's corpus (run `make quickstart` first). All kinds of a rung have its width, depth and parameters. They see
+the same tokens in the same order.
+
+Reported is the validation loss after the last step against training compute. There is a curve through each kind's
+rungs, with error bars, and the kinds' gap at equal compute. The fits are those of tools/scaling.py.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from atlas_megatron import train
 from atlas_megatron.config import Config, to_toml
 from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.scaling import compare as scaling
-from atlas_megatron.scaling import ladder, power_law
+from atlas_megatron.scaling import ladder
 from experiments.shared import record
 
 RUNS = record.ROOT / "runs" / "experiments" / "scaling"
 SETTING = ladder.CPU
 RUNGS = ("0.15M", "0.3M", "0.6M", "1.2M")
-# Of each kind, its mixer's symbol and its preset. The rung's own preset is atlas with one orthogonalised write a chunk.
+# The mixer's symbol and the preset of each kind. A rung's own preset is atlas with one orthogonalised write a chunk.
 KINDS = {"atlas": ("M", "atlas"), "omeganet": ("M", "omeganet"), "attention": ("F", "atlas")}
-# Of the usual 20, as much as 40 minutes on two cores allow: a curve of models that have only begun to learn.
+# The usual 20 would take too long. 1.0 takes 40 minutes on two cores, and the models have only begun to learn.
 TOKENS_PER_PARAMETER = 1.0
 QUICK_RUNGS, QUICK_KINDS, QUICK_STEPS = RUNGS[:3], ("atlas", "omeganet"), 3
 
@@ -63,7 +64,7 @@ def config_of(kind: str, rung: str, *, quick: bool) -> Config:
 
 
 def trained(kind: str, rung: str, *, quick: bool) -> record.Cell:
-    """Train one cell, or go on with it where it stopped; the point that it is, without its directory."""
+    """Train one cell, or go on where it stopped; the finished run as a point of a curve."""
     config = config_of(kind, rung, quick=quick)
     directory = Path(config.run.directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -87,11 +88,6 @@ def kinds_of(results: record.Record, kinds: Sequence[str], rungs: Sequence[str])
     return scaling.kinds_of([scaling.Run(**{name: cell[name] for name in names}) for cell in cells])
 
 
-METHOD = f"""Curves are fitted by least squares of relative residuals over a grid of E. Error bars are the middle 80 %
-    of {power_law.DRAWS} refits to resampled residuals, widened by (n / (n - p))^0.5. They are too narrow for so few
-    points: of made-up curves with 4 to 8, they hold the true exponent in 61 to 71 %. There is one seed a point. So the
-    bars hold the curves' lack of fit, and not what another seed would do. So small a range says little of the paper's
-    sizes."""
 # Of the full ladder; the numbers behind it are in the JSON.
 OBSERVED = (
     """On the two smaller rungs, of at most 301,056 tokens, both memories are ahead of attention by 0.3 to 0.8 nats. On
@@ -128,7 +124,8 @@ def describe(
             "seen.",
             *([_gaps(gaps)] if gaps else []),
             *(f"{gap}." for gap in found["gaps"] if isinstance(gap, str)),
-            METHOD,
+            f"{scaling.METHOD}. There is one seed a point. So the bars hold the curves' lack of fit, and not what "
+            "another seed would do. So small a range says little of the paper's sizes.",
         ],
         observed,
     )

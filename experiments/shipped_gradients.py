@@ -1,11 +1,12 @@
-"""The gradient norm of every shipped configuration, at its own sequence length: before the first step, and the largest
-of a hundred steps.
+"""The gradient norm of every shipped configuration, at its own sequence length: at the start and in a hundred steps.
 
-A memory's outer gradient is a product over all chunks of a sequence. A recipe of starts has to keep it near one, for
-every preset and size; this table holds each to that. On the quickstart's text (run `make quickstart` first), in
-float32, one sequence a step, so that norms are larger than those of a full batch. Before the first step models are
-whole, up to 200M parameters. The hundred steps are of the first two layers, four heads wide: memory, chunk, period and
-length are the configuration's own. Warm-up is 20 steps, shorter than any configuration's.
+A memory's outer gradient is a product over all chunks of a sequence. The values that a configuration starts from have
+to keep it near one, for every preset and size. This table holds each configuration to that.
+
+Runs are in float32 on the quickstart's text (run `make quickstart` first). A step is one sequence, so norms are larger
+than those of a full batch. Before the first step models are whole, up to 200M parameters. The hundred steps are of the
+first two layers, four heads wide. Memory, chunk, period and length are the configuration's own. Warm-up takes 20 steps,
+fewer than in any configuration.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ RUNS = record.ROOT / "runs" / "experiments" / "shipped_gradients"
 STEPS, WARMUP = 100, 20
 LARGEST = 200e6  # parameters of a whole model
 HEADS, LAYERS = 4, 2
-LOW, HIGH, HIGHEST = 0.1, 10.0, 50.0  # before the first step; of the first hundred
+LOW, HIGH, HIGHEST = 0.1, 10.0, 50.0  # the bounds before the first step, and the largest of a hundred steps
 LENGTHS = (512, 4096)  # of the presets
 
 
@@ -81,7 +82,7 @@ def _common(row: Row) -> list[str]:
 
 
 def measured(base: Path, words: list[str], directory: Path) -> record.Cell:
-    """The gradient norm of every step; a run that meets one that is not finite says so."""
+    """The gradient norm of every step, and whether all were finite."""
     shutil.rmtree(directory, ignore_errors=True)
     status = record.train_quietly([str(base), *words, f"run.directory={directory}"], directory)
     if status not in (0, 1):
@@ -93,7 +94,7 @@ def measured(base: Path, words: list[str], directory: Path) -> record.Cell:
 
 
 def jobs(asked: dict[str, Row]) -> dict[str, partial[record.Cell]]:
-    """By the cell's name."""
+    """What trains each cell, by the cell's name."""
     found = {}
     for name, row in asked.items():
         kinds = {first_cell(name): whole(row)} if _small(load(row.base, row.words)) else {}

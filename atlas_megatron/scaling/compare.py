@@ -27,9 +27,9 @@ SAME = ("data.train", "data.validation", "data.tokenizer", "data.packed", "model
         "train.validate_sequences")  # fmt: skip
 AGAINST = {"compute": "training compute (FLOPs)", "parameters": "parameters, embeddings apart"}
 METHOD = (
-    "E + A x^-a by least squares of relative residuals over a grid of E; error bars: the middle 80 % of "
-    f"{DRAWS} refits to resampled residuals, widened by (n / (n - p))^0.5; for so few points they are too narrow (of "
-    "4 to 8, tried on made-up curves, they hold the true exponent in 61 to 71 %)"
+    "E + A x^-a is fitted by least squares of relative residuals over a grid of E. Error bars are the middle 80 % of "
+    f"{DRAWS} refits to resampled residuals, widened by (n / (n - p))^0.5. They are too narrow for so few points: on "
+    "made-up curves with 4 to 8 points, they hold the true exponent in 61 to 71 %"
 )
 
 

@@ -1,7 +1,7 @@
 """What one process of context_parallel.py does: time a layer over its shard, or compare a trained model's outputs.
 
-Every rank computes with one thread. Bytes are what it sends: halos, hand-offs, and the (N - 1) / N of an all-to-all
-that is not its own.
+Every rank computes with one thread. Its bytes are those that it sends: halos, hand-offs, and the (N - 1) / N of an
+all-to-all that goes to other ranks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Timed:
 
 @contextmanager
 def sent_bytes() -> Iterator[Counter]:
-    """Counts what this process sends meanwhile: point to point, and in all-to-alls."""
+    """Count the bytes that this process sends inside the block: point to point, and in all-to-alls."""
     counted: Counter = Counter()
     send, exchange = context.Chain.send, dist.all_to_all_single
 
@@ -60,7 +60,7 @@ def sent_bytes() -> Iterator[Counter]:
 
 
 def time_layer(timed: Timed) -> dict[str, Any]:
-    """Medians of a layer's forward and backward: wall seconds, this process's own seconds of work, bytes sent."""
+    """Medians of a layer's forward and backward: wall seconds and this process's own seconds; and the bytes it sent."""
     torch.set_num_threads(1)
     config = timed.config
     world.join(config)
@@ -86,7 +86,7 @@ def time_layer(timed: Timed) -> dict[str, Any]:
 
 
 def _link_speed() -> float:
-    """Of the first two ranks: bytes a second of one large message there and back."""
+    """Bytes a second between the first two ranks, of one large message there and back."""
     tensor, rank = torch.zeros(PING_BYTES // 4), dist.get_rank()
     seconds = []
     for _ in range(5):
@@ -104,9 +104,10 @@ def _link_speed() -> float:
 
 @dataclass(frozen=True)
 class Compared:
-    """What to compare: the model of a run, in a layout, on so many of its validation sequences.
+    """What to compare: the model of a run, in a layout, on some of its validation sequences.
 
-    disturbed: the embedding's output is moved by one unit in the last place, up or down.
+    together: sequences in one forward. disturbed: whether the embedding's output is moved by one unit in the last
+    place, up or down.
     """
 
     run: str
@@ -117,7 +118,7 @@ class Compared:
 
 
 def outputs_and_gradients(compared: Compared) -> dict[str, Tensor]:
-    """The likeliest next tokens of all sequences [N, T], and every gradient of the mean loss of the first few."""
+    """The likeliest next tokens of all sequences, [N, T], and all gradients of the mean loss of the first few."""
     torch.set_num_threads(1)
     model, config = checkpoint.load_model(compared.run, compared.parallel)
     if compared.disturbed:

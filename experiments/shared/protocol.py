@@ -1,8 +1,8 @@
 """How language models are compared: equal parameters and tokens, each at its best rate, one sign in every seed.
 
-A contender is a base configuration with a few words changed, and MLPs as wide as makes its parameters the first
-contender's. First it trains once at every rate, for a quarter of the tokens, from the first seed; then at the best of
-them from every seed. A run that meets NaN, or that the configuration refuses, is a cell that says so.
+A contender is a base configuration with a few words changed. Its MLPs are as wide as makes its parameters the first
+contender's. First it trains once at every rate, for a quarter of the tokens, from the first seed. Then it trains at the
+best rate from every seed. A run that meets NaN, or that the configuration refuses, is a cell that says so.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ BIN = 16  # positions of the context whose loss a cell keeps as one mean
 
 @dataclass(frozen=True)
 class Contender:
-    """words: what it changes of the base; trial: of `trials`; asks: what the row is there to say; rate_of: the
-    contender whose best rate it takes, where it searches none of its own."""
+    """What is compared. words: changes of the base. asks: what its row is there to show. trial: a name of `trials`.
+    rate_of: the contender whose best rate it takes, where it searches none of its own."""
 
     words: tuple[str, ...] = ()
     asks: str = ""
@@ -37,7 +37,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Protocol:
-    """base: a TOML file; words: of every run; steps of the whole runs; rates: empty where the base's is taken."""
+    """How runs train. base: a TOML file; words: of every run; steps: of a whole run; rates: empty for the base's."""
 
     base: Path
     words: tuple[str, ...]
@@ -47,7 +47,7 @@ class Protocol:
     runs: Path  # where runs lie while they train
 
     def words_of(self, contender: Contender, first: Contender, steps: int, seed: int, rate: float | None) -> list[str]:
-        """Everything that a run of the contender changes; equal to `first` in parameters."""
+        """All words of a run of the contender, with MLPs that make it equal to `first` in parameters."""
         own = [*self.words, *contender.words]
         wanted = parameters(load(self.base, [*self.words, *first.words]))
         length = [f"train.steps={steps}", f"train.warmup_steps={steps // 10}", f"train.validate_every={steps}"]
@@ -58,7 +58,7 @@ class Protocol:
     def job(
         self, name: str, contenders: dict[str, Contender], seed: int, steps: int, rate: float | None
     ) -> partial[record.Cell]:
-        """What trains one; it has all that it needs, for another process."""
+        """What trains one run; a partial that another process can call."""
         first, contender = next(iter(contenders.values())), contenders[name]
         words = self.words_of(contender, first, steps, seed, rate)
         plain = "".join(letter if letter.isalnum() else "_" for letter in name)
@@ -73,14 +73,14 @@ def parameters(config: Config) -> int:
 
 
 def _width(base: Path, words: Sequence[str], wanted: int) -> int:
-    """Of the MLPs, so that the model has about so many parameters."""
+    """The width of the MLPs with which the model has about `wanted` parameters."""
     config = load(base, words)
     one, two = (parameters(replace(config, model=replace(config.model, ffn_hidden_size=w))) for w in (8, 16))
     return max(8, round(8 + (wanted - one) / ((two - one) / 8)))
 
 
 def trained(base: Path, words: list[str], directory: Path, trial: str = "") -> record.Cell:
-    """Train one run, in a process of its own; what it reached, or what went wrong."""
+    """Train one run, in a process of its own. Gives what it reached, or what went wrong."""
     if trial:
         trials.install(trial)
     status = record.train_quietly([str(base), *words, f"run.directory={directory}"], directory)
@@ -109,8 +109,10 @@ def trained(base: Path, words: list[str], directory: Path, trial: str = "") -> r
 
 
 def compare(results: record.Record, stage: str, protocol: Protocol, contenders: dict[str, Contender]) -> None:
-    """Every cell that is missing: the rates of all first, then seed by seed, so that an interrupted run has compared
-    what it has."""
+    """Train every cell that is missing: first the rates of all, then seed by seed.
+
+    So an interrupted run has compared all contenders as far as it came.
+    """
     job = partial(protocol.job, contenders=contenders)
     names = list(contenders)
     if protocol.rates:
@@ -142,14 +144,14 @@ def seed_cell(stage: str, name: str, seed: int) -> str:
 
 
 def best_rate(results: record.Record, stage: str, name: str, protocol: Protocol) -> float | None:
-    """The rate of the fewest bits per byte after a quarter of the tokens; None where none trained to its end."""
+    """The rate with the fewest bits per byte after a quarter of the tokens; None if no run trained to its end."""
     cells = {rate: results.cells.get(rate_cell(stage, name, rate), {}) for rate in protocol.rates}
     reached = {rate: cell["bits_per_byte"] for rate, cell in cells.items() if cell.get("bits_per_byte") is not None}
     return min(reached, key=lambda rate: reached[rate]) if reached else None
 
 
 def reached(results: record.Record, stage: str, name: str, seeds: Sequence[int]) -> list[float | None]:
-    """Bits per byte of each seed, None where a run did not train to its end or is not there yet."""
+    """Bits per byte of each seed; None where a run is missing or did not train to its end."""
     return [results.cells.get(seed_cell(stage, name, seed), {}).get("bits_per_byte") for seed in seeds]
 
 

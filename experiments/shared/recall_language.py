@@ -57,7 +57,7 @@ def ids(text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fact: what it says of a name, how it is asked for, what may be the answer."""
+    """A kind of fact: what it says of a name, how it is asked for, and the possible answers."""
 
     says: str
     asks: str
@@ -82,8 +82,11 @@ FILLER_IDS, STOP, THE = np.array(ids(" ".join(FILLER))), NUMBERS["."], NUMBERS["
 
 @dataclass(frozen=True)
 class Mix:
-    """How training sequences are drawn: tokens, the share of filler sentences (between two bounds, one draw a
-    sequence), the most names that a sequence speaks of, and of what is not filler the share of questions."""
+    """How training sequences are drawn.
+
+    tokens: of a sequence. filler: bounds of the share of filler sentences, drawn once a sequence. names: the most that
+    a sequence speaks of. questions: their share of what is not filler.
+    """
 
     tokens: int
     filler: tuple[float, float]
@@ -130,7 +133,7 @@ def filler_sentence(generator: np.random.Generator) -> list[int]:
 
 
 def example(length: int, index: int) -> Example:
-    """The index-th context of so many tokens, and a question for each of its facts."""
+    """The index-th context of `length` tokens, and a question for each of its facts."""
     generator = np.random.default_rng((length, index))
     names, facts = generator.permutation(NAMES)[:FACTS], []
     for place, name in enumerate(names):
@@ -149,7 +152,7 @@ def example(length: int, index: int) -> Example:
 
 
 def _stretches(seed: tuple[int, int]) -> Iterator[Stretch]:
-    """Filler sentences for ever, 4,096 at a time."""
+    """Filler sentences without end, 4,096 at a time."""
     generator = np.random.default_rng((*seed, 1))
     while True:
         lengths = generator.integers(SHORTEST, LONGEST + 1, size=4096) + 2

@@ -35,7 +35,11 @@ MARKS = re.compile(r" (?=([-+*>#]+|\d+[.)])( |$))")
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for on the command line."""
+    """What was asked for on the command line.
+
+    report: draw and describe only what is there. generator, passes: who draws the sequences, and how often pairs are
+    told.
+    """
 
     quick: bool
     out: Path
@@ -45,14 +49,14 @@ class Options:
 
     @property
     def words(self) -> str:
-        """What says so on the command line, after the script, but for `out` and `report`."""
+        """The options as words of the command line, without `--out` and `--report`."""
         said = [] if self.generator == OURS else ["--generator", self.generator]
         said += [] if self.passes == 1 else ["--passes", str(self.passes)]
         return " ".join(["", *(["--quick"] if self.quick else []), *said])
 
     @property
     def suffix(self) -> str:
-        """Of the results' name."""
+        """What the results' name has after the experiment's: the generator and the passes, where they are not ours."""
         return ("" if self.generator == OURS else f"_{self.generator}") + (
             "" if self.passes == 1 else f"_{self.passes}_passes"
         )
@@ -69,8 +73,8 @@ def options(
 ) -> Options:
     """Read the command line of `python -m experiments.<name>`.
 
-    reports: whether it can describe a part of its cells. generators: of its sequences, beside ours. passes: whether the
-    last of these tells pairs several times.
+    reports: whether the experiment can describe a part of its cells. generators: those that can draw its sequences,
+    beside ours. passes: whether the last one of them can tell pairs several times.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments.{name}",
@@ -109,7 +113,7 @@ class Table:
         """Raises ValueError where a row has not one cell for each of the head."""
         for row in self.rows:
             if len(row) != len(self.head):
-                raise ValueError(f"the row of {row[0]!r} has {len(row)} cells, its head {len(self.head)}")
+                raise ValueError(f"the row of {row[0]!r} has {len(row)} cells, its head {len(self.head)}; give as many")
 
     def markdown(self) -> str:
         """Its lines; a `|` in a cell is escaped."""
@@ -128,12 +132,12 @@ class Record(Results):
     """The results of one experiment, <out>/<name>.json, with a picture and a page beside them."""
 
     def __init__(self, name: str, asked: Options, settings: dict[str, Any]) -> None:
-        """As `Results`."""
+        """Take up the results that are there. Raises ValueError as `Results` does."""
         command = f"python -m experiments.{name}{asked.words}"
         super().__init__(asked.out / f"{name}{asked.suffix}.json", {"experiment": name, "command": command}, settings)
 
     def save_figure(self, figure: Figure) -> None:
-        """The picture, beside the JSON."""
+        """Save the picture beside the JSON."""
         save(figure, self.path.with_suffix(".png"))
 
     def write_text(self, title: str, caption: str, blocks: Sequence[str | Table], observed: Sequence[str] = ()) -> None:
@@ -175,10 +179,11 @@ def longer_said(longer: dict[str, int]) -> str:
 
 
 def side_by_side(results: Record, jobs: dict[str, Callable[[], Cell]], *, fresh: bool = True) -> None:
-    """The cells that are missing, with the seconds that each took: one to a core, on a GPU one by one.
+    """Compute the cells that are missing, one to a core (on a GPU one by one), with the seconds that each took.
 
-    Each in a process of one thread, `fresh` so that its peak of memory is its own; a job is a partial of a module's
-    function. Where one fails, what it raised is raised when those beside it have ended, and no other is begun.
+    A job is a partial of a module's function. It runs in a process of one thread. With `fresh` each job has a process
+    of its own, and so its own peak of memory. Where a job fails, no other is begun. What it raised is raised when those
+    beside it have ended.
     """
     start, most = multiprocessing.get_context("spawn"), 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(
@@ -194,7 +199,7 @@ def side_by_side(results: Record, jobs: dict[str, Callable[[], Cell]], *, fresh:
 
 
 def train_quietly(words: Sequence[str], directory: Path) -> int:
-    """`atlas-train` with these words, beside others: all its lines go to log.txt in its run's directory; its status."""
+    """Run `atlas-train` with these words, its lines in log.txt of the run's directory. Gives its exit status."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "log.txt").open("a", encoding="utf-8") as lines, redirect_stdout(lines), redirect_stderr(lines):
         return train.main(words)
@@ -207,5 +212,5 @@ def _timed(job: Callable[[], Cell]) -> Cell:
 
 
 def run(name: str, experiment: Callable[[], None]) -> int:
-    """Run a script's body; its exit status."""
+    """Run an experiment's body. Gives the exit status."""
     return command(name, lambda: experiment() or 0, left="the same command goes on from here")

@@ -42,15 +42,16 @@ WINDOW, CHUNK = 8, 16  # of the memories that have them
 # Tokens between orthogonalised writes. A memory that wrote once a chunk could not recall what the chunk holds; the
 # first place where 2 can be late is the second token of a pair, and pairs of two tokens end where a write is.
 NS_PERIOD = 2
-# Steps start about ten times larger than the default and are bounded as much higher: at that one they end up at the
-# bound. ORTHOGONAL: of an orthogonalised write; with 0.02, the default for this period, ATLAS answers 52 % of 16 pairs,
-# with 0.15 83 %, with 0.4 60 % (heads of 16, rate 0.01, one seed, keys as drawn).
+# Steps start about ten times larger than the default. Their bound is as much higher, because steps end up at the
+# default's bound. ORTHOGONAL: the step of an orthogonalised write. Of 16 pairs ATLAS answers 52 % with 0.02, the
+# default for this period. It answers 83 % with 0.15, and 60 % with 0.4 (heads of 16, rate 0.01, one seed, keys as
+# drawn).
 ETA_SUM, ORTHOGONAL = 1.0, 0.15
 GATE_RANK = 8
 # What a Gated DeltaNet's keys, output gate and values start with in `our starts`: as the memories' do.
 STARTS = ("late_keys", "open_gate", "copy_start")
 OUR_STARTS = dict.fromkeys(STARTS, True)
-# What follows a mixer's name changes keys of its section: [memory], or [delta] of the delta nets.
+# A suffix of a mixer's name changes keys of its section: [memory], or [delta] for Gated DeltaNet.
 VARIANTS: dict[str, dict[str, Any]] = {
     ", damped": {"anchor_gradient": 0.3},
     ", first order": {"anchor_gradient": 0.0},
@@ -200,10 +201,10 @@ def one_process(config: Config) -> Iterator[None]:
 def train_and_measure(
     config: Config, task: Task, schedule: Schedule, seed: int, measured: dict[str, Task]
 ) -> dict[str, Any]:
-    """Train a fresh model on the task; what it then does on fresh sequences of each of the `measured` ones.
+    """Train a fresh model on the task, then measure it on fresh sequences of each of the `measured` tasks.
 
-    accuracy: the share of labels that the likeliest token meets; loss in nats (both None where training diverged, with
-    the step); the model's state and parameters; the time of a training step.
+    Gives each task's accuracy (the share of labels that the likeliest token meets) and loss in nats. Both are None
+    where training diverged, with the step. Besides: the model's state and parameters, and the time of a training step.
     """
     config = replace(config, run=replace(config.run, seed=seed))
     with one_process(config):
@@ -223,15 +224,17 @@ def train_and_measure(
 
 
 def share(schedule: Schedule, step: int) -> float:
-    """The learning rate of a step, of the peak."""
+    """The learning rate of a step, as a share of the peak."""
     if step < schedule.warmup:
         return (step + 1) / schedule.warmup
     return 1 - (1 - FINAL_LR) * (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
 
 
 def train(asked: Asked, task: Task, schedule: Schedule, seed: int) -> int:
-    """The loop: a generated batch, cross-entropy at the asked tokens, AdamW. The steps done until a gradient is not
-    finite, or all."""
+    """The loop: a generated batch, cross-entropy at the asked tokens, AdamW.
+
+    Gives the number of steps done: all, or those before a gradient that is not finite.
+    """
     optimizer = torch.optim.AdamW(asked.parameters(), lr=schedule.lr, betas=BETAS, weight_decay=schedule.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(share, schedule))
     asked.train()
@@ -264,8 +267,11 @@ def measure(asked: Asked, task: Task, schedule: Schedule) -> dict[str, float | N
 
 
 def by_class(answers: Tensor, labels: Tensor) -> float:
-    """The mean over the classes of the share of their labels that is met; one that was named and never due counts as
-    missed (torchmetrics' MulticlassAccuracy, by which MAD measures)."""
+    """The mean over the classes of the share of a class's labels that is met.
+
+    A class that was named but never due counts as missed. This is torchmetrics' MulticlassAccuracy, by which MAD
+    measures.
+    """
     classes = torch.cat([answers, labels]).unique()
     of_class = labels == classes[:, None]
     hits = (of_class & (answers == labels)).sum(1)

@@ -1,8 +1,9 @@
-"""What the recipe search tries and the project does not have: `recipe_rows.py` names these as a row's trial.
+"""What the recipe search tries and the project does not have; `recipe_rows.py` names these as a row's trial.
 
-Each changes the running process, which trains one model and ends. They take whole chunks alone, as training brings
-them, and nothing holds them. What wins is written into `atlas_kernels` with its
-tests, and leaves this file.
+A trial changes the running process, which trains one model and ends. It takes only whole chunks, as training brings
+them. No tests hold its results. What wins is written into `atlas_kernels` with its tests, and leaves this file.
+
+The numbers that docstrings begin with are those of `recipe_rows.HYPOTHESES`.
 """
 
 from __future__ import annotations
@@ -45,15 +46,15 @@ class Trial(OrthogonalWrites):
         self.raw = self.provisional(alpha, eta, theta, band)
 
     def weighed(self, eta: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
-        """The step of each token (those of writing ones count; sums over their periods) and the Omega gates."""
+        """The step of each token and the Omega gates. Only the steps of writing tokens count, as sums over a period."""
         return eta, band
 
     def provisional(self, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor) -> tuple[Tensor, ...] | None:
-        """What each token reads of its period's sources besides, [G, C, I] a chunk."""
+        """What each token also reads of its period's sources, [G, C, I] a chunk; None for nothing."""
         return None
 
     def direction(self, j: int, momentum: Tensor) -> Tensor:
-        """What is written of matrix j's momentum [G, K, wide, narrow], without its step."""
+        """What is written for matrix j's momentum, [G, K, wide, narrow], before its step."""
         return newton_schulz(momentum, self.rule.ns_steps, self.rule.ns_coefficients)
 
     def settled(self, j: int, new: Tensor, old: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ class Trial(OrthogonalWrites):
 
 
 class _TrialReader:
-    """As the reader of `OrthogonalWrites`, with a decay of each matrix's own and provisional sources."""
+    """The reader of `OrthogonalWrites`, with a decay for each matrix and with provisional sources."""
 
     def __init__(
         self,
@@ -121,7 +122,7 @@ class Weighed(Trial):
 
 
 class Steepest(Trial):
-    """10: times the nuclear norm <NS(S), S>, steepest descent in the spectral norm."""
+    """10: a write times the nuclear norm <NS(S), S>, which is steepest descent in the spectral norm."""
 
     def direction(self, j: int, momentum: Tensor) -> Tensor:
         written = super().direction(j, momentum)
@@ -129,14 +130,14 @@ class Steepest(Trial):
 
 
 class Sized(Trial):
-    """10: times the momentum's Frobenius norm."""
+    """10: a write times the momentum's Frobenius norm."""
 
     def direction(self, j: int, momentum: Tensor) -> Tensor:
         return super().direction(j, momentum) * momentum.norm(dim=(-2, -1), keepdim=True) / UNIT
 
 
 class Saturating(Trial):
-    """4: times |S| / (|S| + UNIT): a weak momentum is written weakly."""
+    """4: a write times |S| / (|S| + UNIT): a weak momentum is written weakly."""
 
     def direction(self, j: int, momentum: Tensor) -> Tensor:
         size = momentum.norm(dim=(-2, -1), keepdim=True)
@@ -144,8 +145,10 @@ class Saturating(Trial):
 
 
 class Floored(Trial):
-    """4: S / max(|S|_F, floor) enters the iteration, which multiplies what is small by 3.44 a step: singular values
-    well under `corner` are written as they are (in units of it), those above it as ones."""
+    """4: S / max(|S|_F, floor) enters the iteration, which multiplies small singular values by 3.44 a step.
+
+    So singular values well under `corner` are written as they are, in units of it. Those above it are written as ones.
+    """
 
     corner = 1.0
 
@@ -165,7 +168,7 @@ class FlooredAt10(Floored):
 
 
 class Clipped(Trial):
-    """10: no Newton-Schulz: the momentum, its Frobenius norm at most MOST, about that of an orthogonal one."""
+    """10: the momentum without Newton-Schulz. Its norm is at most MOST, about that of an orthogonal matrix."""
 
     def direction(self, j: int, momentum: Tensor) -> Tensor:
         return momentum * (MOST / momentum.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).clamp(max=1.0)
@@ -180,13 +183,13 @@ class Tall(Trial):
 
 
 class LastLayer(Trial):
-    """11: W2 is the outer loop's; tokens write W1."""
+    """11: tokens write W1 alone; the outer loop alone learns W2."""
 
     written = DECAYS_W1
 
 
 class Bounded(Trial):
-    """6: after each chunk every hidden unit's weights get the length back that they had."""
+    """6: after each chunk the weights of every hidden unit are scaled back to the length that they had."""
 
     def settled(self, j: int, new: Tensor, old: Tensor) -> Tensor:
         return new * (old.norm(dim=-1, keepdim=True) / new.norm(dim=-1, keepdim=True).clamp(min=1e-7))
@@ -207,7 +210,7 @@ class Provisional(Trial):
 
 
 class ProvisionalOwn(Trial):
-    """5: the same, each raw gradient with the step of its own token, so that nothing comes from later ones."""
+    """5: as `Provisional`, with each raw gradient at its own token's step. So nothing comes from later tokens."""
 
     def provisional(self, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor) -> tuple[Tensor, ...] | None:
         tokens = torch.arange(alpha.shape[-1], device=alpha.device)
@@ -218,7 +221,7 @@ class ProvisionalOwn(Trial):
 
 
 class ToStart(Trial):
-    """2: what decays is what was written: without writes the weights come back to their start, not to zero."""
+    """2: only what was written decays. Without writes the weights return to their start, not to zero."""
 
     def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[WeightView, Leave]:
         if n == 0:
@@ -234,7 +237,7 @@ class ToStart(Trial):
 
 
 class _WithStart:
-    """Reads of what was written, and of the start weights besides."""
+    """Reads what was written, and adds the read of the start weights."""
 
     def __init__(self, written: WeightView, start: Matrices) -> None:
         self.written, self.start = written, start
@@ -246,7 +249,7 @@ class _WithStart:
         return self.written.narrow(j, h) + h @ self.start[j]
 
 
-# The size of momentum that counts as one.
+# UNIT: the size of a momentum that counts as one. MOST: the largest of `Clipped`.
 UNIT, MOST = 10.0, 4.0
 WRITERS: dict[str, type[Trial]] = {
     "weighed": Weighed, "steepest": Steepest, "sized": Sized,
@@ -273,7 +276,7 @@ def no_residual() -> None:
 
 
 def read_residual() -> None:
-    """The residual is the read's alone: the inner loss asks W1 act(W2 k) for v."""
+    """The residual is added in reads only: the inner loss compares W1 act(W2 k) with v."""
     memories.Mlp.error = lambda self, anchor, h, v, r: anchor.narrow(0, h) - v  # type: ignore[method-assign]
 
 
@@ -329,7 +332,7 @@ def keys_as_queries() -> None:
 
 
 def spread(*spans: float) -> Callable[[], None]:
-    """2: heads that start by remembering so many tokens each, and write the less the longer they do."""
+    """2: each head starts by remembering so many tokens. The longer it remembers, the less it writes."""
 
     def started(self: AtlasMixer) -> None:
         places = list(layer_start.gate_widths(self.memory))
@@ -343,8 +346,10 @@ def spread(*spans: float) -> Callable[[], None]:
 
 
 def own_first(others: float) -> Callable[[], None]:
-    """2: the Omega gates start at one half for a token's own gradient and near nothing for the others of its window:
-    the rule starts as an online one and learns to widen."""
+    """2: the Omega gates start at one half for a token's own gradient, and near zero for the others of its window.
+
+    So the rule starts as an online one and learns to widen.
+    """
 
     def started(self: AtlasMixer) -> None:
         window = self.memory.window
@@ -355,8 +360,10 @@ def own_first(others: float) -> Callable[[], None]:
 
 
 def second(gain: float) -> Callable[[], None]:
-    """8: W2 starts so many times orthogonal: with keys of length 1 hidden units then leave the activation's middle,
-    where it is a line."""
+    """8: W2 starts as an orthogonal matrix times `gain`.
+
+    With keys of length 1, hidden units then leave the middle of the activation, where it is a line.
+    """
     return lambda: _starts(lambda self: self.start_second.mul_(gain))  # type: ignore[union-attr,arg-type,return-value]
 
 
@@ -366,7 +373,7 @@ def large_start() -> None:
 
 
 def _edges(change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Change q, k and v of length 1, 1 and any, as the memory gets them."""
+    """Change q, k (both of length 1) and v (of any length) before the memory gets them."""
     convolved = mixer.convolved
 
     def changed(*arguments: Any) -> tuple[Tensor, ...]:
@@ -382,7 +389,7 @@ def unit_values() -> None:
 
 
 def linear_keys() -> None:
-    """No SiLU on q and k: it leaves all keys one large mean, and their gradients with it."""
+    """8: no SiLU on q and k. SiLU gives all keys one large mean, and so their gradients too."""
 
     def convolved(qkv: Tensor, taps: Tensor, tail: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
         channels = F.pad(qkv.flatten(2).transpose(1, 2), (taps.shape[-1] - 1, 0))
@@ -404,7 +411,7 @@ PATCHES: dict[str, Callable[[], None]] = {
 
 
 def install(names: str) -> None:
-    """Take trials, by names joined with " + ", in this process. Raises KeyError for an unknown one."""
+    """Install trials in this process, by names joined with " + ". Raises KeyError for an unknown name."""
     for name in names.split(" + "):
         if name in PATCHES:
             PATCHES[name]()
