@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import atlas_kernels
-from atlas_kernels import layer_start, memories, op
+from atlas_kernels import chunked, layer_start, memories, op
 from atlas_kernels.chunked import Kernels
 from atlas_kernels.layer_norm import layer_norm
-from atlas_kernels.memories import Factors, Matrices, Mlp, WeightView
+from atlas_kernels.memories import Factors, Matrices, Mlp, WeightView, memory_of, oriented
 from atlas_kernels.newton_schulz import direct_form, newton_schulz, schedule
-from atlas_kernels.rule import MemoryRule
-from atlas_kernels.writes import Leave, OrthogonalWrites, SourceReader, decay_matrix
+from atlas_kernels.rule import MemoryRule, MemoryState
+from atlas_kernels.writes import Leave, OrthogonalWrites, SourceReader, Writes, decay_matrix
 from atlas_megatron.mixers import memory as mixer
 from atlas_megatron.mixers.memory import AtlasMixer
 
@@ -220,14 +220,15 @@ class ProvisionalOwn(Trial):
         return (steps @ (decay_matrix(theta) * same) @ band).unbind()
 
 
-class ToStart(Trial):
-    """2: only what was written decays. Without writes the weights return to their start, not to zero."""
+class _DecayToStart:
+    """Writes whose decay acts on what was written alone, whatever the rule writes."""
+
+    def __init__(self, writes: Writes, start: Matrices) -> None:
+        self.writes, self.start = writes, start
 
     def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[WeightView, Leave]:
-        if n == 0:
-            self.start = weights
         written = tuple(W - start for W, start in zip(weights, self.start, strict=True))
-        reader, leave = super().advance(n, written, momentum, factors)
+        reader, leave = self.writes.advance(n, written, momentum, factors)
 
         def left() -> tuple[Matrices, Matrices]:
             written, moved = leave()
@@ -256,7 +257,6 @@ WRITERS: dict[str, type[Trial]] = {
     "saturating": Saturating, "floor 1": Floored, "floor 3": FlooredAt3, "floor 10": FlooredAt10,
     "clipped": Clipped, "tall": Tall, "last layer": LastLayer, "bounded": Bounded,
     "provisional": Provisional, "provisional, own steps": ProvisionalOwn,
-    "to start": ToStart,
 }  # fmt: skip
 
 
@@ -278,6 +278,33 @@ def no_residual() -> None:
 def read_residual() -> None:
     """The residual is added in reads only: the inner loss compares W1 act(W2 k) with v."""
     memories.Mlp.error = lambda self, anchor, h, v, r: anchor.narrow(0, h) - v  # type: ignore[method-assign]
+
+
+def to_start() -> None:
+    """2: only what was written decays. Without writes the weights return to their start, not to zero."""
+    by_segment, scan, writes_of = chunked._by_segment, chunked.scan, chunked.writes_of
+    starts: list[Matrices] = []  # of the scan that runs
+
+    def whole(rule: MemoryRule, state: MemoryState[int], *arguments: Any, **named: Any) -> Any:
+        if state.position:
+            raise ValueError("the trial 'to start' reads sequences from their first token")
+        start = tuple(m.flatten(0, 1).contiguous() for m in oriented(memory_of(rule), state.weights))
+
+        def with_start(*arguments: Any) -> Any:
+            starts.append(start)
+            try:
+                return scan(*arguments)
+            finally:
+                starts.pop()
+
+        # A segment that is recomputed in the backward finds its own start in this closure.
+        chunked.scan = with_start  # type: ignore[assignment]
+        return by_segment(rule, state, *arguments, **named)
+
+    def writes(*arguments: Any) -> Writes:
+        return _DecayToStart(writes_of(*arguments), starts[-1])
+
+    chunked._by_segment, chunked.writes_of = whole, writes  # type: ignore[assignment]
 
 
 def next_value() -> None:
@@ -401,7 +428,7 @@ def linear_keys() -> None:
 
 
 PATCHES: dict[str, Callable[[], None]] = {
-    "read norm": read_norm, "no residual": no_residual, "read residual": read_residual,
+    "to start": to_start, "read norm": read_norm, "no residual": no_residual, "read residual": read_residual,
     "next value": next_value, "unit values": unit_values, "linear keys": linear_keys, "large start": large_start,
     "spans of 25 to 1600": spread(25, 100, 400, 1600), "spans of 50 to 400": spread(50, 100, 200, 400),
     "own gradient first": own_first(0.02), "own gradient first, 0.1": own_first(0.1),
