@@ -19,7 +19,7 @@ from atlas_megatron.parallel import cpu
 from atlas_megatron.parallel.context import settle
 from atlas_megatron.parallel.device import backend
 
-PRELOADED = ["processes", "atlas_megatron.training.trainer"]
+PRELOADED = [__name__, "atlas_megatron.training.trainer"]
 SECONDS = 150  # until a world that says nothing is taken for hung
 
 
