@@ -33,20 +33,16 @@ BLOCK, WARPS, STAGES = 2048, 8, 3
 _SHORTEST: tl.constexpr = tl.constexpr(1e-12)  # as torch.nn.functional.normalize
 
 
-class Projection(NamedTuple):
-    """q, k and v as the projection leaves them, or their output gate: dense along its last dimension."""
-
-    pointer: Any  # [B, T, H, 3, K], or [B, T, H, K] of the gate
-    stride_b: Any
-    stride_t: Any
-    stride_h: Any
-    stride_part: Any = None  # not of the gate
-
-
 class Sizes(NamedTuple):
+    """And the strides of what the projection leaves, q, k and v or their gate, which is dense along K alone."""
+
     B: Any
     T: Any
     H: Any
+    stride_b: Any
+    stride_t: Any
+    stride_h: Any
+    stride_part: Any = None  # of q, k and v
 
 
 class Constants(NamedTuple):
@@ -87,11 +83,11 @@ class Channels(NamedTuple):
 
 
 @triton.jit
-def channels_of(x, before_pointer, group, sizes, S: tl.constexpr):
+def channels_of(x_pointer, before_pointer, group, sizes, S: tl.constexpr):
     """`Channels` of q, k or v of a head: group counts them, part before head before sequence."""
     b, h, part = group // (3 * sizes.H), group // 3 % sizes.H, group % 3
-    x_at = x.pointer + b * x.stride_b + h * x.stride_h + part * x.stride_part
-    return Channels(x_at, before_pointer + group * S.K * (S.TAPS - 1), sizes.T, x.stride_t)
+    x_at = x_pointer + b * sizes.stride_b + h * sizes.stride_h + part * sizes.stride_part
+    return Channels(x_at, before_pointer + group * S.K * (S.TAPS - 1), sizes.T, sizes.stride_t)
 
 
 @triton.jit
@@ -129,7 +125,7 @@ def convolved(channels, taps_pointer, positions, t, k, PACKED: tl.constexpr, S: 
 
 @triton.jit
 def short_convolution_kernel(
-    x,  # Projection
+    x_pointer,  # [B, T, H, 3, K]
     taps_pointer,  # [H, 3, K, TAPS]
     before_pointer,  # [B, H, 3, K, TAPS - 1]
     positions_pointer,  # [B, T], or None
@@ -146,7 +142,7 @@ def short_convolution_kernel(
     positions = t
     if PACKED:
         positions = tl.load(positions_pointer + b * T + t, mask=t < T, other=0)
-    channels = channels_of(x, before_pointer, group, sizes, S)
+    channels = channels_of(x_pointer, before_pointer, group, sizes, S)
     z = convolved(channels, taps_pointer + (h * 3 + part) * S.K * S.TAPS, positions, t, k, PACKED, S)
     y = z * tl.sigmoid(z)
     if part < 2:
@@ -157,7 +153,7 @@ def short_convolution_kernel(
 
 @triton.jit
 def short_convolution_backward_kernel(
-    x,  # Projection
+    x_pointer,  # [B, T, H, 3, K]
     taps_pointer,  # [H, 3, K, TAPS]
     before_pointer,  # [B, H, 3, K, TAPS - 1]
     positions_pointer,  # [B, T], or None
@@ -174,7 +170,7 @@ def short_convolution_backward_kernel(
     s, k = block * S.BLOCK_T - (S.TAPS - 1) + tl.arange(0, S.BLOCK_T), tl.arange(0, S.BLOCK_K)
     PACKED: tl.constexpr = positions_pointer is not None
     taps_at = taps_pointer + (h * 3 + part) * S.K * S.TAPS
-    channels = channels_of(x, before_pointer, group, sizes, S)
+    channels = channels_of(x_pointer, before_pointer, group, sizes, S)
     inputs = inputs_at(channels, s, k, S)
     grad_pointer = incoming.grad_q_pointer
     if part == 1:
@@ -227,7 +223,7 @@ def normed(y_at, gate_at, gain_at, inside, k, epsilon, S: tl.constexpr):
 @triton.jit
 def gated_norm_kernel(
     y_pointer,  # [B, T, H, K]
-    gate,  # Projection
+    gate_pointer,  # [B, T, H, K]
     gain_pointer,  # [H, K]
     out_pointer,  # out: [T, B, H, K]
     epsilon,
@@ -240,16 +236,16 @@ def gated_norm_kernel(
     b, h = group // H, group % H
     t, k = (tl.program_id(0) % blocks * S.BLOCK_T + tl.arange(0, S.BLOCK_T)).to(tl.int64), tl.arange(0, S.BLOCK_K)
     inside, at = (t < T)[:, None] & (k < S.K)[None, :], (((b * T + t) * H + h) * S.K)[:, None] + k[None, :]
-    gate_at = gate.pointer + b * gate.stride_b + h * gate.stride_h + (t * gate.stride_t)[:, None] + k[None, :]
-    n, _, opening, gain = normed(y_pointer + at, gate_at, gain_pointer + h * S.K + k, inside, k, epsilon, S)
-    out = n * gain * opening * tl.sigmoid(opening)
+    gate_at = gate_pointer + b * sizes.stride_b + h * sizes.stride_h + (t * sizes.stride_t)[:, None] + k[None, :]
+    n, _, gate, gain = normed(y_pointer + at, gate_at, gain_pointer + h * S.K + k, inside, k, epsilon, S)
+    out = n * gain * gate * tl.sigmoid(gate)
     tl.store(out_pointer + (((t * B + b) * H + h) * S.K)[:, None] + k[None, :], out, mask=inside)
 
 
 @triton.jit
 def gated_norm_backward_kernel(
     y_pointer,  # [B, T, H, K]
-    gate,  # Projection
+    gate_pointer,  # [B, T, H, K]
     gain_pointer,  # [H, K]
     grads,  # NormGradients
     epsilon,
@@ -262,16 +258,16 @@ def gated_norm_backward_kernel(
     b, h = group // H, group % H
     t, k = (block * S.BLOCK_T + tl.arange(0, S.BLOCK_T)).to(tl.int64), tl.arange(0, S.BLOCK_K)
     inside, at = (t < T)[:, None] & (k < S.K)[None, :], (((b * T + t) * H + h) * S.K)[:, None] + k[None, :]
-    gate_at = gate.pointer + b * gate.stride_b + h * gate.stride_h + (t * gate.stride_t)[:, None] + k[None, :]
-    n, inverse, opening, gain = normed(y_pointer + at, gate_at, gain_pointer + h * S.K + k, inside, k, epsilon, S)
+    gate_at = gate_pointer + b * sizes.stride_b + h * sizes.stride_h + (t * sizes.stride_t)[:, None] + k[None, :]
+    n, inverse, gate, gain = normed(y_pointer + at, gate_at, gain_pointer + h * S.K + k, inside, k, epsilon, S)
     grad_at = grads.grad_out_pointer + (((t * B + b) * H + h) * S.K)[:, None] + k[None, :]
     grad = tl.load(grad_at, mask=inside, other=0.0).to(tl.float32)
-    share = tl.sigmoid(opening)
-    opened = grad * opening * share
+    share = tl.sigmoid(gate)
+    opened = grad * gate * share
     grad_n = opened * gain
     grad_y = (grad_n - n * (tl.sum(grad_n * n, 1) / S.K)[:, None]) * inverse
     tl.store(grads.grad_y_pointer + at, grad_y, mask=inside)
-    tl.store(grads.grad_gate_pointer + at, grad * n * gain * (share + opening * share * (1.0 - share)), mask=inside)
+    tl.store(grads.grad_gate_pointer + at, grad * n * gain * (share + gate * share * (1.0 - share)), mask=inside)
     grad_gain_at = grads.grad_gain_pointer + ((b * blocks + block) * H + h) * S.K
     tl.store(grad_gain_at + k, tl.sum(opened * n, 0), mask=k < S.K)
 
@@ -294,7 +290,7 @@ class _ShortConvolution(torch.autograd.Function):
         (batch, tokens, heads, _, width), constants = qkv.shape, _constants(qkv.shape[-1], taps.shape[-1])
         out = qkv.new_empty(PARTS, batch, tokens, heads, width, dtype=torch.float32)
         grid = (batch * heads * PARTS * triton.cdiv(tokens, constants.BLOCK_T),)
-        arguments = Projection(qkv, *qkv.stride()[:4]), taps, before, positions, out, Sizes(batch, tokens, heads)
+        arguments = qkv, taps, before, positions, out, Sizes(batch, tokens, heads, *qkv.stride()[:4])
         launch(short_convolution_kernel, grid, arguments, constants, warps=WARPS, stages=STAGES)
         ctx.save_for_backward(qkv, taps, before, positions)
         q, k, v = out.unbind(0)
@@ -313,8 +309,8 @@ class _ShortConvolution(torch.autograd.Function):
         grad_before = torch.empty_like(before)
         grad_taps = qkv.new_empty(batch, blocks, *taps.shape, dtype=torch.float32)
         grads = ConvolutionGradients(grad_x, grad_before, grad_taps)
-        given = Projection(qkv, *qkv.stride()[:4]), taps, before, positions
-        arguments = *given, incoming, grads, Sizes(batch, tokens, heads)
+        sizes = Sizes(batch, tokens, heads, *qkv.stride()[:4])
+        arguments = qkv, taps, before, positions, incoming, grads, sizes
         grid = (batch * heads * PARTS * blocks,)
         launch(short_convolution_backward_kernel, grid, arguments, constants, warps=WARPS, stages=STAGES)
         return grad_x, grad_taps.sum((0, 1)).to(taps.dtype), grad_before, None
@@ -334,7 +330,7 @@ class _GatedNorm(torch.autograd.Function):
         # Laid out as the output projection takes it, [T, B, ...].
         out = gate.new_empty(tokens, batch, heads, width)
         grid = (batch * heads * triton.cdiv(tokens, constants.BLOCK_T),)
-        arguments = y, Projection(gate, *gate.stride()[:3]), gain, out, epsilon, Sizes(batch, tokens, heads)
+        arguments = y, gate, gain, out, epsilon, Sizes(batch, tokens, heads, *gate.stride()[:3])
         launch(gated_norm_kernel, grid, arguments, constants, warps=WARPS, stages=STAGES)
         ctx.save_for_backward(y, gate, gain)
         ctx.epsilon = epsilon
@@ -350,8 +346,7 @@ class _GatedNorm(torch.autograd.Function):
         grad_y, grad_gate = torch.empty_like(y), torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         grad_gain = y.new_empty(batch, blocks, heads, width, dtype=torch.float32)
         grads = NormGradients(gradient.transpose(0, 1).contiguous(), grad_y, grad_gate, grad_gain)
-        given = y, Projection(gate, *gate.stride()[:3]), gain
-        arguments = *given, grads, ctx.epsilon, Sizes(batch, tokens, heads)
+        arguments = y, gate, gain, grads, ctx.epsilon, Sizes(batch, tokens, heads, *gate.stride()[:3])
         launch(gated_norm_backward_kernel, (batch * heads * blocks,), arguments, constants, warps=WARPS, stages=STAGES)
         return grad_y, grad_gate, grad_gain.sum((0, 1)).to(gain.dtype), None
 
