@@ -129,10 +129,12 @@ class _SegmentScan(torch.autograd.Function):
         states = _entering(N, *(matrices[i * count : (i + 1) * count] for i in range(3)))
 
         o, y = torch.empty_like(tokens.v_pointer), torch.empty_like(tokens.read_residual_pointer)
-        _launch("write", G, (tokens, tables, states, o, sizes), shape)
+        written = tokens._replace(q_pointer=None, read_residual_pointer=None)
+        leaving = tables._replace(alphas_pointer=None, kappas_pointer=None, sources_pointer=None)
+        _launch("write", G, (written, leaving, states, o, sizes._replace(C=None)), shape)
         kept = map(torch.empty_like, (y, tables.sources_pointer)) if keep else (None, None)
         reads = Reads(o, y, *kept)
-        _launch("read", N * G, (tokens, tables, states, reads, sizes), shape)
+        _launch("read", N * G, (tokens, _of_reads(tables), states, reads, sizes._replace(N=None)), shape)
         left = (*states.weights[:count], *(states.momenta[:count] if states.momenta else ()))
         if keep:
             tokens, reads = tokens._replace(read_residual_pointer=None), reads._replace(y_pointer=None)
@@ -165,7 +167,8 @@ class _SegmentScan(torch.autograd.Function):
             grad_z_pointer=side(),
             grad_up_pointer=side() if shape.GATED else None,
         )
-        _launch("read_backward", N * G, (grad_y, tokens, tables, states, reads, grads, sizes), shape)
+        read = grad_y, tokens, _of_reads(tables), states, reads, grads, sizes._replace(N=None)
+        _launch("read_backward", N * G, read, shape)
 
         grad_weights = Matrices(*(torch.stack([torch.zeros_like(m), m]) for m in grad_matrices[:count]))
         grad_momenta = [m.clone(memory_format=torch.contiguous_format) for m in grad_matrices[count:]]
@@ -192,6 +195,11 @@ class _SegmentScan(torch.autograd.Function):
             *(m[0] for m in grad_weights[:count]),
             *grad_momenta,
         )
+
+
+def _of_reads(tables: Tables) -> Tables:
+    """What the reads use of the tables. An argument that a kernel has no use for would cost it registers."""
+    return tables._replace(last_pointer=None, to_w_pointer=None, to_s_pointer=None)
 
 
 def _entering(N: int, weights: tuple[Tensor, ...], anchors: tuple[Tensor, ...], momenta: tuple[Tensor, ...]) -> States:
