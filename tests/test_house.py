@@ -185,6 +185,13 @@ def test_what_travels_needs_nothing_of_this_project(file: Path) -> None:
         assert not ours or any(reaches({name}, module) for module in allowed), f"{file} imports {name}"
 
 
+@pytest.mark.parametrize(
+    "file", sorted([*HF.glob("*_atlas.py"), *(ROOT / "kernels/atlas_kernels").glob("*.py")]), ids=lambda file: file.name
+)
+def test_what_travels_is_read_by_pythons_that_transformers_runs_on(file: Path) -> None:
+    ast.parse(file.read_text(encoding="utf-8"), feature_version=(3, 10))
+
+
 def test_kernels_is_no_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow Hugging Face's `kernels` package"
 

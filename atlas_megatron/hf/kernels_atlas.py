@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -42,7 +43,11 @@ except ImportError:
     from .short_conv import copying, initial_taps, late_keys, short_convolution  # type: ignore[no-redef]
 
 
-def uncompiled[**Given, Found](scan: Callable[Given, Found]) -> Callable[Given, Found]:
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
+
+
+def uncompiled(scan: Callable[Given, Found]) -> Callable[Given, Found]:
     """torch.compile leaves the inner loop as it is: its shapes follow documents and cuts, and the GPU has kernels for
     it. An exported graph takes it up, unrolled over the tokens."""
     left = torch.compiler.disable(scan)

@@ -9,10 +9,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+Given = ParamSpec("Given")
+Gradients = TypeVar("Gradients")
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -28,7 +31,7 @@ def unrounded(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False)
 
 
-def unrounded_backward[**Given, Gradients](backward: Callable[Given, Gradients]) -> Callable[Given, Gradients]:
+def unrounded_backward(backward: Callable[Given, Gradients]) -> Callable[Given, Gradients]:
     """The backward(ctx, *gradients) of an autograd function, in the precision of its gradients."""
 
     @functools.wraps(backward)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from math import isqrt
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -209,8 +209,12 @@ class Inputs:
         return [parts.map(next) for _ in lengths]
 
 
+P = TypeVar("P", bound="int | Tensor")
+Q = TypeVar("Q", bound="int | Tensor")
+
+
 @dataclass(frozen=True)
-class MemoryState[P: int | Tensor]:
+class MemoryState(Generic[P]):
     """All that a memory carries over a cut of the sequence; its size does not depend on the length read.
 
     position: tokens read of the sequence. A `MemoryState[int]` stands at the same position in every row. A call with
@@ -233,7 +237,7 @@ class MemoryState[P: int | Tensor]:
     position: P
     pending: Tensor | None = None
 
-    def at[Q: int | Tensor](self, position: Q) -> MemoryState[Q]:
+    def at(self, position: Q) -> MemoryState[Q]:
         """The same memory at another position."""
         return MemoryState(**{**vars(self), "position": position})
 
