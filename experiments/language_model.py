@@ -38,7 +38,7 @@ VALIDATED = 256 if GPU else 176  # sequences; 176 are all of the quickstart's he
 # Measuring costs a second read of every memory.
 WORDS = (f"train.validate_sequences={VALIDATED}", "train.stats_every=1000000", "log.tensorboard=false")
 SILENCED = "train.validate_silenced=true"  # what the memories contribute
-# Members that write raw gradients gain 0.06 bits by it; ATLAS loses as much where its outer gradient is exact.
+# Members that write raw gradients take fresher anchors. With ATLAS they make the exact outer gradient explode.
 CHUNK_16, DAMPED = "memory.chunk=16", "memory.anchor_gradient=0.3"
 # The others are compared with the first and have its parameters. A pattern of three blocks is repeated as often as the
 # base's. ATLAS is here with two periods. OmegaNet writes at every token; with one write a chunk, ATLAS could not read

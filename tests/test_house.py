@@ -188,8 +188,9 @@ def test_what_travels_needs_nothing_of_this_project(file: Path) -> None:
 @pytest.mark.parametrize(
     "file", sorted([*HF.glob("*_atlas.py"), *(ROOT / "kernels/atlas_kernels").glob("*.py")]), ids=lambda file: file.name
 )
-def test_what_travels_is_read_by_pythons_that_transformers_runs_on(file: Path) -> None:
-    ast.parse(file.read_text(encoding="utf-8"), feature_version=(3, 10))
+def test_what_travels_is_read_by_older_pythons(file: Path) -> None:
+    """An exported model runs where its reader's Python is not ours; by syntax alone, no older one runs here."""
+    assert ast.parse(file.read_text(encoding="utf-8"), feature_version=(3, 10)).body
 
 
 def test_kernels_is_no_package() -> None:

@@ -191,10 +191,10 @@ def _quickstart(overrides: Sequence[str]) -> int:
     if read(config.run.directory)[-1]["step"] < config.train.steps:
         return 0  # asked to stop; training has said so, and the same command goes on
     directory = Path(config.run.directory)
-    plot_run(directory)
+    pictures = plot_run(directory)
     sample = _write_sample(directory)
     Console(soft_wrap=True).print(_table(config))
     print(f"{sample}\n\n{sample.read_text(encoding='utf-8')}")
-    print(f"pictures: loss.png, position_loss.png, diagnostics.png in {directory}")
+    print(f"pictures: {', '.join(picture.name for picture in pictures)} in {directory}")
     print(f"curves: tensorboard --logdir {directory}")
     return 0
