@@ -7,6 +7,7 @@ with plain arguments, has not been measured on a GPU.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +59,20 @@ def recording(title: str) -> Iterator[list[Variant]]:
         _recordings.pop()
 
 
+_counters: list[Counter[str]] = []
+
+
+@contextmanager
+def counting(launches: Counter[str]) -> Iterator[None]:
+    """Counts the launches of its block by the kernel's name, and launches nothing. All tensors are on the meta device:
+    one that is not raises ValueError, as a GPU could not reach it."""
+    _counters.append(launches)
+    try:
+        yield
+    finally:
+        _counters.pop()
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -67,10 +82,14 @@ def launch(
     warps: int,
     stages: int = 1,
 ) -> None:
-    """kernel[grid](*arguments, S), S the constants; within `recording` it is noted instead.
+    """kernel[grid](*arguments, S), S the constants; within `recording` or `counting` it is noted instead.
 
     stages: of loads in flight in a loop. One is enough where a block's loads are few: more would cost shared memory.
     """
+    if _counters:
+        _check_devices(kernel.__name__, arguments)
+        _counters[-1][kernel.__name__.removesuffix("_kernel")] += 1
+        return
     # The compiler knows fields as constants only where each says so; the interpreter takes them as they are.
     compiled = isinstance(kernel, JITFunction)
     arguments = *arguments, constants._make(map(tl.constexpr, constants)) if compiled else constants
@@ -80,6 +99,14 @@ def launch(
         variants.append(Variant(name, kernel, *_specialised(kernel, arguments), warps, stages))
     else:
         kernel[grid](*arguments, num_warps=warps, num_stages=stages)
+
+
+def _check_devices(name: str, arguments: Any) -> None:
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            _check_devices(name, argument)
+        elif isinstance(argument, torch.Tensor) and argument.device.type != "meta":
+            raise ValueError(f"{name} is given a tensor on {argument.device}, which no GPU can reach")
 
 
 def _specialised(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Any, Any, Any]:
