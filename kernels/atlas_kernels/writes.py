@@ -43,7 +43,7 @@ class Writes(Protocol):
 
 # (rule; alpha, eta, theta [N, G, C]; the Omega gates [N, G, C, I]; places of the writing tokens in the chunk), for
 # ns_steps > 0; theta is zero where the rule has no momentum.
-OrthogonalWriter = Callable[[MemoryRule, Tensor, Tensor, Tensor, Tensor, list[int]], Writes]
+OrthogonalWriter = Callable[[MemoryRule, Tensor, Tensor, Tensor, Tensor, range], Writes]
 
 
 @dataclass(frozen=True)
@@ -134,18 +134,21 @@ class OrthogonalWrites:
     """ns_steps > 0: the tokens `writes` write NS(S_t); the others only decay."""
 
     def __init__(
-        self, rule: MemoryRule, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor, writes: list[int]
+        self, rule: MemoryRule, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor, writes: range
     ) -> None:
         """An `OrthogonalWriter`."""
         retention, decay = decay_matrix(alpha), decay_matrix(theta)
-        last = alpha.shape[-1] - 1
-        # The last token's momentum leaves the chunk, so it is formed even where it is not written.
-        formed = writes if last in writes else [*writes, last]
+        # A slice: a list as an index would be copied to a GPU, which waits for it.
+        at = slice(writes.start, None, writes.step)
+        formed = decay[..., at, :]
+        if alpha.shape[-1] - 1 not in writes:
+            # The last token's momentum leaves the chunk, so it is formed even where it is not written.
+            formed = torch.cat([formed, decay[..., -1:, :]], -2)
         self.rule, self.writes = rule, writes
         self.of_weights = (retention[..., :1] * alpha[..., :1, None]).unbind()
-        self.of_writes = (retention * -eta.unsqueeze(-2))[..., writes].unbind()
-        self.thetas = (decay[..., formed, :1] * theta[..., :1, None]).unsqueeze(-1).unbind()
-        self.sums = (decay[..., formed, :] @ band).unsqueeze(-1).unbind()
+        self.of_writes = (retention * -eta.unsqueeze(-2))[..., at].unbind()
+        self.thetas = (formed[..., :1] * theta[..., :1, None]).unsqueeze(-1).unbind()
+        self.sums = (formed @ band).unsqueeze(-1).unbind()
 
     def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[WeightView, Leave]:
         alphas, of_writes = self.of_weights[n], self.of_writes[n]
@@ -164,7 +167,7 @@ class OrthogonalWrites:
 
 class _OrthogonalReader:
     def __init__(
-        self, of_weights: Tensor, of_writes: Tensor, writes: list[int], weights: Matrices, orthogonal: Matrices
+        self, of_weights: Tensor, of_writes: Tensor, writes: range, weights: Matrices, orthogonal: Matrices
     ) -> None:
         self.of_weights, self.of_writes, self.writes = of_weights, of_writes, writes
         self.weights, self.orthogonal = weights, orthogonal  # [G, wide, narrow] and [G, K, wide, narrow]
@@ -199,8 +202,8 @@ def writes_of(
     alpha, eta, theta = gates
     if rule.ns_steps:
         theta = theta if rule.momentum else torch.zeros_like(theta)
-        at = [t for t in range(alpha.shape[-1]) if rule.writes_at(offset + t)]
-        return orthogonal(rule, alpha, eta, theta, band, at)
+        first = -(offset + 1) % rule.ns_period
+        return orthogonal(rule, alpha, eta, theta, band, range(first, alpha.shape[-1], rule.ns_period))
     of = coefficients_of(rule, alpha, eta, theta, band)
     return RawWrites(of) if rule.momentum else SumWrites(of)
 

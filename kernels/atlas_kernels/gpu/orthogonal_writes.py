@@ -73,15 +73,17 @@ class OrthogonalSteps:
         eta: Tensor,
         theta: Tensor,
         band: Tensor,
-        writes: list[int],
+        writes: range,
         products: torch.dtype,
     ) -> None:
         """Arguments as of `OrthogonalWrites`; products: the dtype of the factors of matrix products."""
         retention, decay = decay_matrix(alpha), decay_matrix(theta)
-        of_writes = (retention * -eta.unsqueeze(-2))[..., writes].mT
+        # A slice: a list as an index would be copied to the GPU, which waits for it.
+        at = slice(writes.start, None, writes.step)
+        of_writes = (retention * -eta.unsqueeze(-2))[..., at].mT
         thetas, sums = decay[..., 0] * theta[..., :1], decay @ band
         tables = (
-            *(retention[..., 0] * alpha[..., :1], of_writes, thetas[..., writes], sums[..., writes, :]),
+            *(retention[..., 0] * alpha[..., :1], of_writes, thetas[..., at], sums[..., at, :]),
             *(thetas[..., -1], sums[..., -1, :]),
         )
         self.tables = list(zip(*(t.contiguous().unbind() for t in tables), strict=True))
