@@ -75,6 +75,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_model(config)
     _check_batches(config, world_size)
     _check_fp8(config)
+    _check_cuda_graph(config)
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
@@ -369,3 +370,21 @@ def _check_fp8(config: Config) -> None:
                 f"{name} = {size} is no multiple of {FP8_MULTIPLE}, which train.fp8 needs; nearest: "
                 f"{max(1, round(size / FP8_MULTIPLE)) * FP8_MULTIPLE}"
             )
+
+
+def _check_cuda_graph(config: Config) -> None:
+    """Raise ValueError where a step does what a CUDA graph cannot hold, or what none has been captured with."""
+    if not config.train.cuda_graph:
+        return
+    parallel, train = config.parallel, config.train
+    hindrances = (
+        (config.data.packed, "data.packed=true", "the host reads where documents begin"),
+        (train.write_budget != 0, f"train.write_budget={train.write_budget}", "its weight is another in every step"),
+        (train.recompute, "train.recompute=true", "the host keeps the random state of what is recomputed"),
+        (train.fp8 != "", f"train.fp8={train.fp8!r}", "the host updates its scales"),
+        (parallel.pipeline > 1, f"parallel.pipeline={parallel.pipeline}", "stages wait for each other on the host"),
+        (parallel.context > 1, f"parallel.context={parallel.context}", "shards wait for each other on the host"),
+    )
+    for hinders, given, why in hindrances:
+        if hinders:
+            raise ValueError(f"train.cuda_graph=true with {given}: {why}; set train.cuda_graph=false")

@@ -175,6 +175,9 @@ class TrainConfig:
     # model.seq_length has grown takes a quarter of the length that it began with, as exported models do.
     gradient_reach: int = 0
     recompute: bool = False  # recompute each layer's activations in the backward
+    # Capture forward and backward of a step in one CUDA graph, after three eager steps: no kernel then waits for the
+    # host. Validation, and steps that measure (stats_every), stay eager.
+    cuda_graph: bool = False
     deterministic: bool = False  # two runs of one layout are bit-equal on a GPU too; refuses what cannot be
     validate_every: int = 100  # steps; 0 never
     validate_sequences: int = 64

@@ -67,6 +67,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         fp8_amax_history_len=1024,
         fp8_amax_compute_algo="max",
         deterministic_mode=config.train.deterministic,
+        cuda_graph_impl="full_iteration" if config.train.cuda_graph else "none",
         recompute_granularity="full" if config.train.recompute else None,
         recompute_method="uniform" if config.train.recompute else None,
         recompute_num_layers=1 if config.train.recompute else None,

@@ -51,6 +51,8 @@ def wrong_with_devices(config: Config) -> list[str]:
         found.append("delta.impl='fla' wants a GPU and flash-linear-attention, which are not here; 'auto' takes ours")
     if config.model.transformer_engine and not (on_gpu and _installed("transformer_engine")):
         found.append("model.transformer_engine=true wants a GPU and transformer-engine, which are not here")
+    if config.train.cuda_graph and not on_gpu:
+        found.append("train.cuda_graph=true wants a GPU, and none is seen here; set it false")
     return found
 
 

@@ -34,6 +34,7 @@ from atlas_megatron.resilience.run_lock import RunLock
 from atlas_megatron.resilience.stop_signals import StopSignals
 from atlas_megatron.resilience.stragglers import Stragglers
 from atlas_megatron.resilience.watchdog import Watchdog
+from atlas_megatron.training.capture import captured_schedule
 from atlas_megatron.training.measuring import LayerMeasurements
 from atlas_megatron.training.metrics import Record, RunLog, Speed
 from atlas_megatron.training.optimizer import build_optimizer, gradient_norm, wrap
@@ -81,6 +82,7 @@ class Trainer:
         self._lock = lock
         self._watchdog = Watchdog(config)
         self._stragglers = Stragglers(config.resilience.straggler_every)
+        self._captured = captured_schedule() if train.cuda_graph else None
         counts = {"skipped": self.progress.skipped, "returns": self.progress.returns}
         self._policy = Policy(config.resilience, self._say, **counts)
         self.log = self._open_log()
@@ -181,7 +183,8 @@ class Trainer:
         tokens = len(batches) * train.micro_batch * self.config.model.seq_length
         set_budget(trained.chunks, self.config, step, tokens)
         with in_mode(*trained.chunks, measure=measures):
-            outputs = self._run(batches, forward_only=False)
+            # What a measuring step notes, a graph would not.
+            outputs = self._run(batches, forward_only=False, eager=measures)
         loss, stop = self._agree([output["loss"] for output in outputs])
         # Also where this stage has no memory: all processes gather.
         layers = self._measurements.gathered() if measures else {}
@@ -250,11 +253,16 @@ class Trainer:
             "next, with data that was not read before"
         )
 
-    def _run(self, batches: list[Batch], *, forward_only: bool) -> list[dict[str, Tensor]]:
-        """Core's schedule over the micro-batches; what the loss function returned, on the last stage."""
+    def _run(self, batches: list[Batch], *, forward_only: bool, eager: bool = True) -> list[dict[str, Tensor]]:
+        """Core's schedule over the micro-batches; what the loss function returned, on the last stage.
+
+        eager: not from a CUDA graph, even with train.cuda_graph.
+        """
         forward = partial(_forward_step, self.config.data.packed)
-        outputs = get_forward_backward_func()(
-            forward_step_func=forward if forward_only else self._stragglers.timed(forward),
+        captured = None if forward_only or eager else self._captured
+        outputs = (captured or get_forward_backward_func())(
+            # A clock inside a graph would tell nothing.
+            forward_step_func=forward if forward_only or captured else self._stragglers.timed(forward),
             # Every stage reads all of them; the first takes their tokens, the last their labels.
             data_iterator=[iter(batches) for _ in self.trained.chunks],
             model=self.trained.chunks,

@@ -38,7 +38,7 @@ class Trial(OrthogonalWrites):
     written: tuple[bool, ...] = DECAYS_ALL
 
     def __init__(
-        self, rule: MemoryRule, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor, writes: list[int]
+        self, rule: MemoryRule, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor, writes: range
     ) -> None:
         self.period = rule.ns_period
         eta, band = self.weighed(eta, band)
@@ -84,7 +84,7 @@ class _TrialReader:
         self,
         alphas: list[Tensor],
         of_writes: Tensor,
-        writes: list[int],
+        writes: range,
         weights: Matrices,
         directions: Matrices,
         raw: SourceReader | None,
