@@ -4,6 +4,7 @@ replay calls the captured schedule again, on the batches that the wrapper keeps 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from megatron.core.full_cuda_graph import FullCudaGraphWrapper, StaticBufferLoad
 
 from atlas_megatron.config import Config, load
 from atlas_megatron.config.checks import validate
+from atlas_megatron.mixers.memory import AtlasMixer
+from atlas_megatron.model.build import build_model
 from atlas_megatron.train import main
 from atlas_megatron.training import capture
+from benchmarks.fake_gpu import DEVICE, fake_gpu
 from tests.support import tiny_run
 
 
@@ -108,3 +112,28 @@ def test_what_no_graph_can_hold_is_refused(hindrance: str, tmp_path: Path) -> No
     config: Config = load(tmp_path / "tiny.toml", ["train.cuda_graph=true", hindrance, *more])
     with pytest.raises(ValueError, match=f"cuda_graph=true with {hindrance}"):
         validate(config, 2 if "parallel" in hindrance else 1)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("M-*-", ()),
+        ("M-F-", ("memory.ns_period=1", "memory.norm=layer")),
+        ("M-M-", ("memory.preset=omeganet", "memory.head_dim=16", "memory.omega_gates=source")),
+        ("M-M-", ("memory.preset=titans", "memory.head_dim=16")),
+        ("M-M-", ("memory.write_gate=true", "memory.ns_step=sum")),
+        ("G-D-", ()),
+    ],
+)
+def test_the_host_reads_nothing_of_a_step(
+    pattern: str, words: tuple[str, ...], tmp_path: Path, single_process_megatron: None
+) -> None:
+    tiny_run.write(tmp_path)
+    config = load(tmp_path / "tiny.toml", [f"model.pattern={pattern}", "train.precision=bfloat16", *words])
+    model = build_model(config).bfloat16().to(DEVICE)
+    for mixer in (module for module in model.modules() if isinstance(module, AtlasMixer)):
+        mixer.memory = replace(mixer.memory, impl="triton")  # built with what this machine has
+    tokens = torch.zeros(2, config.model.seq_length, dtype=torch.long, device=DEVICE)
+    with fake_gpu() as counts:
+        model(tokens, tokens, None, labels=tokens).float().mean().backward()
+    assert counts.torch_launches and (counts.launches if "M" in pattern else not counts.launches)
