@@ -77,9 +77,13 @@ UNUSED = {
 }
 
 
+def padded(n: int) -> int:
+    """The rows or columns of the tile that holds n of them."""
+    return max(16, triton.next_power_of_2(n))
+
+
 def shape_of(rule: MemoryRule, products: torch.dtype, sizes: Sizes, D: int, V: int, F: int, keep: bool) -> Shape:
     """The constants of a segment's launches; F the hidden width, keep: for a backward. BLOCK_F is each launch's own."""
-    pad = lambda n: max(16, triton.next_power_of_2(n))  # noqa: E731
     return Shape(
         D=D,
         V=V,
@@ -89,10 +93,10 @@ def shape_of(rule: MemoryRule, products: torch.dtype, sizes: Sizes, D: int, V: i
         MOMENTUM=rule.momentum,
         GATED=rule.memory == "gated_mlp",
         PRODUCTS=TRITON_DTYPES[products],
-        BLOCK_I=pad(sizes.I),
-        BLOCK_D=pad(D),
-        BLOCK_V=pad(V),
-        BLOCK_C=pad(sizes.C),
+        BLOCK_I=padded(sizes.I),
+        BLOCK_D=padded(D),
+        BLOCK_V=padded(V),
+        BLOCK_C=padded(sizes.C),
         SHARE=float(rule.anchor_gradient),
         KEEP=keep,
     )
