@@ -39,7 +39,7 @@ def random_gates(rule: MemoryRule, chunks: int, tokens: int, pair: bool, seed: i
 
 
 def in_torch(rule: MemoryRule, gates: dict[str, Tensor], tokens: int, pair: bool) -> dict[str, Tensor]:
-    layout = Layout(gates["alpha"].shape[1] // tokens, tokens, rule.window)
+    layout = Layout(gates["alpha"].shape[1] // tokens, tokens)
     alpha, eta, theta = (layout.by_chunk(gates[name]) for name in ("alpha", "eta", "theta"))
     band = pair_band(layout.by_chunk(gates["gamma"])) if pair else source_band(gates["gamma"], tokens)
     return tables(coefficients_of(rule, alpha, eta, theta, band), rule, tokens)

@@ -338,10 +338,14 @@ def constants_of(rule: MemoryRule, tokens: int, pair: bool, keep: bool) -> Const
 
 
 def _gates(alpha: Tensor, eta: Tensor, theta: Tensor | None, gamma: Tensor) -> Gates:
-    of_token = [None if t is None else Gate(t, *t.stride()) for t in (alpha, eta, theta)]
-    if gamma.dim() == 4:
-        return Gates(*of_token, Gate(gamma, *gamma.stride()[:3]), gamma.stride(3))
-    return Gates(*of_token, Gate(gamma, None, None, None))
+    pair = gamma.dim() == 4
+    return Gates(
+        alpha=Gate(alpha, *alpha.stride()),
+        eta=Gate(eta, *eta.stride()),
+        theta=None if theta is None else Gate(theta, *theta.stride()),
+        gamma=Gate(gamma, *gamma.stride()[:3]) if pair else Gate(gamma, None, None, None),
+        stride_w=gamma.stride(3) if pair else None,
+    )
 
 
 class _Coefficients(torch.autograd.Function):
@@ -374,10 +378,12 @@ class _Coefficients(torch.autograd.Function):
     @once_differentiable
     @unrounded_backward
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        gates, tables, kept = ctx.saved_tensors[:4], ctx.saved_tensors[4:7], Kept(*ctx.saved_tensors[7:])
+        saved = ctx.saved_tensors
+        gates, kept = saved[:4], Kept(*saved[7:])
+        tables = Tables(saved[4], saved[5], saved[6], None, None, None)
         like = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in gates]
         incoming = Tables(*(None if g is None else g.contiguous() for g in gradients))
-        arguments = _gates(*gates), Tables(*tables, None, None, None), kept, incoming, GateGradients(*like), ctx.sizes
+        arguments = _gates(*gates), tables, kept, incoming, GateGradients(*like), ctx.sizes
         programs = (ctx.sizes.N * ctx.sizes.G,)
         launch(coefficients_backward_kernel, programs, arguments, ctx.constants, warps=WARPS)
         return None, None, *like
