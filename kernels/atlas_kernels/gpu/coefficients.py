@@ -1,26 +1,28 @@
 """What the gates say of every chunk (`writes.Coefficients`), one kernel each way: what `impl="triton"` runs for it.
 
-The recurrences themselves, token by token, in float32, and no matrix of decays: at the sources of a chunk
+They run the recurrences themselves, token by token in float32, with no matrix of decays. At the sources of a chunk
 
     S_t = theta_t S_{t-1} + Gm_t      C_t = alpha_t C_{t-1} - eta_t S_t          (S_t = Gm_t without momentum)
 
-are two multiplications and two additions each, where TA diag(eta) TT Gm are two products of matrices. A gate of exactly
-0 needs no care, and the gradient is exact there. One program is a chunk of a memory and has a lane for each source; no
-lane meets another but in the backward's sums, so nothing is added up in an order that could change.
+take five FLOPs a token and source, where C = TA diag(eta) TT Gm takes two products of matrices. A gate of exactly 0
+needs no care, and the gradient is exact there. One program is a chunk of a memory, with a lane for each source. Lanes
+meet in the backward's sums alone, which have one order.
 
 A chunk of a memory at C = 64, W = 16 (79 sources, padded to 128), momentum, pair gates; by count, not measured:
 
-    kernel                    KFLOP   device memory, KB                                        registers, no spills
-    coefficients              33      5 gates in; 32 sources, 1 other tables, 5 kept out       32 / 34 / 34
-    coefficients_backward     115     5 gates, 64 sources and gradient, 6 in; 5 gates out      96 / 96 / 96
+    kernel                   KFLOP  device memory, KB                                        registers (sm_80 / 90 / 100)
+    coefficients             25     5 gates in; 32 sources, 1 other tables, 8 kept out       62 / 64 / 64
+    coefficients_backward    66     5 gates, 32 sources, 32 of their gradient, 10 others in; 168 / 136 / 104
+                                    5 gradients of gates out
 
-In torch, matrices of decays and all, a segment's [C, I] tables are passed over some forty times, 20 KB each. The backward
-goes from a chunk's last token to its first. It computes S_t again, `STEP` tokens at a time, from one in `STEP` that
-the forward keeps. Gates lie in the caller's layout and are read by their strides.
+In torch the same is some forty passes over tables of 20 KB. The sums S_t of all tokens would be 32 KB a chunk. The
+forward keeps one in `STEP`, from which the backward computes the next ones again; it goes from a chunk's last token to
+its first. Gates are read by their strides, in the caller's layout.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -39,7 +41,7 @@ from atlas_kernels.rule import MemoryRule
 from atlas_kernels.writes import Coefficients
 
 # Tokens whose sums the backward holds at once, and warps of a program: a lane has four sources of 128.
-STEP, WARPS = 8, 1
+STEP, WARPS = 4, 1
 
 
 class Gate(NamedTuple):
@@ -84,19 +86,20 @@ class Constants(NamedTuple):
     WINDOW: int
     MOMENTUM: bool
     PAIR: bool
+    WHOLE: bool  # C is BLOCK_C
     BLOCK_C: int
     BLOCK_I: int
     STEP: int
-    KEEP: bool = False
+    KEEP: bool  # for a backward, with momentum
 
 
 class Place(NamedTuple):
-    """Where a program's chunk lies: chunk and memory, sequence, head, first token of the sequence's N C."""
+    """Where a program's chunk lies."""
 
-    at: Any
+    at: Any  # of chunk and memory, [N, G]
     b: Any
     h: Any
-    first: Any
+    first: Any  # token of the sequence's N C
 
 
 @triton.jit
@@ -108,10 +111,58 @@ def place_of(sizes):
 
 
 @triton.jit
-def gate_at(gate, place, t, C, other):
+def gate_in(gate, place):
+    """The gate, from the chunk's first token on. From there on offsets are small: they take few registers."""
+    at = gate.pointer + place.b * gate.stride_b + place.h * gate.stride_h + place.first * gate.stride_t
+    return Gate(at, gate.stride_b, gate.stride_t, gate.stride_h)
+
+
+@triton.jit
+def gates_in(gates, place, C, S: tl.constexpr):
+    """`Gates` from the chunk's first token on."""
+    alpha, eta, gamma = gate_in(gates.alpha, place), gate_in(gates.eta, place), gates.gamma
+    theta, stride_w = alpha, alpha.stride_t  # no function returns None: of what there is not, something stands in
+    if S.PAIR:
+        gamma, stride_w = gate_in(gamma, place), gates.stride_w
+    else:
+        at = gamma.pointer + place.at * (C + S.WINDOW - 1)
+        gamma = Gate(at, alpha.stride_b, alpha.stride_t, alpha.stride_h)
+    if S.MOMENTUM:
+        theta = gate_in(gates.theta, place)
+    return Gates(alpha, eta, theta, gamma, stride_w)
+
+
+@triton.jit
+def tables_in(tables, place, C, S: tl.constexpr):
+    """`Tables` of the chunk."""
+    at, I = place.at, C + S.WINDOW - 1  # noqa: E741
+    alphas, sources = tables.alphas_pointer + at * C, tables.sources_pointer + at * (S.BLOCK_C * S.BLOCK_I)
+    kappas, last, to_w, to_s = alphas, alphas, alphas, alphas
+    if S.MOMENTUM:
+        kappas = tables.kappas_pointer + at * C
+    if tables.last_pointer is not None:
+        last, to_w = tables.last_pointer + at * (3 if S.MOMENTUM else 1), tables.to_w_pointer + at * I
+        if S.MOMENTUM:
+            to_s = tables.to_s_pointer + at * I
+    return Tables(alphas, kappas, sources, last, to_w, to_s)
+
+
+@triton.jit
+def kept_in(kept, place, C, S: tl.constexpr):
+    """`Kept` of the chunk."""
+    return Kept(kept.sums_pointer + place.at * (S.BLOCK_C // S.STEP * S.BLOCK_I), kept.thetas_pointer + place.at * C)
+
+
+@triton.jit
+def gate_at(gate, t, C, other):
     """The gate of the chunk's token t, `other` past its end."""
-    at = gate.pointer + place.b * gate.stride_b + place.h * gate.stride_h + (place.first + t) * gate.stride_t
-    return tl.load(at, mask=t < C, other=other)
+    return tl.load(gate.pointer + t * gate.stride_t, mask=t < C, other=other)
+
+
+@triton.jit
+def of_token(pointer, t, C, other):
+    """What a chunk's table [C] has of token t, `other` outside it."""
+    return tl.load(pointer + t, mask=(t >= 0) & (t < C), other=other)
 
 
 @triton.jit
@@ -122,25 +173,24 @@ def seen_from(t, i, C, S: tl.constexpr):
 
 
 @triton.jit
-def own_gates(gates, place, i, C, S: tl.constexpr):
+def own_gates(gates, i, C, S: tl.constexpr):
     """Source gates of the chunk [BLOCK_I]; of pair gates, which each token has of its own, zeros."""
     own = tl.zeros([S.BLOCK_I], tl.float32)
     if not S.PAIR:
-        I = C + S.WINDOW - 1  # noqa: E741
-        own = tl.load(gates.gamma.pointer + place.at * I + i, mask=i < I, other=0.0)
+        own = tl.load(gates.gamma.pointer + i, mask=i < C + S.WINDOW - 1, other=0.0)
     return own
 
 
 @triton.jit
-def omega_gates(gates, own, place, t, i, C, S: tl.constexpr):
+def omega_gates(gates, own, t, i, C, S: tl.constexpr):
     """Gm_t: what token t takes of the sources i."""
     back, inside = seen_from(t, i, C, S)
     if S.PAIR:
         gamma = gates.gamma
-        at = gamma.pointer + place.b * gamma.stride_b + place.h * gamma.stride_h + (place.first + t) * gamma.stride_t
-        return tl.load(at + back * gates.stride_w, mask=inside, other=0.0)
+        band = tl.load(gamma.pointer + t * gamma.stride_t + back * gates.stride_w, mask=inside, other=0.0)
     else:
-        return tl.where(inside, own, 0.0)
+        band = tl.where(inside, own, 0.0)
+    return band
 
 
 @triton.jit
@@ -151,58 +201,56 @@ def coefficients_kernel(
     sizes,  # Sizes
     S: tl.constexpr,  # Constants
 ):
-    C = sizes.C
-    I = C + S.WINDOW - 1  # noqa: E741
-    place = place_of(sizes)
+    C, place = S.BLOCK_C if S.WHOLE else sizes.C, place_of(sizes)
+    gates, tables = gates_in(gates, place, C, S), tables_in(tables, place, C, S)
+    if S.KEEP:
+        kept = kept_in(kept, place, C, S)
     i = tl.arange(0, S.BLOCK_I)
-    own = own_gates(gates, place, i, C, S)
-    token, block = place.at * C, place.at * S.BLOCK_C
+    own = own_gates(gates, i, C, S)
     sums, sources = tl.zeros([S.BLOCK_I], tl.float32), tl.zeros([S.BLOCK_I], tl.float32)
     alphas, kappas, thetas = 1.0, 0.0, 1.0
     for start in tl.range(0, S.BLOCK_C, S.STEP):
         if S.KEEP:
-            tl.store(kept.sums_pointer + (block + start) // S.STEP * S.BLOCK_I + i, sums)
+            tl.store(kept.sums_pointer + start // S.STEP * S.BLOCK_I + i, sums)
         for step in tl.static_range(S.STEP):
             # Past the chunk's last token gates are 1, steps and Omega gates 0: nothing changes there.
             t = start + step
-            alpha, eta = gate_at(gates.alpha, place, t, C, 1.0), gate_at(gates.eta, place, t, C, 0.0)
-            band = omega_gates(gates, own, place, t, i, C, S)
+            alpha, eta = gate_at(gates.alpha, t, C, 1.0), gate_at(gates.eta, t, C, 0.0)
+            band = omega_gates(gates, own, t, i, C, S)
             if S.MOMENTUM:
-                theta = gate_at(gates.theta, place, t, C, 1.0)
+                theta = gate_at(gates.theta, t, C, 1.0)
                 sums = theta * sums + band
                 thetas *= theta
                 kappas = alpha * kappas - eta * thetas
-                tl.store(tables.kappas_pointer + token + t, kappas, mask=t < C)
+                tl.store(tables.kappas_pointer + t, kappas, mask=t < C)
                 if S.KEEP:
-                    tl.store(kept.thetas_pointer + token + t, thetas, mask=t < C)
+                    tl.store(kept.thetas_pointer + t, thetas, mask=t < C)
             else:
                 sums = band
             sources = alpha * sources - eta * sums
             alphas *= alpha
-            tl.store(tables.alphas_pointer + token + t, alphas, mask=t < C)
-            tl.store(tables.sources_pointer + (block + t) * S.BLOCK_I + i, tl.where(t < C, sources, 0.0))
-    tl.store(tables.to_w_pointer + place.at * I + i, sources, mask=i < I)
+            tl.store(tables.alphas_pointer + t, alphas, mask=t < C)
+            tl.store(tables.sources_pointer + t * S.BLOCK_I + i, tl.where(t < C, sources, 0.0))
+    inside = i < C + S.WINDOW - 1
+    tl.store(tables.to_w_pointer + i, sources, mask=inside)
+    tl.store(tables.last_pointer, alphas)
     if S.MOMENTUM:
-        tl.store(tables.to_s_pointer + place.at * I + i, sums, mask=i < I)
-        last_at = tables.last_pointer + place.at * 3
-        tl.store(last_at, alphas)
-        tl.store(last_at + 1, kappas)
-        tl.store(last_at + 2, thetas)
-    else:
-        tl.store(tables.last_pointer + place.at, alphas)
+        tl.store(tables.to_s_pointer + i, sums, mask=inside)
+        tl.store(tables.last_pointer + 1, kappas)
+        tl.store(tables.last_pointer + 2, thetas)
 
 
 class Chunk(NamedTuple):
-    """What the backward of a program's chunk is given, its `Place` and `own_gates`."""
+    """What the backward of a program's chunk is given: pointers at its first token, and its `own_gates`."""
 
     gates: Gates
     tables: Tables
     kept: Kept
     incoming: Tables
     grads: GateGradients
-    sizes: Sizes
-    place: Place
     own: Any
+    C: Any
+    H: Any
 
 
 class Owed(NamedTuple):
@@ -217,39 +265,46 @@ class Owed(NamedTuple):
 
 
 @triton.jit
-def sums_again(chunk, start, i, S: tl.constexpr):
-    """S before token `start` (zeros without momentum) and at each of the STEP tokens from there: STEP + 1 rows."""
-    gates, place, C = chunk.gates, chunk.place, chunk.sizes.C
-    sums = tl.zeros([S.BLOCK_I], tl.float32)
+def grads_in(grads, place, sizes, C, S: tl.constexpr):
+    """`GateGradients` from the chunk's first token on."""
+    token = (place.b * sizes.N * C + place.first) * sizes.H + place.h
+    alpha, eta = grads.grad_alpha_pointer + token, grads.grad_eta_pointer + token
+    theta, gamma = alpha, grads.grad_gamma_pointer
     if S.MOMENTUM:
-        sums = tl.load(chunk.kept.sums_pointer + (place.at * S.BLOCK_C + start) // S.STEP * S.BLOCK_I + i)
-    rows = (sums,)
-    for step in tl.static_range(S.STEP):
-        band = omega_gates(gates, chunk.own, place, start + step, i, C, S)
-        if S.MOMENTUM:
-            band += gate_at(gates.theta, place, start + step, C, 1.0) * rows[step]
-        rows = rows + (band,)
-    return rows
+        theta = grads.grad_theta_pointer + token
+    if S.PAIR:
+        gamma += token * S.WINDOW
+    else:
+        gamma += place.at * (C + S.WINDOW - 1)
+    return GateGradients(alpha, eta, theta, gamma)
 
 
 @triton.jit
-def of_token(pointer, place, t, C, other):
-    """What a table [N, G, C] has of token t, `other` outside the chunk."""
-    return tl.load(pointer + place.at * C + t, mask=(t >= 0) & (t < C), other=other)
+def sums_again(chunk, start, i, S: tl.constexpr):
+    """S before token `start` (zeros without momentum) and at each of the STEP tokens from there: STEP + 1 rows."""
+    sums = tl.zeros([S.BLOCK_I], tl.float32)
+    if S.MOMENTUM:
+        sums = tl.load(chunk.kept.sums_pointer + start // S.STEP * S.BLOCK_I + i)
+    rows = (sums,)
+    for step in tl.static_range(S.STEP):
+        sums = omega_gates(chunk.gates, chunk.own, start + step, i, chunk.C, S)
+        if S.MOMENTUM:
+            sums += gate_at(chunk.gates.theta, start + step, chunk.C, 1.0) * rows[step]
+        rows = rows + (sums,)  # noqa: RUF005  the compiler knows no unpacking
+    return rows
 
 
 @triton.jit
 def with_outputs(owed, chunk, t, i, S: tl.constexpr):
     """`Owed` by token t: what the next one owes and the gradients of its own row of the tables."""
-    incoming, place, C = chunk.incoming, chunk.place, chunk.sizes.C
-    inside = (i < C + S.WINDOW - 1) & (t < C)
-    row = incoming.sources_pointer + (place.at * S.BLOCK_C + t) * S.BLOCK_I
-    sources = owed.sources + tl.load(row + i, mask=inside, other=0.0)
-    alphas, kappas = owed.alphas + of_token(incoming.alphas_pointer, place, t, C, 0.0), owed.kappas
-    eta = gate_at(chunk.gates.eta, place, t, C, 0.0)
+    incoming, C = chunk.incoming, chunk.C
+    # Past the chunk's sources the table and its gradient are zero.
+    sources = owed.sources + tl.load(incoming.sources_pointer + t * S.BLOCK_I + i, mask=t < C, other=0.0)
+    alphas, kappas = owed.alphas + of_token(incoming.alphas_pointer, t, C, 0.0), owed.kappas
+    eta = gate_at(chunk.gates.eta, t, C, 0.0)
     sums, thetas = owed.sums - eta * sources, owed.thetas
     if S.MOMENTUM:
-        kappas += of_token(incoming.kappas_pointer, place, t, C, 0.0)
+        kappas += of_token(incoming.kappas_pointer, t, C, 0.0)
         thetas -= eta * kappas
     return Owed(sources, sums, alphas, kappas, thetas, owed.own)
 
@@ -257,26 +312,21 @@ def with_outputs(owed, chunk, t, i, S: tl.constexpr):
 @triton.jit
 def put_gradients(owed, sums, chunk, t, i, S: tl.constexpr):
     """Gradients of token t's gates, from its `Owed`; sums: S_{t-1} and S_t. Returns those of source gates so far."""
-    tables, kept, grads, place, C = chunk.tables, chunk.kept, chunk.grads, chunk.place, chunk.sizes.C
-    token = (place.b * chunk.sizes.N * C + place.first + t) * chunk.sizes.H + place.h
-    row = tables.sources_pointer + (place.at * S.BLOCK_C + t - 1) * S.BLOCK_I
-    before = tl.load(row + i, mask=(i < C + S.WINDOW - 1) & (t > 0), other=0.0)
-    grad_alpha = tl.sum(owed.sources * before, 0) + owed.alphas * (
-        of_token(tables.alphas_pointer, place, t - 1, C, 1.0)
-    )
+    tables, thetas, grads, C = chunk.tables, chunk.kept.thetas_pointer, chunk.grads, chunk.C
+    before = tl.load(tables.sources_pointer + (t - 1) * S.BLOCK_I + i, mask=(t > 0) & (t < C), other=0.0)
+    grad_alpha = tl.sum(owed.sources * before, 0) + owed.alphas * of_token(tables.alphas_pointer, t - 1, C, 1.0)
     grad_eta = -tl.sum(owed.sources * sums[1], 0)
     if S.MOMENTUM:
-        grad_alpha += owed.kappas * of_token(tables.kappas_pointer, place, t - 1, C, 0.0)
-        grad_eta -= owed.kappas * of_token(kept.thetas_pointer, place, t, C, 0.0)
-        grad_theta = tl.sum(owed.sums * sums[0], 0)
-        grad_theta += owed.thetas * of_token(kept.thetas_pointer, place, t - 1, C, 1.0)
-        tl.store(grads.grad_theta_pointer + token, grad_theta, mask=t < C)
-    tl.store(grads.grad_alpha_pointer + token, grad_alpha, mask=t < C)
-    tl.store(grads.grad_eta_pointer + token, grad_eta, mask=t < C)
+        grad_alpha += owed.kappas * of_token(tables.kappas_pointer, t - 1, C, 0.0)
+        grad_eta -= owed.kappas * of_token(thetas, t, C, 0.0)
+        grad_theta = tl.sum(owed.sums * sums[0], 0) + owed.thetas * of_token(thetas, t - 1, C, 1.0)
+        tl.store(grads.grad_theta_pointer + t * chunk.H, grad_theta, mask=t < C)
+    tl.store(grads.grad_alpha_pointer + t * chunk.H, grad_alpha, mask=t < C)
+    tl.store(grads.grad_eta_pointer + t * chunk.H, grad_eta, mask=t < C)
     back, inside = seen_from(t, i, C, S)
     own = owed.own
     if S.PAIR:
-        tl.store(grads.grad_gamma_pointer + token * S.WINDOW + back, owed.sums, mask=inside)
+        tl.store(grads.grad_gamma_pointer + t * chunk.H * S.WINDOW + back, owed.sums, mask=inside)
     else:
         own += tl.where(inside, owed.sums, 0.0)
     return own
@@ -285,11 +335,10 @@ def put_gradients(owed, sums, chunk, t, i, S: tl.constexpr):
 @triton.jit
 def to_the_token_before(owed, own, chunk, t, S: tl.constexpr):
     """`Owed` by the token before t."""
-    place, C = chunk.place, chunk.sizes.C
-    alpha = gate_at(chunk.gates.alpha, place, t, C, 1.0)
+    alpha = gate_at(chunk.gates.alpha, t, chunk.C, 1.0)
     sums, kappas, thetas = tl.zeros_like(owed.sums), owed.kappas, owed.thetas
     if S.MOMENTUM:
-        theta = gate_at(chunk.gates.theta, place, t, C, 1.0)
+        theta = gate_at(chunk.gates.theta, t, chunk.C, 1.0)
         sums, kappas, thetas = theta * owed.sums, alpha * kappas, theta * thetas
     return Owed(alpha * owed.sources, sums, alpha * owed.alphas, kappas, thetas, own)
 
@@ -304,20 +353,20 @@ def coefficients_backward_kernel(
     sizes,  # Sizes
     S: tl.constexpr,  # Constants
 ):
-    C = sizes.C
-    I = C + S.WINDOW - 1  # noqa: E741
-    place = place_of(sizes)
+    C, place = S.BLOCK_C if S.WHOLE else sizes.C, place_of(sizes)
+    gates, tables = gates_in(gates, place, C, S), tables_in(tables, place, C, S)
+    if S.KEEP:
+        kept = kept_in(kept, place, C, S)
+    incoming, grads = tables_in(incoming, place, C, S), grads_in(grads, place, sizes, C, S)
     i = tl.arange(0, S.BLOCK_I)
-    chunk = Chunk(gates, tables, kept, incoming, grads, sizes, place, own_gates(gates, place, i, C, S))
+    inside = i < C + S.WINDOW - 1
+    chunk = Chunk(gates, tables, kept, incoming, grads, own_gates(gates, i, C, S), C, sizes.H)
     sums, own = tl.zeros([S.BLOCK_I], tl.float32), tl.zeros([S.BLOCK_I], tl.float32)
-    sources = tl.load(incoming.to_w_pointer + place.at * I + i, mask=i < I, other=0.0)
+    sources, alphas = tl.load(incoming.to_w_pointer + i, mask=inside, other=0.0), tl.load(incoming.last_pointer)
+    kappas, thetas = alphas, alphas  # nothing reads them without momentum
     if S.MOMENTUM:
-        sums = tl.load(incoming.to_s_pointer + place.at * I + i, mask=i < I, other=0.0)
-        last_at = incoming.last_pointer + place.at * 3
-        alphas, kappas, thetas = tl.load(last_at), tl.load(last_at + 1), tl.load(last_at + 2)
-    else:
-        alphas = tl.load(incoming.last_pointer + place.at)
-        kappas, thetas = alphas, alphas  # nothing reads them
+        sums = tl.load(incoming.to_s_pointer + i, mask=inside, other=0.0)
+        kappas, thetas = tl.load(incoming.last_pointer + 1), tl.load(incoming.last_pointer + 2)
     owed = Owed(sources, sums, alphas, kappas, thetas, own)
     for behind in tl.range(S.STEP, S.BLOCK_C + S.STEP, S.STEP):
         start = S.BLOCK_C - behind
@@ -328,13 +377,14 @@ def coefficients_backward_kernel(
             own = put_gradients(owed, (rows[S.STEP - 1 - step], rows[S.STEP - step]), chunk, t, i, S)
             owed = to_the_token_before(owed, own, chunk, t, S)
     if not S.PAIR:
-        tl.store(grads.grad_gamma_pointer + place.at * I + i, owed.own, mask=i < I)
+        tl.store(grads.grad_gamma_pointer + i, owed.own, mask=inside)
 
 
 def constants_of(rule: MemoryRule, tokens: int, pair: bool, keep: bool) -> Constants:
     """tokens: of a chunk; keep: for a backward."""
     block_c, block_i = padded(tokens), padded(tokens + rule.window - 1)
-    return Constants(rule.window, rule.momentum, pair, block_c, block_i, STEP, KEEP=keep and rule.momentum)
+    keep = keep and rule.momentum
+    return Constants(rule.window, rule.momentum, pair, tokens == block_c, block_c, block_i, STEP, keep)
 
 
 def _gates(alpha: Tensor, eta: Tensor, theta: Tensor | None, gamma: Tensor) -> Gates:
@@ -401,18 +451,27 @@ def coefficients(rule: MemoryRule, gates: GivenGates, tokens: int, sources: Tens
 
 
 def variants() -> list[Variant]:
-    """The presets' shape with momentum and pair gates, without both, and with source gates, one token short."""
+    """Whole chunks of the presets' shape, with momentum and pair gates, without momentum, and with source gates; and
+    one token short, which a sequence's last chunk may be."""
     rule = MemoryRule(norm="layer", ns_steps=0)
-    found = []
-    for title, momentum, pair in (("", True, True), (" sum", False, True), (" source", True, False)):
-        of = MemoryRule(norm="layer", ns_steps=0, momentum=momentum)
-        batch, chunks, tokens, heads = 1, 3, rule.chunk - 1, 3
-        empty = partial(torch.empty, device="meta", requires_grad=True)
-        one = (batch, chunks * tokens, heads)
-        gates = GivenGates(empty(*one), empty(*one), empty(*one), empty(*one, rule.window) if pair else empty(*one))
-        own = None if pair else empty(chunks, batch * heads, tokens + rule.window - 1)
-        with recording(f"{{}}{title}") as recorded:
-            made = [t for t in vars(coefficients(of, gates, tokens, own)).values() if t is not None]
-            torch.autograd.grad(made, gates.alpha, [torch.empty_like(t) for t in made])
-        found += recorded
+    return [
+        *_variants("", rule, rule.chunk, pair=True),
+        *_variants(" sum", replace(rule, momentum=False), rule.chunk, pair=True),
+        *_variants(" source window 1", replace(rule, window=1), rule.chunk, pair=False),
+        *_variants(" source 63", rule, rule.chunk - 1, pair=False),
+        *_variants(" 63", rule, rule.chunk - 1, pair=True),
+    ]
+
+
+def _variants(title: str, rule: MemoryRule, tokens: int, pair: bool) -> list[Variant]:
+    """Both ways. Of so few heads and chunks nothing is known: they are no multiples of 16."""
+    batch, chunks, heads = 1, 3, 3
+    empty = partial(torch.empty, device="meta", requires_grad=True)
+    alpha, eta, theta = (empty(batch, chunks * tokens, heads) for _ in range(3))
+    gamma = empty(batch, chunks * tokens, heads, *([rule.window] if pair else []))
+    own = None if pair else empty(chunks, batch * heads, tokens + rule.window - 1)
+    with recording(f"{{}}{title}") as found:
+        of = coefficients(rule, GivenGates(alpha, eta, theta, gamma), tokens, own)
+        made = [t for t in vars(of).values() if t is not None]
+        torch.autograd.grad(made, alpha, [torch.empty_like(t) for t in made])
     return found
