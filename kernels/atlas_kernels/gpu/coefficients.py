@@ -10,10 +10,10 @@ meet in the backward's sums alone, which have one order.
 
 A chunk of a memory at C = 64, W = 16 (79 sources, padded to 128), momentum, pair gates; by count, not measured:
 
-    kernel                   KFLOP  device memory, KB                                        registers (sm_80 / 90 / 100)
-    coefficients             25     5 gates in; 32 sources, 1 other tables, 8 kept out       62 / 64 / 64
-    coefficients_backward    66     5 gates, 32 sources, 32 of their gradient, 10 others in; 168 / 136 / 104
-                                    5 gradients of gates out
+    kernel                   KFLOP  device memory, KB                            registers (sm_80 / 90 / 100)
+    coefficients             25     5 gates in; 33 tables, 8 kept out            62 / 64 / 64
+    coefficients_backward    66     5 gates, 33 tables, 33 of their gradients,   168 / 136 / 104
+                                    8 kept in; 5 gradients of gates out
 
 In torch the same is some forty passes over tables of 20 KB. The sums S_t of all tokens would be 32 KB a chunk. The
 forward keeps one in `STEP`, from which the backward computes the next ones again; it goes from a chunk's last token to
@@ -290,7 +290,7 @@ def sums_again(chunk, start, i, S: tl.constexpr):
         sums = omega_gates(chunk.gates, chunk.own, start + step, i, chunk.C, S)
         if S.MOMENTUM:
             sums += gate_at(chunk.gates.theta, start + step, chunk.C, 1.0) * rows[step]
-        rows = rows + (sums,)  # noqa: RUF005  the compiler knows no unpacking
+        rows = rows + (sums,)  # type: ignore[assignment]  # noqa: RUF005  the compiler knows no unpacking
     return rows
 
 
