@@ -8,11 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from atlas_kernels import Gates, MemoryRule
+from atlas_kernels import Gates, MemoryRule, chunked
 from atlas_kernels.chunked import Layout
 from atlas_kernels.decays import pair_band, source_band
 from atlas_kernels.gpu.coefficients import coefficients
 from atlas_kernels.writes import coefficients_of
+from atlas_megatron.config import MemoryConfig
+from atlas_megatron.config.presets import PRESETS
+from benchmarks.fake_gpu import fake_gpu
+from benchmarks.presets import contender
 from tests.support.device_problems import DEVICE
 from tests.support.problems import assert_close, gradients, relative_rms
 
@@ -130,3 +134,17 @@ def test_the_same_bits_with_and_without_gradients(momentum):
     with torch.no_grad():
         again = in_kernels(rule, gates, 16, True)
     assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+# Operators of torch that one segment of a preset may take, forward and backward, with its feature map and the loss.
+@pytest.mark.parametrize("preset,most", [("omeganet", 60), ("titans", 55)])
+def test_few_operators_of_torch_stand_around_the_kernels(preset, most, monkeypatch):
+    """Nothing recomputed, one segment: what is left copies tokens to chunks and back, and hands over the state."""
+    memory = replace(MemoryConfig(heads=4, head_dim=64), **PRESETS[preset])
+    monkeypatch.setattr(chunked, "HELD_BYTES", 1 << 50)
+    monkeypatch.setattr(chunked, "cut", lambda position, tokens, chunk: [(tokens // chunk, chunk)])
+    run = contender(memory, batch=2, tokens=1024, products=torch.bfloat16, device="meta", impl="triton")
+    with fake_gpu() as counts:
+        run()
+    assert counts.torch_launches <= most
+    assert counts.kernels["coefficients"] == counts.kernels["coefficients_backward"] == 1
