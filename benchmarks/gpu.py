@@ -32,11 +32,11 @@ from atlas_megatron.cli.ending import command
 from atlas_megatron.cli.version import add_version
 from atlas_megatron.commands import quickstart
 from atlas_megatron.config import MemoryConfig, load
+from atlas_megatron.config.memory_flops import memory_flops
 from atlas_megatron.config.presets import PRESETS
-from atlas_megatron.mixers.memory_flops import memory_flops
 from atlas_megatron.reports.results import commit
 from benchmarks import goals
-from benchmarks.presets import contender
+from benchmarks.contenders import contender
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "flash-linear-attention", "titans-pytorch")
