@@ -1,4 +1,4 @@
-"""What is timed and counted: one forward and backward of a memory's op at a shape."""
+"""What is timed and counted: one forward and backward of a memory's op, or of its edges, at a shape."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atlas_kernels import Gates, initial_coefficients, lift, omega_memory
+from atlas_kernels import Gates, gated_norm, initial_coefficients, lift, omega_memory, short_convolution
 from atlas_kernels.layer_start import eta_start, lifted, weight_shapes
 from atlas_megatron.config import MemoryConfig
 
@@ -63,3 +63,26 @@ def contender(
         return torch.autograd.grad(out.square().mean(), leaves, allow_unused=True)
 
     return run
+
+
+def edges_of(shape: tuple[int, ...], device: str) -> dict[str, tuple[Callable[[str], tuple[Tensor, ...]], int]]:
+    """The memory's edges, forward and backward with an `impl`, and the bytes that each has to move: its inputs, outputs
+    and gradients, once."""
+    batch, tokens, heads, size = shape
+    make = lambda *s: torch.randn(*s, device=device, dtype=torch.bfloat16).requires_grad_()  # noqa: E731
+    qkv, taps = make(batch, tokens, heads, 3, size), make(heads, 3 * size, 4)
+    y, gate, gain = torch.randn(shape, device=device).requires_grad_(), make(*shape), make(heads, size)
+    grad = torch.randn(shape, device=device)
+
+    def convolution(impl: str) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(short_convolution(qkv, taps, None, None, impl)[:3], (qkv, taps), (grad,) * 3)
+
+    def norm(impl: str) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(gated_norm(y, gate, gain, 1e-5, impl), (y, gate, gain), gate)
+
+    # Forward: in bfloat16, out float32; and the other way, the gate and the result in bfloat16. Backward: what went in,
+    # the result's gradient, the inputs' gradients.
+    return {
+        "q, k, v": (convolution, 3 * grad.numel() * (2 + 4 + 2 + 4 + 2)),
+        "output": (norm, grad.numel() * (4 + 2 + 2 + 4 + 2 + 2 + 4 + 2)),
+    }

@@ -25,9 +25,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
 
-from atlas_kernels import gated_norm, newton_schulz, short_convolution
+from atlas_kernels import newton_schulz
 from atlas_megatron.cli.ending import command
 from atlas_megatron.cli.version import add_version
 from atlas_megatron.commands import quickstart
@@ -36,7 +35,7 @@ from atlas_megatron.config.memory_flops import memory_flops
 from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.reports.results import commit
 from benchmarks import goals
-from benchmarks.contenders import contender
+from benchmarks.contenders import contender, edges_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "flash-linear-attention", "titans-pytorch")
@@ -207,29 +206,6 @@ def bench_op() -> dict[str, Any]:
         "seconds": seconds,
         "times_floor": {name: seconds[f"{name}: triton"] / floor for name, floor in floors.items()},
         "peak_bytes": torch.cuda.max_memory_allocated(),
-    }
-
-
-def edges_of(shape: tuple[int, ...], device: str) -> dict[str, tuple[Callable[[str], tuple[Tensor, ...]], int]]:
-    """The memory's edges, forward and backward with an `impl`, and the bytes that each has to move: its inputs, outputs
-    and gradients, once."""
-    batch, tokens, heads, size = shape
-    make = lambda *s: torch.randn(*s, device=device, dtype=torch.bfloat16).requires_grad_()  # noqa: E731
-    qkv, taps = make(batch, tokens, heads, 3, size), make(heads, 3 * size, 4)
-    y, gate, gain = torch.randn(shape, device=device).requires_grad_(), make(*shape), make(heads, size)
-    grad = torch.randn(shape, device=device)
-
-    def convolution(impl: str) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(short_convolution(qkv, taps, None, None, impl)[:3], (qkv, taps), (grad,) * 3)
-
-    def norm(impl: str) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(gated_norm(y, gate, gain, 1e-5, impl), (y, gate, gain), gate)
-
-    # Forward: in bfloat16, out float32; and the other way, the gate and the result in bfloat16. Backward: what went in,
-    # the result's gradient, the inputs' gradients.
-    return {
-        "q, k, v": (convolution, 3 * grad.numel() * (2 + 4 + 2 + 4 + 2)),
-        "output": (norm, grad.numel() * (4 + 2 + 2 + 4 + 2 + 2 + 4 + 2)),
     }
 
 

@@ -37,6 +37,7 @@ COMMANDS = [
     ("benchmarks.memory", "_bench", [], "benchmarks.memory"),
     ("benchmarks.presets", "_bench", [], "benchmarks.presets"),
     ("benchmarks.kernel_resources", "_measure", [], "benchmarks.kernel_resources"),
+    ("benchmarks.launches", "_count", [], "benchmarks.launches"),
     ("benchmarks.gpu", "_check", [], "benchmarks.gpu"),
 ]
 EACH = pytest.mark.parametrize(("module", "work", "words", "name"), COMMANDS, ids=lambda given: str(given)[:24])
