@@ -1,0 +1,114 @@
+"""`python -m benchmarks.gpu.compiling 90 FILE.json`: compiles what the check launches into Triton's cache, without a
+GPU, and writes into FILE.json which folders of the cache hold it.
+
+A launch on a GPU finds a kernel there, for both name it alike: by its source and those it calls (`launch.settle_key`),
+its arguments' types and what is known of them, its warps, the version of Triton and of ptxas.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
+
+from atlas_kernels.gpu import newton_schulz as kernels
+from atlas_kernels.gpu.launch import Variant, recording
+from benchmarks.contenders import OpInputs, edges_of
+from benchmarks.fake_gpu import DEVICE
+from benchmarks.gpu import newton_schulz
+from benchmarks.gpu.bench import MEMBERS, member_op
+from benchmarks.gpu.numerics import MANY, TOKENS
+from benchmarks.gpu.sections import SIZES
+
+# Of an A100, an H100 or H200, a B200.
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+
+
+def calls() -> dict[str, Callable[[], object]]:
+    """What the sections call, at their shapes, on the meta device."""
+    found: dict[str, Callable[[], object]] = {}
+    for name, (memory, batch, tokens) in MEMBERS.items():
+        found[name] = member_op(name, "triton", DEVICE, tokens)
+        small = OpInputs.random(replace(memory, heads=2), 1, TOKENS, DEVICE)
+        many = OpInputs.random(replace(memory, heads=MANY["heads"]), MANY["batch"], TOKENS, DEVICE)
+        found |= {f"{name}, {size}": partial(_both, given) for size, given in (("small", small), ("many", many))}
+        if name == "omeganet":
+            shape = (batch, tokens, memory.heads, memory.head_dim)
+            found |= {edge: partial(call, "triton") for edge, (call, _) in edges_of(shape, DEVICE).items()}
+    for name, (m, n) in SIZES.items():
+        for stored in (torch.bfloat16, torch.float32):
+            S = torch.empty(newton_schulz.COUNT, m, n, device=DEVICE, dtype=stored).requires_grad_()
+            run = partial(newton_schulz.both, S, torch.bfloat16)
+            found[f"{name} {stored}"] = run
+            found |= {f"{name} {stored}, {w} warps": newton_schulz.with_warps(run, w) for w in newton_schulz.WARPS}
+    return found
+
+
+def _both(given: OpInputs) -> object:
+    return given.gradients(given.output("triton", torch.bfloat16).sum())
+
+
+@contextmanager
+def as_on(arch: int) -> Iterator[None]:
+    """What is launched once for each multiprocessor is launched as on a GPU of this compute capability."""
+    usual = kernels._programs, torch.cuda.get_device_properties
+    properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS[arch])
+    kernels._programs = lambda count, M, device: usual[0](count, M, torch.device("cuda"))
+    torch.cuda.get_device_properties = lambda *_: properties
+    try:
+        yield
+    finally:
+        kernels._programs, torch.cuda.get_device_properties = usual
+
+
+def variants(arch: int) -> list[Variant]:
+    """Each once."""
+    found: dict[str, Variant] = {}
+    with as_on(arch):
+        for name, call in calls().items():
+            with recording(f"{{}} of {name}") as recorded:
+                call()
+            for variant in recorded:
+                found.setdefault(_key(variant), variant)
+    return list(found.values())
+
+
+def _key(variant: Variant) -> str:
+    known: tuple[Any, ...] = (variant.signature, sorted(variant.constants.items(), key=str), variant.hints)
+    return f"{variant.kernel.cache_key} {known} {variant.num_warps} {variant.num_stages}"
+
+
+def compile_for(variant: Variant, arch: int) -> Path:
+    """The cache's folder of this variant."""
+    source = ASTSource(variant.kernel, variant.signature, dict(variant.constants), dict(variant.hints))
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return Path(get_cache_manager(made.hash).cache_dir)
+
+
+def main(words: list[str]) -> int:
+    *archs, result = words
+    wanted = [(variant, int(arch)) for arch in archs for variant in variants(int(arch))]
+    folders, start = [], time.perf_counter()
+    for number, (variant, arch) in enumerate(wanted, 1):
+        folders.append(str(compile_for(variant, arch)))
+        print(f"{number} of {len(wanted)}, {time.perf_counter() - start:.0f} s: {variant.name}, sm_{arch}", flush=True)
+    Path(result).write_text(json.dumps(folders), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
