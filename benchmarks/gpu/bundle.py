@@ -58,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     add_version(parser)
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the parts (default {OUT})")
     parser.add_argument("--arch", default="90", help="compute capabilities to compile for, by comma (default 90)")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--jobs", type=int, default=cores, help=f"processes that compile (default {cores})")
     parser.add_argument("--no-cache", action="store_true", help="compile nothing: the GPU's machine does it")
     parser.add_argument("--cpu-losses", action="store_true", help="compute the losses of a CPU, an hour or so, and end")
     return parser
@@ -80,7 +82,7 @@ def _bundle(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> int
     made += pack(out, "site", found)
     made += pack(out, "data", _of_folder(ROOT / "data/quickstart", "data/quickstart"))
     if not arguments.no_cache:
-        folders = compiled([int(arch) for arch in arguments.arch.split(",")])
+        folders = compiled(arguments.arch, arguments.jobs)
         inside = [pair for folder in folders for pair in _of_folder(folder, f"{CACHE_PART}/{folder.name}")]
         made += pack(out, CACHE_PART, inside)
     for part in made:
@@ -148,14 +150,14 @@ def _groups(files: list[tuple[Path, str]], most: int) -> Iterator[list[tuple[Pat
         yield group
 
 
-def compiled(archs: list[int]) -> list[Path]:
-    """The cache's folders of what the check launches, compiled for these compute capabilities.
+def compiled(archs: str, jobs: int) -> list[Path]:
+    """The cache's folders of what the check launches, compiled for these compute capabilities, "80,90".
 
     In a process of its own: Triton reads its environment when it is imported. Raises ValueError where it fails.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(TRITON_CACHE)
-    words = [sys.executable, "-m", "benchmarks.gpu.compiling", *map(str, archs)]
+    words = [sys.executable, "-m", "benchmarks.gpu.compiling", archs, str(jobs)]
     with tempfile.NamedTemporaryFile("r", suffix=".json") as result:
         done = subprocess.run([*words, result.name], cwd=ROOT, env=environment, check=False)
         if done.returncode:

@@ -40,6 +40,7 @@ TRITON_CACHE = Path("/tmp/atlas-triton")
 CACHE_PART = "triton-cache"
 LEAST = 10  # seconds that a process is begun for
 GRACE = 4  # of them the last, in which it and what it started come to an end
+LATE = "its time was over"
 BROKEN = 3  # a part's process can do nothing more on the GPU
 
 
@@ -134,7 +135,7 @@ def run_section(lines: Lines, name: str, until: float, dry: bool) -> None:
         for part in left:
             if known.get((name, part), ("", ""))[0] == BEGUN:
                 late = time.monotonic() >= end - GRACE
-                lines.part(name, part, FAILED, "its time was over" if late else "its process died")
+                lines.part(name, part, FAILED, LATE if late else "its process died")
         before, left = left, [part for part in left if (name, part) not in known]
         if before == left:  # not even begun: another process would end as this one did
             break
@@ -187,11 +188,12 @@ def run_parts(lines: Lines, name: str, parts: list[str], dry: bool, seconds: flo
 
 
 def red_kernels(lines: Lines) -> set[str]:
-    """Whose numerics were looked at and did not hold, or whose look did not end well."""
+    """Whose numerics did not hold or could not be computed; of what had no time nothing is known, and it is timed."""
     _, kept = of_last_run(lines.read())
     found = figures(kept).get(SECTIONS[NUMERICS].title, {})
     red = {kernel for kernel, of in found.items() if isinstance(of, dict) and of.get(GREEN) is False}
-    return red | {part for (name, part), (state, _) in states(kept).items() if (name, state) == (NUMERICS, FAILED)}
+    of_parts = {part: state for (name, part), state in states(kept).items() if name == NUMERICS}
+    return red | {part for part, (state, why) in of_parts.items() if state == FAILED and why != LATE}
 
 
 def _states(lines: Lines) -> dict[tuple[str, str], tuple[str, str]]:

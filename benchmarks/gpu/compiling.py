@@ -1,5 +1,7 @@
-"""`python -m benchmarks.gpu.compiling 90 FILE.json`: compiles what the check launches into Triton's cache, without a
-GPU, and writes into FILE.json which folders of the cache hold it.
+"""Compiles what the check launches into Triton's cache, without a GPU.
+
+`python -m benchmarks.gpu.compiling 80,90 8 FILE`: for compute capabilities 8.0 and 9.0, in 8 processes; FILE, where it
+is given, gets the cache's folders as JSON.
 
 A launch on a GPU finds a kernel there, for both name it alike: by its source and those it calls (`launch.settle_key`),
 its arguments' types and what is known of them, its warps, the version of Triton and of ptxas.
@@ -11,9 +13,11 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,16 +103,33 @@ def compile_for(variant: Variant, arch: int) -> Path:
     return Path(get_cache_manager(made.hash).cache_dir)
 
 
-def main(words: list[str]) -> int:
-    *archs, result = words
-    wanted = [(variant, int(arch)) for arch in archs for variant in variants(int(arch))]
-    folders, start = [], time.perf_counter()
-    for number, (variant, arch) in enumerate(wanted, 1):
-        folders.append(str(compile_for(variant, arch)))
-        print(f"{number} of {len(wanted)}, {time.perf_counter() - start:.0f} s: {variant.name}, sm_{arch}", flush=True)
-    Path(result).write_text(json.dumps(folders), encoding="utf-8")
-    return 0
+_wanted: list[tuple[Variant, int]] = []
+
+
+def _compile(number: int) -> str:
+    variant, arch = _wanted[number]
+    return str(compile_for(variant, arch))
+
+
+def compile_all(archs: list[int], jobs: int) -> list[str]:
+    """The cache's folders of what the check launches, compiled by so many processes."""
+    _wanted[:] = [(variant, arch) for arch in archs for variant in variants(arch)]
+    start = time.perf_counter()
+    folders = []
+    # Forked: what is to be compiled cannot be sent.
+    with ProcessPoolExecutor(jobs, get_context("fork")) as pool:
+        for number, folder in enumerate(pool.map(_compile, range(len(_wanted)))):
+            folders.append(folder)
+            print(f"{_wanted[number][0].name}, sm_{_wanted[number][1]}", flush=True)
+    print(f"{len(folders)} kernels in {time.perf_counter() - start:.0f} s")
+    return folders
+
+
+def main(archs: str, jobs: str, file: str = "") -> None:
+    folders = compile_all([int(arch) for arch in archs.split(",")], int(jobs))
+    if file:
+        Path(file).write_text(json.dumps(folders), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(*sys.argv[1:])

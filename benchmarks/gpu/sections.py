@@ -51,20 +51,23 @@ def _of_runs(*names: str) -> dict[str, Part]:
 _REST = tuple(name for name in training.RUNS if name not in training.FIRST)
 SECTIONS: dict[str, Section] = {
     "start": Section(
-        "machine", 25,
-        {"machine": Part(start.machine), "rates": Part(start.rates), "first kernel": Part(start.first_kernel)},
+        "machine", 70,
+        {
+            "machine": Part(start.machine), "rates": Part(start.rates), "first kernel": Part(start.first_kernel),
+            "compile": Part(start.compile_the_rest),
+        },
     ),
     NUMERICS: Section(
-        NUMERICS, 60,
+        NUMERICS, 50,
         {"newton_schulz": Part(numerics.of_newton_schulz)}
         | {name: Part(partial(numerics.of_memory, name=name)) for name in KERNELS[1:]},
     ),
-    "profile": Section("profile", 55, _of_members(ops.profile, "omeganet", "exact", "once")),
-    "newton-schulz": Section(goals.NEWTON_SCHULZ, 40, _of_sizes(newton_schulz.size)),
+    "profile": Section("profile", 45, _of_members(ops.profile, "omeganet", "exact", "once")),
+    "newton-schulz": Section(goals.NEWTON_SCHULZ, 30, _of_sizes(newton_schulz.size)),
     "op": Section(
-        goals.MEMORY_OP, 60, _of_members(ops.op, "omeganet", "once", "exact", "titans") | {"torch": Part(ops.in_torch)}
+        goals.MEMORY_OP, 50, _of_members(ops.op, "omeganet", "once", "exact", "titans") | {"torch": Part(ops.in_torch)}
     ),
-    "training": Section(goals.TRAINING, 150, _of_runs(*training.FIRST)),
+    "training": Section(goals.TRAINING, 145, _of_runs(*training.FIRST)),
     "peers": Section(
         goals.PEERS, 45, {name: Part(partial(peers.peer, name=name), ("omeganet",)) for name in peers.NEEDS}
     ),

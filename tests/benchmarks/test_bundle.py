@@ -141,3 +141,28 @@ def test_it_says_what_is_missing(
     with tarfile.open(tmp_path / "parts/code.tgz") as archive:
         assert {"COMMIT", "Makefile", "benchmarks/gpu/check.py"} <= set(archive.getnames())
     assert "make gpu-check" in (tmp_path / "parts/README.md").read_text(encoding="utf-8")
+
+
+COMPILES = """
+import sys
+from functools import partial
+import torch
+from benchmarks.gpu import compiling, newton_schulz
+
+S = torch.empty(8192, 16, 16, device="meta").requires_grad_()
+compiling.calls = lambda: {"first": partial(newton_schulz.both, S), "again": partial(newton_schulz.both, S)}
+compiling.main("90", "2", sys.argv[1])
+constants = [c.value for v in compiling.variants(90) for c in v.constants[len(v.signature) - 1,]]
+# Matrices a program, as on 132 multiprocessors: on the meta device all would go to two.
+assert max(c for c in constants if isinstance(c, int)) < 1024, constants
+"""
+
+
+def test_what_the_check_launches_is_compiled_once_each(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    words = [sys.executable, "-c", COMPILES, str(tmp_path / "folders.json")]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    folders = json.loads((tmp_path / "folders.json").read_text(encoding="utf-8"))
+    assert len(set(folders)) == 2 and all(list(Path(folder).glob("*.cubin")) for folder in folders)

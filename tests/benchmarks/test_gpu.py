@@ -35,8 +35,8 @@ def test_an_unknown_section_is_named(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_every_section_fits_into_one_call() -> None:
     assert sum(section.cap for section in sections.SECTIONS.values() if section.chosen) <= 480
-    first = list(sections.SECTIONS.values())[:2]
-    assert sum(section.cap for section in first) <= 90 and first[0].cap < 60
+    # A rate is measured before anything is compiled.
+    assert list(sections.SECTIONS["start"].parts)[:2] == ["machine", "rates"]
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,7 @@ def test_a_red_kernel_stops_its_own_parts_alone(monkeypatch: pytest.MonkeyPatch,
     for kernel, green in (("omeganet", False), ("exact", True)):
         lines.figure((sections.NUMERICS, kernel, numerics.GREEN), green)
     lines.part(sections.NUMERICS, "titans", FAILED, "CUDA error")
+    lines.part(sections.NUMERICS, "once", FAILED, check.LATE)
     monkeypatch.setattr(check, "process", told(lines, tmp_path, begun))
     assert check.red_kernels(lines) == {"omeganet", "titans"}
     check.run_section(lines, "op", time.monotonic() + 100, dry=False)
