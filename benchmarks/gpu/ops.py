@@ -16,6 +16,7 @@ from benchmarks.gpu.bench import MEMBERS, NAMES, SIDE, Bench, Call, member_op
 
 KERNELS_SHOWN = 40  # of a profile, those that take most
 NCU_SECONDS = 25
+ON_A_GPU = torch.autograd.DeviceType.CUDA
 
 
 def profile(bench: Bench, name: str) -> None:
@@ -38,7 +39,7 @@ def profile(bench: Bench, name: str) -> None:
     ) as profiler:
         run()
         torch.cuda.synchronize()
-    events = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events = [event for event in profiler.key_averages() if event.device_type == ON_A_GPU]
     events.sort(key=lambda event: -event.self_device_time_total)
     bench.measured(name, "kernels", "calls", value=sum(event.count for event in events))
     bench.measured(name, "kernels", "microseconds", value=sum(event.self_device_time_total for event in events))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from atlas_kernels.gpu.launch import counting
 from atlas_megatron.config import load
 from atlas_megatron.config.checks import validate
 from atlas_megatron.model.build import num_params
 from benchmarks import goals
 from benchmarks.contenders import edges_of
-from benchmarks.gpu import bench, check, newton_schulz, numerics, report, sections, training
+from benchmarks.gpu import bench, check, newton_schulz, numerics, ops, peers, report, sections, training
 from benchmarks.gpu.lines import BEGUN, DONE, FAILED, SKIPPED, Lines, figures, of_last_run, states
 from tests.support.device_problems import NEWTON_SCHULZ_TOLERANCE, ROUNDED_TOLERANCE
 
@@ -301,8 +303,46 @@ def test_every_goal_finds_its_figure_in_a_report() -> None:
     assert len(missing) == len(goals.EXACT) + 3
 
 
-def test_the_figures_that_goals_want_are_what_sections_write() -> None:
-    """By the names in a run whose every clock says one second."""
+@pytest.fixture
+def a_gpu_without_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run on a GPU does, on meta tensors: a call takes a millisecond, an error is small, nothing is launched."""
+    monkeypatch.setattr(bench.Bench, "device", property(lambda _: "meta"))
+    monkeypatch.setattr(bench.Bench, "tokens", lambda _, wanted: min(wanted, 128))
+    monkeypatch.setattr(bench, "medians", lambda runs, rounds: dict.fromkeys(runs, 1e-3))
+    monkeypatch.setattr(bench, "graphed", lambda run: run)
+    monkeypatch.setattr(torch, "compile", lambda run, **_: run)
+    monkeypatch.setattr(torch, "equal", lambda a, b: a.shape == b.shape)
+    monkeypatch.setattr(numerics, "relative_rms", lambda found, true: 1e-3)
+    monkeypatch.setattr(ops, "ON_A_GPU", torch.autograd.DeviceType.CPU)
+    monkeypatch.setattr(peers, "NEEDS", dict.fromkeys(peers.NEEDS, "torch"))
+    monkeypatch.setattr(peers, "gated_delta", lambda: lambda: None)
+    monkeypatch.setattr(peers, "titans", lambda: lambda: None)
+    records = [{"tokens_per_second": 5.0, "mfu": 0.1, "peak_memory_bytes": 1e9}] * training.STEPS
+    monkeypatch.setattr(training, "trained", lambda *_, **__: (records, ""))
+    monkeypatch.setattr(training, "_check_data", lambda: None)
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="D", major=9, minor=0))
+
+
+@pytest.mark.usefixtures("a_gpu_without_a_clock")
+def test_every_section_measures_what_the_goals_want(tmp_path: Path) -> None:
+    lines = Lines(tmp_path)
+    lines.add({"run": {"commit": "a", "device": "D"}})
+    for name, section in sections.SECTIONS.items():
+        if name != "losses":
+            with counting(Counter()):
+                assert check.run_parts(lines, name, list(section.parts), dry=False, seconds=100) == 0
+    made = report.write(lines)
+    assert not made["not_run"] and "not run" not in goals.table(made["sections"])
+    assert not check.red_kernels(lines)
+    profile = made["sections"]["profile"]["omeganet"]
+    assert profile["kernels"]["calls"] > 100 and len(profile["by kernel"]) > 5
+    assert made["sections"][sections.NUMERICS]["exact"]["green"] is True
+
+
+def test_the_names_of_goals_are_those_of_sections() -> None:
     assert {f"{name}: triton" for name in bench.NAMES.values()} >= {goals.OMEGANET, "atlas, a write a chunk: triton"}
     assert set(goals.EXACT) | {goals.CHUNKWISE, "atlas-340m, 4K x 8", "atlas-340m, 32K x 1"} == set(training.RUNS)
     titles = {section.title for section in sections.SECTIONS.values()}
