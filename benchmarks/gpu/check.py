@@ -79,13 +79,15 @@ def _check(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> int:
         said = "no GPU is visible; run it on a machine with one (--dry-run goes through the host code here)"
         print(f"benchmarks.gpu: {said}", file=sys.stderr)
         return 2
-    if not dry:
-        before(names)
     lines, until = Lines(out), time.monotonic() + arguments.budget
     shown = " ".join(["python", "-m", "benchmarks.gpu", *(sys.argv[1:] if words is None else words)])
     lines.add({"run": header(shown, dry)})
     try:
+        if not dry and (ROOT / CACHE_PART).is_dir():
+            shutil.copytree(ROOT / CACHE_PART, TRITON_CACHE, dirs_exist_ok=True)
         for name in names:
+            if not dry and SECTIONS[name].title in (goals.TRAINING, LOSSES):
+                prepare_text()
             run_section(lines, name, until, dry)
             report.write(lines)
     finally:
@@ -96,12 +98,9 @@ def _check(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> int:
     return 1 if red_kernels(lines) or (dry and made["not_run"]) else 0
 
 
-def before(names: list[str]) -> None:
-    """What no second of the budget goes to: a cache that lies in this folder to its place, a text to train on."""
-    if (ROOT / CACHE_PART).is_dir():
-        shutil.copytree(ROOT / CACHE_PART, TRITON_CACHE, dirs_exist_ok=True)
-    trains = any(SECTIONS[name].title in (goals.TRAINING, LOSSES) for name in names)
-    if trains and not (training.DATA / "train.bin").is_file() and importlib.util.find_spec("megatron"):
+def prepare_text() -> None:
+    """The quickstart's, where it is not there yet."""
+    if not (training.DATA / "train.bin").is_file() and importlib.util.find_spec("megatron"):
         program = "from atlas_megatron.commands import quickstart as q; from atlas_megatron.config import load"
         subprocess.run([sys.executable, "-c", f"{program}; raise SystemExit(q.prepare(load(q.CONFIG)))"], cwd=ROOT)
 
@@ -136,8 +135,8 @@ def run_section(lines: Lines, name: str, until: float, dry: bool) -> None:
             if known.get((name, part), ("", ""))[0] == BEGUN:
                 late = time.monotonic() >= end - GRACE
                 lines.part(name, part, FAILED, LATE if late else "its process died")
-        before, left = left, [part for part in left if (name, part) not in known]
-        if before == left:  # not even begun: another process would end as this one did
+        given, left = left, [part for part in left if (name, part) not in known]
+        if given == left:  # not even begun: another process would end as this one did
             break
     for part in left:
         lines.part(name, part, SKIPPED, "no time was left" if end - time.monotonic() <= LEAST else "it did not begin")

@@ -66,7 +66,9 @@ def figures(lines: list[dict[str, Any]]) -> dict[str, Any]:
             *path, last = line["at"]
             inner = found
             for name in path:
-                inner = inner.setdefault(name, {})
+                if not isinstance(inner.get(name), dict):
+                    inner[name] = {}
+                inner = inner[name]
             inner[last] = line["is"]
     return found
 

@@ -74,13 +74,14 @@ def test_figures_are_lines_of_which_a_half_one_is_left_out(tmp_path: Path) -> No
     lines.figure(("op", "seconds", "b"), 2.0)
     lines.add({"run": {"commit": "b", "device": "D", "dry_run": False, "command": "second"}})
     lines.figure(("op", "seconds", "b"), 3.0)
-    lines.figure(("op", "floor"), 0.5)
+    lines.figure(("op", "floor"), "not known")
+    lines.figure(("op", "floor", "a"), 0.5)
     with lines.path.open("a", encoding="utf-8") as file:
         file.write('{"at": ["op", "sec')
     run, kept = of_last_run(lines.read())
     # What another commit gave does not count; what an earlier call of the same one gave does.
-    assert run["command"] == "second" and figures(kept) == {"op": {"seconds": {"b": 3.0}, "floor": 0.5}}
-    assert len(kept) == 3
+    assert run["command"] == "second" and figures(kept) == {"op": {"seconds": {"b": 3.0}, "floor": {"a": 0.5}}}
+    assert len(kept) == 4
 
 
 def told(lines: Lines, out: Path, done: list[list[str]]) -> Any:
