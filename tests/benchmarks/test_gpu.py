@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from atlas_kernels.gpu.launch import counting
+from atlas_megatron.cli.ending import TERMINATED
 from atlas_megatron.config import load
 from atlas_megatron.config.checks import validate
 from atlas_megatron.model.build import num_params
@@ -164,6 +167,23 @@ def test_a_section_is_a_process_that_is_killed_in_time(tmp_path: Path) -> None:
     begun = time.monotonic()
     assert check.process(tmp_path, "op", ["once"], 2.5, dry=True) != 0
     assert time.monotonic() - begun < 8
+
+
+def test_a_check_that_is_told_to_end_writes_what_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def process(out: Path, name: str, parts: list[str], seconds: float) -> int:
+        lines = Lines(out)
+        lines.part(name, parts[0], BEGUN)
+        lines.figure((name, "rate"), 2.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(check, "process", process)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "D")
+    assert check.main(["--sections", "start", "--out", str(tmp_path)]) == TERMINATED
+    made = json.loads((tmp_path / "check.json").read_text(encoding="utf-8"))
+    assert made["sections"] == {"start": {"rate": 2.5}} and made["not_run"] == {"start / machine": "did not end"}
+    assert "| start / rate | 2.5 |" in (tmp_path / "check.md").read_text(encoding="utf-8")
 
 
 def test_what_a_contender_lacks_is_named_and_the_others_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
