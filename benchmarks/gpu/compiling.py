@@ -30,28 +30,36 @@ from triton.runtime.cache import get_cache_manager
 
 from atlas_kernels.gpu import newton_schulz as kernels
 from atlas_kernels.gpu.launch import Variant, recording
-from benchmarks.contenders import OpInputs, edges_of
+from atlas_megatron.config import load
+from benchmarks.contenders import OpInputs, contender, edges_of
 from benchmarks.fake_gpu import DEVICE
-from benchmarks.gpu import newton_schulz
+from benchmarks.gpu import newton_schulz, training
 from benchmarks.gpu.bench import MEMBERS, member_op
 from benchmarks.gpu.numerics import MANY, TOKENS
 from benchmarks.gpu.sections import SIZES
 
+# Tokens of a sequence that is as good as a longer one: what is compiled knows of a number only whether it is 1, and
+# whether 16 divides it, and these have several segments of several chunks.
+ENOUGH = 1024
 # Of an A100, an H100 or H200, a B200.
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
 
 def calls() -> dict[str, Callable[[], object]]:
-    """What the sections call, at their shapes, on the meta device."""
+    """What the sections call on the meta device, at their shapes but for the sequences' lengths."""
     found: dict[str, Callable[[], object]] = {}
-    for name, (memory, batch, tokens) in MEMBERS.items():
-        found[name] = member_op(name, "triton", DEVICE, tokens)
+    for name, (memory, _, tokens) in MEMBERS.items():
+        found[name] = member_op(name, "triton", DEVICE, min(tokens, ENOUGH))
         small = OpInputs.random(replace(memory, heads=2), 1, TOKENS, DEVICE)
         many = OpInputs.random(replace(memory, heads=MANY["heads"]), MANY["batch"], TOKENS, DEVICE)
         found |= {f"{name}, {size}": partial(_both, given) for size, given in (("small", small), ("many", many))}
-        if name == "omeganet":
-            shape = (batch, tokens, memory.heads, memory.head_dim)
-            found |= {edge: partial(call, "triton") for edge, (call, _) in edges_of(shape, DEVICE).items()}
+    for name, (config, changes) in training.RUNS.items():
+        settings = load(training.ROOT / f"configs/{config}.toml", changes)
+        memory, batch, tokens = settings.memory, settings.train.micro_batch, min(settings.model.seq_length, ENOUGH)
+        given = {"products": torch.bfloat16, "device": DEVICE, "impl": "triton"}
+        found[name] = contender(memory, batch=batch, tokens=tokens, **given)  # type: ignore[arg-type]
+        edges = edges_of((batch, tokens, memory.heads, memory.head_dim), DEVICE)
+        found |= {f"{name}, {edge}": partial(call, "triton") for edge, (call, _) in edges.items()}
     for name, (m, n) in SIZES.items():
         for stored in (torch.bfloat16, torch.float32):
             S = torch.empty(newton_schulz.COUNT, m, n, device=DEVICE, dtype=stored).requires_grad_()
