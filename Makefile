@@ -17,7 +17,7 @@ HAS_PIP := $(RUN) -m pip --version >/dev/null 2>&1 || \
 	  $(RUN) -m pip --version >/dev/null 2>&1; } || \
 	{ echo "$(VENV) has no pip and could not get it: remove $(VENV) and run make setup again" >&2; exit 2; }
 
-.PHONY: help setup quickstart test test-parallel test-slurm lint bench-memory bench-presets bench-trainers gpu-check
+.PHONY: help setup quickstart test test-parallel test-slurm lint bench-memory bench-presets bench-trainers gpu-check gpu-bundle
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -51,8 +51,14 @@ bench-presets: setup ## time every preset beside omeganet, and packed documents 
 bench-trainers: setup ## time the quickstart's trainer with each mixer, at 512, 2,048 and 8,192 tokens
 	@$(RUN) -m benchmarks.trainers $(ARGS)
 
-gpu-check: setup ## on a machine with one GPU: its tests, then every benchmark, into docs/results/gpu
-	@$(RUN) -m benchmarks.gpu $(ARGS)
+# Neither needs an installed project: torch and Triton suffice, as in a folder that gpu-bundle's parts were unpacked into.
+ALONE = PYTHONPATH="$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/site:$$PYTHONPATH" $(or $(wildcard $(RUN)),python3)
+
+gpu-check: ## on a machine with one GPU, in 8 minutes: numerics, profiles, times and training, into docs/results/gpu
+	@$(ALONE) -m benchmarks.gpu $(ARGS)
+
+gpu-bundle: ## what gpu-check needs on a machine without a package registry, with compiled kernels, into runs/gpu-bundle
+	@$(ALONE) -m benchmarks.gpu.bundle $(ARGS)
 
 $(INSTALLED): | $(RUN)
 	@$(RUN) $(IS_3_12) || { echo "$(VENV) is not of Python 3.12: remove it and run make setup again" >&2; exit 2; }

@@ -212,7 +212,8 @@ def _train(config: Config, signals: StopSignals) -> int:
         table = summary_table(records, num_params(config))
         Console(soft_wrap=True).print(table)
         parent = checkpoint.folder_of(config.run.directory)
-        print("\n".join(filter(None, (f"checkpoints in {parent}", best.line(parent)))))
+        if parent.is_dir():
+            print("\n".join(filter(None, (f"checkpoints in {parent}", best.line(parent)))))
     return 0
 
 

@@ -2,7 +2,8 @@
 
 It counts the kernels that a call would launch and the torch operators that would each launch one of torch's. It fails
 where a GPU would: at a tensor on another device, at a value that the host reads (`.item()`, `.tolist()`), at an index
-or a copy that comes from the host. What it cannot show: numbers, times, races, the memory of a GPU.
+or a copy that comes from the host, at what `torch.use_deterministic_algorithms` refuses there. What it cannot show:
+numbers, times, races, the memory of a GPU.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -61,6 +63,10 @@ class _Operators(TorchDispatchMode):
         # torch makes a tensor of a list that is an index without an operator; on a GPU it is a copy that waits.
         if "index" in name and any(not t.is_floating_point() and t not in self.known for t in given):
             raise FakeGpuError(f"{name} takes an index from the host; a slice, or an index made on the GPU, does not")
+        if name == "cumsum" and torch.are_deterministic_algorithms_enabled():
+            summed = kwargs.get("dtype") if kwargs else None
+            if (summed or given[0].dtype).is_floating_point:
+                raise FakeGpuError("cumsum of floating point numbers is refused by torch.use_deterministic_algorithms")
         out = op(*args, **(kwargs or {}))
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         self.known.update((t, None) for t in made if t.device.type == DEVICE)

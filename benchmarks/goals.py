@@ -13,6 +13,8 @@ Sections = Mapping[str, Any]
 NEWTON_SCHULZ = "Newton-Schulz, 8192 matrices, forward"
 MEMORY_OP = "memory op, B=8 T=4096, 16 heads of 64, forward and backward"
 TRAINING = "training"
+PEERS = "peers, beside omeganet's op"
+REST = "torch.compile, edges, ncu"
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,19 @@ def trained(run: str, key: str, sections: Sections) -> float:
     return float(sections[TRAINING][run][key])
 
 
-def newton_schulz(size: str, key: str, sections: Sections) -> float:
-    return float(sections[NEWTON_SCHULZ][size][key])
+def newton_schulz(section: str, size: str, key: str, sections: Sections) -> float:
+    return float(sections[section][size][key])
 
 
 def seconds_of(one: str, other: str, sections: Sections) -> float:
     """Seconds of one memory op in those of another."""
     seconds = sections[MEMORY_OP]["seconds"]
+    return float(seconds[one] / seconds[other])
+
+
+def of_peers(peer: str, one: str, other: str, sections: Sections) -> float:
+    """The same with a peer's, from the rounds that both ran in."""
+    seconds = sections[PEERS][peer]["seconds"]
     return float(seconds[one] / seconds[other])
 
 
@@ -71,14 +79,17 @@ EXACT = {
 }
 OMEGANET, GATED_DELTA, TITANS = "omeganet: triton", "flash-linear-attention Gated DeltaNet", "titans-pytorch"
 CHUNKWISE = "atlas-340m, a write a chunk"
-NS, SHARE = "Newton-Schulz", "share_of_matmul_rate"
+NS, SHARE, COMPILED = "Newton-Schulz", "share_of_matmul_rate", "times_torch_compile"
 SIZES = ("64 x 64", "64 x 256")
 GOALS = (
     *(Goal(f"{run}, T=1024: tokens/s", r, partial(trained, run, "tokens_per_second")) for run, r in EXACT.items()),
-    *(Goal(f"{NS} {s}: share of the matmul rate", 0.5, partial(newton_schulz, s, SHARE)) for s in SIZES),
-    *(Goal(f"{NS} {s}: times torch.compile", 3, partial(newton_schulz, s, "times_torch_compile")) for s in SIZES),
-    Goal("omeganet's op: times Gated DeltaNet's seconds", 6, partial(seconds_of, OMEGANET, GATED_DELTA), at_most=True),
-    Goal("titans-pytorch: times the seconds of omeganet's op", 3, partial(seconds_of, TITANS, OMEGANET)),
+    *(Goal(f"{NS} {s}: share of the matmul rate", 0.5, partial(newton_schulz, NEWTON_SCHULZ, s, SHARE)) for s in SIZES),
+    *(Goal(f"{NS} {s}: times torch.compile", 3, partial(newton_schulz, REST, s, COMPILED)) for s in SIZES),
+    Goal(
+        "omeganet's op: times Gated DeltaNet's seconds", 6, partial(of_peers, GATED_DELTA, OMEGANET, GATED_DELTA),
+        at_most=True,
+    ),
+    Goal("titans-pytorch: times the seconds of omeganet's op", 3, partial(of_peers, TITANS, TITANS, OMEGANET)),
     Goal(
         "ATLAS, a write a chunk: times omeganet's seconds", 1.5,
         partial(seconds_of, "atlas, a write a chunk: triton", OMEGANET), at_most=True,

@@ -12,24 +12,21 @@ import json
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from atlas_kernels import Gates, initial_coefficients, lift, omega_memory
-from atlas_kernels.layer_start import eta_start, lifted, weight_shapes
 from atlas_megatron.cli.ending import command
 from atlas_megatron.cli.version import add_version
 from atlas_megatron.config import MemoryConfig
 from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.parallel.device import flush_denormals
 from atlas_megatron.reports.results import commit
+from benchmarks.contenders import contender
 from benchmarks.memory import timed
 
 HEADS, HEAD_DIM, TOKENS, BATCH = 6, 64, 1024, 1
@@ -37,54 +34,6 @@ HEADS, HEAD_DIM, TOKENS, BATCH = 6, 64, 1024, 1
 SHORT = {"few": (300, 45, 679), "many": (40, 300, 5, 128, 200, 63, 64, 224)}
 LONG = {"few long": (1207, 180, 2709), "many long": (167, 1200, 20, 512, 800, 252, 256, 889)}
 DOCUMENTS = SHORT | LONG
-
-
-def contender(
-    memory: MemoryConfig,
-    positions: Tensor | None = None,
-    *,
-    batch: int = BATCH,
-    tokens: int = TOKENS,
-    products: torch.dtype = torch.float32,
-    device: str = "cpu",
-    impl: str = "auto",
-) -> Callable[[], None]:
-    """Forward and backward of the op on random inputs as the mixer gives them, float32; `products`: see the op."""
-    torch.manual_seed(0)
-    shape = (batch, tokens, memory.heads, memory.head_dim)
-    q, k = (F.normalize(torch.randn(shape, device=device), dim=-1) for _ in range(2))
-    v = torch.randn(shape, device=device)
-    eta = torch.full(shape[:3], eta_start(memory), device=device)
-    one = torch.ones_like(eta)
-    gamma = {
-        "pair": 0.5 * one.unsqueeze(-1).expand(*one.shape, memory.window).clone(),
-        "source": 0.5 * one,
-        "none": eta if memory.step_in_momentum else one,
-    }[memory.omega_gates]
-    gates = Gates(
-        alpha=0.99 * one if memory.retention else one,
-        eta=one if memory.step_in_momentum else eta,
-        theta=0.9 * one if memory.momentum else 0 * one,
-        gamma=gamma,
-    )
-    matrices = weight_shapes(memory)
-    weights = [torch.randn(memory.heads, rows, cols, device=device) * cols**-0.5 for rows, cols in matrices]
-    coefficients = initial_coefficients(memory.feature_map, memory.degree)
-    coefficients = None if coefficients is None else coefficients.to(device)
-    leaves = [t.clone().requires_grad_() for t in (q, k, v, *vars(gates).values(), *weights)]
-    rule = memory.rule()
-    own_residual = memory.network != "linear" and (rule.dual or lifted(memory) != memory.head_dim)
-
-    def run() -> None:
-        q, k, v, alpha, eta, theta, gamma, *start = leaves
-        x, y = (lift(t, memory.feature_map, coefficients, memory.sketch_width) for t in (k, q))
-        residual = (q, k) if own_residual else None
-        gates = Gates(alpha, eta, theta, gamma)
-        given = {"residual": residual, "impl": impl, "positions": positions, "products": products}
-        out, _ = omega_memory(y, x, v, gates, tuple(start), rule, **given)
-        out.square().mean().backward()
-
-    return run
 
 
 def ratio(above: list[float], below: list[float]) -> float:
@@ -100,7 +49,7 @@ def measure(rounds: int) -> dict[str, dict]:
     members |= without
     # Once a chunk, as the CPU configs write.
     members = {n: replace(m, ns_period=m.chunk) if m.ns_steps else m for n, m in members.items()}
-    whole, _ = timed({name: contender(memory) for name, memory in members.items()}, rounds)
+    whole, _ = timed({name: contender(memory, batch=BATCH, tokens=TOKENS) for name, memory in members.items()}, rounds)
     packed: dict[str, dict[str, float]] = {kind: {} for kind in DOCUMENTS}
     for name, memory in members.items():
         if memory.kernel != "lifted":
@@ -108,7 +57,8 @@ def measure(rounds: int) -> dict[str, dict]:
         for kind, lengths in DOCUMENTS.items():
             tokens = sum(lengths)
             positions = torch.cat([torch.arange(n) for n in lengths]).expand(BATCH, -1)
-            pair = {"one": contender(memory, tokens=tokens), "packed": contender(memory, positions, tokens=tokens)}
+            shape = {"batch": BATCH, "tokens": tokens}
+            pair = {"one": contender(memory, **shape), "packed": contender(memory, positions, **shape)}
             seconds, _ = timed(pair, rounds)
             packed[kind][name] = ratio(seconds["packed"], seconds["one"])
     return {

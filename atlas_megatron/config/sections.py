@@ -188,7 +188,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 200  # steps; the last step is always saved
+    every: int = 200  # steps
+    last: bool = True  # the last step too; false where a run is only timed. A run that is stopped is saved in any case
     keep: int = 2  # newest checkpoints kept
     keep_best: bool = True  # and, of those saved after a validation, the one of the lowest loss
     async_save: bool = False  # written from a copy in memory while training goes on

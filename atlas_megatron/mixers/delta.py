@@ -21,12 +21,12 @@ from atlas_kernels.gated_delta import RULE, gated_delta_rule, initial_decay, log
 from atlas_kernels.gated_norm import open_gate
 from atlas_kernels.short_conv import initial_taps
 from atlas_megatron.config import Config, MemoryConfig
+from atlas_megatron.config.memory_flops import memory_flops
 from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.mixers.base import Mixer
 from atlas_megatron.mixers.convolution import convolved, start_edges
 from atlas_megatron.mixers.costs import FLOAT, Halo
 from atlas_megatron.mixers.linears import MixerLinears
-from atlas_megatron.mixers.memory_flops import memory_flops
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import math
 
 from atlas_kernels.layer_start import coefficient_count, gate_count, lifted, weight_shapes
 from atlas_megatron.config import Config
+from atlas_megatron.config.memory_flops import anchor_flops, lift_flops, memory_flops
 from atlas_megatron.mixers.costs import FLOAT, Costs, Halo
-from atlas_megatron.mixers.memory_flops import anchor_flops, lift_flops, memory_flops
 
 
 class MemoryCosts(Costs):

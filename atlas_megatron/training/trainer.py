@@ -131,7 +131,7 @@ class Trainer:
                 self.log.close()
 
     def _train(self) -> bool:
-        every, last = self.config.checkpoint.every, self.config.train.steps
+        saving, last = self.config.checkpoint, self.config.train.steps
         self._signals.can_save = True
         while self.progress.step < last:
             step = self.progress.step + 1
@@ -146,7 +146,7 @@ class Trainer:
                     record |= self._validation.after(step)
             if self.log:
                 self.log.write(record)
-            if step % every == 0 or step == last or stop:
+            if step % saving.every == 0 or (step == last and saving.last) or stop:
                 saved = self._save(record.get("validation_loss"), wait=stop or step == last)
                 if stop and step < last:
                     asked = self._signals.asked or "another process was asked"

@@ -22,10 +22,10 @@ class _DecayMatrix(torch.autograd.Function):
     def forward(ctx, gate: Tensor) -> Tensor:
         zero = gate == 0
         # Base 2: on a CPU its exponential is the fast one.
-        logs = gate.masked_fill(zero, 1.0).log2().cumsum(-1)
+        logs = running_sum(gate.masked_fill(zero, 1.0).log2())
         products = (logs.unsqueeze(-1) - logs.unsqueeze(-2)).exp2_()
         # A product over a zero is zero: the counts of zeros up to t and up to s differ.
-        zeros = zero.cumsum(-1, dtype=gate.dtype)
+        zeros = running_sum(zero.to(gate.dtype))
         products.mul_(torch.eq(zeros.unsqueeze(-1), zeros.unsqueeze(-2), out=torch.empty_like(products)))
         products = products.tril_()
         ctx.save_for_backward(products)
@@ -38,6 +38,25 @@ class _DecayMatrix(torch.autograd.Function):
         (products,) = ctx.saved_tensors
         through = (products.mT @ grad)[..., 1:, :] * products[..., :-1, :]
         return F.pad(through.sum(-1), (1, 0))
+
+
+def running_sum(x: Tensor) -> Tensor:
+    """x.cumsum(-1); on a GPU under `torch.use_deterministic_algorithms`, where torch's own is refused, by doubling.
+
+    x [..., C] floating point. Doubling takes log2(C) additions of the whole tensor.
+    """
+    if x.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
+        return x.cumsum(-1)
+    return sum_by_doubling(x)
+
+
+def sum_by_doubling(x: Tensor) -> Tensor:
+    """x.cumsum(-1) of additions alone: each entry takes in what stands 1, 2, 4, ... before it."""
+    reach = 1
+    while reach < x.shape[-1]:
+        x = x + F.pad(x[..., :-reach], (reach, 0))
+        reach *= 2
+    return x
 
 
 def pair_band(gamma: Tensor) -> Tensor:

@@ -133,13 +133,15 @@ def check_implementation(
     """Raise ValueError if `impl` cannot run `rule` with these start weights [H, rows, cols] where they lie.
 
     products: as calls will give it; None: the weights' dtype. What `omega_memory` would say at its first call, before
-    there is one.
+    there is one. What calls need of the host goes to the GPU here, so that a CUDA graph can capture the first of them.
     """
     # Weights begin with a layer onto V and end with one from D.
     widths = (weights[-1].shape[-1], weights[0].shape[-2])
     q, v = (weights[0].new_empty(1, 1, 1, width) for width in widths)
-    if impl != "auto":
-        _choose(impl, rule, q, v, weights, _operands(weights[0].dtype if products is None else products))
+    if impl != "auto" or q.is_cuda:
+        chosen = _choose(impl, rule, q, v, weights, _operands(weights[0].dtype if products is None else products))
+        if chosen == "triton" and rule.ns_steps:
+            _gpu("newton_schulz").coefficient_table(rule.ns_steps, rule.ns_coefficients, q.device)
 
 
 def _operands(dtype: torch.dtype) -> torch.dtype:

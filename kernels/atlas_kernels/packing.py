@@ -5,6 +5,10 @@ other, and slots that no token takes neither decay nor write. What a window reac
 chunks, or in the halo before the call; gates that reach further are set to zero. At most one chunk a document is
 padding.
 
+How many chunks there are, and which of them hold a border, decides what is launched: the host reads the positions,
+and on a GPU it waits for them. It does so once a batch (`pack` keeps what it made), not at every layer. A CUDA graph
+cannot capture the call that reads.
+
 Dims: B batch, T tokens, H heads, N chunks of C slots, W window.
 """
 
@@ -17,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .rule import Gates, MemoryState
 
@@ -105,8 +110,28 @@ def _put(out: Tensor, place: Tensor, t: Tensor) -> Tensor:
     return out
 
 
+# What was made of a tensor of positions, or of parts of it, for as long as that tensor lives.
+_made: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
 def pack(positions: Tensor, chunk: int) -> Packing:
-    """positions [B, T]: of each token in its document, one more than the token before or 0 where one begins."""
+    """positions [B, T]: of each token in its document, one more than the token before or 0 where one begins.
+
+    The host reads them. Every layer of a model asks with the same tensor, or the same part of it, and gets what was
+    made for the first one.
+    """
+    if positions.is_inference():  # these do not say whether they have been changed
+        return _pack(positions, chunk)
+    whole = positions if positions._base is None else positions._base
+    part = positions._version, positions.shape, positions.stride(), positions.storage_offset(), chunk
+    of_whole = _made.setdefault(whole, {})
+    if part not in of_whole:
+        # Of a copy: what is kept must not keep alive what it is kept for.
+        of_whole[part] = _pack(positions.clone(), chunk)
+    return of_whole[part]
+
+
+def _pack(positions: Tensor, chunk: int) -> Packing:
     begins = positions % chunk == 0
     begins[:, 0] = True
     number = begins.cumsum(1) - 1

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reads
-from .decays import decay_matrix
+from .decays import decay_matrix, running_sum
 from .memories import Factors, Matrices, WeightView
 from .newton_schulz import newton_schulz
 from .products import step_pair
@@ -217,7 +217,7 @@ def summed_steps(rule: MemoryRule, eta: Tensor, pending: Tensor, positions: Tens
     since = rule.since_write(positions).expand(eta.shape[:2])
     place = torch.arange(eta.shape[1], device=eta.device)
     # In double precision: a period's sum is a difference of two sums over the whole sequence.
-    totals = F.pad(eta.double().cumsum(1), (0, 0, 1, 0))
+    totals = F.pad(running_sum(eta.double().mT).mT, (0, 0, 1, 0))
     before = totals.gather(1, (place - since).clamp(min=0).unsqueeze(-1).expand_as(eta))
     begun = (since > place).unsqueeze(-1).to(eta.dtype)  # the period began before these tokens
     sums = (totals[:, 1:] - before).to(eta.dtype) + begun * pending.unsqueeze(1)

@@ -37,7 +37,9 @@ COMMANDS = [
     ("benchmarks.memory", "_bench", [], "benchmarks.memory"),
     ("benchmarks.presets", "_bench", [], "benchmarks.presets"),
     ("benchmarks.kernel_resources", "_measure", [], "benchmarks.kernel_resources"),
-    ("benchmarks.gpu", "_check", [], "benchmarks.gpu"),
+    ("benchmarks.launches", "_count", [], "benchmarks.launches"),
+    ("benchmarks.gpu.check", "_check", [], "benchmarks.gpu"),
+    ("benchmarks.gpu.bundle", "_bundle", [], "benchmarks.gpu.bundle"),
 ]
 EACH = pytest.mark.parametrize(("module", "work", "words", "name"), COMMANDS, ids=lambda given: str(given)[:24])
 

@@ -12,6 +12,9 @@ from tests.support.problems import assert_close, relative_rms
 
 # Relative RMS of float16, 11 bits, and bfloat16, 8: torch rounds after every step, the kernels once.
 HALF_TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
+# The kernels' error over torch's. On a GPU cuDNN's depthwise convolution sums in float32 and rounds once, as the kernel
+# does: the two errors are then of one size, and either may be the larger one.
+NO_WORSE = 1.2 if DEVICE == "cuda" else 1.05
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +116,7 @@ def test_in_half_precision(dtype):
     for name, true in expected.items():
         error = relative_rms(ours[name].double(), true)
         assert error < HALF_TOLERANCE[dtype], f"{name}: relative RMS {error:.1e}"
-        assert error <= 1.05 * relative_rms(theirs[name].double(), true), name
+        assert error <= NO_WORSE * relative_rms(theirs[name].double(), true), name
     assert ours["0"].dtype == torch.float32 and ours["4"].dtype == dtype
 
 

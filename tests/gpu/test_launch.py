@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +68,62 @@ def test_a_recording_notes_the_call_and_launches_nothing():
     assert second.signature["inputs"] == Inputs("*fp32", "*fp16", "i32")
     assert {path for path, hint in second.hints.items() if hint == sixteen} == {(0, 0), (0, 1), (1,)}
     assert (second.num_warps, second.num_stages) == (4, 3)
+
+
+def test_a_kernel_is_launched_on_its_tensors_device(monkeypatch):
+    """Which need not be the current one, where Triton would launch it."""
+    entered = []
+
+    class DeviceOf:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            entered.append(self.tensor)
+
+        def __exit__(self, *_):
+            entered.append("left")
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **__: entered.append("launched")
+
+    monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
+    x = torch.ones(20, device=DEVICE)
+    launch(Kernel(), (1,), (3, Inputs(x, None, 20), torch.empty_like(x)), Constants(32, 0.5), warps=1)
+    assert entered[0] is x and entered[1:] == ["launched", "left"]
+
+
+ORDERS = """
+import sys
+from importlib import import_module
+from triton.runtime.jit import JITFunction
+from atlas_kernels.gpu.launch import recording, settle_key
+
+names = "newton_schulz", "orthogonal_writes", "scan", "edges"
+modules = [import_module(f"atlas_kernels.gpu.{name}") for name in names]
+found = {id(f): f for name in sorted(sys.modules) if name.startswith("atlas_kernels.gpu")
+         for f in vars(sys.modules[name]).values() if isinstance(f, JITFunction)}.values()
+keys = set()
+for turn in (1, -1):
+    for f in found:
+        f.hash, f.used_global_vals = None, {}
+    for f in list(found)[::turn]:
+        settle_key(f)
+    keys.add(tuple(sorted(f"{f.fn.__module__}.{f.__name__} {f.cache_key}" for f in found)))
+assert len(found) > 20 and len(keys) == 1, len(found)
+for f in found:
+    f.hash, f.used_global_vals = None, {}
+variants = [variant for module in modules for variant in module.variants()]
+assert {f"{v.kernel.fn.__module__}.{v.kernel.__name__} {v.kernel.cache_key}" for v in variants} <= set(*keys)
+"""
+
+
+def test_the_cache_on_the_disk_knows_a_kernel_in_whatever_order_a_process_met_it():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(GPU.parents[1]), environment.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", ORDERS], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("file", sorted(GPU.rglob("*.py")), ids=lambda file: str(file.relative_to(GPU)))

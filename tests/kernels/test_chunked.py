@@ -7,7 +7,7 @@ import torch
 
 from atlas_kernels import Gates, MemoryRule, chunked, omega_memory
 from atlas_kernels.chunked import cut
-from atlas_kernels.decays import decay_matrix, pair_band, source_band
+from atlas_kernels.decays import decay_matrix, pair_band, source_band, sum_by_doubling
 from atlas_kernels.gelu import gelu, gelu_with_derivative
 from tests.support.problems import TOLERANCE, assert_close, compare, gradients, problem, relative_rms, state_tensors
 
@@ -128,6 +128,16 @@ def test_gates_of_exactly_zero():
         p.gates.theta[:, 2::4] = 0.0
         p.gates.gamma[:, 7] = 0.0
     compare(p)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 64])
+def test_a_running_sum_by_doubling(tokens):
+    x = torch.randn(2, 3, tokens, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 3, tokens, dtype=torch.float64)
+    for ours, true in zip(
+        *((y, *torch.autograd.grad((y * weight).sum(), x)) for y in (sum_by_doubling(x), x.cumsum(-1))), strict=True
+    ):
+        torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-12)
 
 
 def test_decay_matrix_with_zeros():

@@ -1,11 +1,13 @@
 """Documents packed into one sequence are the documents on their own."""
 
+import gc
+import weakref
 from dataclasses import fields
 
 import pytest
 import torch
 
-from atlas_kernels import MemoryRule, MemoryState, chunked, delta_rule, omega_memory
+from atlas_kernels import MemoryRule, MemoryState, chunked, delta_rule, omega_memory, packing
 from tests.support.problems import Problem, assert_close, gradients, problem, state_tensors
 
 CHUNK = 8
@@ -133,3 +135,27 @@ def test_bad_positions_are_named():
     with pytest.raises(ValueError, match="keeps its sources over document borders"):
         dual = problem(MemoryRule(window=5, chunk=CHUNK, momentum=False, ns_steps=0, kernel="exponential"), 6)
         run(dual, "chunked", torch.zeros(2, 6, dtype=torch.int64))
+
+
+def test_the_host_reads_the_positions_once_a_batch(monkeypatch):
+    """Every layer asks for the same positions, or the same part of them; a GPU would wait for each read."""
+    read = []
+    monkeypatch.setattr(packing, "_pack", lambda *given, make=packing._pack: read.append(1) or make(*given))
+    p, positions = problem(RULES["sum"], 35), positions_of(LENGTHS)
+    first, second = (run(p, "chunked", positions)[0] for _ in range(2))
+    assert len(read) == 1 and torch.equal(first, second)
+    packing.pack(positions, CHUNK), packing.pack(positions, 2 * CHUNK), packing.pack(positions[:, :20], CHUNK)
+    assert len(read) == 3
+    positions[1, 20:] += 1
+    assert torch.equal(packing.pack(positions, CHUNK).positions, positions) and len(read) == 4
+    with torch.inference_mode():
+        packing.pack(positions.clone(), CHUNK)
+    assert len(read) == 5
+
+
+def test_what_was_packed_goes_with_its_positions():
+    positions = positions_of(LENGTHS)
+    gone, made = weakref.ref(positions), weakref.ref(packing.pack(positions, CHUNK))
+    del positions
+    gc.collect()
+    assert gone() is None and made() is None

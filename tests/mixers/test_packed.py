@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from atlas_kernels import packing
 from atlas_megatron.config import load
 from atlas_megatron.config.checks import validate
 from atlas_megatron.config.presets import PRESETS
@@ -42,6 +43,17 @@ def build(pattern: str, memory: object) -> torch.nn.Module:
     built = build_model(replace(SMALL, model=model, memory=memory, attention=attention)).double()
     built.config.params_dtype = torch.float64
     return built
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_the_host_reads_a_batchs_positions_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not at every layer, where a GPU would wait for it."""
+    made = []
+    monkeypatch.setattr(packing, "_pack", lambda *given, make=packing._pack: made.append(1) or make(*given))
+    model = build("M-M-", SMALL.memory)
+    tokens = torch.zeros(2, 35, dtype=torch.int64)
+    model(tokens, None, None, packed_seq_params=Documents(positions_of(LENGTHS))).sum().backward()
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("name", PATTERNS)

@@ -101,7 +101,7 @@ def gradients(outputs: list[Tensor], leaves: dict[str, Tensor]) -> dict[str, Ten
     generator = torch.Generator().manual_seed(99)
     loss = outputs[0].new_zeros(())
     for t in outputs:
-        loss = loss + (t * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype)).sum()
+        loss = loss + (t * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)).sum()
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return {
         name: torch.zeros_like(leaf) if g is None else g

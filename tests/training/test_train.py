@@ -120,6 +120,13 @@ def test_an_error_leaves_no_model_that_measures_or_is_ablated(
         world.leave()
 
 
+def test_a_run_that_is_only_timed_saves_nothing(root: Path, tmp_path: Path) -> None:
+    words = [str(root / "tiny.toml"), f"run.directory={tmp_path}", "checkpoint.every=100", "checkpoint.last=false"]
+    assert main([*words, "train.steps=2", "train.warmup_steps=1"]) == 0
+    assert checkpoint.latest(tmp_path)[0] is None
+    assert len((tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+
+
 def test_divergence_keeps_the_last_good_checkpoint(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,26 +89,48 @@ def launch(
     stages: of loads in flight in a loop. One is enough where a block's loads are few: more would cost shared memory.
     """
     if _counters:
-        _check_devices(kernel.__name__, arguments)
+        for tensor in _tensors(arguments):
+            if tensor.device.type != "meta":
+                raise ValueError(f"{kernel.__name__} is given a tensor on {tensor.device}, which no GPU can reach")
         _counters[-1][kernel.__name__.removesuffix("_kernel")] += 1
         return
     # The compiler knows fields as constants only where each says so; the interpreter takes them as they are.
     compiled = isinstance(kernel, JITFunction)
+    if compiled:
+        settle_key(kernel)
     arguments = *arguments, constants._make(map(tl.constexpr, constants)) if compiled else constants
     if _recordings:
         title, variants = _recordings[-1]
         name = title.format(kernel.__name__.removesuffix("_kernel"))
         variants.append(Variant(name, kernel, *_specialised(kernel, arguments), warps, stages, grid, arguments))
     else:
-        kernel[grid](*arguments, num_warps=warps, num_stages=stages)
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device_of(next(_tensors(arguments))):
+            kernel[grid](*arguments, num_warps=warps, num_stages=stages)
 
 
-def _check_devices(name: str, arguments: Any) -> None:
+def settle_key(kernel: JITFunction) -> None:
+    """Have Triton name `kernel`, and before it all that it calls: then its name in the cache on the disk is the same in
+    every process.
+
+    Triton makes a caller's name of what it knows of those it calls. It knows less where these have no name yet, so
+    the name would depend on which kernels a process met before.
+    """
+    if kernel.hash is None:
+        for name in kernel.fn.__code__.co_names:
+            called = kernel.fn.__globals__.get(name)
+            if isinstance(called, JITFunction):
+                settle_key(called)
+        kernel.cache_key  # noqa: B018  made when it is asked for
+
+
+def _tensors(arguments: Any) -> Iterator[torch.Tensor]:
+    """Those of the arguments and of their NamedTuples, in order."""
     for argument in arguments:
-        if isinstance(argument, tuple):
-            _check_devices(name, argument)
-        elif isinstance(argument, torch.Tensor) and argument.device.type != "meta":
-            raise ValueError(f"{name} is given a tensor on {argument.device}, which no GPU can reach")
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from _tensors(argument)
 
 
 def _specialised(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Any, Any, Any]:
