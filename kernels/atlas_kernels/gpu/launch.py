@@ -39,6 +39,7 @@ class Variant:
     hints: Mapping[tuple[int, ...], list[Any]]
     num_warps: int
     num_stages: int
+    cooperative: bool = False
 
 
 _recordings: list[tuple[str, list[Variant]]] = []
@@ -81,10 +82,12 @@ def launch(
     *,
     warps: int,
     stages: int = 1,
+    cooperative: bool = False,
 ) -> None:
     """kernel[grid](*arguments, S), S the constants; within `recording` or `counting` it is noted instead.
 
     stages: of loads in flight in a loop. One is enough where a block's loads are few: more would cost shared memory.
+    cooperative: the programs wait for each other, so all run at once; a grid for which there is no room is an error.
     """
     if _counters:
         _check_devices(kernel.__name__, arguments)
@@ -96,9 +99,10 @@ def launch(
     if _recordings:
         title, variants = _recordings[-1]
         name = title.format(kernel.__name__.removesuffix("_kernel"))
-        variants.append(Variant(name, kernel, *_specialised(kernel, arguments), warps, stages))
+        variants.append(Variant(name, kernel, *_specialised(kernel, arguments), warps, stages, cooperative))
     else:
-        kernel[grid](*arguments, num_warps=warps, num_stages=stages)
+        options = {"launch_cooperative_grid": True} if cooperative else {}
+        kernel[grid](*arguments, num_warps=warps, num_stages=stages, **options)
 
 
 def _check_devices(name: str, arguments: Any) -> None:
