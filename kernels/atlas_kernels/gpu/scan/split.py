@@ -100,10 +100,15 @@ def launch_split(split: Split, slices: int, arguments: tuple[Any, ...], shape: S
     shape = shape._replace(F=rows, SLICES=slices, BLOCK_F=min(shape.BLOCK_F, max(16, rows // 2)))
     meeting = Meeting(sizes, _parts(split, given[0].x_pointer, sizes.G, shape))
     programs = (sizes.G * slices,)
-    if isinstance(split.kernel, JITFunction):
+    if can_wait(split.kernel):
         launch(split.kernel, programs, (*given, meeting), shape, warps=warps, cooperative=True)
     else:
         by_phases(split, programs, (*given, meeting), shape, warps=warps)
+
+
+def can_wait(kernel: Any) -> bool:
+    """Whether the programs of `kernel` run side by side: the interpreter's run one after another."""
+    return isinstance(kernel, JITFunction)
 
 
 def by_phases(split: Split, programs: tuple[int], arguments: tuple[Any, ...], shape: Shape, *, warps: int) -> None:
