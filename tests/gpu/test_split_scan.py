@@ -5,7 +5,12 @@ Without a GPU each phase of a chunk is a launch of its own, and how programs wai
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,6 +151,41 @@ def test_as_the_chain_of_one_program(launched, monkeypatch):
     assert not launched
     assert_close(outputs_and_gradients(p, "triton"), alone)
     assert set(launched) == both(2)
+
+
+PTX = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from atlas_kernels.gpu.scan import variants
+
+for v in variants():
+    if "_split 8 slices" in v.name:
+        source = ASTSource(v.kernel, v.signature, dict(v.constants), dict(v.hints))
+        options = {"num_warps": v.num_warps, "num_stages": v.num_stages}
+        print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"], end="// next\\n")
+"""
+
+
+@pytest.mark.slow
+def test_what_waiting_is_compiled_to():
+    """All that a program stored stands before its arrival, all that it takes behind the wait; caches hold no copy."""
+    root = Path(__file__).parents[2]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root / "kernels"), environment.get("PYTHONPATH", "")])
+    run = subprocess.run([sys.executable, "-c", PTX], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    kernels = run.stdout.split("// next\n")[:-1]
+    assert len(kernels) == 2
+    barrier = "bar.sync"
+    for ptx in kernels:
+        before, arrival, behind = re.split(r"(atom\S*\.release\S*add)", ptx)
+        assert barrier in before[before.rindex("st.global") :]
+        wait = re.search(r"(ld|atom)\S*\.acquire", behind)
+        assert arrival and wait and "st.global" not in behind[: wait.start()]
+        taken = re.search(r"ld\.global\.[vb]", behind)
+        assert taken and barrier in behind[wait.end() : taken.start()]
+        assert "ld.global.nc" not in ptx
 
 
 @BFLOAT16_ON_A_GPU

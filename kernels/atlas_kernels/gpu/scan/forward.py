@@ -4,6 +4,7 @@
 [N + 2, G, F, ...] and writes slot n + 2; slot 0 holds the first chunk's anchor, slot 1 what enters. `read_kernel`, one
 program a chunk and memory, forms what the tokens read from those slots. Kept apart because a read waits for no other
 chunk: N times more programs than memories, and a shorter chain; the price is the sources' two products once more.
+Where memories are few, several programs share one: split.py.
 
 A chunk of a memory at C = 64, D = V = 64, F = 256, W = 16 (79 sources, padded to 128: a third of the work at the
 sources is on padding), layer norm, momentum, bfloat16 products; by count, not measured:

@@ -1,33 +1,36 @@
 """A memory's chain shared by several programs: each goes through a slice of the hidden rows, and they meet at a chunk.
 
-With one program a memory, 16 memories leave 116 of 132 multiprocessors idle. Of a chunk's work almost all is local to
-rows of the hidden width: matrices, momenta, their gradients, h, z and their gradients. What is summed over the rows
-crosses slices: o = h W1 forward; grad_e, grad_x and the gradients of to_w, to_s and last backward. A slice is a memory
-whose F is F / SLICES, and shares its tokens and tables: matrices [slots, G, F, ...] are [slots, G SLICES, F / SLICES,
-...] as they lie.
+With one program a memory, 16 memories leave 116 of 132 multiprocessors idle. Most of a chunk's work is local to rows of
+the hidden width: matrices, momenta and their gradients, h, z and theirs. What is summed over the rows crosses slices:
+forward o = h W1; backward grad_e, grad_x and the gradients of to_w, to_s and last. A slice is a memory whose F is
+F / SLICES, with its memory's tokens and tables: matrices [slots, G, F, ...] are [slots, G SLICES, F / SLICES, ...] as
+they lie, and the functions of forward.py and write_backward.py serve both forms.
 
-A chunk has two phases. In `give` a slice stores its parts of the sums in device memory; in `take` it adds those of all
-slices, in their order, and goes on. Between the two is `meet`: a counter in device memory, of atomics that count and
-carry no data, so equal inputs give equal bits. Parts lie in three rounds. What is given at a chunk is taken at that
-chunk or the next, so no slice overwrites what another still takes, with one meeting a chunk.
+A chunk has two phases. In `give` a slice stores its parts of the sums in device memory. In `take` it adds those of all
+slices, in their order, and goes on. Between the two stands `meet`, once a chunk: an atomic counter, which carries no
+data, so equal inputs give equal bits. While one slice takes, another may already give at the next chunk, and grad_x is
+taken a chunk later than the rest. So parts lie in three rounds, and none is overwritten before all have taken it.
 
-All programs must be resident at once, or those that wait would keep the others from starting: the launch is
-cooperative, which fails where they do not fit. The interpreter runs program after program, and none could wait there.
-It is given each phase as a launch of its own, of the same functions. So all but `meet` is tested without a GPU, and
-**`meet` has not run**; `tests/gpu/test_split_scan.py` tests it on a GPU.
+All programs must run at once, or those that wait would keep the others from starting. The launch is cooperative: it
+fails where they do not fit, and beside kernels of other streams it begins when there is room for all. Triton's
+interpreter runs program after program, so there each phase is a launch of its own, of the same functions. Without a GPU
+all is tested but `meet` and the loop around it, and of `meet` the order of its instructions. **`meet` has not run on a
+GPU**; tests/gpu/test_split_scan.py tests it there.
 
-A program a slice, of a chunk at the sizes of forward.py (79 sources), by count, not measured; unsplit is SLICES = 1:
+What one program does of a chunk, sizes as in forward.py (79 sources); by count, not measured:
 
-    SLICES                            1      2      4      8
-    write: MFLOP                      34     17     8.5    4.2
-    parts stored, KB                  -      20     20     20
-    parts taken, KB                   -      40     80     160
-    write_backward: MFLOP             90     46     24     13
-    parts stored (grad_x twice), KB   -      61     61     61
-    parts taken, KB                   -      80     120    200
+    SLICES                               1     2     4     8
+    write: MFLOP                        34    17   8.5   4.2
+    parts stored, KB                     -    20    20    20
+    parts taken, KB                      -    40    81   162
+    write_backward: MFLOP               90    46    24    13
+    parts stored (grad_x twice), KB      -    62    62    62
+    parts taken, KB                      -    84   127   214
 
-All parts stay in L2: three rounds of 132 programs are 8 MB forward, 16 MB backward. Every slice loads all tokens and
-tables, and in the backward forms the two [I, C] tables `seen` and `scores_met`, 2 MFLOP.
+Matrices move no more bytes in all. Every slice loads the chunk's tokens and tables, 80 KB forward and 220 backward; in
+the backward each forms `seen` and `scores_met`, 2 MFLOP. Parts stay in L2: three rounds of 132 programs take 8 MB
+forward and 17 MB backward. 128 programs, of 8 slices, take 21 MB a chunk from L2 forward and 26 MB backward: some
+microseconds, as their products do. Whether 4 slices would be as fast, a GPU must tell.
 """
 
 from __future__ import annotations
