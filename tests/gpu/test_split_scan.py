@@ -192,13 +192,13 @@ def test_what_waiting_is_compiled_to():
 @pytest.mark.parametrize("momentum", [True, False], ids=["momentum", "sum"])
 @pytest.mark.parametrize("memory,heads,slices", [("mlp", 16, 8), ("gated_mlp", 16, 8), ("mlp", 32, 4), ("mlp", 64, 2)])
 def test_programs_that_wait_for_each_other(launched, monkeypatch, memory, heads, slices, momentum):
-    """Equal calls give equal bits; phase by phase they give the same, and the chain of one program nearly."""
-    monkeypatch.undo()
+    """Equal calls give equal bits; phase by phase, and by one program a memory, they come to the same."""
     if torch.cuda.get_device_properties("cuda").multi_processor_count < slices * heads:
         pytest.skip(f"has fewer than {slices * heads} multiprocessors")
     rule = MemoryRule(memory, norm="layer", ns_steps=0, momentum=momentum)
     low, _ = rounded(small(rule, 2100, heads=heads, **PRESET), torch.bfloat16)
     first = outputs_and_gradients(low, "triton")
+    assert set(launched) == both(slices)
     for _ in range(9):
         for name, value in outputs_and_gradients(low, "triton").items():
             assert torch.equal(value, first[name]), f"{name} differs between equal calls"
@@ -207,5 +207,6 @@ def test_programs_that_wait_for_each_other(launched, monkeypatch, memory, heads,
         apart = outputs_and_gradients(low, "triton")
     alone = with_programs(low, monkeypatch, 1)
     for name, value in first.items():
-        assert relative_rms(value.double(), apart[name].double()) <= 1e-3, f"{name}, phase by phase"
+        # Of one source, but compiled apart: a sum may be rounded otherwise, and so a factor of a product.
+        assert relative_rms(value.double(), apart[name].double()) <= 1e-2, f"{name}, phase by phase"
         assert relative_rms(value.double(), alone[name].double()) <= ROUNDED_TOLERANCE[torch.bfloat16, memory], name
