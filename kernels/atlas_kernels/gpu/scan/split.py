@@ -35,6 +35,7 @@ microseconds, as their products do. Whether 4 slices would be as fast, a GPU mus
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -99,7 +100,7 @@ def launch_split(split: Split, slices: int, arguments: tuple[Any, ...], shape: S
     """`slices` programs a memory; arguments and shape as of the kernel that has one, sizes last."""
     *given, sizes = arguments
     rows = shape.F // slices
-    # Two blocks of rows at least: of one alone the compiler makes a straight line, which spills.
+    # Two blocks of rows where there can be: of one alone the compiler makes a straight line, which spills.
     shape = shape._replace(F=rows, SLICES=slices, BLOCK_F=min(shape.BLOCK_F, max(16, rows // 2)))
     meeting = Meeting(sizes, _parts(split, given[0].x_pointer, sizes.G, shape))
     programs = (sizes.G * slices,)
@@ -125,14 +126,12 @@ def by_phases(split: Split, programs: tuple[int], arguments: tuple[Any, ...], sh
 
 
 def _parts(split: Split, x: Tensor, G: int, shape: Shape) -> Parts:
-    """x: [N, G, I, D], of the dtype and device of the sums."""
-    programs, I = G * shape.SLICES, x.shape[-2]  # noqa: E741
-    arrived = torch.zeros(G, dtype=torch.int32, device=x.device)
-    sources = x.new_empty(ROUNDS, programs, I, shape.V, dtype=torch.float32)
-    if not split.backward:
-        return Parts(arrived, sources)
-    grad_x = torch.empty_like(sources[..., :1].expand(-1, -1, -1, shape.D))
-    return Parts(arrived, sources, grad_x, sources.new_empty(ROUNDS, programs, 3, shape.BLOCK_I))
+    """x: [N, G, I, D], on the device of the launch."""
+    I = x.shape[-2]  # noqa: E741
+    empty = partial(x.new_empty, ROUNDS, G * shape.SLICES, dtype=torch.float32)
+    arrived = x.new_zeros(G, dtype=torch.int32)
+    backward = (empty(I, shape.D), empty(3, shape.BLOCK_I)) if split.backward else ()
+    return Parts(arrived, empty(I, shape.V), *backward)
 
 
 @triton.jit
