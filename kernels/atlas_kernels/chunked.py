@@ -25,13 +25,12 @@ from .decays import pair_band, source_band
 from .delta_rule import delta_rule, delta_rule_packed
 from .memories import Matrices, MatrixView, WeightView, memory_of, oriented
 from .packing import Packing, pack
-from .rule import Inputs, MemoryRule, MemoryState
+from .rule import Gates, Inputs, MemoryRule, MemoryState
 from .writes import (
     Coefficients,
     OrthogonalWriter,
     OrthogonalWrites,
     Writes,
-    coefficients_of,
     summed_steps,
     writes_of,
 )
@@ -61,17 +60,33 @@ class Tokens:
 SegmentScan = Callable[
     [MemoryRule, Coefficients, Tokens, Matrices, Matrices, Matrices], tuple[Tensor, Matrices, Matrices]
 ]
+# (rule; gates of the segment [B, N*C, H, ...]; C; source gates in their chunks [N, G, I], None with pair gates) -> what
+# a `SegmentScan` takes.
+SegmentCoefficients = Callable[[MemoryRule, Gates, int, Tensor | None], Coefficients]
+# (halo [B, W-1, H, ...], tokens [B, N*C, H, ...], N) -> (sources of each chunk [N, G, I, ...], the halo that follows).
+Windows = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def windows(halo: Tensor, tokens: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
+    """`Windows`."""
+    before, length = halo.shape[1], tokens.shape[1] // chunks
+    t = torch.cat([halo, tokens], 1)
+    # A copy: a view would keep the whole segment alive for as long as the state lives.
+    return _Windows.apply(t, length + before, length), t[:, t.shape[1] - before :].clone()
 
 
 @dataclass(frozen=True)
 class Kernels:
     """What computes the heavy parts.
 
-    segment: all chunks of a segment where ns_steps = 0; None: chunk by chunk here. Chunk by chunk: how sources read the
-    anchor, what writes where ns_steps > 0, and how many matrices a write and Newton-Schulz step hold for the backward.
+    coefficients, segment: all chunks of a segment where ns_steps = 0; None: chunk by chunk here. windows: puts sources
+    in their chunks. Chunk by chunk: how sources read the anchor, what writes where ns_steps > 0, and how many matrices
+    a write and Newton-Schulz step hold for the backward.
     """
 
+    coefficients: SegmentCoefficients | None = None
     segment: SegmentScan | None = None
+    windows: Windows = windows
     anchor: Callable[[Matrices], WeightView] = MatrixView
     orthogonal: OrthogonalWriter = OrthogonalWrites
     held_of_step: float = 2.0
@@ -172,7 +187,7 @@ def _by_segment(
             y, state = scan(*arguments)
         outputs.append(y)
         first += chunks
-    return torch.cat(outputs, 1), state
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state
 
 
 class Borders:
@@ -238,17 +253,18 @@ class Layout:
 
     chunks: int
     tokens: int
-    window: int
+    windows: Windows = windows
 
     def by_chunk(self, t: Tensor) -> Tensor:
         return t.unflatten(1, (self.chunks, self.tokens)).movedim(3, 1).movedim(2, 0).flatten(1, 2)
 
+    def by_token(self, t: Tensor, batch: int) -> Tensor:
+        """The inverse: [N, G, C, ...] -> [B, N*C, H, ...]."""
+        return t.unflatten(1, (batch, -1)).movedim(0, 1).movedim(3, 2).flatten(1, 2)
+
     def with_halo(self, halo: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The sources of each chunk [N, G, I, ...] and the halo that follows the segment [B, W-1, H, ...]."""
-        t = torch.cat([halo, t], 1)
-        # A copy: a view would keep the whole segment alive for as long as the state lives.
-        following = t[:, t.shape[1] - self.window + 1 :].clone()
-        return _Windows.apply(t, self.tokens + self.window - 1, self.tokens), following
+        return self.windows(halo, t, self.chunks)
 
 
 class _Windows(torch.autograd.Function):
@@ -282,7 +298,7 @@ def scan(
     by_chunk: hold only the weights at each chunk's border for the backward. borders: of packed documents; the state's
     anchor is then that of the last chunk of the rows that have ended.
     """
-    layout = Layout(chunks, tokens, rule.window)
+    layout = Layout(chunks, tokens, kernels.windows)
     q = read_residual = layout.by_chunk(inputs.q)
     x, keys = layout.with_halo(state.keys, inputs.k)
     v, values = layout.with_halo(state.values, inputs.v)
@@ -290,28 +306,21 @@ def scan(
     if inputs.residual is not None and state.residuals is not None:
         read_residual = layout.by_chunk(inputs.residual[0])
         r, residuals = layout.with_halo(state.residuals, inputs.residual[1])
-    gamma = None
-    if state.gamma is None:
-        band = pair_band(layout.by_chunk(inputs.gates.gamma))
-    else:
-        sources, gamma = layout.with_halo(state.gamma, inputs.gates.gamma)
-        band = source_band(sources, tokens)
+    given = inputs.gates
+    own, gamma = (None, None) if state.gamma is None else layout.with_halo(state.gamma, given.gamma)
 
     offset = state.position % rule.chunk
-    given = inputs.gates
-    gates = (layout.by_chunk(given.alpha), layout.by_chunk(given.eta), layout.by_chunk(given.theta))
     # Row by row: passes over matrices of one layout are several times faster than over two.
-    weights, momentum, anchor = (
-        tuple(m.contiguous() for m in oriented(memory_of(rule), tuple(m.flatten(0, 1) for m in ms)))
-        for ms in state.matrices()
-    )
-    if offset == 0 and not borders:
-        anchor = weights
+    by_row = lambda ms: tuple(m.flatten(0, 1).contiguous() for m in oriented(memory_of(rule), ms))  # noqa: E731
+    weights, momentum = by_row(state.weights), by_row(state.momentum)
+    anchor = weights if offset == 0 and not borders else by_row(state.anchor)
     whole = Tokens(q, read_residual, x, v, r)
-    if kernels.segment is not None and rule.ns_steps == 0:
-        of = coefficients_of(rule, *gates, band)
+    if kernels.coefficients and kernels.segment and rule.ns_steps == 0:
+        of = kernels.coefficients(rule, given, tokens, own)
         after = _by_stretch(rule, kernels.segment, of, whole, (weights, momentum, anchor), borders)
     else:
+        band = pair_band(layout.by_chunk(given.gamma)) if own is None else source_band(own, tokens)
+        gates = (layout.by_chunk(given.alpha), layout.by_chunk(given.eta), layout.by_chunk(given.theta))
         by = (kernels.anchor, writes_of(rule, offset, gates, band, kernels.orthogonal))
         after = _chunk_by_chunk(rule, by, whole, (weights, momentum, anchor), by_chunk, borders)
     y, weights, momentum, anchor = after
@@ -326,8 +335,7 @@ def scan(
     )
     if not rule.momentum:
         momentum = state.momentum
-    y = y.unflatten(0, (batch, heads)).flatten(2, 3).transpose(1, 2)
-    return y, MemoryState(weights, momentum, anchor, keys, values, residuals, gamma, position)
+    return layout.by_token(y, batch), MemoryState(weights, momentum, anchor, keys, values, residuals, gamma, position)
 
 
 def _by_stretch(
@@ -338,7 +346,7 @@ def _by_stretch(
     matrices: tuple[Matrices, Matrices, Matrices],
     borders: Borders | None,
 ) -> tuple[Tensor, Matrices, Matrices, Matrices]:
-    """A segment in stretches of chunks that no document border touches: (y [G, N, C, V]; weights, momentum, anchor).
+    """A segment in stretches of chunks that no document border touches: (y [N, G, C, V]; weights, momentum, anchor).
 
     matrices: weights, momentum and the first chunk's anchor. Without borders it is one stretch.
     """
@@ -352,11 +360,14 @@ def _by_stretch(
             weights, momentum, anchor, last_anchor = borders.enter(start, weights, momentum, anchor, last_anchor)
         y, weights, momentum = segment(rule, own, tokens, weights, momentum, anchor)
         outputs.append(y)
-    return torch.cat(outputs).transpose(0, 1), weights, momentum, last_anchor if borders else anchor
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return y, weights, momentum, last_anchor if borders else anchor
 
 
 def _stretches(of: Any, lengths: list[int]) -> list[Any]:
     """Coefficients or Tokens of a segment, taken apart along its chunks."""
+    if len(lengths) == 1:
+        return [of]
     fields = [[None] * len(lengths) if t is None else t.split(lengths) for t in vars(of).values()]
     return [type(of)(*parts) for parts in zip(*fields, strict=True)]
 
@@ -369,7 +380,7 @@ def _chunk_by_chunk(
     by_chunk: bool,
     borders: Borders | None,
 ) -> tuple[Tensor, Matrices, Matrices, Matrices]:
-    """One chunk after the other: (y [G, N, C, V]; weights, momentum and anchor after them).
+    """One chunk after the other: (y [N, G, C, V]; weights, momentum and anchor after them).
 
     by: how sources read the anchor, and what writes. matrices: weights, momentum and the first chunk's anchor.
     by_chunk, borders: as in `scan`.
@@ -400,4 +411,5 @@ def _chunk_by_chunk(
         else:
             y, weights, momentum = step(n, weights, momentum, anchor)
         outputs.append(y)
-    return torch.stack(outputs, 1), weights, momentum, last_anchor if borders else anchor
+    # Chunks of a memory side by side: `by_token` then needs no copy.
+    return torch.stack(outputs, 1).transpose(0, 1), weights, momentum, last_anchor if borders else anchor

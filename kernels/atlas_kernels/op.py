@@ -172,6 +172,7 @@ def _choose(
 
 def _gpu_kernels(rule: MemoryRule, products: torch.dtype) -> Kernels:
     """What replaces torch in the chunk form."""
+    windows = _gpu("windows").windows
     if rule.ns_steps:
         gpu = _gpu("orthogonal_writes")
         # One matrix a write, in the dtype of products, is held, and no iterate.
@@ -179,8 +180,10 @@ def _gpu_kernels(rule: MemoryRule, products: torch.dtype) -> Kernels:
             anchor=partial(gpu.ProductReader, products=products),
             orthogonal=partial(gpu.OrthogonalSteps, products=products),
             held_of_step=1 / rule.ns_steps,
+            windows=windows,
         )
-    return Kernels(segment=_gpu("scan").segment_scan(products))
+    segment = _gpu("scan").segment_scan(products)
+    return Kernels(coefficients=_gpu("coefficients").coefficients, segment=segment, windows=windows)
 
 
 def _gpu(module: str) -> ModuleType:

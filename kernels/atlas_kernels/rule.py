@@ -205,6 +205,8 @@ class Inputs:
 
     def split(self, lengths: list[int]) -> list[Inputs]:
         """Stretches of the given lengths (one split a tensor: its backward is one concatenation)."""
+        if len(lengths) == 1:
+            return [self]
         parts = self.map(lambda t: iter(t.split(lengths, 1)))
         return [parts.map(next) for _ in lengths]
 

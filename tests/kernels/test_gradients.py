@@ -57,5 +57,5 @@ def test_layer_norm_pull():
 @pytest.mark.parametrize("window", [1, 3, 7])
 def test_sources_of_chunks(window):
     """Windows that overlap none, one and two chunks back."""
-    layout = Layout(chunks=3, tokens=3, window=window)
+    layout = Layout(chunks=3, tokens=3)
     assert gradcheck(layout.with_halo, (leaf(2, window - 1, 2, 2), leaf(2, 9, 2, 2)))

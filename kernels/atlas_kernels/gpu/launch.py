@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,8 @@ class Variant:
     name: unique among all. kernel: the function under `@triton.jit`. signature: Triton's type of every argument,
     "*bf16", "*fp32", "i32", "constexpr", or a NamedTuple of such. A path is an argument's place, (2,), or that of a
     field of a NamedTuple, (0, 1). constants: the values of constexprs, and of what is None or 1, by path. hints: by
-    path what else is known, such as that a pointer is a multiple of 16 bytes.
+    path what else is known, such as that a pointer is a multiple of 16 bytes. cooperative: see `launch`. grid, arguments: of
+    the recorded call.
     """
 
     name: str
@@ -40,6 +41,8 @@ class Variant:
     num_warps: int
     num_stages: int
     cooperative: bool = False
+    grid: tuple[int, ...] = field(default=(), compare=False)
+    arguments: tuple[Any, ...] = field(default=(), compare=False, repr=False)
 
 
 _recordings: list[tuple[str, list[Variant]]] = []
@@ -99,7 +102,8 @@ def launch(
     if _recordings:
         title, variants = _recordings[-1]
         name = title.format(kernel.__name__.removesuffix("_kernel"))
-        variants.append(Variant(name, kernel, *_specialised(kernel, arguments), warps, stages, cooperative))
+        found = _specialised(kernel, arguments)
+        variants.append(Variant(name, kernel, *found, warps, stages, cooperative, grid, arguments))
     else:
         options = {"launch_cooperative_grid": True} if cooperative else {}
         kernel[grid](*arguments, num_warps=warps, num_stages=stages, **options)

@@ -1,7 +1,8 @@
 """The chunks of a segment in Triton, forward and backward: what `impl="triton"` runs for ns_steps = 0.
 
-Replaces the loop of `chunked._chunk_by_chunk`; what follows from the gates alone, segments, halos and the state are
-the torch code's. Dims as there: N chunks, G = B x H memories, C tokens, I sources, D lifted key, V value, F hidden.
+Replaces the loop of `chunked._chunk_by_chunk`. What follows from the gates alone comes from coefficients.py, sources in
+their chunks from windows.py; segments and the state are the torch code's. Dims as there: N chunks, G = B x H memories,
+C tokens, I sources, D lifted key, V value, F hidden.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -82,9 +82,13 @@ UNUSED = {
 }
 
 
+def padded(n: int) -> int:
+    """The rows or columns of the tile that holds n of them."""
+    return max(16, triton.next_power_of_2(n))
+
+
 def shape_of(rule: MemoryRule, products: torch.dtype, sizes: Sizes, D: int, V: int, F: int, keep: bool) -> Shape:
     """The constants of a segment's launches; F the hidden width, keep: for a backward. BLOCK_F is each launch's own."""
-    pad = lambda n: max(16, triton.next_power_of_2(n))  # noqa: E731
     return Shape(
         D=D,
         V=V,
@@ -94,10 +98,10 @@ def shape_of(rule: MemoryRule, products: torch.dtype, sizes: Sizes, D: int, V: i
         MOMENTUM=rule.momentum,
         GATED=rule.memory == "gated_mlp",
         PRODUCTS=TRITON_DTYPES[products],
-        BLOCK_I=pad(sizes.I),
-        BLOCK_D=pad(D),
-        BLOCK_V=pad(V),
-        BLOCK_C=pad(sizes.C),
+        BLOCK_I=padded(sizes.I),
+        BLOCK_D=padded(D),
+        BLOCK_V=padded(V),
+        BLOCK_C=padded(sizes.C),
         SHARE=float(rule.anchor_gradient),
         KEEP=keep,
     )
@@ -134,7 +138,7 @@ class _SegmentScan(torch.autograd.Function):
         sizes = Sizes(N, G, C, I)
         shape = shape_of(rule, products, sizes, D, V, matrices[0].shape[-2], keep)
         tokens = Tokens(*(t.contiguous() for t in (q, read_residual, x, v, r)))
-        coefficients = (alphas, kappas, _padded(sources, shape), last, to_w, to_s)
+        coefficients = (alphas, kappas, sources, last, to_w, to_s)
         tables = Tables(*(None if t is None else t.contiguous() for t in coefficients))
         states = _entering(N, *(matrices[i * count : (i + 1) * count] for i in range(3)))
 
@@ -180,7 +184,7 @@ class _SegmentScan(torch.autograd.Function):
         read = grad_y, tokens, _of_reads(tables), states, reads, grads, sizes._replace(N=None)
         _launch("read_backward", N * G, read, shape)
 
-        grad_weights = Matrices(*(torch.stack([torch.zeros_like(m), m]) for m in grad_matrices[:count]))
+        grad_weights = _owed(grad_matrices[:count])
         grad_momenta = [m.clone(memory_format=torch.contiguous_format) for m in grad_matrices[count:]]
         part = partial(tokens.q_pointer.new_empty, G, I, shape.F)
         write = WriteGradients(
@@ -199,7 +203,7 @@ class _SegmentScan(torch.autograd.Function):
         return (
             *(None, None, grads.grad_q_pointer, grad_y, grads.grad_x_pointer),
             *(grad_value.neg(), grad_value if shape.L2 else None),
-            *(grads.grad_alphas_pointer, grads.grad_kappas_pointer, grads.grad_sources_pointer[..., :C, :I]),
+            *(grads.grad_alphas_pointer, grads.grad_kappas_pointer, grads.grad_sources_pointer),
             *(write.grad_last_pointer, write.grad_to_w_pointer, write.grad_to_s_pointer),
             *(m[1] for m in grad_weights[:count]),
             *(m[0] for m in grad_weights[:count]),
@@ -227,10 +231,13 @@ def _entering(N: int, weights: tuple[Tensor, ...], anchors: tuple[Tensor, ...], 
     return states
 
 
-def _padded(sources: Tensor, shape: Shape) -> Tensor:
-    """[N, G, C, I] -> [N, G, BLOCK_C, BLOCK_I]: with strides that the kernels know, addresses take no registers."""
-    C, I = sources.shape[-2:]  # noqa: E741
-    return F.pad(sources, (0, shape.BLOCK_I - I, 0, shape.BLOCK_C - C)).contiguous()
+def _owed(grads: tuple[Tensor, ...]) -> Matrices:
+    """Two slots: nothing yet for the first chunk's anchor, and the gradient of what leaves."""
+    slots = Matrices(*(m.new_empty(2, *m.shape) for m in grads))
+    for slot, leaving in zip(slots, grads, strict=False):
+        slot[0].zero_()
+        slot[1].copy_(leaving)
+    return slots
 
 
 def variants() -> list[Variant]:
@@ -257,12 +264,12 @@ def _variants(title: str, rule: MemoryRule, *kernels: str, slices: int = 1) -> l
     tokens = SegmentTokens(empty(N, G, C, D), empty(N, G, C, D), *(empty(N, G, I, D) for _ in range(3)))
     parts = 3 if rule.momentum else 1
     coefficients = Coefficients(
-        alphas=empty(N, G, C, 1),
-        kappas=empty(N, G, C, 1) if rule.momentum else None,
-        sources=empty(N, G, C, I),
-        last=empty(N, G, parts, 1),
-        to_weights=empty(N, G, I, 1),
-        to_momentum=empty(N, G, I, 1) if rule.momentum else None,
+        alphas=empty(N, G, C),
+        kappas=empty(N, G, C) if rule.momentum else None,
+        sources=empty(N, G, padded(C), padded(I)),
+        last=empty(N, G, parts),
+        to_weights=empty(N, G, I),
+        to_momentum=empty(N, G, I) if rule.momentum else None,
     )
     matrices = empty(G, F, D), empty(G, F, D)
     with recording(f"scan {{}}{title} bf16") as found:
