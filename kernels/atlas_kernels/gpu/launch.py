@@ -29,8 +29,8 @@ class Variant:
     name: unique among all. kernel: the function under `@triton.jit`. signature: Triton's type of every argument,
     "*bf16", "*fp32", "i32", "constexpr", or a NamedTuple of such. A path is an argument's place, (2,), or that of a
     field of a NamedTuple, (0, 1). constants: the values of constexprs, and of what is None or 1, by path. hints: by
-    path what else is known, such as that a pointer is a multiple of 16 bytes. cooperative: see `launch`. grid, arguments: of
-    the recorded call.
+    path what else is known, such as that a pointer is a multiple of 16 bytes. cooperative: as `launch` is told. grid,
+    arguments: of the recorded call.
     """
 
     name: str
