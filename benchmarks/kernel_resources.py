@@ -61,6 +61,7 @@ def measure(variant: Any, arch: int) -> dict[str, Any]:
     """What `variant` takes on sm_<arch>."""
     source = ASTSource(variant.kernel, variant.signature, dict(variant.constants), dict(variant.hints))
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options["launch_cooperative_grid"] = variant.cooperative
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

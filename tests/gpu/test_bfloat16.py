@@ -11,6 +11,7 @@ import torch
 from atlas_kernels import MemoryRule, omega_memory
 from atlas_kernels import newton_schulz as in_torch
 from atlas_kernels.gpu.newton_schulz import newton_schulz
+from atlas_kernels.gpu.scan import split
 from tests.support.device_problems import BFLOAT16_ON_A_GPU, NEWTON_SCHULZ_TOLERANCE, compare_rounded, rounded, small
 from tests.support.problems import relative_rms
 
@@ -50,6 +51,14 @@ def test_newton_schulz(shape, stored, falls):
     ids=["omeganet with momentum", "dla's window", "dot", "a write a chunk", "exact atlas"],
 )
 def test_omega_memory(memory, changes):
+    compare_rounded(small(replace(RULE, memory=memory, **changes), TOKENS, **PRESET), torch.bfloat16)
+
+
+@pytest.mark.parametrize("memory", ["mlp", "gated_mlp"])
+@pytest.mark.parametrize("changes", [{}, {"momentum": False, "window": 1}], ids=["momentum", "dla's window"])
+def test_one_program_a_memory(memory, changes, monkeypatch):
+    """As of many memories; of as few as above, several programs share one."""
+    monkeypatch.setattr(split, "multiprocessors", lambda device: 1)
     compare_rounded(small(replace(RULE, memory=memory, **changes), TOKENS, **PRESET), torch.bfloat16)
 
 

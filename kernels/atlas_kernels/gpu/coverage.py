@@ -16,7 +16,7 @@ CHUNK = 64
 # A chunk's tokens and their halo, held on chip at once; and how many with float32 products, of D and V up to 64.
 SOURCES, SOURCES_FLOAT32 = 128, 64
 # Shared memory that a block takes at most, with D and V up to 64 and up to 128.
-SHARED, SHARED_WIDE = 108 << 10, 180 << 10
+SHARED, SHARED_WIDE = 120 << 10, 208 << 10
 
 
 def refusal(rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Tensor, ...], products: torch.dtype) -> str | None:

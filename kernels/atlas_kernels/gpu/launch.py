@@ -29,7 +29,8 @@ class Variant:
     name: unique among all. kernel: the function under `@triton.jit`. signature: Triton's type of every argument,
     "*bf16", "*fp32", "i32", "constexpr", or a NamedTuple of such. A path is an argument's place, (2,), or that of a
     field of a NamedTuple, (0, 1). constants: the values of constexprs, and of what is None or 1, by path. hints: by
-    path what else is known, such as that a pointer is a multiple of 16 bytes. grid, arguments: of the recorded call.
+    path what else is known, such as that a pointer is a multiple of 16 bytes. cooperative: as `launch` is told. grid,
+    arguments: of the recorded call.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Variant:
     hints: Mapping[tuple[int, ...], list[Any]]
     num_warps: int
     num_stages: int
+    cooperative: bool = False
     grid: tuple[int, ...] = field(default=(), compare=False)
     arguments: tuple[Any, ...] = field(default=(), compare=False, repr=False)
 
@@ -83,10 +85,12 @@ def launch(
     *,
     warps: int,
     stages: int = 1,
+    cooperative: bool = False,
 ) -> None:
     """kernel[grid](*arguments, S), S the constants; within `recording` or `counting` it is noted instead.
 
     stages: of loads in flight in a loop. One is enough where a block's loads are few: more would cost shared memory.
+    cooperative: the programs wait for each other, so all run at once; a grid for which there is no room is an error.
     """
     if _counters:
         for tensor in _tensors(arguments):
@@ -102,11 +106,13 @@ def launch(
     if _recordings:
         title, variants = _recordings[-1]
         name = title.format(kernel.__name__.removesuffix("_kernel"))
-        variants.append(Variant(name, kernel, *_specialised(kernel, arguments), warps, stages, grid, arguments))
+        found = _specialised(kernel, arguments)
+        variants.append(Variant(name, kernel, *found, warps, stages, cooperative, grid, arguments))
     else:
+        options = {"launch_cooperative_grid": True} if cooperative else {}
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(next(_tensors(arguments))):
-            kernel[grid](*arguments, num_warps=warps, num_stages=stages)
+            kernel[grid](*arguments, num_warps=warps, num_stages=stages, **options)
 
 
 def settle_key(kernel: JITFunction) -> None:

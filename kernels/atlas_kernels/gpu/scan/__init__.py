@@ -35,6 +35,9 @@ from atlas_kernels.gpu.scan.pieces import (
     WriteGradients,
 )
 from atlas_kernels.gpu.scan.read_backward import read_backward_kernel
+from atlas_kernels.gpu.scan.split import MULTIPROCESSORS, launch_split, slices_of
+from atlas_kernels.gpu.scan.split_write import SPLIT_WRITE
+from atlas_kernels.gpu.scan.split_write_backward import SPLIT_WRITE_BACKWARD
 from atlas_kernels.gpu.scan.write_backward import write_backward_kernel
 from atlas_kernels.rule import MemoryRule
 from atlas_kernels.writes import Coefficients
@@ -65,6 +68,8 @@ KERNELS = {
     "read_backward": read_backward_kernel,
     "write_backward": write_backward_kernel,
 }
+# The chains, where there are fewer memories than a GPU could run programs at once.
+SPLITS = {"write": SPLIT_WRITE, "write_backward": SPLIT_WRITE_BACKWARD}
 # (rows of the hidden width at a time, warps), pinned so that equal inputs give equal bits: the largest that the
 # forward holds without spilling on compute capability 9.0, and the smallest in the backward, which spills least.
 CONFIGURATIONS = {"write": (32, 8), "read": (32, 8), "read_backward": (16, 8), "write_backward": (16, 8)}
@@ -110,7 +115,12 @@ def _launch(kernel: str, programs: int, arguments: tuple[Any, ...], shape: Shape
     while shape.F % block:
         block //= 2
     unused = {name: Shape._field_defaults[name] for name in UNUSED[kernel]}
-    launch(KERNELS[kernel], (programs,), arguments, shape._replace(BLOCK_F=block, **unused), warps=warps)
+    shape = shape._replace(BLOCK_F=block, **unused)
+    slices = slices_of(programs, shape, arguments[0].x_pointer.device) if kernel in SPLITS else 1
+    if slices > 1:
+        launch_split(SPLITS[kernel], slices, arguments, shape, warps=warps)
+    else:
+        launch(KERNELS[kernel], (programs,), arguments, shape, warps=warps)
 
 
 class _SegmentScan(torch.autograd.Function):
@@ -241,13 +251,14 @@ def variants() -> list[Variant]:
         *_variants(" damped", damped, "write_backward"),
         *_variants(" first order", replace(rule, anchor_gradient=0.0), "write_backward"),
         *_variants(" chunk 48", replace(damped, chunk=48), *KERNELS),
+        *(v for slices in (8, 2) for v in _variants(f" {slices} slices", rule, *SPLITS, slices=slices)),
     ]
 
 
-def _variants(title: str, rule: MemoryRule, *kernels: str) -> list[Variant]:
+def _variants(title: str, rule: MemoryRule, *kernels: str, slices: int = 1) -> list[Variant]:
     """Recorded of chunks one token short: of a whole one the kernels would be told that C is a multiple of 16, which
-    the last chunk of a sequence is not."""
-    N, G, C, D, F = 3, 3, rule.chunk - 1, 64, 256
+    the last chunk of a sequence is not. Of as many memories as leave room for so many slices of each, and no more."""
+    N, G, C, D, F = 3, MULTIPROCESSORS // slices - 1, rule.chunk - 1, 64, 256
     I = C + rule.window - 1  # noqa: E741
     empty = partial(torch.empty, device="meta", requires_grad=True)
     tokens = SegmentTokens(empty(N, G, C, D), empty(N, G, C, D), *(empty(N, G, I, D) for _ in range(3)))
@@ -265,4 +276,5 @@ def _variants(title: str, rule: MemoryRule, *kernels: str) -> list[Variant]:
         y, weights, momenta = segment_scan(torch.bfloat16)(rule, coefficients, tokens, matrices, matrices, matrices)
         outputs = y, *weights, *(momenta if rule.momentum else ())
         torch.autograd.grad(outputs, tokens.q, [torch.empty_like(t) for t in outputs])
-    return [variant for variant in found if variant.kernel in [KERNELS[kernel] for kernel in kernels]]
+    wanted = [SPLITS[kernel].kernel if slices > 1 else KERNELS[kernel] for kernel in kernels]
+    return [variant for variant in found if variant.kernel in wanted]

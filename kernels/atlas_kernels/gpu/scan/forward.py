@@ -4,6 +4,7 @@
 [N + 2, G, F, ...] and writes slot n + 2; slot 0 holds the first chunk's anchor, slot 1 what enters. `read_kernel`, one
 program a chunk and memory, forms what the tokens read from those slots. Kept apart because a read waits for no other
 chunk: N times more programs than memories, and a shorter chain; the price is the sources' two products once more.
+Where memories are few, several programs share one: split.py.
 
 A chunk of a memory at C = 64, D = V = 64, F = 256, W = 16 (79 sources, padded to 128: a third of the work at the
 sources is on padding), layer norm, momentum, bfloat16 products; by count, not measured:
@@ -40,6 +41,72 @@ from atlas_kernels.gpu.scan.pieces import (
 
 
 @triton.jit
+def anchor_output(anchors, x, S: tl.constexpr):
+    """What the anchor gives to each source x [I, d]: o [I, c], summed over the hidden rows."""
+    d, c = tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
+    o = tl.zeros([S.BLOCK_I, S.BLOCK_V], tl.float32)
+    for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
+        f = start + tl.arange(0, S.BLOCK_F)
+        h = gelu(product(x, tl.trans(tile(anchors.second_pointer, f, d, S.F, S.D)), S.PRODUCTS))
+        if S.GATED:
+            h *= product(x, tl.trans(tile(anchors.third_pointer, f, d, S.F, S.D)), S.PRODUCTS)
+        o = add_product(o, h, tile(anchors.first_pointer, f, c, S.F, S.V), S.PRODUCTS)
+    return o
+
+
+@triton.jit
+def write_rows(tokens, tables, states, slots, sources, at, I, S: tl.constexpr):  # noqa: E741
+    """What leaves chunk `at`: the hidden rows of the matrices and their momenta.
+
+    slots: pointers at the anchor, the places of what enters and of what leaves; sources: x [I, d] and o [I, c].
+    """
+    D: tl.constexpr = S.D
+    V: tl.constexpr = S.V
+    F: tl.constexpr = S.F
+    weights = states.weights
+    if S.MOMENTUM:
+        momenta = states.momenta
+    anchors, before, after = slots
+    x, o = sources
+    i, d, c = tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
+    inside = c[None, :] < V
+    v, r = tile(tokens.v_pointer + at * I * V, i, c, I, V), tile(tokens.r_pointer + at * I * V, i, c, I, V)
+    e = inner_error(o, r, v, inside, S)
+    to_w = column(tables.to_w_pointer + at * I, i, I)
+    e_to_w, x_to_w = tl.trans((to_w * e).to(S.PRODUCTS)), tl.trans((to_w * x).to(S.PRODUCTS))
+    if S.MOMENTUM:
+        to_s = column(tables.to_s_pointer + at * I, i, I)
+        e_to_s, x_to_s = tl.trans((to_s * e).to(S.PRODUCTS)), tl.trans((to_s * x).to(S.PRODUCTS))
+        keep = tl.load(tables.last_pointer + at * 3)
+        push, drag = tl.load(tables.last_pointer + at * 3 + 1), tl.load(tables.last_pointer + at * 3 + 2)
+    else:
+        keep = tl.load(tables.last_pointer + at)
+
+    for start in tl.range(0, F, S.BLOCK_F, disable_licm=True):
+        f = start + tl.arange(0, S.BLOCK_F)
+        h, factor, factor_up = source_factors(anchors, x, e, f, d, c, S)
+        w1 = keep * tile(weights.first_pointer + before * F * V, f, c, F, V)
+        w2 = keep * tile(weights.second_pointer + before * F * D, f, d, F, D)
+        if S.MOMENTUM:
+            s1 = tile(momenta.first_pointer + before * F * V, f, c, F, V)
+            s2 = tile(momenta.second_pointer + before * F * D, f, d, F, D)
+            w1, w2 = w1 + push * s1, w2 + push * s2
+            put(momenta.first_pointer + after * F * V, add_flipped(drag * s1, e_to_s, h, S.PRODUCTS), f, c, F, V)
+            s2_at = momenta.second_pointer + after * F * D
+            put(s2_at, add_flipped(drag * s2, x_to_s, factor, S.PRODUCTS), f, d, F, D)
+        put(weights.first_pointer + after * F * V, add_flipped(w1, e_to_w, h, S.PRODUCTS), f, c, F, V)
+        put(weights.second_pointer + after * F * D, add_flipped(w2, x_to_w, factor, S.PRODUCTS), f, d, F, D)
+        if S.GATED:
+            w3 = keep * tile(weights.third_pointer + before * F * D, f, d, F, D)
+            if S.MOMENTUM:
+                s3 = tile(momenta.third_pointer + before * F * D, f, d, F, D)
+                w3 += push * s3
+                s3_at = momenta.third_pointer + after * F * D
+                put(s3_at, add_flipped(drag * s3, x_to_s, factor_up, S.PRODUCTS), f, d, F, D)
+            put(weights.third_pointer + after * F * D, add_flipped(w3, x_to_w, factor_up, S.PRODUCTS), f, d, F, D)
+
+
+@triton.jit
 def write_kernel(
     tokens,  # Tokens
     tables,  # Tables
@@ -49,64 +116,17 @@ def write_kernel(
     S: tl.constexpr,  # Shape
 ):
     N, G, I = sizes.N, sizes.G, sizes.I  # noqa: E741
-    D: tl.constexpr = S.D
-    V: tl.constexpr = S.V
-    F: tl.constexpr = S.F
-    weights = states.weights
-    if S.MOMENTUM:
-        momenta = states.momenta
     g = tl.program_id(0)
     i, d, c = tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
-    inside = c[None, :] < V
     n = 0
     while n < N:  # no range: the interpreter takes an argument as its bound only with an older numpy
         at = (n * G + g).to(tl.int64)
         before, after = at + G, at + 2 * G
-        anchors = slot_of(weights, tl.where(n == 0, at, before), S)
-        x = tile(tokens.x_pointer + at * I * D, i, d, I, D)
-        o = tl.zeros([S.BLOCK_I, S.BLOCK_V], tl.float32)
-        for start in tl.range(0, F, S.BLOCK_F, disable_licm=True):
-            f = start + tl.arange(0, S.BLOCK_F)
-            h = gelu(product(x, tl.trans(tile(anchors.second_pointer, f, d, F, D)), S.PRODUCTS))
-            if S.GATED:
-                h *= product(x, tl.trans(tile(anchors.third_pointer, f, d, F, D)), S.PRODUCTS)
-            o = add_product(o, h, tile(anchors.first_pointer, f, c, F, V), S.PRODUCTS)
-        put(o_pointer + at * I * V, o, i, c, I, V)
-
-        v, r = tile(tokens.v_pointer + at * I * V, i, c, I, V), tile(tokens.r_pointer + at * I * V, i, c, I, V)
-        e = inner_error(o, r, v, inside, S)
-        to_w = column(tables.to_w_pointer + at * I, i, I)
-        e_to_w, x_to_w = tl.trans((to_w * e).to(S.PRODUCTS)), tl.trans((to_w * x).to(S.PRODUCTS))
-        if S.MOMENTUM:
-            to_s = column(tables.to_s_pointer + at * I, i, I)
-            e_to_s, x_to_s = tl.trans((to_s * e).to(S.PRODUCTS)), tl.trans((to_s * x).to(S.PRODUCTS))
-            keep = tl.load(tables.last_pointer + at * 3)
-            push, drag = tl.load(tables.last_pointer + at * 3 + 1), tl.load(tables.last_pointer + at * 3 + 2)
-        else:
-            keep = tl.load(tables.last_pointer + at)
-
-        for start in tl.range(0, F, S.BLOCK_F, disable_licm=True):
-            f = start + tl.arange(0, S.BLOCK_F)
-            h, factor, factor_up = source_factors(anchors, x, e, f, d, c, S)
-            w1 = keep * tile(weights.first_pointer + before * F * V, f, c, F, V)
-            w2 = keep * tile(weights.second_pointer + before * F * D, f, d, F, D)
-            if S.MOMENTUM:
-                s1 = tile(momenta.first_pointer + before * F * V, f, c, F, V)
-                s2 = tile(momenta.second_pointer + before * F * D, f, d, F, D)
-                w1, w2 = w1 + push * s1, w2 + push * s2
-                put(momenta.first_pointer + after * F * V, add_flipped(drag * s1, e_to_s, h, S.PRODUCTS), f, c, F, V)
-                s2_at = momenta.second_pointer + after * F * D
-                put(s2_at, add_flipped(drag * s2, x_to_s, factor, S.PRODUCTS), f, d, F, D)
-            put(weights.first_pointer + after * F * V, add_flipped(w1, e_to_w, h, S.PRODUCTS), f, c, F, V)
-            put(weights.second_pointer + after * F * D, add_flipped(w2, x_to_w, factor, S.PRODUCTS), f, d, F, D)
-            if S.GATED:
-                w3 = keep * tile(weights.third_pointer + before * F * D, f, d, F, D)
-                if S.MOMENTUM:
-                    s3 = tile(momenta.third_pointer + before * F * D, f, d, F, D)
-                    w3 += push * s3
-                    s3_at = momenta.third_pointer + after * F * D
-                    put(s3_at, add_flipped(drag * s3, x_to_s, factor_up, S.PRODUCTS), f, d, F, D)
-                put(weights.third_pointer + after * F * D, add_flipped(w3, x_to_w, factor_up, S.PRODUCTS), f, d, F, D)
+        anchors = slot_of(states.weights, tl.where(n == 0, at, before), S)
+        x = tile(tokens.x_pointer + at * I * S.D, i, d, I, S.D)
+        o = anchor_output(anchors, x, S)
+        put(o_pointer + at * I * S.V, o, i, c, I, S.V)
+        write_rows(tokens, tables, states, (anchors, before, after), (x, o), at, I, S)
         # What this chunk wrote, other threads of the program read in the next.
         tl.debug_barrier()
         n += 1

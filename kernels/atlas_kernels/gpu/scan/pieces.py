@@ -126,6 +126,7 @@ class Shape(NamedTuple):
     BLOCK_F: int = 0  # each kernel's own
     SHARE: float = 0.0  # of the gradient through the anchor
     KEEP: bool = False  # what the backward takes
+    SLICES: int = 1  # of a memory's hidden rows, F each, see split.py
 
 
 @triton.jit

@@ -4,7 +4,8 @@
 to matrices and factors is left to the chain as the two sides of outer products, h and dz [C, F] a chunk, in PRODUCTS:
 their sums would be four matrices, two to four times the bytes. `write_backward_kernel`, one program a memory, goes
 through the chunks from the last to the first with the gradients of the matrices in place, slot 1 of [2, G, F, ...];
-slot 0 takes the gradient of the first chunk's anchor, every other anchor is the weights that enter its chunk.
+slot 0 takes the gradient of the first chunk's anchor, every other anchor is the weights that enter its chunk. Where
+memories are few, several programs share one: split.py.
 
 Names: `grad_a` is the loss's gradient of a.
 

@@ -136,13 +136,14 @@ def through_factors(chunk, held, grad_e, grad_x, sizes, S: tl.constexpr):
         back = product(e, tl.trans(a1), S.PRODUCTS)
         grad_w1, grad_s1 = gradient_block(grad_weights.first_pointer, grad_momenta.first_pointer, f, c, S.V, S)
         grad_w2, grad_s2 = gradient_block(grad_weights.second_pointer, grad_momenta.second_pointer, f, d, S.D, S)
-        read_h, read_z = tile(chunk.h_pointer, t, f, sizes.C, S.F), tile(chunk.grad_z_pointer, t, f, sizes.C, S.F)
+        read_h = tile(chunk.h_pointer, t, f, sizes.C, S.F * S.SLICES)
+        read_z = tile(chunk.grad_z_pointer, t, f, sizes.C, S.F * S.SLICES)
 
         # Of what leaves, and of what the reads met: (h, e) of W1, (factor, x) of W2.
         factor = back * slope
         if S.GATED:
             grad_w3, grad_s3 = gradient_block(grad_weights.third_pointer, grad_momenta.third_pointer, f, d, S.D, S)
-            read_up = tile(chunk.grad_up_pointer, t, f, sizes.C, S.F)
+            read_up = tile(chunk.grad_up_pointer, t, f, sizes.C, S.F * S.SLICES)
             up = product(x, tl.trans(tile(anchors.third_pointer, f, d, S.F, S.D)), S.PRODUCTS)
             grad_up_factor, grad_x, grad_to_w, grad_to_s = step_gradients(
                 back * h, x, held, (grad_w3, grad_s3), (grad_x, grad_to_w, grad_to_s), S
@@ -236,6 +237,71 @@ def through_anchor(chunk, grad_anchors, x, grad_o, grad_x, sizes, S: tl.constexp
 
 
 @triton.jit
+def chunk_of(states, owed, write, n, g, sizes, S: tl.constexpr):
+    """Pointers at what memory g, or a slice of one, has at chunk n."""
+    G, C = sizes.G * S.SLICES, sizes.C
+    before = (n + 1) * G + g
+    weights = slot_of(states.weights, before, S)
+    grad_weights = slot_of(write.grad_weights, G + g, S)
+    momenta, grad_momenta = weights, grad_weights
+    if S.MOMENTUM:
+        momenta, grad_momenta = slot_of(states.momenta, before, S), slot_of(write.grad_momenta, g, S)
+    side = ((n * sizes.G + g // S.SLICES) * C * S.SLICES + g % S.SLICES) * S.F
+    part = g * sizes.I * S.F
+    return Chunk(
+        slot_of(states.weights, tl.where(n == 0, g, before), S),
+        weights,
+        momenta,
+        grad_weights,
+        grad_momenta,
+        slot_of(write.grad_weights, g, S),
+        owed.h_pointer + side,
+        owed.grad_z_pointer + side,
+        (owed.grad_up_pointer if S.GATED else owed.grad_z_pointer) + side,
+        write.part_z_pointer + part,
+        (write.part_up_pointer if S.GATED else write.part_z_pointer) + part,
+        n == 0,
+    )
+
+
+@triton.jit
+def held_at(tokens, tables, pointers, at, sizes, S: tl.constexpr):
+    """What is held of chunk `at`; pointers: at what the anchor gave, and at the gradient of the read."""
+    C, I = sizes.C, sizes.I  # noqa: E741
+    o_pointer, grad_read_pointer = pointers
+    t, i, d, c = tl.arange(0, S.BLOCK_C), tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
+    x = tile(tokens.x_pointer + at * I * S.D, i, d, I, S.D).to(S.PRODUCTS)
+    q = tile(tokens.q_pointer + at * C * S.D, t, d, C, S.D)
+    v, r = tile(tokens.v_pointer + at * I * S.V, i, c, I, S.V), tile(tokens.r_pointer + at * I * S.V, i, c, I, S.V)
+    o = tile(o_pointer + at * I * S.V, i, c, I, S.V)
+    e = inner_error(o, r, v, c[None, :] < S.V, S).to(S.PRODUCTS)
+    grad_read = tile(grad_read_pointer + at * C * S.V, t, c, C, S.V)
+    sources = flipped(tables.sources_pointer + at * S.BLOCK_C * S.BLOCK_I, S.BLOCK_C, S.BLOCK_I)
+    seen = (sources * product(x, tl.trans(q), S.PRODUCTS)).to(S.PRODUCTS)
+    scores_met = (sources * product(e, tl.trans(grad_read), S.PRODUCTS)).to(S.PRODUCTS)
+    alphas, to_w = column(tables.alphas_pointer + at * C, t, C), column(tables.to_w_pointer + at * I, i, I)
+    read_w, q_w = tl.trans((alphas * grad_read).to(S.PRODUCTS)), tl.trans((alphas * q).to(S.PRODUCTS))
+    read_s, q_s, to_s = read_w, q_w, to_w
+    if S.MOMENTUM:
+        kappas, to_s = column(tables.kappas_pointer + at * C, t, C), column(tables.to_s_pointer + at * I, i, I)
+        read_s, q_s = tl.trans((kappas * grad_read).to(S.PRODUCTS)), tl.trans((kappas * q).to(S.PRODUCTS))
+        at_last = tables.last_pointer + at * 3
+        keep, push, drag = tl.load(at_last), tl.load(at_last + 1), tl.load(at_last + 2)
+    else:
+        keep, push, drag = tl.load(tables.last_pointer + at), 0.0, 0.0
+    return Held(x, e, seen, scores_met, read_w, read_s, q_w, q_s, to_w, to_s, keep, push, drag)
+
+
+@triton.jit
+def error_gradient(tokens, o_pointer, grad_e, at, I, S: tl.constexpr):  # noqa: E741
+    """From e's gradient at the sources of chunk `at` to those of o and of the value, as `inner_error_gradient`."""
+    i, c = tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_V)
+    o = tile(o_pointer + at * I * S.V, i, c, I, S.V)
+    v, r = tile(tokens.v_pointer + at * I * S.V, i, c, I, S.V), tile(tokens.r_pointer + at * I * S.V, i, c, I, S.V)
+    return inner_error_gradient(o, r, v, grad_e, c[None, :] < S.V, S)
+
+
+@triton.jit
 def write_backward_kernel(
     tokens,  # Tokens
     tables,  # Tables
@@ -246,49 +312,14 @@ def write_backward_kernel(
     sizes,  # Sizes
     S: tl.constexpr,  # Shape
 ):
-    N, G, C, I = sizes.N, sizes.G, sizes.C, sizes.I  # noqa: E741
+    N, G, I = sizes.N, sizes.G, sizes.I  # noqa: E741
     g = tl.program_id(0).to(tl.int64)
-    t, i, d, c = tl.arange(0, S.BLOCK_C), tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
-    inside = c[None, :] < S.V
-    grad_weights = slot_of(write.grad_weights, G + g, S)
-    grad_momenta = grad_weights
-    if S.MOMENTUM:
-        grad_momenta = slot_of(write.grad_momenta, g, S)
-    grad_first = slot_of(write.grad_weights, g, S)
-    part_z_at = write.part_z_pointer + g * I * S.F
-    part_up_at = (write.part_up_pointer if S.GATED else write.part_z_pointer) + g * I * S.F
-    grad_up_pointer = owed.grad_up_pointer if S.GATED else owed.grad_z_pointer
+    i, d, c = tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
     n = N - 1
     while n >= 0:
         at = n * G + g
-        before = at + G
-        anchors = slot_of(states.weights, tl.where(n == 0, g, before), S)
-        weights = slot_of(states.weights, before, S)
-        x = tile(tokens.x_pointer + at * I * S.D, i, d, I, S.D).to(S.PRODUCTS)
-        q = tile(tokens.q_pointer + at * C * S.D, t, d, C, S.D)
-        v, r = tile(tokens.v_pointer + at * I * S.V, i, c, I, S.V), tile(tokens.r_pointer + at * I * S.V, i, c, I, S.V)
-        e = inner_error(tile(o_pointer + at * I * S.V, i, c, I, S.V), r, v, inside, S).to(S.PRODUCTS)
-        grad_read = tile(owed.grad_read_pointer + at * C * S.V, t, c, C, S.V)
-        sources = flipped(tables.sources_pointer + at * S.BLOCK_C * S.BLOCK_I, S.BLOCK_C, S.BLOCK_I)
-        seen = (sources * product(x, tl.trans(q), S.PRODUCTS)).to(S.PRODUCTS)
-        scores_met = (sources * product(e, tl.trans(grad_read), S.PRODUCTS)).to(S.PRODUCTS)
-        alphas, to_w = column(tables.alphas_pointer + at * C, t, C), column(tables.to_w_pointer + at * I, i, I)
-        read_w, q_w = tl.trans((alphas * grad_read).to(S.PRODUCTS)), tl.trans((alphas * q).to(S.PRODUCTS))
-        momenta, read_s, q_s, to_s = weights, read_w, q_w, to_w
-        if S.MOMENTUM:
-            momenta = slot_of(states.momenta, before, S)
-            kappas, to_s = column(tables.kappas_pointer + at * C, t, C), column(tables.to_s_pointer + at * I, i, I)
-            read_s, q_s = tl.trans((kappas * grad_read).to(S.PRODUCTS)), tl.trans((kappas * q).to(S.PRODUCTS))
-            at_last = tables.last_pointer + at * 3
-            keep, push, drag = tl.load(at_last), tl.load(at_last + 1), tl.load(at_last + 2)
-        else:
-            keep, push, drag = tl.load(tables.last_pointer + at), 0.0, 0.0
-        sides = at * C * S.F
-        chunk = Chunk(
-            anchors, weights, momenta, grad_weights, grad_momenta, grad_first, owed.h_pointer + sides,
-            owed.grad_z_pointer + sides, grad_up_pointer + sides, part_z_at, part_up_at, n == 0,
-        )  # fmt: skip
-        held = Held(x, e, seen, scores_met, read_w, read_s, q_w, q_s, to_w, to_s, keep, push, drag)
+        held = held_at(tokens, tables, (o_pointer, owed.grad_read_pointer), at, sizes, S)
+        chunk = chunk_of(states, owed, write, n, g, sizes, S)
         grad_e = tile(owed.grad_e_pointer + at * I * S.V, i, c, I, S.V)
         grad_x = tile(owed.grad_x_pointer + at * I * S.D, i, d, I, S.D)
         grad_e, grad_x, grad_to_w, grad_to_s, grad_last = through_factors(chunk, held, grad_e, grad_x, sizes, S)
@@ -301,15 +332,12 @@ def write_backward_kernel(
         else:
             tl.store(write.grad_last_pointer + at, tl.sum(grad_last[0], 0))
         tl.store(write.grad_to_w_pointer + at * I + i, grad_to_w, mask=i < I)
-        o = tile(o_pointer + at * I * S.V, i, c, I, S.V)
-        v, r = tile(tokens.v_pointer + at * I * S.V, i, c, I, S.V), tile(tokens.r_pointer + at * I * S.V, i, c, I, S.V)
-        grad_o, grad_value = inner_error_gradient(o, r, v, grad_e, inside, S)
+        grad_o, grad_value = error_gradient(tokens, o_pointer, grad_e, at, I, S)
         put(write.grad_value_pointer + at * I * S.V, grad_value, i, c, I, S.V)
 
         # The anchor's gradient: in slot 0 of the first chunk, else with that of the weights that enter.
-        slot = tl.where(n == 0, g, G + g)
-        grad_anchors = slot_of(write.grad_weights, slot, S)
-        grad_x = through_anchor(chunk, grad_anchors, x, grad_o, grad_x, sizes, S)
+        grad_anchors = slot_of(write.grad_weights, tl.where(n == 0, g, G + g), S)
+        grad_x = through_anchor(chunk, grad_anchors, held.x, grad_o, grad_x, sizes, S)
         put(owed.grad_x_pointer + at * I * S.D, grad_x, i, d, I, S.D)
         tl.debug_barrier()
         n -= 1
