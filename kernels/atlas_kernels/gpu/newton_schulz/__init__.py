@@ -44,22 +44,32 @@ class Plan:
     M: int
     N: int
     warps: int
+    at_once: int = 1  # programs of a backward that a multiprocessor has registers and shared memory for
 
     def constants(self, n: int, products: torch.dtype, steps: int, turns: int = 1) -> Constants:
         return Constants(self.M, self.N, triton.cdiv(n, self.N), TRITON_DTYPES[products], steps, turns)
 
 
-def plan(m: int, n: int, products: torch.dtype, backward: bool) -> Plan:
-    """What a matrix [m, n], m <= n, is launched with: chosen so that registers hold it (see kernels/resources.json)."""
+def plan(m: int, n: int, products: torch.dtype, backward: bool, arch: int = 90) -> Plan:
+    """What a matrix [m, n], m <= n, is launched with on sm_<arch>: chosen so that registers hold it.
+
+    On sm_90 four warps multiply 64 rows together: a program of 64 rows has no more, for others would do the same rows
+    again (`executed_over_useful` in kernels/resources.json). sm_80 has no such groups and spills where they do not.
+    """
     M, N = max(16, triton.next_power_of_2(m)), max(16, triton.next_power_of_2(n))
-    exact = products == torch.float32
+    exact, older = products == torch.float32, arch < 90
     # The backward holds G beside E and D, float32 products hold their operands twice.
     room = (2048 if exact else 4096) if backward else (4096 if exact else 16384)
+    at_once = {16: 8, 32: 4, 64: 2, 128: 1}[M]
     if M <= 64 and M * N <= room:
-        return Plan(True, M, N, min(8, max(1, M * N // (512 if backward else 1024))))
-    if M == 128 or exact or backward and M == 64:
-        return Plan(False, M, 32, 4 if exact and M <= 64 else 8)
-    return Plan(False, M, 64, 4)
+        most = 4 if M == 64 and not (older and N > 128) else 8
+        warps = min(most, max(1, M * N // (512 if backward else 1024)))
+        return Plan(True, M, N, warps, 3 if M == 64 and arch == 90 else at_once)
+    if exact:
+        return Plan(False, M, 32, 4 if M <= 64 else 8, at_once)
+    if backward and older and M >= 64:
+        return Plan(False, M, 16, 4 if M == 64 else 8, at_once)
+    return Plan(False, M, 32, 8, at_once) if M == 128 else Plan(False, M, 64, 4, at_once)
 
 
 @dataclass(frozen=True)
@@ -155,32 +165,50 @@ def coefficient_table(steps: int, coefficients: str, device: torch.device) -> Te
         return torch.tensor(schedule(steps, coefficients), dtype=torch.float32, device=device)
 
 
-def _programs(count: int, M: int, device: torch.device) -> int:
+def _arch(device: torch.device) -> int:
+    """90 of a GPU of compute capability 9.0; and where there is none."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _programs(count: int, at_once: int, device: torch.device) -> int:
     """As many as a GPU runs at once, so that what they keep aside does not grow with the batch."""
     if device.type != "cuda":
         return min(count, 2)
-    a_multiprocessor = {16: 8, 32: 4, 64: 2, 128: 1}[M]
-    return min(count, a_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(count, at_once * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def launch_forward(source: Source, table: Tensor, products: torch.dtype, result: Tensor) -> Tensor:
-    """NS of `source` into `result` [matrices, m, n], of any strides; the norms that the backward takes [matrices]."""
+def launch_forward(
+    source: Source, table: Tensor, products: torch.dtype, result: Tensor, arch: int | None = None
+) -> Tensor:
+    """NS of `source` into `result` [matrices, m, n], of any strides; the norms that the backward takes [matrices].
+
+    arch: that of `plan`, None: of the device.
+    """
     count, m, n = result.shape
     norms = torch.empty(count, dtype=torch.float32, device=result.device)
-    at = plan(m, n, products, backward=False)
+    at = plan(m, n, products, False, arch or _arch(result.device))
     arguments = source.matrices(), _strided(result), norms, table, Sizes(count, m, n, source.share)
     launch(_kernel(at, False), (count,), arguments, at.constants(n, products, len(table)), warps=at.warps)
     return norms
 
 
 def launch_backward(
-    source: Source, gradient: Source, norms: Tensor, table: Tensor, products: torch.dtype, result: Tensor
+    source: Source,
+    gradient: Source,
+    norms: Tensor,
+    table: Tensor,
+    products: torch.dtype,
+    result: Tensor,
+    arch: int | None = None,
 ) -> None:
-    """The gradient of each matrix of `source` into `result` [matrices, m, n], of any strides."""
+    """The gradient of each matrix of `source` into `result` [matrices, m, n], of any strides; arch: as above."""
     count, m, n = result.shape
     steps = len(table)
-    at = plan(m, n, products, backward=True)
-    programs, columns = _programs(count, at.M, result.device), triton.cdiv(n, at.N) * at.N
+    at = plan(m, n, products, True, arch or _arch(result.device))
+    programs, columns = _programs(count, at.at_once, result.device), triton.cdiv(n, at.N) * at.N
     trail = steps * (at.M * columns + 2 * at.M**2) + (0 if at.whole else 2 * at.M**2)
     scratch = Scratch(
         torch.empty(programs, trail, dtype=products, device=result.device),
@@ -220,18 +248,18 @@ class _NewtonSchulz(torch.autograd.Function):
 COUNT, FORMED_OF = 31, (79, 63)
 
 
-def variants() -> list[Variant]:
-    """A float32 momentum with bfloat16 products, as it is trained; in memory and formed from its factors."""
+def variants(arch: int = 90) -> list[Variant]:
+    """A float32 momentum with bfloat16 products, as it is trained on sm_<arch>; in memory and formed of its factors."""
     return [
         variant
-        for m, n in ((64, 64), (64, 256), (128, 512), (48, 80))
+        for m, n in ((64, 64), (64, 256), (128, 128), (128, 512), (48, 80))
         for formed in (False, True)
         if not (formed and m == 48)
-        for variant in _variants(m, n, formed)
+        for variant in _variants(m, n, formed, arch)
     ]
 
 
-def _variants(m: int, n: int, formed: bool) -> list[Variant]:
+def _variants(m: int, n: int, formed: bool, arch: int) -> list[Variant]:
     """Both ways."""
     products = torch.bfloat16
     empty = partial(torch.empty, device="meta")
@@ -244,11 +272,11 @@ def _variants(m: int, n: int, formed: bool) -> list[Variant]:
         return Source(empty(1, n, m).mT, *factors, share=COUNT)
 
     def result(backward: bool) -> Tensor:
-        stored = products if formed and plan(m, n, products, backward).whole else torch.float32
+        stored = products if formed and plan(m, n, products, backward, arch).whole else torch.float32
         return empty(COUNT, n, m, dtype=stored).mT if formed else empty(COUNT, m, n)
 
     table = empty(5, 3)
     with recording(f"{{}}{' formed' if formed else ''} {m}x{n} bf16") as found:
-        norms = launch_forward(source(FORMED_OF[0]), table, products, result(False))
-        launch_backward(source(FORMED_OF[0]), source(FORMED_OF[1]), norms, table, products, result(True))
+        norms = launch_forward(source(FORMED_OF[0]), table, products, result(False), arch)
+        launch_backward(source(FORMED_OF[0]), source(FORMED_OF[1]), norms, table, products, result(True), arch)
     return found
