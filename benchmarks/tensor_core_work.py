@@ -64,8 +64,8 @@ def _turns(*names: str) -> int:
     return max(0, math.ceil((end - first) / step))
 
 
-# Of a multiprocessor, by compute capability: bytes of shared memory, of which each program takes 1 KB more than it asks
-# for, and programs. All have 65,536 registers, dealt to warps by 256, 64 warps, and sm_100 512 columns of tensor memory.
+# Of a multiprocessor, bytes of shared memory by compute capability; each program takes 1 KB more than it asks for. All
+# have 65,536 registers, dealt to warps by 256, 64 warps, 32 programs, and sm_100 512 columns of tensor memory.
 _SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 _REGISTERS, _WARPS, _PROGRAMS, _COLUMNS = 1 << 16, 64, 32, 512
 

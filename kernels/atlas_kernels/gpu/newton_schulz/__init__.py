@@ -75,25 +75,26 @@ def plan(m: int, n: int, products: torch.dtype, backward: bool, arch: int = 90) 
 @dataclass(frozen=True)
 class Source:
     """What `Matrices` are made of: base of any strides and dtype, alone or with the outer products of `share` matrices
-    an owner, float32 and dense."""
+    an owner, float32 and dense; or these alone. coefficients None: all are one."""
 
-    base: Tensor
+    base: Tensor | None
     scales: Tensor | None = None
     coefficients: Tensor | None = None
     short: Tensor | None = None
     long: Tensor | None = None
     share: int = 1
 
+    @property
+    def ranks(self) -> int:
+        """Blocks in which a kernel sums the outer products."""
+        return 0 if self.short is None else triton.cdiv(self.short.shape[-2], RANK_BLOCK.value)
+
     def matrices(self) -> Matrices:
         """As a kernel takes them."""
+        base = Strided(None, 0, 0, 0) if self.base is None else _strided(self.base)
         rank = 0 if self.short is None else self.short.shape[-2]
         outer = self.scales, self.coefficients, self.short, self.long, rank
-        return Matrices(_strided(self.base), *outer, RANKS=tl.constexpr(rank_blocks(rank)))
-
-
-def rank_blocks(rank: int) -> int:
-    """Blocks in which a kernel sums so many outer products."""
-    return triton.cdiv(rank, RANK_BLOCK.value)
+        return Matrices(base, *outer, RANKS=tl.constexpr(self.ranks))
 
 
 def _strided(matrices: Tensor) -> Strided:

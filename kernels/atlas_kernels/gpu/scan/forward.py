@@ -67,7 +67,7 @@ def write_kernel(
         o = tl.zeros([S.BLOCK_I, S.BLOCK_V], tl.float32)
         for start in tl.range(0, F, S.BLOCK_F, disable_licm=True):
             f = start + tl.arange(0, S.BLOCK_F)
-            h = gelu(product(x, tl.trans(tile(anchors.second_pointer, f, d, F, D)), S.PRODUCTS))
+            h = gelu(product(x, tl.trans(tile(anchors.second_pointer, f, d, F, D)), S.PRODUCTS), S.PRODUCTS)
             if S.GATED:
                 h *= product(x, tl.trans(tile(anchors.third_pointer, f, d, F, D)), S.PRODUCTS)
             o = add_product(o, h, tile(anchors.first_pointer, f, c, F, V), S.PRODUCTS)
@@ -128,12 +128,14 @@ def read_kernel(
     momenta = slot_of(states.momenta, at + G, S) if S.MOMENTUM else weights
     t, i, d, c = tl.arange(0, S.BLOCK_C), tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
     inside = c[None, :] < S.V
-    q, x = tile(tokens.q_pointer + at * C * S.D, t, d, C, S.D), tile(tokens.x_pointer + at * I * S.D, i, d, I, S.D)
+    # Rounded at once: what a program holds through the hidden rows costs it registers.
+    q = tile(tokens.q_pointer + at * C * S.D, t, d, C, S.D).to(S.PRODUCTS)
+    x = tile(tokens.x_pointer + at * I * S.D, i, d, I, S.D).to(S.PRODUCTS)
     sources_at = tables.sources_pointer + at * S.BLOCK_C * S.BLOCK_I
     seen = flipped(sources_at, S.BLOCK_C, S.BLOCK_I) * product(x, tl.trans(q), S.PRODUCTS)
     seen = tl.trans(seen.to(S.PRODUCTS))
     v, r = tile(tokens.v_pointer + at * I * S.V, i, c, I, S.V), tile(tokens.r_pointer + at * I * S.V, i, c, I, S.V)
-    e = inner_error(tile(reads.o_pointer + at * I * S.V, i, c, I, S.V), r, v, inside, S)
+    e = inner_error(tile(reads.o_pointer + at * I * S.V, i, c, I, S.V), r, v, inside, S).to(S.PRODUCTS)
     alphas = column(tables.alphas_pointer + at * C, t, C)
     kappas = column(tables.kappas_pointer + at * C, t, C) if S.MOMENTUM else alphas
 
@@ -143,7 +145,7 @@ def read_kernel(
         f = start + tl.arange(0, S.BLOCK_F)
         h, factor, factor_up = source_factors(anchors, x, e, f, d, c, S)
         z, _, _ = found_in(q, (weights.second_pointer, momenta.second_pointer), (alphas, kappas), f, d, S)
-        read = gelu(add_product(z, seen, factor, S.PRODUCTS))
+        read = gelu(add_product(z, seen, factor, S.PRODUCTS), S.PRODUCTS)
         if S.GATED:
             up, _, _ = found_in(q, (weights.third_pointer, momenta.third_pointer), (alphas, kappas), f, d, S)
             read *= add_product(up, seen, factor_up, S.PRODUCTS)

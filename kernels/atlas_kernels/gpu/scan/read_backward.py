@@ -49,9 +49,9 @@ from atlas_kernels.gpu.scan.pieces import (
 @triton.jit
 def query_gradients(grad_q_w, grad_q_s, grad, w, s, S: tl.constexpr):
     """Of alphas q and kappas q [C, D], with the part of these rows: grad W and grad S."""
-    grad_q_w = add_product(grad_q_w, grad, w, S.PRODUCTS)
+    grad_q_w = tl.dot(grad.to(S.PRODUCTS), w.to(S.PRODUCTS), grad_q_w, input_precision="ieee")
     if S.MOMENTUM:
-        grad_q_s = add_product(grad_q_s, grad, s, S.PRODUCTS)
+        grad_q_s = tl.dot(grad.to(S.PRODUCTS), s.to(S.PRODUCTS), grad_q_s, input_precision="ieee")
     return grad_q_w, grad_q_s
 
 
@@ -114,7 +114,7 @@ def read_backward_kernel(
         f = start + tl.arange(0, S.BLOCK_F)
         h, factor, factor_up = source_factors(anchors, x, e, f, d, c, S)
         z, w2, s2 = found_in(q, (weights.second_pointer, momenta.second_pointer), (alphas, kappas), f, d, S)
-        act, read_slope = gelu_slope(add_product(z, seen, factor, S.PRODUCTS))
+        act, read_slope = gelu_slope(add_product(z, seen, factor, S.PRODUCTS), S.PRODUCTS)
         read = act
         if S.GATED:
             up, w3, s3 = found_in(q, (weights.third_pointer, momenta.third_pointer), (alphas, kappas), f, d, S)

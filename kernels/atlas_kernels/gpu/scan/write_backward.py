@@ -132,7 +132,8 @@ def through_factors(chunk, held, grad_e, grad_x, sizes, S: tl.constexpr):
     for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
         f = start + tl.arange(0, S.BLOCK_F)
         a1 = tile(anchors.first_pointer, f, c, S.F, S.V)
-        h, slope, curve = gelu_curve(product(x, tl.trans(tile(anchors.second_pointer, f, d, S.F, S.D)), S.PRODUCTS))
+        z = product(x, tl.trans(tile(anchors.second_pointer, f, d, S.F, S.D)), S.PRODUCTS)
+        h, slope, curve = gelu_curve(z, S.PRODUCTS)
         back = product(e, tl.trans(a1), S.PRODUCTS)
         grad_w1, grad_s1 = gradient_block(grad_weights.first_pointer, grad_momenta.first_pointer, f, c, S.V, S)
         grad_w2, grad_s2 = gradient_block(grad_weights.second_pointer, grad_momenta.second_pointer, f, d, S.D, S)
@@ -210,7 +211,7 @@ def through_anchor(chunk, grad_anchors, x, grad_o, grad_x, sizes, S: tl.constexp
     for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
         f = start + tl.arange(0, S.BLOCK_F)
         a1, a2 = tile(chunk.anchors.first_pointer, f, c, S.F, S.V), tile(chunk.anchors.second_pointer, f, d, S.F, S.D)
-        h, slope = gelu_slope(product(x, tl.trans(a2), S.PRODUCTS))
+        h, slope = gelu_slope(product(x, tl.trans(a2), S.PRODUCTS), S.PRODUCTS)
         grad_h = product(grad_o, tl.trans(a1), S.PRODUCTS)
         grad_z = tile(chunk.part_z_pointer, i, f, sizes.I, S.F)
         if S.GATED:
