@@ -4,9 +4,9 @@ A layout deals the warps of a program over a product's rows and columns. Where i
 rows, the warps left over compute the same rows again: 8 warps in a column cover 128 rows, and a product of 64 runs
 twice. The layouts stand in Triton's GPU code (TTGIR): `warpsPerCTA` and `instrShape` beside each product's shape.
 
-On sm_80 a warp's instruction covers 16 x 8, on sm_90 four warps together 64 rows of 8 to 256 columns. On sm_100 one
-thread issues each product for all warps, so nothing runs twice and the ratio is 1; that a product of 64 rows uses half
-of its 128 lanes is not counted.
+On sm_90 four warps together multiply 64 rows by 8 to 256 columns. On sm_80 a warp's instruction covers 16 x 8, so more
+warps fit a product, but one with few columns may run twice as well. On sm_100 one thread issues each product for all
+warps: nothing runs twice and the ratio is 1; that 64 rows use half of the 128 lanes is not counted.
 """
 
 from __future__ import annotations

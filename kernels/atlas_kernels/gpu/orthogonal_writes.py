@@ -387,32 +387,39 @@ def _act_backward(z: Tensor, grad_h: Tensor, grad_slope: Tensor | None, products
 
 
 def variants() -> list[Variant]:
-    """One matrix of the presets' shape, F = 256 and D = 64, of a chunk of 63 tokens with a write at each."""
-    products, (sources, T) = torch.bfloat16, FORMED_OF
+    """One matrix of the presets' shape, F = 256 and D = 64, of a chunk of 63 tokens with a write at each; and, of the
+    largest, F = 64."""
+    small = [v for v in _variants(64, " 64x64") if v.kernel in (through_kernel, sides_kernel, meet_kernel)]
+    return _variants(256, "") + small
+
+
+def _variants(F: int, title: str) -> list[Variant]:
+    products, (sources, T), D = torch.bfloat16, FORMED_OF, 64
     empty = partial(torch.empty, device="meta")
-    wide, narrow = empty(1, T, 256), empty(1, T, 64)
-    beside, below = empty(1, sources, 256), empty(1, sources, 64)
-    W, S = empty(1, 256, 64), empty(1, 256, 64)
-    read = Stack(W, empty(1, T), empty(1, T, 256, 64, dtype=products), empty(1, T, T))
-    last = Stack(W, empty(1), read.stack_pointer, empty(1, T))
-    scores = Scores(empty(1, T, sources), empty(1, T), empty(1, sources), empty(1))
+    wide, narrow, more_wide, more_narrow = empty(1, T, F), empty(1, T, D), empty(1, sources, F), empty(1, sources, D)
+    base, written = empty(1, F, D), empty(1, T, F, D, dtype=products)
+    read, owed = (Stack(base, empty(1, n), written, empty(1, T, n)) for n in (T, sources))
+    alone, last = Stack(base, None, None, None), Stack(base, empty(1), written, empty(1, T))
+    outer = Source(base.mT, empty(1), empty(1, sources), more_narrow, more_wide)
+    met = Met(written, base, base)
+    scores = [Scores(empty(1, T, n), empty(1, T), empty(1, n), empty(1)) for n in (T, sources)]
     calls = {
-        "widen": lambda: _through(narrow, read, products, True),
-        "narrow": lambda: _through(wide, read, products, False),
-        "activated": lambda: _through(narrow, read, products, True, True),
-        "alone, activated": lambda: _through(below, Stack(W, None, None, None), products, True, True, True),
-        "": lambda: _sides(beside, below, read._replace(weights_pointer=empty(1, T, sources)), products),
-        "of sources": lambda: _meet(beside, below, Met(read.stack_pointer, S, W), scores, products),
-        "of reads": lambda: _meet(wide, narrow, Met(read.stack_pointer, S, W), scores, products),
-        "at last": lambda: _total(last, products),
-        "outer": lambda: _form(Source(S.mT, empty(1), empty(1, T), narrow, wide), products),
-        "outer alone": lambda: _form(Source(None, None, None, below, beside), products),
-        "of both": lambda: _leave(last, Source(S.mT, empty(1), empty(1, sources), below, beside), products),
-        "by the slope": lambda: _act_backward(beside, beside, beside, products),
+        "through to wide": lambda: _through(narrow, read, products, True, act=True),
+        "through to narrow": lambda: _through(wide, read, products, False),
+        "anchor to wide": lambda: _through(more_narrow, alone, products, True, act=True, slope=True),
+        "anchor to narrow": lambda: _through(more_wide, alone, products, False),
+        "sides": lambda: _sides(more_wide, more_narrow, owed, products),
+        "meet of reads": lambda: _meet(wide, narrow, met, scores[0], products),
+        "meet of sources": lambda: _meet(more_wide, more_narrow, met, scores[1], products),
+        "leave": lambda: _leave(last, outer, products),
+        "total": lambda: _total(last, products),
+        "form": lambda: _form(outer, products),
+        "form alone": lambda: _form(Source(None, None, None, more_narrow, more_wide), products),
+        "act_backward": lambda: _act_backward(more_wide, more_wide, more_wide, products),
     }
     found = []
     for name, call in calls.items():
-        with recording(f"stack {{}}{' ' * bool(name)}{name} bf16") as launches:
+        with recording(f"stack {name}{title} bf16") as launches:
             call()
         found += launches
     return found

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atlas_kernels.autocast import unrounded_backward
+from atlas_kernels.gpu.architecture import DEFAULT, arch_of
 from atlas_kernels.gpu.launch import TRITON_DTYPES, Variant, launch, recording
 from atlas_kernels.gpu.newton_schulz.backward import Scratch, backward_blocks, backward_whole
 from atlas_kernels.gpu.newton_schulz.forward import (
@@ -50,7 +51,7 @@ class Plan:
         return Constants(self.M, self.N, triton.cdiv(n, self.N), TRITON_DTYPES[products], steps, turns)
 
 
-def plan(m: int, n: int, products: torch.dtype, backward: bool, arch: int = 90) -> Plan:
+def plan(m: int, n: int, products: torch.dtype, backward: bool, arch: int = DEFAULT) -> Plan:
     """What a matrix [m, n], m <= n, is launched with on sm_<arch>: chosen so that registers hold it.
 
     On sm_90 four warps multiply 64 rows together: a program of 64 rows has no more, for others would do the same rows
@@ -166,14 +167,6 @@ def coefficient_table(steps: int, coefficients: str, device: torch.device) -> Te
         return torch.tensor(schedule(steps, coefficients), dtype=torch.float32, device=device)
 
 
-def _arch(device: torch.device) -> int:
-    """90 of a GPU of compute capability 9.0; and where there is none."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def _programs(count: int, at_once: int, device: torch.device) -> int:
     """As many as a GPU runs at once, so that what they keep aside does not grow with the batch."""
     if device.type != "cuda":
@@ -181,34 +174,23 @@ def _programs(count: int, at_once: int, device: torch.device) -> int:
     return min(count, at_once * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def launch_forward(
-    source: Source, table: Tensor, products: torch.dtype, result: Tensor, arch: int | None = None
-) -> Tensor:
-    """NS of `source` into `result` [matrices, m, n], of any strides; the norms that the backward takes [matrices].
-
-    arch: that of `plan`, None: of the device.
-    """
+def launch_forward(source: Source, table: Tensor, products: torch.dtype, result: Tensor) -> Tensor:
+    """NS of `source` into `result` [matrices, m, n], of any strides; the norms that the backward takes [matrices]."""
     count, m, n = result.shape
     norms = torch.empty(count, dtype=torch.float32, device=result.device)
-    at = plan(m, n, products, False, arch or _arch(result.device))
+    at = plan(m, n, products, False, arch_of(result.device))
     arguments = source.matrices(), _strided(result), norms, table, Sizes(count, m, n, source.share)
     launch(_kernel(at, False), (count,), arguments, at.constants(n, products, len(table)), warps=at.warps)
     return norms
 
 
 def launch_backward(
-    source: Source,
-    gradient: Source,
-    norms: Tensor,
-    table: Tensor,
-    products: torch.dtype,
-    result: Tensor,
-    arch: int | None = None,
+    source: Source, gradient: Source, norms: Tensor, table: Tensor, products: torch.dtype, result: Tensor
 ) -> None:
-    """The gradient of each matrix of `source` into `result` [matrices, m, n], of any strides; arch: as above."""
+    """The gradient of each matrix of `source` into `result` [matrices, m, n], of any strides."""
     count, m, n = result.shape
     steps = len(table)
-    at = plan(m, n, products, True, arch or _arch(result.device))
+    at = plan(m, n, products, True, arch_of(result.device))
     programs, columns = _programs(count, at.at_once, result.device), triton.cdiv(n, at.N) * at.N
     trail = steps * (at.M * columns + 2 * at.M**2) + (0 if at.whole else 2 * at.M**2)
     scratch = Scratch(
@@ -249,18 +231,18 @@ class _NewtonSchulz(torch.autograd.Function):
 COUNT, FORMED_OF = 31, (79, 63)
 
 
-def variants(arch: int = 90) -> list[Variant]:
-    """A float32 momentum with bfloat16 products, as it is trained on sm_<arch>; in memory and formed of its factors."""
+def variants() -> list[Variant]:
+    """A float32 momentum with bfloat16 products, as it is trained; in memory and formed from its factors."""
     return [
         variant
         for m, n in ((64, 64), (64, 256), (128, 128), (128, 512), (48, 80))
         for formed in (False, True)
         if not (formed and m == 48)
-        for variant in _variants(m, n, formed, arch)
+        for variant in _variants(m, n, formed)
     ]
 
 
-def _variants(m: int, n: int, formed: bool, arch: int) -> list[Variant]:
+def _variants(m: int, n: int, formed: bool) -> list[Variant]:
     """Both ways."""
     products = torch.bfloat16
     empty = partial(torch.empty, device="meta")
@@ -273,11 +255,11 @@ def _variants(m: int, n: int, formed: bool, arch: int) -> list[Variant]:
         return Source(empty(1, n, m).mT, *factors, share=COUNT)
 
     def result(backward: bool) -> Tensor:
-        stored = products if formed and plan(m, n, products, backward, arch).whole else torch.float32
+        stored = products if formed and plan(m, n, products, backward).whole else torch.float32
         return empty(COUNT, n, m, dtype=stored).mT if formed else empty(COUNT, m, n)
 
     table = empty(5, 3)
     with recording(f"{{}}{' formed' if formed else ''} {m}x{n} bf16") as found:
-        norms = launch_forward(source(FORMED_OF[0]), table, products, result(False), arch)
-        launch_backward(source(FORMED_OF[0]), source(FORMED_OF[1]), norms, table, products, result(True), arch)
+        norms = launch_forward(source(FORMED_OF[0]), table, products, result(False))
+        launch_backward(source(FORMED_OF[0]), source(FORMED_OF[1]), norms, table, products, result(True))
     return found

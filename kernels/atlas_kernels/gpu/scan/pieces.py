@@ -125,6 +125,7 @@ class Shape(NamedTuple):
     BLOCK_V: int
     BLOCK_C: int = 0
     BLOCK_F: int = 0  # each kernel's own
+    APART: bool = False  # see `add_product`
     SHARE: float = 0.0  # of the gradient through the anchor
     KEEP: bool = False  # what the backward takes
 
@@ -150,30 +151,50 @@ def column(pointer, rows, ROWS):
 
 
 @triton.jit
-def product(a, b, PRODUCTS: tl.constexpr):
+def product(a, b, S: tl.constexpr):
     """a b in float32; the operands are rounded to PRODUCTS."""
-    return add_product(tl.zeros([a.shape[0], b.shape[1]], tl.float32), a, b, PRODUCTS)
+    return add_product(tl.zeros([a.shape[0], b.shape[1]], tl.float32), a, b, S)
 
 
 @triton.jit
-def add_product(sums, a, b, PRODUCTS: tl.constexpr):
+def add_product(sums, a, b, S: tl.constexpr):
     """sums + a b.
 
-    A product that another one follows gets all warps along its rows: 64 rows would be multiplied twice by 8 warps.
-    What follows is not looked for outside a branch, so those of 64 rows have one that is always taken.
+    On sm_90 a product that another one takes up gets all warps along its rows, so 8 warps would multiply 64 rows twice.
+    What takes it up is not looked for outside of a branch. APART: those of 64 rows have one, that is always taken.
     """
-    if sums.shape[0] == 64:
+    a, b = a.to(S.PRODUCTS), b.to(S.PRODUCTS)
+    if S.APART and sums.shape[0] == 64:
         if tl.num_programs(0) > 0:
-            sums = tl.dot(a.to(PRODUCTS), b.to(PRODUCTS), sums, input_precision="ieee")
+            sums = tl.dot(a, b, sums, input_precision="ieee")
     else:
-        sums = tl.dot(a.to(PRODUCTS), b.to(PRODUCTS), sums, input_precision="ieee")
+        sums = tl.dot(a, b, sums, input_precision="ieee")
     return sums
 
 
 @triton.jit
-def add_flipped(sums, a, b, PRODUCTS: tl.constexpr):
+def two_products(a, b, c, S: tl.constexpr):
+    """a b^T and a c^T, the second only with momentum (else the first once more); in one branch, as above."""
+    a, b, c = a.to(S.PRODUCTS), tl.trans(b.to(S.PRODUCTS)), tl.trans(c.to(S.PRODUCTS))
+    first = tl.zeros([a.shape[0], b.shape[1]], tl.float32)
+    if S.APART and a.shape[0] == 64:
+        second = first
+        if tl.num_programs(0) > 0:
+            first = tl.dot(a, b, input_precision="ieee")
+            if S.MOMENTUM:
+                second = tl.dot(a, c, input_precision="ieee")
+    else:
+        first = tl.dot(a, b, input_precision="ieee")
+        second = first
+        if S.MOMENTUM:
+            second = tl.dot(a, c, input_precision="ieee")
+    return first, second
+
+
+@triton.jit
+def add_flipped(sums, a, b, S: tl.constexpr):
     """sums + (a b)^T: a block of a matrix's rows has fewer of them than columns, its transpose suits tensor cores."""
-    return sums + tl.trans(tl.dot(a.to(PRODUCTS), b.to(PRODUCTS), input_precision="ieee"))
+    return sums + tl.trans(tl.dot(a.to(S.PRODUCTS), b.to(S.PRODUCTS), input_precision="ieee"))
 
 
 @triton.jit
@@ -306,11 +327,11 @@ def source_factors(anchors, x, e, f, d, c, S: tl.constexpr):
 
     h goes with e into W1, factor and factor_up with x into W2 and W3 (without a gate there is no W3).
     """
-    h, slope = gelu_slope(product(x, tl.trans(tile(anchors.second_pointer, f, d, S.F, S.D)), S.PRODUCTS), S.PRODUCTS)
-    back = product(e, tl.trans(tile(anchors.first_pointer, f, c, S.F, S.V)), S.PRODUCTS)
+    h, slope = gelu_slope(product(x, tl.trans(tile(anchors.second_pointer, f, d, S.F, S.D)), S), S.PRODUCTS)
+    back = product(e, tl.trans(tile(anchors.first_pointer, f, c, S.F, S.V)), S)
     factor_up = back
     if S.GATED:
-        up = product(x, tl.trans(tile(anchors.third_pointer, f, d, S.F, S.D)), S.PRODUCTS)
+        up = product(x, tl.trans(tile(anchors.third_pointer, f, d, S.F, S.D)), S)
         factor_up = back * h
         h, back = h * up, back * up
     return h, back * slope, factor_up
@@ -326,8 +347,9 @@ def found_in(q, pointers, gates, f, d, S: tl.constexpr):
     w_pointer, s_pointer = pointers
     alphas, kappas = gates
     w = tile(w_pointer, f, d, S.F, S.D)
-    met, s = alphas * product(q, tl.trans(w), S.PRODUCTS), w
+    s = tile(s_pointer, f, d, S.F, S.D) if S.MOMENTUM else w
+    met, met_s = two_products(q, w, s, S)
+    met *= alphas
     if S.MOMENTUM:
-        s = tile(s_pointer, f, d, S.F, S.D)
-        met += kappas * product(q, tl.trans(s), S.PRODUCTS)
+        met += kappas * met_s
     return met, w, s
