@@ -1,8 +1,9 @@
 """Compile every GPU kernel for sm_80, sm_90 and sm_100, without a GPU, and show what each takes of one.
 
 Registers a thread, bytes of local memory a thread (spilled registers), shared memory of a program, columns of tensor
-memory (sm_100), and which tensor-core instructions are in the code. --check compares with kernels/resources.json and
-names what grew; a kernel that could not be launched for want of shared or tensor memory is named as well.
+memory (sm_100), how many programs a multiprocessor holds by these, which tensor-core instructions are in the code, and
+how much of their work is done twice (`tensor_core_work.py`). --check compares with kernels/resources.json and names
+what grew; named as well is what could not be launched for want of shared or tensor memory, or is done twice too often.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from atlas_kernels.gpu.architecture import planned_for
 from atlas_megatron.cli.ending import command
 from atlas_megatron.cli.version import add_version
+from benchmarks.tensor_core_work import executed_over_useful, programs_per_sm
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "kernels" / "resources.json"
@@ -39,17 +42,20 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_COLUMNS = 512
 INSTRUCTIONS = ("mma.sync", "wgmma", "tcgen05.mma")
 GROWING = ("registers", "spilled", "shared")
+# Tensor-core work issued over the products' arithmetic, at most, on the architecture that kernels are laid out for.
+EXECUTED_OVER_USEFUL, LAID_OUT_FOR = 1.1, 90
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def all_variants() -> list[Any]:
-    """The variants of every module, their names unique."""
+def all_variants(arch: int) -> list[Any]:
+    """The variants of every module as launched on sm_<arch>, their names unique."""
     found = []
     for name in MODULES:
         if importlib.util.find_spec(name) is None:
             print(f"{name} is not there; left out", file=sys.stderr)
             continue
-        found += importlib.import_module(name).variants()
+        with planned_for(arch):
+            found += importlib.import_module(name).variants()
     names = [variant.name for variant in found]
     doubled = {name for name in names if names.count(name) > 1}
     if doubled:
@@ -70,18 +76,23 @@ def measure(variant: Any, arch: int) -> dict[str, Any]:
             [CUOBJDUMP, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
         ).stdout
     counted = {what: int(re.search(rf"\b{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
-    return {
+    figures = {
         "registers": counted["REG"],
         "spilled": counted["STACK"] + counted["LOCAL"],
         "shared": compiled.metadata.shared,
         "tensor_columns": getattr(compiled.metadata, "tmem_size", 0) or 0,
+    }
+    taken = (figures["registers"], figures["shared"], figures["tensor_columns"])
+    return figures | {
+        "programs_per_sm": programs_per_sm(arch, variant.num_warps, *taken),
+        "executed_over_useful": executed_over_useful(compiled.asm["ttgir"]),
         "instructions": [name for name in INSTRUCTIONS if name in compiled.asm["ptx"]],
     }
 
 
 def measure_all() -> dict[str, dict[str, Any]]:
     """Of every variant and architecture, "name, sm_90": its figures."""
-    return {f"{variant.name}, sm_{arch}": measure(variant, arch) for variant in all_variants() for arch in SHARED}
+    return {f"{variant.name}, sm_{arch}": measure(variant, arch) for arch in SHARED for variant in all_variants(arch)}
 
 
 def faults(measured: dict[str, dict[str, Any]], kept: dict[str, dict[str, Any]]) -> tuple[list[str], list[str]]:
@@ -93,6 +104,9 @@ def faults(measured: dict[str, dict[str, Any]], kept: dict[str, dict[str, Any]])
             bad.append(f"{name}: shared memory {now['shared']} of {SHARED[arch]} bytes, cannot be launched")
         if now["tensor_columns"] > TENSOR_COLUMNS:
             bad.append(f"{name}: {now['tensor_columns']} of {TENSOR_COLUMNS} tensor memory columns, cannot be launched")
+        if arch == LAID_OUT_FOR and (now["executed_over_useful"] or 1.0) > EXECUTED_OVER_USEFUL:
+            often = now["executed_over_useful"]
+            bad.append(f"{name}: executes {often} times its products' arithmetic, at most {EXECUTED_OVER_USEFUL}")
         if name not in kept:
             bad.append(f"{name}: not in {TABLE.name}; run with --write")
             continue
@@ -102,6 +116,9 @@ def faults(measured: dict[str, dict[str, Any]], kept: dict[str, dict[str, Any]])
                 bad.append(f"{name}: {what} grew from {before[what]} to {now[what]}")
             elif now[what] < before[what]:
                 good.append(f"{name}: {what} shrank from {before[what]} to {now[what]}")
+        if now["programs_per_sm"] < before["programs_per_sm"]:
+            fell = f"from {before['programs_per_sm']} to {now['programs_per_sm']}"
+            bad.append(f"{name}: programs a multiprocessor fell {fell}")
         if before["instructions"] and not now["instructions"]:
             bad.append(f"{name}: no tensor-core instructions, it had {', '.join(before['instructions'])}")
     bad += [
@@ -111,10 +128,11 @@ def faults(measured: dict[str, dict[str, Any]], kept: dict[str, dict[str, Any]])
 
 
 def show(measured: dict[str, dict[str, Any]]) -> None:
-    table = Table("kernel", "registers", "spilled", "shared", "tensor memory", "instructions")
+    table = Table("kernel", "registers", "spilled", "shared", "columns", "programs", "executed", "instructions")
     for name, now in measured.items():
         figures = (now["registers"], now["spilled"] or "-", now["shared"], now["tensor_columns"] or "-")
-        table.add_row(name, *map(str, figures), ", ".join(now["instructions"]) or "-")
+        shares = (now["programs_per_sm"], now["executed_over_useful"] or "-")
+        table.add_row(name, *map(str, figures + shares), ", ".join(now["instructions"]) or "-")
     Console(width=120).print(table)
 
 

@@ -35,6 +35,30 @@ class WeightView(Protocol):
         """[G, C, wide] -> [G, C, narrow]: M_t^T h_t."""
 
 
+class ActivatingView:
+    """A `WeightView` that multiplies and activates at once."""
+
+    def act(self, j: int, x: Tensor) -> Tensor:
+        """gelu(M_t x_t)."""
+        raise NotImplementedError
+
+    def act_with_slope(self, j: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """gelu and its derivative at M_t x_t."""
+        raise NotImplementedError
+
+
+def act(view: WeightView, j: int, x: Tensor) -> Tensor:
+    """gelu(M_t x_t)."""
+    return view.act(j, x) if isinstance(view, ActivatingView) else gelu(view.widen(j, x))
+
+
+def act_with_slope(view: WeightView, j: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """gelu and its derivative at M_t x_t."""
+    if isinstance(view, ActivatingView):
+        return view.act_with_slope(j, x)
+    return gelu_with_derivative(view.widen(j, x))
+
+
 class MatrixView:
     """Every token sees the same matrices, [G, wide, narrow] each: those of the chunk's start."""
 
@@ -91,7 +115,7 @@ class Mlp:
         self.output_norm, self.loss = rule.norm == "layer", rule.loss
 
     def factors(self, anchor: WeightView, x: Tensor, v: Tensor, r: Tensor) -> Factors:
-        h, slope = gelu_with_derivative(anchor.widen(1, x))
+        h, slope = act_with_slope(anchor, 1, x)
         e = self.error(anchor, h, v, r)
         return (h, e), (anchor.widen(0, e) * slope, x)
 
@@ -103,7 +127,7 @@ class Mlp:
         return (r - v) + anchor.narrow(0, h) if l2 else -v
 
     def read(self, reader: WeightView, x: Tensor, r: Tensor) -> Tensor:
-        return self.output(reader.narrow(0, gelu(reader.widen(1, x))), r)
+        return self.output(reader.narrow(0, act(reader, 1, x)), r)
 
     def output(self, o: Tensor, r: Tensor) -> Tensor:
         return r + (layer_norm(o) if self.output_norm else o)
@@ -115,15 +139,15 @@ class GatedMlp(Mlp):
     transposed = (True, False, False)
 
     def factors(self, anchor: WeightView, x: Tensor, v: Tensor, r: Tensor) -> Factors:
-        act, slope = gelu_with_derivative(anchor.widen(1, x))
+        activated, slope = act_with_slope(anchor, 1, x)
         u = anchor.widen(2, x)
-        h = act * u
+        h = activated * u
         e = self.error(anchor, h, v, r)
         back = anchor.widen(0, e)
-        return (h, e), (back * u * slope, x), (back * act, x)
+        return (h, e), (back * u * slope, x), (back * activated, x)
 
     def read(self, reader: WeightView, x: Tensor, r: Tensor) -> Tensor:
-        h = gelu(reader.widen(1, x)) * reader.widen(2, x)
+        h = act(reader, 1, x) * reader.widen(2, x)
         return self.output(reader.narrow(0, h), r)
 
 

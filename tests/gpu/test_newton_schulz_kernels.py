@@ -1,5 +1,7 @@
 """The Triton Newton-Schulz against the torch one: forward and gradient, in the interpreter where there is no GPU."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -226,7 +228,9 @@ def test_every_size_has_a_plan():
     for m in (1, 16, 17, 64, 65, 128):
         for n in (1, 16, 100, 256, 512):
             for products in TRITON_DTYPES:
-                for backward in (False, True):
-                    plan = kernels.plan(min(m, n), max(m, n), products, backward)
+                for backward, arch in product((False, True), (80, 90, 100)):
+                    plan = kernels.plan(min(m, n), max(m, n), products, backward, arch)
                     assert plan.M >= min(m, n) and (not plan.whole or plan.N >= max(m, n))
-                    assert plan.warps in (1, 2, 4, 8)
+                    assert plan.warps in (1, 2, 4, 8) and plan.at_once >= 1
+                    # The same matrices are held whole everywhere: what is stored between the steps hangs on it.
+                    assert plan.whole == kernels.plan(min(m, n), max(m, n), products, backward).whole

@@ -10,7 +10,9 @@ import torch
 
 from atlas_kernels import MemoryRule, chunked, omega_memory
 from atlas_kernels import newton_schulz as in_torch
+from atlas_kernels.gpu import orthogonal_writes
 from atlas_kernels.gpu.newton_schulz import Source, coefficient_table, launch_backward, launch_forward
+from atlas_kernels.gpu.stack import Stack
 from tests.support.device_problems import (
     CHUNK,
     DEVICE,
@@ -135,6 +137,21 @@ def test_nan_is_not_left_out():
         p.gates.eta[:, 7] = torch.nan
         y, _ = p.run("triton")
     assert y[:, 7:].isnan().all()
+
+
+@pytest.mark.parametrize("widens", [True, False])
+def test_what_a_token_does_not_see_leaves_no_nan(widens):
+    """A matrix that is NaN, of three, which the first tokens see with a weight of zero."""
+    F, D, T = 20, 12, 5
+    stack, base = torch.randn(2, 3, F, D, device=DEVICE), torch.randn(2, F, D, device=DEVICE)
+    weights, alphas = torch.randn(2, 3, T, device=DEVICE), torch.randn(2, T, device=DEVICE)
+    stack[:, 1], weights[:, 1, :3] = torch.nan, 0.0
+    x = torch.randn(2, T, D if widens else F, device=DEVICE)
+    found = orthogonal_writes._through(x, Stack(base, alphas, stack, weights), torch.float32, widens).out_pointer
+    assert found[:, 3:].isnan().all()
+    seen = torch.einsum("gkt,gkfd->gtfd", weights, stack.nan_to_num()) + alphas[..., None, None] * base[:, None]
+    expected = torch.einsum("gtfd,gtd->gtf" if widens else "gtfd,gtf->gtd", seen, x)
+    torch.testing.assert_close(found[:, :3], expected[:, :3], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

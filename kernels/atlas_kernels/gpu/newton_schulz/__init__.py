@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atlas_kernels.autocast import unrounded_backward
+from atlas_kernels.gpu.architecture import DEFAULT, arch_of
 from atlas_kernels.gpu.launch import TRITON_DTYPES, Variant, launch, recording
 from atlas_kernels.gpu.newton_schulz.backward import Scratch, backward_blocks, backward_whole
 from atlas_kernels.gpu.newton_schulz.forward import (
@@ -44,46 +45,57 @@ class Plan:
     M: int
     N: int
     warps: int
+    at_once: int = 1  # programs of a backward that a multiprocessor has registers and shared memory for
 
     def constants(self, n: int, products: torch.dtype, steps: int, turns: int = 1) -> Constants:
         return Constants(self.M, self.N, triton.cdiv(n, self.N), TRITON_DTYPES[products], steps, turns)
 
 
-def plan(m: int, n: int, products: torch.dtype, backward: bool) -> Plan:
-    """What a matrix [m, n], m <= n, is launched with: chosen so that registers hold it (see kernels/resources.json)."""
+def plan(m: int, n: int, products: torch.dtype, backward: bool, arch: int = DEFAULT) -> Plan:
+    """What a matrix [m, n], m <= n, is launched with on sm_<arch>: chosen so that registers hold it.
+
+    On sm_90 four warps multiply 64 rows together: a program of 64 rows has no more, for others would do the same rows
+    again (`executed_over_useful` in kernels/resources.json). sm_80 has no such groups and spills where they do not.
+    """
     M, N = max(16, triton.next_power_of_2(m)), max(16, triton.next_power_of_2(n))
-    exact = products == torch.float32
+    exact, older = products == torch.float32, arch < 90
     # The backward holds G beside E and D, float32 products hold their operands twice.
     room = (2048 if exact else 4096) if backward else (4096 if exact else 16384)
+    at_once = {16: 8, 32: 4, 64: 2, 128: 1}[M]
     if M <= 64 and M * N <= room:
-        return Plan(True, M, N, min(8, max(1, M * N // (512 if backward else 1024))))
-    if M == 128 or exact or backward and M == 64:
-        return Plan(False, M, 32, 4 if exact and M <= 64 else 8)
-    return Plan(False, M, 64, 4)
+        most = 4 if M == 64 and not (older and N > 128) else 8
+        warps = min(most, max(1, M * N // (512 if backward else 1024)))
+        return Plan(True, M, N, warps, 3 if M == 64 and arch == 90 else at_once)
+    if exact:
+        return Plan(False, M, 32, 4 if M <= 64 else 8, at_once)
+    if backward and older and M >= 64:
+        return Plan(False, M, 16, 4 if M == 64 else 8, at_once)
+    return Plan(False, M, 32, 8, at_once) if M == 128 else Plan(False, M, 64, 4, at_once)
 
 
 @dataclass(frozen=True)
 class Source:
     """What `Matrices` are made of: base of any strides and dtype, alone or with the outer products of `share` matrices
-    an owner, float32 and dense."""
+    an owner, float32 and dense; or these alone. coefficients None: all are one."""
 
-    base: Tensor
+    base: Tensor | None
     scales: Tensor | None = None
     coefficients: Tensor | None = None
     short: Tensor | None = None
     long: Tensor | None = None
     share: int = 1
 
+    @property
+    def ranks(self) -> int:
+        """Blocks in which a kernel sums the outer products."""
+        return 0 if self.short is None else triton.cdiv(self.short.shape[-2], RANK_BLOCK.value)
+
     def matrices(self) -> Matrices:
         """As a kernel takes them."""
+        base = Strided(None, 0, 0, 0) if self.base is None else _strided(self.base)
         rank = 0 if self.short is None else self.short.shape[-2]
         outer = self.scales, self.coefficients, self.short, self.long, rank
-        return Matrices(_strided(self.base), *outer, RANKS=tl.constexpr(rank_blocks(rank)))
-
-
-def rank_blocks(rank: int) -> int:
-    """Blocks in which a kernel sums so many outer products."""
-    return triton.cdiv(rank, RANK_BLOCK.value)
+        return Matrices(base, *outer, RANKS=tl.constexpr(self.ranks))
 
 
 def _strided(matrices: Tensor) -> Strided:
@@ -155,19 +167,18 @@ def coefficient_table(steps: int, coefficients: str, device: torch.device) -> Te
         return torch.tensor(schedule(steps, coefficients), dtype=torch.float32, device=device)
 
 
-def _programs(count: int, M: int, device: torch.device) -> int:
+def _programs(count: int, at_once: int, device: torch.device) -> int:
     """As many as a GPU runs at once, so that what they keep aside does not grow with the batch."""
     if device.type != "cuda":
         return min(count, 2)
-    a_multiprocessor = {16: 8, 32: 4, 64: 2, 128: 1}[M]
-    return min(count, a_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(count, at_once * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def launch_forward(source: Source, table: Tensor, products: torch.dtype, result: Tensor) -> Tensor:
     """NS of `source` into `result` [matrices, m, n], of any strides; the norms that the backward takes [matrices]."""
     count, m, n = result.shape
     norms = torch.empty(count, dtype=torch.float32, device=result.device)
-    at = plan(m, n, products, backward=False)
+    at = plan(m, n, products, False, arch_of(result.device))
     arguments = source.matrices(), _strided(result), norms, table, Sizes(count, m, n, source.share)
     launch(_kernel(at, False), (count,), arguments, at.constants(n, products, len(table)), warps=at.warps)
     return norms
@@ -179,8 +190,8 @@ def launch_backward(
     """The gradient of each matrix of `source` into `result` [matrices, m, n], of any strides."""
     count, m, n = result.shape
     steps = len(table)
-    at = plan(m, n, products, backward=True)
-    programs, columns = _programs(count, at.M, result.device), triton.cdiv(n, at.N) * at.N
+    at = plan(m, n, products, True, arch_of(result.device))
+    programs, columns = _programs(count, at.at_once, result.device), triton.cdiv(n, at.N) * at.N
     trail = steps * (at.M * columns + 2 * at.M**2) + (0 if at.whole else 2 * at.M**2)
     scratch = Scratch(
         torch.empty(programs, trail, dtype=products, device=result.device),
@@ -224,7 +235,7 @@ def variants() -> list[Variant]:
     """A float32 momentum with bfloat16 products, as it is trained; in memory and formed from its factors."""
     return [
         variant
-        for m, n in ((64, 64), (64, 256), (128, 512), (48, 80))
+        for m, n in ((64, 64), (64, 256), (128, 128), (128, 512), (48, 80))
         for formed in (False, True)
         if not (formed and m == 48)
         for variant in _variants(m, n, formed)

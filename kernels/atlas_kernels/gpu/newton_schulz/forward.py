@@ -55,7 +55,7 @@ class Matrices(NamedTuple):
 
     base: Strided  # [owners, m, n]; its pointer None: the sum alone
     scales_pointer: Any  # [matrices] float32, as the next three
-    coefficients_pointer: Any  # [matrices, rank]
+    coefficients_pointer: Any  # [matrices, rank]; None: all are one
     short_pointer: Any  # [owners, rank, m]
     long_pointer: Any  # [owners, rank, n]
     rank: Any
@@ -111,12 +111,13 @@ def columns_of(matrices, place, j, sizes, M: tl.constexpr, N: tl.constexpr, PROD
         long_at = matrices.long_pointer + owner * rank * n
         for block in tl.range(0, matrices.RANKS, disable_licm=True):
             r = block * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
-            c = tl.load(matrices.coefficients_pointer + place * rank + r, mask=r < rank, other=0.0)
             left = short_at + r[None, :] * m + rows[:, None]
             left = tl.load(left, mask=(rows < m)[:, None] & (r < rank)[None, :], other=0.0)
+            if matrices.coefficients_pointer is not None:
+                left *= tl.load(matrices.coefficients_pointer + place * rank + r, mask=r < rank, other=0.0)[None, :]
             right = long_at + r[:, None] * n + columns[None, :]
             right = tl.load(right, mask=(r < rank)[:, None] & (columns < n)[None, :], other=0.0)
-            X = tl.dot((c[None, :] * left).to(PRODUCTS), right.to(PRODUCTS), X, input_precision=PRECISION)
+            X = tl.dot(left.to(PRODUCTS), right.to(PRODUCTS), X, input_precision=PRECISION)
     else:
         at = base.pointer + place * base.stride_matrix + places(rows, columns, base.stride_row, base.stride_column)
         X = tl.load(at, mask=inside, other=0.0).to(tl.float32)

@@ -20,6 +20,7 @@ from atlas_kernels import memories
 from atlas_kernels.autocast import unrounded_backward
 from atlas_kernels.chunked import SegmentScan
 from atlas_kernels.chunked import Tokens as SegmentTokens
+from atlas_kernels.gpu.architecture import arch_of
 from atlas_kernels.gpu.launch import TRITON_DTYPES, Variant, launch, recording
 from atlas_kernels.gpu.scan.forward import read_kernel, write_kernel
 from atlas_kernels.gpu.scan.pieces import (
@@ -70,9 +71,15 @@ KERNELS = {
 }
 # The chains, where there are fewer memories than a GPU could run programs at once.
 SPLITS = {"write": SPLIT_WRITE, "write_backward": SPLIT_WRITE_BACKWARD}
-# (rows of the hidden width at a time, warps), pinned so that equal inputs give equal bits: the largest that the
-# forward holds without spilling on compute capability 9.0, and the smallest in the backward, which spills least.
-CONFIGURATIONS = {"write": (32, 8), "read": (32, 8), "read_backward": (16, 8), "write_backward": (16, 8)}
+# (rows of the hidden width at a time, warps), with over 64 sources and with up to 64; pinned so that equal inputs give
+# equal bits. The forward takes the largest that it holds without spilling on compute capability 9.0, the backward the
+# smallest, which spills least. Four warps leave room for a second program on a multiprocessor.
+CONFIGURATIONS = {
+    "write": ((32, 8), (32, 4)),
+    "read": ((16, 8), (32, 4)),
+    "read_backward": ((16, 8), (16, 8)),
+    "write_backward": ((16, 8), (16, 8)),
+}
 # Constants that a kernel does not use. They are set to their defaults, so that a change of them compiles nothing anew.
 UNUSED = {
     "write": ("BLOCK_C", "SHARE", "KEEP"),
@@ -109,13 +116,14 @@ def shape_of(rule: MemoryRule, products: torch.dtype, sizes: Sizes, D: int, V: i
 
 def _launch(kernel: str, programs: int, arguments: tuple[Any, ...], shape: Shape) -> None:
     """One of KERNELS, with as many rows of the hidden width at a time as CONFIGURATIONS and the sizes allow."""
-    block, warps = CONFIGURATIONS[kernel]
-    if max(shape.D, shape.V) > 64 or shape.GATED or shape.PRODUCTS == triton.language.float32:
+    small = max(shape.D, shape.V) <= 64 and not shape.GATED and shape.PRODUCTS != triton.language.float32
+    block, warps = CONFIGURATIONS[kernel][small and shape.BLOCK_I <= 64]
+    if not small:
         block = 16
     while shape.F % block:
         block //= 2
     unused = {name: Shape._field_defaults[name] for name in UNUSED[kernel]}
-    shape = shape._replace(BLOCK_F=block, **unused)
+    shape = shape._replace(BLOCK_F=block, APART=shape.APART and warps > 4, **unused)
     slices = slices_of(programs, shape, arguments[0].x_pointer.device) if kernel in SPLITS else 1
     if slices > 1:
         launch_split(SPLITS[kernel], slices, arguments, shape, warps=warps)
@@ -137,6 +145,7 @@ class _SegmentScan(torch.autograd.Function):
         I, V = v.shape[-2:]  # noqa: E741
         sizes = Sizes(N, G, C, I)
         shape = shape_of(rule, products, sizes, D, V, matrices[0].shape[-2], keep)
+        shape = shape._replace(APART=90 <= arch_of(q.device) < 100)
         tokens = Tokens(*(t.contiguous() for t in (q, read_residual, x, v, r)))
         coefficients = (alphas, kappas, sources, last, to_w, to_s)
         tables = Tables(*(None if t is None else t.contiguous() for t in coefficients))

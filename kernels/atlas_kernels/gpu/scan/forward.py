@@ -47,10 +47,10 @@ def anchor_output(anchors, x, S: tl.constexpr):
     o = tl.zeros([S.BLOCK_I, S.BLOCK_V], tl.float32)
     for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
         f = start + tl.arange(0, S.BLOCK_F)
-        h = gelu(product(x, tl.trans(tile(anchors.second_pointer, f, d, S.F, S.D)), S.PRODUCTS))
+        h = gelu(product(x, tl.trans(tile(anchors.second_pointer, f, d, S.F, S.D)), S), S.PRODUCTS)
         if S.GATED:
-            h *= product(x, tl.trans(tile(anchors.third_pointer, f, d, S.F, S.D)), S.PRODUCTS)
-        o = add_product(o, h, tile(anchors.first_pointer, f, c, S.F, S.V), S.PRODUCTS)
+            h *= product(x, tl.trans(tile(anchors.third_pointer, f, d, S.F, S.D)), S)
+        o = add_product(o, h, tile(anchors.first_pointer, f, c, S.F, S.V), S)
     return o
 
 
@@ -91,19 +91,19 @@ def write_rows(tokens, tables, states, slots, sources, at, I, S: tl.constexpr): 
             s1 = tile(momenta.first_pointer + before * F * V, f, c, F, V)
             s2 = tile(momenta.second_pointer + before * F * D, f, d, F, D)
             w1, w2 = w1 + push * s1, w2 + push * s2
-            put(momenta.first_pointer + after * F * V, add_flipped(drag * s1, e_to_s, h, S.PRODUCTS), f, c, F, V)
+            put(momenta.first_pointer + after * F * V, add_flipped(drag * s1, e_to_s, h, S), f, c, F, V)
             s2_at = momenta.second_pointer + after * F * D
-            put(s2_at, add_flipped(drag * s2, x_to_s, factor, S.PRODUCTS), f, d, F, D)
-        put(weights.first_pointer + after * F * V, add_flipped(w1, e_to_w, h, S.PRODUCTS), f, c, F, V)
-        put(weights.second_pointer + after * F * D, add_flipped(w2, x_to_w, factor, S.PRODUCTS), f, d, F, D)
+            put(s2_at, add_flipped(drag * s2, x_to_s, factor, S), f, d, F, D)
+        put(weights.first_pointer + after * F * V, add_flipped(w1, e_to_w, h, S), f, c, F, V)
+        put(weights.second_pointer + after * F * D, add_flipped(w2, x_to_w, factor, S), f, d, F, D)
         if S.GATED:
             w3 = keep * tile(weights.third_pointer + before * F * D, f, d, F, D)
             if S.MOMENTUM:
                 s3 = tile(momenta.third_pointer + before * F * D, f, d, F, D)
                 w3 += push * s3
                 s3_at = momenta.third_pointer + after * F * D
-                put(s3_at, add_flipped(drag * s3, x_to_s, factor_up, S.PRODUCTS), f, d, F, D)
-            put(weights.third_pointer + after * F * D, add_flipped(w3, x_to_w, factor_up, S.PRODUCTS), f, d, F, D)
+                put(s3_at, add_flipped(drag * s3, x_to_s, factor_up, S), f, d, F, D)
+            put(weights.third_pointer + after * F * D, add_flipped(w3, x_to_w, factor_up, S), f, d, F, D)
 
 
 @triton.jit
@@ -148,12 +148,14 @@ def read_kernel(
     momenta = slot_of(states.momenta, at + G, S) if S.MOMENTUM else weights
     t, i, d, c = tl.arange(0, S.BLOCK_C), tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
     inside = c[None, :] < S.V
-    q, x = tile(tokens.q_pointer + at * C * S.D, t, d, C, S.D), tile(tokens.x_pointer + at * I * S.D, i, d, I, S.D)
+    # Rounded at once: what a program holds through the hidden rows costs it registers.
+    q = tile(tokens.q_pointer + at * C * S.D, t, d, C, S.D).to(S.PRODUCTS)
+    x = tile(tokens.x_pointer + at * I * S.D, i, d, I, S.D).to(S.PRODUCTS)
     sources_at = tables.sources_pointer + at * S.BLOCK_C * S.BLOCK_I
-    seen = flipped(sources_at, S.BLOCK_C, S.BLOCK_I) * product(x, tl.trans(q), S.PRODUCTS)
+    seen = flipped(sources_at, S.BLOCK_C, S.BLOCK_I) * product(x, tl.trans(q), S)
     seen = tl.trans(seen.to(S.PRODUCTS))
     v, r = tile(tokens.v_pointer + at * I * S.V, i, c, I, S.V), tile(tokens.r_pointer + at * I * S.V, i, c, I, S.V)
-    e = inner_error(tile(reads.o_pointer + at * I * S.V, i, c, I, S.V), r, v, inside, S)
+    e = inner_error(tile(reads.o_pointer + at * I * S.V, i, c, I, S.V), r, v, inside, S).to(S.PRODUCTS)
     alphas = column(tables.alphas_pointer + at * C, t, C)
     kappas = column(tables.kappas_pointer + at * C, t, C) if S.MOMENTUM else alphas
 
@@ -163,17 +165,17 @@ def read_kernel(
         f = start + tl.arange(0, S.BLOCK_F)
         h, factor, factor_up = source_factors(anchors, x, e, f, d, c, S)
         z, _, _ = found_in(q, (weights.second_pointer, momenta.second_pointer), (alphas, kappas), f, d, S)
-        read = gelu(add_product(z, seen, factor, S.PRODUCTS))
+        read = gelu(add_product(z, seen, factor, S), S.PRODUCTS)
         if S.GATED:
             up, _, _ = found_in(q, (weights.third_pointer, momenta.third_pointer), (alphas, kappas), f, d, S)
-            read *= add_product(up, seen, factor_up, S.PRODUCTS)
-        o = add_product(o, alphas * read, tile(weights.first_pointer, f, c, S.F, S.V), S.PRODUCTS)
+            read *= add_product(up, seen, factor_up, S)
+        o = add_product(o, alphas * read, tile(weights.first_pointer, f, c, S.F, S.V), S)
         if S.MOMENTUM:
-            o = add_product(o, kappas * read, tile(momenta.first_pointer, f, c, S.F, S.V), S.PRODUCTS)
-        scores = add_product(scores, h, tl.trans(read), S.PRODUCTS)
+            o = add_product(o, kappas * read, tile(momenta.first_pointer, f, c, S.F, S.V), S)
+        scores = add_product(scores, h, tl.trans(read), S)
 
     sources = flipped(sources_at, S.BLOCK_C, S.BLOCK_I)
-    o = add_product(o, tl.trans(sources * scores), e, S.PRODUCTS)
+    o = add_product(o, tl.trans(sources * scores), e, S)
     if S.KEEP:
         put(reads.read_pointer + at * C * S.V, o, t, c, C, S.V)
         put_flipped(reads.scores_pointer + at * S.BLOCK_C * S.BLOCK_I, scores, S.BLOCK_C, S.BLOCK_I)

@@ -17,6 +17,7 @@ from atlas_kernels.reference import LAYER_NORM_EPSILON
 _EPSILON: tl.constexpr = tl.constexpr(LAYER_NORM_EPSILON)
 _C: tl.constexpr = tl.constexpr(SCALE)
 _A: tl.constexpr = tl.constexpr(CUBIC)
+_INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Tokens(NamedTuple):
@@ -124,6 +125,7 @@ class Shape(NamedTuple):
     BLOCK_V: int
     BLOCK_C: int = 0
     BLOCK_F: int = 0  # each kernel's own
+    APART: bool = False  # see `add_product`
     SHARE: float = 0.0  # of the gradient through the anchor
     KEEP: bool = False  # what the backward takes
     SLICES: int = 1  # of a memory's hidden rows, F each, see split.py
@@ -150,21 +152,50 @@ def column(pointer, rows, ROWS):
 
 
 @triton.jit
-def product(a, b, PRODUCTS: tl.constexpr):
+def product(a, b, S: tl.constexpr):
     """a b in float32; the operands are rounded to PRODUCTS."""
-    return tl.dot(a.to(PRODUCTS), b.to(PRODUCTS), input_precision="ieee")
+    return add_product(tl.zeros([a.shape[0], b.shape[1]], tl.float32), a, b, S)
 
 
 @triton.jit
-def add_product(sums, a, b, PRODUCTS: tl.constexpr):
-    """sums + a b."""
-    return tl.dot(a.to(PRODUCTS), b.to(PRODUCTS), sums, input_precision="ieee")
+def add_product(sums, a, b, S: tl.constexpr):
+    """sums + a b.
+
+    On sm_90 a product that another one takes up gets all warps along its rows, so 8 warps would multiply 64 rows twice.
+    What takes it up is not looked for outside of a branch. APART: those of 64 rows have one, that is always taken.
+    """
+    a, b = a.to(S.PRODUCTS), b.to(S.PRODUCTS)
+    if S.APART and sums.shape[0] == 64:
+        if tl.num_programs(0) > 0:
+            sums = tl.dot(a, b, sums, input_precision="ieee")
+    else:
+        sums = tl.dot(a, b, sums, input_precision="ieee")
+    return sums
 
 
 @triton.jit
-def add_flipped(sums, a, b, PRODUCTS: tl.constexpr):
+def two_products(a, b, c, S: tl.constexpr):
+    """a b^T and a c^T, the second only with momentum (else the first once more); in one branch, as above."""
+    a, b, c = a.to(S.PRODUCTS), tl.trans(b.to(S.PRODUCTS)), tl.trans(c.to(S.PRODUCTS))
+    first = tl.zeros([a.shape[0], b.shape[1]], tl.float32)
+    if S.APART and a.shape[0] == 64:
+        second = first
+        if tl.num_programs(0) > 0:
+            first = tl.dot(a, b, input_precision="ieee")
+            if S.MOMENTUM:
+                second = tl.dot(a, c, input_precision="ieee")
+    else:
+        first = tl.dot(a, b, input_precision="ieee")
+        second = first
+        if S.MOMENTUM:
+            second = tl.dot(a, c, input_precision="ieee")
+    return first, second
+
+
+@triton.jit
+def add_flipped(sums, a, b, S: tl.constexpr):
     """sums + (a b)^T: a block of a matrix's rows has fewer of them than columns, its transpose suits tensor cores."""
-    return sums + tl.trans(product(a, b, PRODUCTS))
+    return sums + tl.trans(tl.dot(a.to(S.PRODUCTS), b.to(S.PRODUCTS), input_precision="ieee"))
 
 
 @triton.jit
@@ -180,22 +211,39 @@ def put_flipped(pointer, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def gelu(z):
-    """act(z)."""
-    return z * tl.sigmoid(_C * z * (1.0 + _A * z * z))
+def sigmoid(u, PRODUCTS: tl.constexpr):
+    """1 / (1 + exp(-u)); where products are of half precision on a GPU, through its own tanh.
+
+    One instruction in place of an exponential and a division. It errs by 2^-11 of tanh at most, so by 2^-12 here, and
+    act(z) by |z| 2^-12: bfloat16 rounds what follows by 2^-9, of z > 0 at least |z| 2^-10.
+    """
+    if PRODUCTS == tl.float32 or _INTERPRETED:
+        s = tl.sigmoid(u)
+    else:
+        tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * u], dtype=tl.float32, is_pure=True, pack=1
+        )
+        s = 0.5 * tanh + 0.5
+    return s
 
 
 @triton.jit
-def gelu_slope(z):
+def gelu(z, PRODUCTS: tl.constexpr = tl.float32):
+    """act(z)."""
+    return z * sigmoid(_C * z * (1.0 + _A * z * z), PRODUCTS)
+
+
+@triton.jit
+def gelu_slope(z, PRODUCTS: tl.constexpr = tl.float32):
     """act(z), act'(z)."""
-    s = tl.sigmoid(_C * z * (1.0 + _A * z * z))
+    s = sigmoid(_C * z * (1.0 + _A * z * z), PRODUCTS)
     return z * s, s + s * (1.0 - s) * z * (_C * (1.0 + 3.0 * _A * z * z))
 
 
 @triton.jit
-def gelu_curve(z):
+def gelu_curve(z, PRODUCTS: tl.constexpr = tl.float32):
     """act(z), act'(z), act''(z)."""
-    s = tl.sigmoid(_C * z * (1.0 + _A * z * z))
+    s = sigmoid(_C * z * (1.0 + _A * z * z), PRODUCTS)
     p = _C * (1.0 + 3.0 * _A * z * z)
     bend = s * (1.0 - s)
     return z * s, s + bend * z * p, bend * (4.0 * p - 2.0 * _C + z * p * p * (1.0 - 2.0 * s))
@@ -280,11 +328,11 @@ def source_factors(anchors, x, e, f, d, c, S: tl.constexpr):
 
     h goes with e into W1, factor and factor_up with x into W2 and W3 (without a gate there is no W3).
     """
-    h, slope = gelu_slope(product(x, tl.trans(tile(anchors.second_pointer, f, d, S.F, S.D)), S.PRODUCTS))
-    back = product(e, tl.trans(tile(anchors.first_pointer, f, c, S.F, S.V)), S.PRODUCTS)
+    h, slope = gelu_slope(product(x, tl.trans(tile(anchors.second_pointer, f, d, S.F, S.D)), S), S.PRODUCTS)
+    back = product(e, tl.trans(tile(anchors.first_pointer, f, c, S.F, S.V)), S)
     factor_up = back
     if S.GATED:
-        up = product(x, tl.trans(tile(anchors.third_pointer, f, d, S.F, S.D)), S.PRODUCTS)
+        up = product(x, tl.trans(tile(anchors.third_pointer, f, d, S.F, S.D)), S)
         factor_up = back * h
         h, back = h * up, back * up
     return h, back * slope, factor_up
@@ -300,8 +348,9 @@ def found_in(q, pointers, gates, f, d, S: tl.constexpr):
     w_pointer, s_pointer = pointers
     alphas, kappas = gates
     w = tile(w_pointer, f, d, S.F, S.D)
-    met, s = alphas * product(q, tl.trans(w), S.PRODUCTS), w
+    s = tile(s_pointer, f, d, S.F, S.D) if S.MOMENTUM else w
+    met, met_s = two_products(q, w, s, S)
+    met *= alphas
     if S.MOMENTUM:
-        s = tile(s_pointer, f, d, S.F, S.D)
-        met += kappas * product(q, tl.trans(s), S.PRODUCTS)
+        met += kappas * met_s
     return met, w, s

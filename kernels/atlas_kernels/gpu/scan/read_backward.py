@@ -44,15 +44,16 @@ from atlas_kernels.gpu.scan.pieces import (
     slot_of,
     source_factors,
     tile,
+    two_products,
 )
 
 
 @triton.jit
 def query_gradients(grad_q_w, grad_q_s, grad, w, s, S: tl.constexpr):
-    """Of alphas q and kappas q [C, D], with the part of these rows: grad W and grad S."""
-    grad_q_w = add_product(grad_q_w, grad, w, S.PRODUCTS)
+    """Of alphas q and kappas q [C, D], with the part of these rows: grad W and grad S. No product takes them up."""
+    grad_q_w = tl.dot(grad.to(S.PRODUCTS), w.to(S.PRODUCTS), grad_q_w, input_precision="ieee")
     if S.MOMENTUM:
-        grad_q_s = add_product(grad_q_s, grad, s, S.PRODUCTS)
+        grad_q_s = tl.dot(grad.to(S.PRODUCTS), s.to(S.PRODUCTS), grad_q_s, input_precision="ieee")
     return grad_q_w, grad_q_s
 
 
@@ -61,8 +62,8 @@ def through_sources(e, grad_read, sources_at, scores_at, grad_sources_at, S: tl.
     """From the reads' gradient to that of e [I, V], of what the sources' weights have from the scores (put in its
     place), and of the scores [C, I] in PRODUCTS."""
     sources, scores = flipped(sources_at, S.BLOCK_C, S.BLOCK_I), flipped(scores_at, S.BLOCK_C, S.BLOCK_I)
-    grad_e = product(sources * scores, grad_read, S.PRODUCTS)
-    grad_scores = product(e, tl.trans(grad_read), S.PRODUCTS)
+    grad_e = product(sources * scores, grad_read, S)
+    grad_scores = product(e, tl.trans(grad_read), S)
     put_flipped(grad_sources_at, grad_scores * scores, S.BLOCK_C, S.BLOCK_I)
     return grad_e, tl.trans((grad_scores * sources).to(S.PRODUCTS))
 
@@ -104,7 +105,7 @@ def read_backward_kernel(
     q = tile(tokens.q_pointer + at * C * S.D, t, d, C, S.D).to(S.PRODUCTS)
     x = tile(tokens.x_pointer + at * I * S.D, i, d, I, S.D).to(S.PRODUCTS)
     sources = flipped(sources_at, S.BLOCK_C, S.BLOCK_I)
-    seen = tl.trans((sources * product(x, tl.trans(q), S.PRODUCTS)).to(S.PRODUCTS))
+    seen = tl.trans((sources * product(x, tl.trans(q), S)).to(S.PRODUCTS))
     alphas = column(tables.alphas_pointer + at * C, t, C)
     kappas = column(tables.kappas_pointer + at * C, t, C) if S.MOMENTUM else alphas
     grad_alphas, grad_kappas = tl.zeros([S.BLOCK_C], tl.float32), tl.zeros([S.BLOCK_C], tl.float32)
@@ -115,34 +116,37 @@ def read_backward_kernel(
         f = start + tl.arange(0, S.BLOCK_F)
         h, factor, factor_up = source_factors(anchors, x, e, f, d, c, S)
         z, w2, s2 = found_in(q, (weights.second_pointer, momenta.second_pointer), (alphas, kappas), f, d, S)
-        act, read_slope = gelu_slope(add_product(z, seen, factor, S.PRODUCTS))
+        act, read_slope = gelu_slope(add_product(z, seen, factor, S), S.PRODUCTS)
         read = act
         if S.GATED:
             up, w3, s3 = found_in(q, (weights.third_pointer, momenta.third_pointer), (alphas, kappas), f, d, S)
-            up = add_product(up, seen, factor_up, S.PRODUCTS)
+            up = add_product(up, seen, factor_up, S)
             read = act * up
 
-        met = product(grad_read, tl.trans(tile(weights.first_pointer, f, c, S.F, S.V)), S.PRODUCTS)
+        w1 = tile(weights.first_pointer, f, c, S.F, S.V)
+        s1 = tile(momenta.first_pointer, f, c, S.F, S.V) if S.MOMENTUM else w1
+        met, met_s = two_products(grad_read, w1, s1, S)
         grad_alphas += tl.sum(met * read, 1)
         grad_h = alphas * met
         if S.MOMENTUM:
-            met = product(grad_read, tl.trans(tile(momenta.first_pointer, f, c, S.F, S.V)), S.PRODUCTS)
-            grad_kappas += tl.sum(met * read, 1)
-            grad_h += kappas * met
-        grad_h = add_product(grad_h, grad_scores, h, S.PRODUCTS)
+            grad_kappas += tl.sum(met_s * read, 1)
+            grad_h += kappas * met_s
+        grad_h = add_product(grad_h, grad_scores, h, S)
         put(grads.h_pointer + at * C * S.F, read.to(S.PRODUCTS), t, f, C, S.F)
         if S.GATED:
             grad_up = grad_h * act
             grad_h *= up
             put(grads.grad_up_pointer + at * C * S.F, grad_up.to(S.PRODUCTS), t, f, C, S.F)
-            grad_met = add_product(grad_met, factor_up, tl.trans(grad_up), S.PRODUCTS)
+            grad_met = add_product(grad_met, factor_up, tl.trans(grad_up), S)
             grad_q_w, grad_q_s = query_gradients(grad_q_w, grad_q_s, grad_up, w3, s3, S)
         grad_z = grad_h * read_slope
         put(grads.grad_z_pointer + at * C * S.F, grad_z.to(S.PRODUCTS), t, f, C, S.F)
-        grad_met = add_product(grad_met, factor, tl.trans(grad_z), S.PRODUCTS)
+        grad_met = add_product(grad_met, factor, tl.trans(grad_z), S)
         grad_q_w, grad_q_s = query_gradients(grad_q_w, grad_q_s, grad_z, w2, s2, S)
 
+    # Read again: held until here they would cost registers.
     exact = tile(tokens.q_pointer + at * C * S.D, t, d, C, S.D)
+    q, x = exact.to(S.PRODUCTS), tile(tokens.x_pointer + at * I * S.D, i, d, I, S.D).to(S.PRODUCTS)
     tl.store(grads.grad_alphas_pointer + at * C + t, grad_alphas + tl.sum(grad_q_w * exact, 1), mask=t < C)
     grad_q = alphas * grad_q_w
     if S.MOMENTUM:
@@ -150,9 +154,9 @@ def read_backward_kernel(
         grad_q += kappas * grad_q_s
     # What this program has put there, other threads of it add to.
     tl.debug_barrier()
-    grad_sources = flipped(grad_sources_at, S.BLOCK_C, S.BLOCK_I) + grad_met * product(x, tl.trans(q), S.PRODUCTS)
+    grad_sources = flipped(grad_sources_at, S.BLOCK_C, S.BLOCK_I) + grad_met * product(x, tl.trans(q), S)
     tl.debug_barrier()
     put_flipped(grad_sources_at, grad_sources, S.BLOCK_C, S.BLOCK_I)
     grad_met *= flipped(sources_at, S.BLOCK_C, S.BLOCK_I)
-    put(grads.grad_q_pointer + at * C * S.D, add_product(grad_q, tl.trans(grad_met), x, S.PRODUCTS), t, d, C, S.D)
-    put(grads.grad_x_pointer + at * I * S.D, product(grad_met, q, S.PRODUCTS), i, d, I, S.D)
+    put(grads.grad_q_pointer + at * C * S.D, add_product(grad_q, tl.trans(grad_met), x, S), t, d, C, S.D)
+    put(grads.grad_x_pointer + at * I * S.D, product(grad_met, q, S), i, d, I, S.D)

@@ -68,15 +68,15 @@ def step_gradients(factor, narrow, held, grads, sums, S: tl.constexpr):
     """
     grad_w, grad_s = grads
     grad_narrow, grad_to_w, grad_to_s = sums
-    met = product(narrow, tl.trans(grad_w), S.PRODUCTS)
+    met = product(narrow, tl.trans(grad_w), S)
     grad_to_w += tl.sum(met * factor, 1)
     grad_factor = held.to_w * met
-    grad_narrow = add_product(grad_narrow, held.to_w * factor, grad_w, S.PRODUCTS)
+    grad_narrow = add_product(grad_narrow, held.to_w * factor, grad_w, S)
     if S.MOMENTUM:
-        met = product(narrow, tl.trans(grad_s), S.PRODUCTS)
+        met = product(narrow, tl.trans(grad_s), S)
         grad_to_s += tl.sum(met * factor, 1)
         grad_factor += held.to_s * met
-        grad_narrow = add_product(grad_narrow, held.to_s * factor, grad_s, S.PRODUCTS)
+        grad_narrow = add_product(grad_narrow, held.to_s * factor, grad_s, S)
     return grad_factor, grad_narrow, grad_to_w, grad_to_s
 
 
@@ -109,11 +109,11 @@ def matrix_gradients(pointers, grads, at, N: tl.constexpr, reads, held, sums, S:
         s = tile(s_pointer, f, n, S.F, N)
         grad_push += tl.sum(grad_w * s, 1)
         grad_drag += tl.sum(grad_s * s, 1)
-        grad_s = add_flipped(held.drag * grad_s + held.push * grad_w, partner_s, side, S.PRODUCTS)
+        grad_s = add_flipped(held.drag * grad_s + held.push * grad_w, partner_s, side, S)
         # Every thread has read the block that is overwritten now.
         tl.debug_barrier()
         put(grad_s_pointer, grad_s, f, n, S.F, N)
-    return add_flipped(held.keep * grad_w, partner_w, side, S.PRODUCTS), (grad_keep, grad_push, grad_drag)
+    return add_flipped(held.keep * grad_w, partner_w, side, S), (grad_keep, grad_push, grad_drag)
 
 
 @triton.jit
@@ -132,8 +132,9 @@ def through_factors(chunk, held, grad_e, grad_x, sizes, S: tl.constexpr):
     for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
         f = start + tl.arange(0, S.BLOCK_F)
         a1 = tile(anchors.first_pointer, f, c, S.F, S.V)
-        h, slope, curve = gelu_curve(product(x, tl.trans(tile(anchors.second_pointer, f, d, S.F, S.D)), S.PRODUCTS))
-        back = product(e, tl.trans(a1), S.PRODUCTS)
+        z = product(x, tl.trans(tile(anchors.second_pointer, f, d, S.F, S.D)), S)
+        h, slope, curve = gelu_curve(z, S.PRODUCTS)
+        back = product(e, tl.trans(a1), S)
         grad_w1, grad_s1 = gradient_block(grad_weights.first_pointer, grad_momenta.first_pointer, f, c, S.V, S)
         grad_w2, grad_s2 = gradient_block(grad_weights.second_pointer, grad_momenta.second_pointer, f, d, S.D, S)
         read_h = tile(chunk.h_pointer, t, f, sizes.C, S.F * S.SLICES)
@@ -144,22 +145,22 @@ def through_factors(chunk, held, grad_e, grad_x, sizes, S: tl.constexpr):
         if S.GATED:
             grad_w3, grad_s3 = gradient_block(grad_weights.third_pointer, grad_momenta.third_pointer, f, d, S.D, S)
             read_up = tile(chunk.grad_up_pointer, t, f, sizes.C, S.F * S.SLICES)
-            up = product(x, tl.trans(tile(anchors.third_pointer, f, d, S.F, S.D)), S.PRODUCTS)
+            up = product(x, tl.trans(tile(anchors.third_pointer, f, d, S.F, S.D)), S)
             grad_up_factor, grad_x, grad_to_w, grad_to_s = step_gradients(
                 back * h, x, held, (grad_w3, grad_s3), (grad_x, grad_to_w, grad_to_s), S
             )
-            grad_up_factor = add_product(grad_up_factor, held.seen, read_up, S.PRODUCTS)
+            grad_up_factor = add_product(grad_up_factor, held.seen, read_up, S)
             factor *= up
             act = h
             h *= up
         grad_factor, grad_x, grad_to_w, grad_to_s = step_gradients(
             factor, x, held, (grad_w2, grad_s2), (grad_x, grad_to_w, grad_to_s), S
         )
-        grad_factor = add_product(grad_factor, held.seen, read_z, S.PRODUCTS)
+        grad_factor = add_product(grad_factor, held.seen, read_z, S)
         grad_h, grad_e, grad_to_w, grad_to_s = step_gradients(
             h, e, held, (grad_w1, grad_s1), (grad_e, grad_to_w, grad_to_s), S
         )
-        grad_h = add_product(grad_h, held.scores_met, read_h, S.PRODUCTS)
+        grad_h = add_product(grad_h, held.scores_met, read_h, S)
 
         # factor = back slope (up); with a gate h = act up, and back act is W3's factor.
         if S.GATED:
@@ -170,7 +171,7 @@ def through_factors(chunk, held, grad_e, grad_x, sizes, S: tl.constexpr):
             grad_back = grad_factor * slope
             part_z = grad_h * slope + grad_factor * back * curve
         put(chunk.part_z_pointer, part_z, i, f, sizes.I, S.F)
-        grad_e = add_product(grad_e, grad_back, a1, S.PRODUCTS)
+        grad_e = add_product(grad_e, grad_back, a1, S)
 
         first = (weights.first_pointer, momenta.first_pointer, grad_momenta.first_pointer)
         second = (weights.second_pointer, momenta.second_pointer, grad_momenta.second_pointer)
@@ -182,7 +183,7 @@ def through_factors(chunk, held, grad_e, grad_x, sizes, S: tl.constexpr):
         )
         tl.debug_barrier()
         if S.SHARE > 0:
-            grad_a1 = S.SHARE * tl.trans(product(tl.trans(e), grad_back, S.PRODUCTS))
+            grad_a1 = S.SHARE * tl.trans(product(tl.trans(e), grad_back, S))
             if chunk.is_first:
                 put(chunk.grad_first.first_pointer, grad_a1, f, c, S.F, S.V)
             else:
@@ -211,23 +212,23 @@ def through_anchor(chunk, grad_anchors, x, grad_o, grad_x, sizes, S: tl.constexp
     for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
         f = start + tl.arange(0, S.BLOCK_F)
         a1, a2 = tile(chunk.anchors.first_pointer, f, c, S.F, S.V), tile(chunk.anchors.second_pointer, f, d, S.F, S.D)
-        h, slope = gelu_slope(product(x, tl.trans(a2), S.PRODUCTS))
-        grad_h = product(grad_o, tl.trans(a1), S.PRODUCTS)
+        h, slope = gelu_slope(product(x, tl.trans(a2), S), S.PRODUCTS)
+        grad_h = product(grad_o, tl.trans(a1), S)
         grad_z = tile(chunk.part_z_pointer, i, f, sizes.I, S.F)
         if S.GATED:
             a3 = tile(chunk.anchors.third_pointer, f, d, S.F, S.D)
-            up = product(x, tl.trans(a3), S.PRODUCTS)
+            up = product(x, tl.trans(a3), S)
             grad_up = tile(chunk.part_up_pointer, i, f, sizes.I, S.F) + grad_h * h
             grad_h *= up
             h *= up
-            grad_x = add_product(grad_x, grad_up, a3, S.PRODUCTS)
+            grad_x = add_product(grad_x, grad_up, a3, S)
         grad_z += grad_h * slope
-        grad_x = add_product(grad_x, grad_z, a2, S.PRODUCTS)
+        grad_x = add_product(grad_x, grad_z, a2, S)
         if S.SHARE > 0:
-            grad_a1 = add_flipped(tile(grad_first, f, c, S.F, S.V), tl.trans(grad_o), S.SHARE * h, S.PRODUCTS)
-            grad_a2 = add_flipped(tile(grad_second, f, d, S.F, S.D), tl.trans(x), S.SHARE * grad_z, S.PRODUCTS)
+            grad_a1 = add_flipped(tile(grad_first, f, c, S.F, S.V), tl.trans(grad_o), S.SHARE * h, S)
+            grad_a2 = add_flipped(tile(grad_second, f, d, S.F, S.D), tl.trans(x), S.SHARE * grad_z, S)
             if S.GATED:
-                grad_a3 = add_flipped(tile(grad_third, f, d, S.F, S.D), tl.trans(x), S.SHARE * grad_up, S.PRODUCTS)
+                grad_a3 = add_flipped(tile(grad_third, f, d, S.F, S.D), tl.trans(x), S.SHARE * grad_up, S)
             tl.debug_barrier()
             put(grad_first, grad_a1, f, c, S.F, S.V)
             put(grad_second, grad_a2, f, d, S.F, S.D)
@@ -277,8 +278,8 @@ def held_at(tokens, tables, pointers, at, sizes, S: tl.constexpr):
     e = inner_error(o, r, v, c[None, :] < S.V, S).to(S.PRODUCTS)
     grad_read = tile(grad_read_pointer + at * C * S.V, t, c, C, S.V)
     sources = flipped(tables.sources_pointer + at * S.BLOCK_C * S.BLOCK_I, S.BLOCK_C, S.BLOCK_I)
-    seen = (sources * product(x, tl.trans(q), S.PRODUCTS)).to(S.PRODUCTS)
-    scores_met = (sources * product(e, tl.trans(grad_read), S.PRODUCTS)).to(S.PRODUCTS)
+    seen = (sources * product(x, tl.trans(q), S)).to(S.PRODUCTS)
+    scores_met = (sources * product(e, tl.trans(grad_read), S)).to(S.PRODUCTS)
     alphas, to_w = column(tables.alphas_pointer + at * C, t, C), column(tables.to_w_pointer + at * I, i, I)
     read_w, q_w = tl.trans((alphas * grad_read).to(S.PRODUCTS)), tl.trans((alphas * q).to(S.PRODUCTS))
     read_s, q_s, to_s = read_w, q_w, to_w
