@@ -27,7 +27,6 @@ from .memories import Matrices, MatrixView, WeightView, memory_of, oriented
 from .packing import Packing, pack
 from .rule import Inputs, MemoryRule, MemoryState
 from .writes import (
-    Coefficients,
     OrthogonalWriter,
     OrthogonalWrites,
     Writes,
@@ -56,10 +55,10 @@ class Tokens:
     r: Tensor
 
 
-# (rule, coefficients, tokens, weights, momentum, the first chunk's anchor) -> (y [N, G, C, V], weights, momentum that
+# (rule, coefficients of the N chunks, tokens, weights, momentum, the first chunk's anchor) -> (y [N, G, C, V], weights, momentum that
 # leave), matrices [G, wide, narrow]; momentum is passed through where the rule has none.
 SegmentScan = Callable[
-    [MemoryRule, Coefficients, Tokens, Matrices, Matrices, Matrices], tuple[Tensor, Matrices, Matrices]
+    [MemoryRule, Any, Tokens, Matrices, Matrices, Matrices], tuple[Tensor, Matrices, Matrices]
 ]
 
 
@@ -67,11 +66,13 @@ SegmentScan = Callable[
 class Kernels:
     """What computes the heavy parts.
 
-    segment: all chunks of a segment where ns_steps = 0; None: chunk by chunk here. Chunk by chunk: how sources read the
-    anchor, what writes where ns_steps > 0, and how many matrices a write and Newton-Schulz step hold for the backward.
+    segment: all chunks of a segment, and coefficients: what it takes of the gates (arguments as of `writes_of`); None:
+    chunk by chunk here. Chunk by chunk: how sources read the anchor, and what writes where ns_steps > 0. held_of_step:
+    how many matrices a write and Newton-Schulz step hold for the backward.
     """
 
     segment: SegmentScan | None = None
+    coefficients: Callable[[MemoryRule, int, tuple[Tensor, Tensor, Tensor], Tensor], Any] = coefficients_of
     anchor: Callable[[Matrices], WeightView] = MatrixView
     orthogonal: OrthogonalWriter = OrthogonalWrites
     held_of_step: float = 2.0
@@ -261,10 +262,17 @@ class _Windows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        sums = grad.new_zeros(ctx.shape)
-        for n, window in enumerate(grad.unflatten(1, (ctx.shape[0], ctx.shape[2])).transpose(2, 3)):
-            sums[:, n * ctx.step : n * ctx.step + ctx.size] += window
-        return sums, None, None
+        (batch, length, heads, *rest), size = ctx.shape, ctx.size
+        chunks = len(grad)
+        step = ctx.step if chunks > 1 else size
+        windows = grad.unflatten(1, (batch, heads)).movedim(0, 1).transpose(2, 3)  # [B, N, size, H, ...]
+        turns = -(-size // step)
+        sums = grad.new_zeros(batch, chunks - 1 + turns, step, heads, *rest)
+        # One addition for all chunks: as many as chunks that a window reaches over, whatever the length.
+        for j in reversed(range(turns)):
+            part = windows[:, :, j * step : (j + 1) * step]
+            sums[:, j : j + chunks, : part.shape[2]].add_(part)
+        return sums.flatten(1, 2)[:, :length], None, None
 
 
 def scan(
@@ -308,8 +316,8 @@ def scan(
     if offset == 0 and not borders:
         anchor = weights
     whole = Tokens(q, read_residual, x, v, r)
-    if kernels.segment is not None and rule.ns_steps == 0:
-        of = coefficients_of(rule, *gates, band)
+    if kernels.segment is not None:
+        of = kernels.coefficients(rule, offset, gates, band)
         after = _by_stretch(rule, kernels.segment, of, whole, (weights, momentum, anchor), borders)
     else:
         by = (kernels.anchor, writes_of(rule, offset, gates, band, kernels.orthogonal))
@@ -333,7 +341,7 @@ def scan(
 def _by_stretch(
     rule: MemoryRule,
     segment: SegmentScan,
-    of: Coefficients,
+    of: Any,
     whole: Tokens,
     matrices: tuple[Matrices, Matrices, Matrices],
     borders: Borders | None,

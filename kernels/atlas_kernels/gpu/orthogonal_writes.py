@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atlas_kernels.autocast import unrounded_backward
-from atlas_kernels.decays import decay_matrix
 from atlas_kernels.gpu.launch import TRITON_DTYPES, Variant, launch, recording
 from atlas_kernels.gpu.newton_schulz import (
     FORMED_OF,
@@ -48,7 +47,7 @@ from atlas_kernels.gpu.stack import (
 )
 from atlas_kernels.memories import Factors, Matrices
 from atlas_kernels.rule import MemoryRule
-from atlas_kernels.writes import Leave
+from atlas_kernels.writes import Leave, orthogonal_coefficients_of
 
 TOKENS, COLUMNS, ELEMENTS = 64, 64, 1024  # of a program, at most
 
@@ -77,15 +76,9 @@ class OrthogonalSteps:
         products: torch.dtype,
     ) -> None:
         """Arguments as of `OrthogonalWrites`; products: the dtype of the factors of matrix products."""
-        retention, decay = decay_matrix(alpha), decay_matrix(theta)
-        # A slice: a list as an index would be copied to the GPU, which waits for it.
-        at = slice(writes.start, None, writes.step)
-        of_writes = (retention * -eta.unsqueeze(-2))[..., at].mT
-        thetas, sums = decay[..., 0] * theta[..., :1], decay @ band
-        tables = (
-            *(retention[..., 0] * alpha[..., :1], of_writes, thetas[..., at], sums[..., at, :]),
-            *(thetas[..., -1], sums[..., -1, :]),
-        )
+        of, K = orthogonal_coefficients_of(rule, alpha, eta, theta, band, writes), len(writes)
+        written, last = (of.thetas[..., :K], of.sums[..., :K, :]), (of.thetas[..., -1], of.sums[..., -1, :])
+        tables = of.alphas, of.of_writes, *written, *last
         self.tables = list(zip(*(t.contiguous().unbind() for t in tables), strict=True))
         self.rule, self.products = rule, products
 

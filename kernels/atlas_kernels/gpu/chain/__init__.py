@@ -1,0 +1,298 @@
+"""Periodic writes in Triton, all chunks of a segment in four launches: `impl="triton"` with few writes a chunk.
+
+Of one matrix of a memory and the K writing tokens of a chunk, with W and S as they enter and the gradients' factors:
+
+    S_k = thetas_k S + sum_i sums_ki wide_i narrow_i^T,   O_k = NS(S_k)
+    out_t = alphas_t W x_t + sum_k of_writes_kt O_k x_t      or with the transposes
+    W' = alphas_C W + sum_k of_writes_kC O_k,   S' = S_C
+
+The map of `orthogonal_writes`, which goes chunk by chunk and takes the K matrices of a chunk in parallel. Here a
+program goes through the chunks of one memory with Newton-Schulz inside: as many programs as memories, and no launch
+more for a longer sequence. Dims: N chunks, G = B x H memories, C tokens, I sources, D lifted key, V value, F hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from atlas_kernels import memories
+from atlas_kernels.autocast import unrounded_backward
+from atlas_kernels.chunked import SegmentScan
+from atlas_kernels.chunked import Tokens as SegmentTokens
+from atlas_kernels.gpu.chain.forward import chain_read_kernel, chain_write_kernel
+from atlas_kernels.gpu.chain.pieces import (
+    Factors,
+    Owed,
+    ReadGradients,
+    Scratch,
+    Shape,
+    States,
+    Tables,
+    WriteGradients,
+)
+from atlas_kernels.gpu.chain.read_backward import chain_read_backward_kernel
+from atlas_kernels.gpu.chain.write_backward import chain_write_backward_kernel
+from atlas_kernels.gpu.coverage import size_refusal
+from atlas_kernels.gpu.launch import TRITON_DTYPES, Variant, launch, recording
+from atlas_kernels.gpu.newton_schulz import coefficient_table, plan, rank_blocks
+from atlas_kernels.gpu.scan import entering
+from atlas_kernels.gpu.scan.pieces import Matrices, Sizes, Tokens
+from atlas_kernels.rule import MemoryRule
+from atlas_kernels.writes import OrthogonalCoefficients, orthogonal_coefficients_of, places_of_writes
+
+# Of a chunk. With more, the matrices of a chunk fill a GPU by themselves.
+MOST_WRITES = 8
+KERNELS = {
+    "write": chain_write_kernel,
+    "read": chain_read_kernel,
+    "read_backward": chain_read_backward_kernel,
+    "write_backward": chain_write_backward_kernel,
+}
+# Hidden rows at a time, and columns of X, pinned so that equal inputs give equal bits. All take 4 warps:
+# Newton-Schulz and the reads have 64 rows, which 8 would multiply twice.
+CONFIGURATIONS = {"write": (32, 256), "read": (32, 256), "read_backward": (32, 256), "write_backward": (16, 64)}
+WARPS = 4
+
+
+def covers(rule: MemoryRule, weights: tuple[Tensor, ...], products: torch.dtype) -> bool:
+    """Whether the chain takes a call that `coverage.refusal` lets pass; weights [H, rows, cols] as in `omega_memory`."""
+    if rule.memory == "linear" or not 1 <= rule.chunk // rule.ns_period <= MOST_WRITES:
+        return False
+    (V, F), D = weights[0].shape[-2:], weights[1].shape[-1]
+    if F % 16 or max(D, V) > F or size_refusal(rule, D, V, F, products):
+        return False
+    return all(plan(narrow, F, products, backward=False).whole for narrow in (D, V))
+
+
+def chain_coefficients(
+    rule: MemoryRule, offset: int, gates: tuple[Tensor, Tensor, Tensor], band: Tensor
+) -> OrthogonalCoefficients:
+    """What `segment_chain` takes of the gates; arguments as of `writes_of`."""
+    writes = places_of_writes(rule, offset, band.shape[-2])
+    of = orthogonal_coefficients_of(rule, *gates, band, writes)
+    if rule.momentum:
+        return of
+    # Without momentum none leaves.
+    return replace(of, thetas=of.thetas[..., : len(writes)], sums=of.sums[..., : len(writes), :])
+
+
+def segment_chain(products: torch.dtype) -> SegmentScan:
+    """The chain of one segment with its products' operands rounded to `products`; sums and states stay float32."""
+
+    def scan(
+        rule: MemoryRule,
+        of: OrthogonalCoefficients,
+        tokens: SegmentTokens,
+        weights: memories.Matrices,
+        momentum: memories.Matrices,
+        anchor: memories.Matrices,
+    ) -> tuple[Tensor, memories.Matrices, memories.Matrices]:
+        matrices = (*weights, *anchor, *(momentum if rule.momentum else ()))
+        y, *left = _SegmentChain.apply(rule, products, *vars(tokens).values(), *vars(of).values(), *matrices)
+        count = len(weights)
+        return y, tuple(left[:count]), tuple(left[count:]) if rule.momentum else momentum
+
+    return scan
+
+
+def shape_of(
+    rule: MemoryRule, products: torch.dtype, sizes: Sizes, of: OrthogonalCoefficients, widths: tuple[int, int, int]
+) -> Shape:
+    """The constants of a segment's launches; widths D, V, F. BLOCK_F and X's columns are each launch's own."""
+    pad = lambda n: max(16, triton.next_power_of_2(n))  # noqa: E731
+    D, V, F = widths
+    return Shape(
+        D=D,
+        V=V,
+        F=F,
+        LAYER=rule.norm == "layer",
+        L2=rule.loss == "l2",
+        MOMENTUM=rule.momentum,
+        GATED=rule.memory == "gated_mlp",
+        PRODUCTS=TRITON_DTYPES[products],
+        STEPS=rule.ns_steps,
+        WRITES=of.of_writes.shape[-2],
+        FORMED=of.thetas.shape[-1],
+        BLOCK_I=pad(sizes.I),
+        BLOCK_D=pad(D),
+        BLOCK_V=pad(V),
+        BLOCK_C=pad(sizes.C),
+        BLOCK_J=triton.next_power_of_2(max(1, of.thetas.shape[-1])),
+        BLOCK_F=0,
+        BLOCK_N=0,
+        BLOCKS=0,
+        RANKS_I=rank_blocks(sizes.I),
+        RANKS_C=rank_blocks(sizes.C),
+        SHARE=float(rule.anchor_gradient),
+    )
+
+
+def configured(kernel: str, shape: Shape) -> Shape:
+    """`shape` with as many hidden rows at a time and columns of X as CONFIGURATIONS and the sizes allow."""
+    block, columns = CONFIGURATIONS[kernel]
+    while shape.F % block:
+        block //= 2
+    columns = min(columns, max(16, triton.next_power_of_2(shape.F)))
+    return shape._replace(BLOCK_F=block, BLOCK_N=columns, BLOCKS=triton.cdiv(shape.F, columns))
+
+
+def _launch(kernel: str, programs: int, arguments: tuple[Any, ...], shape: Shape) -> None:
+    launch(KERNELS[kernel], (programs,), arguments, configured(kernel, shape), warps=WARPS)
+
+
+class _SegmentChain(torch.autograd.Function):
+    """(y, weights, momentum that leave). Matrices: all weights, all anchors, all momenta."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rule: MemoryRule, products: torch.dtype, q: Tensor, read_residual: Tensor, x: Tensor, v: Tensor,
+        r: Tensor, alphas: Tensor, of_writes: Tensor, thetas: Tensor, sums: Tensor, *matrices: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        count, keep = len(matrices) // (3 if rule.momentum else 2), any(ctx.needs_input_grad)
+        (N, G, C, D), (I, V), F = q.shape, v.shape[-2:], matrices[0].shape[-2]  # noqa: E741
+        sizes = Sizes(N, G, C, I)
+        of = OrthogonalCoefficients(alphas, of_writes, thetas, sums)
+        shape = shape_of(rule, products, sizes, of, (D, V, F))._replace(KEEP=keep)
+        tokens = Tokens(*(t.contiguous() for t in (q, read_residual, x, v, r)))
+        steps = coefficient_table(rule.ns_steps, rule.ns_coefficients, q.device)
+        gates = alphas, of_writes, of_writes[..., -1], thetas, sums, steps
+        tables = Tables(*(t.contiguous() for t in gates))
+        states = _entering(sizes, shape, products, *(matrices[i * count : (i + 1) * count] for i in range(3)))
+
+        y = torch.empty_like(tokens.read_residual_pointer)
+        read = torch.empty_like(y) if keep and shape.LAYER else None
+        written = tokens._replace(q_pointer=None, read_residual_pointer=None)
+        _launch("write", G, (written, tables, states, _factors(sizes, shape, products, y), sizes), shape)
+        _launch("read", N * G, (tokens, tables, states, y, read, sizes._replace(N=None)), shape)
+        left = (*states.weights[:count], *(states.momenta[:count] if rule.momentum else ()))
+        if keep:
+            ctx.save_for_backward(
+                *tokens._replace(read_residual_pointer=None), *tables, read, states.norms_pointer, states.o_pointer,
+                *states.stack[:count], *left,
+            )  # fmt: skip
+            ctx.shape, ctx.sizes, ctx.products = shape, sizes, products
+        # Copies: a view would keep every chunk's matrices alive for as long as the state lives.
+        return y, *(m[-1].clone() for m in left)
+
+    @staticmethod
+    @once_differentiable
+    @unrounded_backward
+    def backward(ctx: Any, grad_y: Tensor, *grad_matrices: Tensor) -> tuple[Tensor | None, ...]:
+        shape, sizes, saved, products = ctx.shape, ctx.sizes, ctx.saved_tensors, ctx.products
+        N, G, C, I = sizes  # noqa: E741
+        count = 3 if shape.GATED else 2
+        tokens, tables, (read, norms, o) = Tokens(*saved[:5]), Tables(*saved[5:11]), saved[11:14]
+        stack, weights, momenta = (Matrices(*saved[at : at + count]) for at in (14, 14 + count, 14 + 2 * count))
+        states = States(weights, momenta if shape.MOMENTUM else weights, stack, norms, o)
+        grad_y = grad_y.contiguous()
+        side = partial(grad_y.new_empty, N, G, C, shape.F, dtype=products)
+        owed = Owed(torch.empty_like(grad_y), side(), side(), side() if shape.GATED else None)
+        given = tokens.q_pointer, tables.alphas_pointer, tables.of_writes_pointer
+        grads = ReadGradients(*map(torch.empty_like, given), owed)
+        arguments = grad_y, tokens, tables, states, read, grads, sizes._replace(N=None)
+        _launch("read_backward", N * G, arguments, shape)
+
+        part = lambda t: t.new_empty(N, G, count, *t.shape[2:])  # noqa: E731
+        grad_weights = Matrices(*(torch.stack([torch.zeros_like(m), m]) for m in grad_matrices[:count]))
+        grad_momenta = [m.clone(memory_format=torch.contiguous_format) for m in grad_matrices[count:]]
+        write = WriteGradients(
+            grad_value_pointer=torch.empty_like(tokens.v_pointer),
+            grad_x_pointer=torch.empty_like(tokens.x_pointer),
+            grad_keep_pointer=grad_y.new_empty(N, G, count),
+            grad_at_last_pointer=part(tables.at_last_pointer),
+            grad_thetas_pointer=part(tables.thetas_pointer),
+            grad_sums_pointer=part(tables.sums_pointer),
+            grad_weights=grad_weights,
+            grad_momenta=Matrices(*grad_momenta) if shape.MOMENTUM else None,
+        )
+        scratch = _scratch(sizes, shape, products, grad_y)
+        _launch("write_backward", G, (tokens, tables, states, owed, write, scratch, sizes), shape)
+        grad_alphas, grad_of_writes = grads.grad_alphas_pointer, grads.grad_of_writes_pointer
+        grad_alphas[..., -1].add_(write.grad_keep_pointer.sum(2))
+        grad_of_writes[..., -1].add_(write.grad_at_last_pointer.sum(2))
+        grad_value = write.grad_value_pointer
+        return (
+            *(None, None, grads.grad_q_pointer, grad_y, write.grad_x_pointer),
+            *(grad_value.neg(), grad_value if shape.L2 else None),
+            *(grad_alphas, grad_of_writes),
+            *(write.grad_thetas_pointer.sum(2) if shape.MOMENTUM else None, write.grad_sums_pointer.sum(2)),
+            *(m[1] for m in grad_weights[:count]),
+            *(m[0] for m in grad_weights[:count]),
+            *grad_momenta,
+        )
+
+
+def _entering(
+    sizes: Sizes,
+    shape: Shape,
+    products: torch.dtype,
+    weights: tuple[Tensor, ...],
+    anchors: tuple[Tensor, ...],
+    momenta: tuple[Tensor, ...],
+) -> States:
+    """N + 2 slots of each matrix, the first two filled; room for what the chain leaves to the reads."""
+    N, G, _, I = sizes  # noqa: E741
+    of_weights, of_momenta = entering(N, weights, anchors, momenta)
+    stack = Matrices(*(w.new_empty(N, G, shape.WRITES, *w.shape[1:], dtype=products) for w in weights))
+    empty = weights[0].new_empty
+    norms = empty(N, G, len(weights), shape.WRITES)
+    return States(of_weights, of_momenta or of_weights, stack, norms, empty(N, G, I, shape.V))
+
+
+def _factors(sizes: Sizes, shape: Shape, products: torch.dtype, like: Tensor) -> Factors:
+    side = partial(like.new_empty, sizes.G, sizes.I, shape.F, dtype=products)
+    return Factors(side(), side(), side() if shape.GATED else None, like.new_empty(sizes.G, sizes.I, shape.V))
+
+
+def _scratch(sizes: Sizes, shape: Shape, products: torch.dtype, like: Tensor) -> Scratch:
+    """What the backward of each memory puts aside; like: a float32 tensor on its device."""
+    G, I = sizes.G, sizes.I  # noqa: E741
+    x = configured("write_backward", shape)
+    rows = max(shape.BLOCK_D, shape.BLOCK_V)
+    work = x.BLOCKS * x.BLOCK_N * rows
+    trail = shape.STEPS * (work + 2 * rows**2) + 2 * rows**2
+    # float16 would not hold what Newton-Schulz's gradient multiplies by the inverse of a small momentum.
+    held = torch.bfloat16 if products == torch.bfloat16 else torch.float32
+    side = partial(like.new_empty, G, I, shape.F)
+    return Scratch(
+        factors=_factors(sizes, shape, products, like),
+        trail_pointer=like.new_empty(G, trail, dtype=products),
+        work_pointer=like.new_empty(G, work),
+        grad_momenta_pointer=like.new_empty(G, shape.WRITES, shape.F, max(shape.D, shape.V), dtype=held),
+        grad_h_pointer=side(),
+        grad_factor_pointer=side(),
+        grad_factor_up_pointer=side() if shape.GATED else None,
+    )
+
+
+def variants() -> list[Variant]:
+    """The kernels of the presets' shape with four writes a chunk."""
+    rule = MemoryRule(ns_period=16)
+    return [
+        *_variants("", rule),
+        *_variants(" one write", replace(rule, ns_period=64)),
+        *_variants(" gated layer", replace(rule, memory="gated_mlp", norm="layer")),
+    ]
+
+
+def _variants(title: str, rule: MemoryRule) -> list[Variant]:
+    """Recorded of chunks one token short, as those of the scan; their last token does not write."""
+    N, G, C, D, F = 3, 3, rule.chunk - 1, 64, 256
+    I = C + rule.window - 1  # noqa: E741
+    empty = partial(torch.empty, device="meta", requires_grad=True)
+    tokens = SegmentTokens(empty(N, G, C, D), empty(N, G, C, D), *(empty(N, G, I, D) for _ in range(3)))
+    K = len(places_of_writes(rule, 0, rule.chunk))
+    of = OrthogonalCoefficients(empty(N, G, C), empty(N, G, K, C), empty(N, G, K), empty(N, G, K, I))
+    matrices = (empty(G, F, D),) * (3 if rule.memory == "gated_mlp" else 2)
+    with recording(f"{{}}{title} bf16") as found:
+        y, weights, momenta = segment_chain(torch.bfloat16)(rule, of, tokens, matrices, matrices, matrices)
+        outputs = y, *weights, *momenta
+        torch.autograd.grad(outputs, tokens.q, [torch.empty_like(t) for t in outputs])
+    return found

@@ -1,0 +1,355 @@
+"""The periodic chain backward, the writes: one program a memory, from the last chunk to the first.
+
+The gradients of the matrices stay in place, slot 1 of [2, G, F, ...]; slot 0 takes that of the first chunk's anchor,
+every other anchor is the weights that enter its chunk. Of a chunk: e and the factors are formed again from the anchor;
+of each matrix and write the gradient of O_k, at_last_k grad_W' + the outer products that the reads owe it, is formed
+and taken back through Newton-Schulz, whose steps are computed again (newton_schulz/backward.py); then in one pass over
+the hidden width to S, W, the factors and the gates; at last through the factors to the anchor, x, v and r.
+
+Names: `grad_a` is the loss's gradient of a.
+
+A chunk of a memory, sizes as in forward.py; by count, not measured: 94 + 140 K MFLOP (of them Newton-Schulz 2 x 60 K);
+of device memory 256 KB matrices, 64 K KB stack, 116 KB that the reads owe, 120 KB tokens and o in, 60 KB out; through
+L2 256 KB gradients of matrices in and out, 80 KB factors and 160 KB their gradients out and in, and of each write and
+matrix the trail of Newton-Schulz, 0.7 MB. On chip X or G in blocks of 64 columns, or gradients [I, 64] of x or e.
+
+Estimates, as in forward.py: a chunk is 40 microseconds at K = 1, 110 at K = 4.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from atlas_kernels.gpu.chain.pieces import Formed, slot_of_stack, write_factors
+from atlas_kernels.gpu.newton_schulz.backward import Scratch as Trail
+from atlas_kernels.gpu.newton_schulz.backward import gradient_by_blocks
+from atlas_kernels.gpu.newton_schulz.forward import Constants, Strided
+from atlas_kernels.gpu.newton_schulz.forward import Sizes as Matrix
+from atlas_kernels.gpu.scan.pieces import (
+    Matrices,
+    add_flipped,
+    add_product,
+    column,
+    gelu_curve,
+    inner_error,
+    inner_error_gradient,
+    product,
+    put,
+    slot_of,
+    tile,
+)
+from atlas_kernels.gpu.scan.write_backward import through_anchor
+
+
+class Side(NamedTuple):
+    """Pointers of one matrix of a memory at one chunk."""
+
+    w_pointer: Any  # [F, n], as the next four
+    s_pointer: Any
+    stack_pointer: Any  # K of them
+    grad_w_pointer: Any  # in place: of what leaves, then of what enters
+    grad_s_pointer: Any  # W's without momentum, not used then
+    narrow_pointer: Any  # [I, n] and [I, F], the sources' factors
+    wide_pointer: Any
+    owed_narrow_pointer: Any  # [C, n] and [C, F], what the reads owe
+    owed_wide_pointer: Any
+    grad_wide_pointer: Any  # [I, F] float32, out
+
+
+class Gates(NamedTuple):
+    """Pointers of one memory at one chunk, and its sizes: as `Tables`, and of one matrix as `WriteGradients`."""
+
+    alphas_pointer: Any
+    of_writes_pointer: Any
+    at_last_pointer: Any
+    thetas_pointer: Any
+    sums_pointer: Any
+    steps_pointer: Any
+    C: Any
+    I: Any  # noqa: E741
+
+
+class GateGradients(NamedTuple):
+    """Pointers at the parts of one matrix of a chunk."""
+
+    keep_pointer: Any
+    at_last_pointer: Any  # [K]
+    thetas_pointer: Any  # [J]
+    sums_pointer: Any  # [J, I]
+
+
+class Anchored(NamedTuple):
+    """What `through_anchor` of the scan takes of its `Chunk`."""
+
+    anchors: Matrices
+    part_z_pointer: Any
+    part_up_pointer: Any
+
+
+@triton.jit
+def back_through_writes(side, gates, norms_pointer, trail, result_pointer, M: tl.constexpr, N: tl.constexpr, S):
+    """The gradient of every S_k of one matrix into result [K, F, N]; M holds the narrow width N."""
+    for k in tl.range(0, S.WRITES, disable_licm=True):
+        # Not kept in variables, which would make numbers of the constants.
+        gradient_by_blocks(
+            (
+                Formed(
+                    Strided(side.s_pointer, 0, 1, N), gates.thetas_pointer, gates.sums_pointer,
+                    side.narrow_pointer, side.wide_pointer, gates.I, S.RANKS_I,
+                ),
+                Formed(
+                    Strided(side.grad_w_pointer, 0, 1, N), gates.at_last_pointer, gates.of_writes_pointer,
+                    side.owed_narrow_pointer, side.owed_wide_pointer, gates.C, S.RANKS_C,
+                ),
+            ),
+            k, norms_pointer, Strided(result_pointer + k * S.F * N, 0, 1, N), gates.steps_pointer, trail,
+            Matrix(1, N, S.F, S.FORMED), Constants(M, S.BLOCK_N, S.BLOCKS, S.PRODUCTS, S.STEPS, 1),
+        )  # fmt: skip
+        # What one thread stored, another may load; the next matrix takes the same trail.
+        tl.debug_barrier()
+
+
+@triton.jit
+def add_formed(grad, j, given, gates, sums, S: tl.constexpr):
+    """From the gradient of S_j, rows f [f, n], to what it is formed of.
+
+    given: wide [I, f], narrow [I, n], S [f, n]; sums: gradients of wide, narrow and S, and by row of thetas [f, BLOCK_J]
+    and sums [I, BLOCK_J]. Returns sums with their parts.
+    """
+    wide, narrow, s = given
+    grad_wide, grad_narrow, grad_s, grad_thetas, grad_sums = sums
+    i, here = tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_J)[None, :] == j
+    weights = column(gates.sums_pointer + j * gates.I, i, gates.I)
+    met = product(narrow, tl.trans(grad), S.PRODUCTS)
+    grad_sums += tl.where(here, tl.sum(met * wide, 1)[:, None], 0.0)
+    grad_wide += weights * met
+    grad_narrow = add_product(grad_narrow, weights * wide, grad, S.PRODUCTS)
+    if S.MOMENTUM:
+        grad_thetas += tl.where(here, tl.sum(grad * s, 1)[:, None], 0.0)
+        grad_s += tl.load(gates.thetas_pointer + j) * grad
+    return grad_wide, grad_narrow, grad_s, grad_thetas, grad_sums
+
+
+@triton.jit
+def rows_of_gradients(side, gates, formed_pointer, at, partner, sums, N: tl.constexpr, S: tl.constexpr):
+    """Gradients of rows f of S, W and of the wide factors, put in their places.
+
+    formed: [K, F, N], those of the S_k; at: rows f and columns n; partner [n, C]: what the reads owe W on its narrow
+    side, times alphas; sums: of narrow [I, n], and by row of keep [f], at_last, thetas [f, BLOCK_J], sums [I, BLOCK_J].
+    Returns sums with their parts.
+    """
+    f, n = at
+    grad_narrow, grad_keep, grad_at_last, grad_thetas, grad_sums = sums
+    i, t, j = tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_C), tl.arange(0, S.BLOCK_J)
+    grad_w, s = tile(side.grad_w_pointer, f, n, S.F, N), tile(side.s_pointer, f, n, S.F, N)
+    grad_keep += tl.sum(grad_w * tile(side.w_pointer, f, n, S.F, N), 1)
+    given = tile(side.wide_pointer, i, f, gates.I, S.F), tile(side.narrow_pointer, i, n, gates.I, N), s
+    grad_wide, grad_s = tl.zeros([S.BLOCK_I, S.BLOCK_F], tl.float32), tl.zeros_like(grad_w)
+    for k in tl.range(0, S.WRITES, disable_licm=True):
+        O = tile(side.stack_pointer + k * S.F * N, f, n, S.F, N).to(tl.float32)  # noqa: E741
+        grad_at_last += tl.where(j[None, :] == k, tl.sum(grad_w * O, 1)[:, None], 0.0)
+        grad = tile(formed_pointer + k * S.F * N, f, n, S.F, N).to(tl.float32)
+        if S.MOMENTUM:
+            if k == S.FORMED - 1:
+                grad += tile(side.grad_s_pointer, f, n, S.F, N)
+        grad_wide, grad_narrow, grad_s, grad_thetas, grad_sums = add_formed(
+            grad, k, given, gates, (grad_wide, grad_narrow, grad_s, grad_thetas, grad_sums), S
+        )
+    if S.FORMED > S.WRITES:
+        grad_wide, grad_narrow, grad_s, grad_thetas, grad_sums = add_formed(
+            tile(side.grad_s_pointer, f, n, S.F, N), S.FORMED - 1, given, gates,
+            (grad_wide, grad_narrow, grad_s, grad_thetas, grad_sums), S,
+        )  # fmt: skip
+    put(side.grad_wide_pointer, grad_wide, i, f, gates.I, S.F)
+    keep = tl.load(gates.alphas_pointer + gates.C - 1)
+    grad_w = add_flipped(keep * grad_w, partner, tile(side.owed_wide_pointer, t, f, gates.C, S.F), S.PRODUCTS)
+    # Every thread has read the blocks that are overwritten now.
+    tl.debug_barrier()
+    put(side.grad_w_pointer, grad_w, f, n, S.F, N)
+    if S.MOMENTUM:
+        put(side.grad_s_pointer, grad_s, f, n, S.F, N)
+    return grad_narrow, grad_keep, grad_at_last, grad_thetas, grad_sums
+
+
+@triton.jit
+def through_matrix(side, gates, grads, formed_pointer, grad_narrow, M: tl.constexpr, N: tl.constexpr, S):
+    """From the gradients of what leaves, and of the S_k, to S, W, factors and gates; returns grad_narrow with its part.
+
+    grads: GateGradients. M holds the narrow width N.
+    """
+    t, n, i, j = tl.arange(0, S.BLOCK_C), tl.arange(0, M), tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_J)
+    partner = column(gates.alphas_pointer, t, gates.C) * tile(side.owed_narrow_pointer, t, n, gates.C, N)
+    partner = tl.trans(partner.to(S.PRODUCTS))
+    zero = tl.zeros([S.BLOCK_F, S.BLOCK_J], tl.float32)
+    grad_keep, grad_at_last, grad_thetas = tl.zeros([S.BLOCK_F], tl.float32), zero, zero
+    grad_sums = tl.zeros([S.BLOCK_I, S.BLOCK_J], tl.float32)
+    for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
+        grad_narrow, grad_keep, grad_at_last, grad_thetas, grad_sums = rows_of_gradients(
+            side, gates, formed_pointer, (start + tl.arange(0, S.BLOCK_F), n), partner,
+            (grad_narrow, grad_keep, grad_at_last, grad_thetas, grad_sums), N, S,
+        )  # fmt: skip
+    tl.store(grads.keep_pointer, tl.sum(grad_keep, 0))
+    tl.store(grads.at_last_pointer + j, tl.sum(grad_at_last, 0), mask=j < S.WRITES)
+    if S.MOMENTUM:
+        tl.store(grads.thetas_pointer + j, tl.sum(grad_thetas, 0), mask=j < S.FORMED)
+    inside = (j < S.FORMED)[None, :] & (i < gates.I)[:, None]
+    tl.store(grads.sums_pointer + j[None, :] * gates.I + i[:, None], grad_sums, mask=inside)
+    return grad_narrow
+
+
+@triton.jit
+def through_factors(anchored, grad_h_pointer, grad_anchor_pointer, tokens, grad_e, I, S: tl.constexpr):
+    """From the gradients of the factors to those of z and up without what passes through o, in the place of the last
+    two; to that of W1's anchor. tokens: x and e [I, n] in PRODUCTS. Returns grad_e with its part."""
+    x, e = tokens
+    anchors = anchored.anchors
+    i, d, c = tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
+    for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
+        f = start + tl.arange(0, S.BLOCK_F)
+        a1 = tile(anchors.first_pointer, f, c, S.F, S.V)
+        h, slope, curve = gelu_curve(product(x, tl.trans(tile(anchors.second_pointer, f, d, S.F, S.D)), S.PRODUCTS))
+        back = product(e, tl.trans(a1), S.PRODUCTS)
+        grad_h = tile(grad_h_pointer, i, f, I, S.F)
+        grad_factor = tile(anchored.part_z_pointer, i, f, I, S.F)
+        if S.GATED:
+            # h = act up; the factors are back slope up of W2 and back act of W3.
+            up = product(x, tl.trans(tile(anchors.third_pointer, f, d, S.F, S.D)), S.PRODUCTS)
+            grad_factor_up = tile(anchored.part_up_pointer, i, f, I, S.F)
+            grad_back = grad_factor * slope * up + grad_factor_up * h
+            part_z = (grad_h * up + grad_factor_up * back) * slope + grad_factor * back * up * curve
+            part_up = grad_h * h + grad_factor * back * slope
+        else:
+            grad_back = grad_factor * slope
+            part_z = grad_h * slope + grad_factor * back * curve
+        grad_e = add_product(grad_e, grad_back, a1, S.PRODUCTS)
+        if S.SHARE > 0:
+            grad_a1 = tile(grad_anchor_pointer, f, c, S.F, S.V)
+            grad_a1 += S.SHARE * tl.trans(product(tl.trans(e), grad_back, S.PRODUCTS))
+        tl.debug_barrier()
+        put(anchored.part_z_pointer, part_z, i, f, I, S.F)
+        if S.GATED:
+            put(anchored.part_up_pointer, part_up, i, f, I, S.F)
+        if S.SHARE > 0:
+            put(grad_anchor_pointer, grad_a1, f, c, S.F, S.V)
+    return grad_e
+
+
+@triton.jit
+def grads_of(write, at, j, I, S: tl.constexpr):
+    """Pointers at the parts of matrix j of a chunk and memory."""
+    at = at * (3 if S.GATED else 2) + j
+    return GateGradients(
+        write.grad_keep_pointer + at,
+        write.grad_at_last_pointer + at * S.WRITES,
+        write.grad_thetas_pointer + at * S.FORMED,
+        write.grad_sums_pointer + at * S.FORMED * I,
+    )
+
+
+@triton.jit
+def chain_write_backward_kernel(
+    tokens,  # Tokens of the scan
+    tables,  # Tables
+    states,  # States
+    owed,  # Owed
+    write,  # WriteGradients
+    scratch,  # Scratch
+    sizes,  # Sizes of the scan
+    S: tl.constexpr,  # Shape
+):
+    N, G, C, I = sizes.N, sizes.G, sizes.C, sizes.I  # noqa: E741
+    PARTS: tl.constexpr = 3 if S.GATED else 2
+    WIDER: tl.constexpr = S.D if S.D > S.V else S.V
+    BLOCK: tl.constexpr = S.BLOCK_D if S.BLOCK_D > S.BLOCK_V else S.BLOCK_V
+    WORK: tl.constexpr = S.BLOCKS * S.BLOCK_N * BLOCK
+    g = tl.program_id(0).to(tl.int64)
+    i, d, c = tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
+    inside = c[None, :] < S.V
+    trail = Trail(
+        scratch.trail_pointer + g * (S.STEPS * (WORK + 2 * BLOCK * BLOCK) + 2 * BLOCK * BLOCK),
+        scratch.work_pointer + g * WORK,
+    )
+    formed_pointer = scratch.grad_momenta_pointer + g * S.WRITES * S.F * WIDER
+    factors = scratch.factors
+    own = g * I * S.F
+    grad_h_at, part_z_at = scratch.grad_h_pointer + own, scratch.grad_factor_pointer + own
+    part_up_at, factor_up_at, owed_up_pointer = part_z_at, factors.factor_pointer, owed.grad_z_pointer
+    if S.GATED:
+        part_up_at, factor_up_at = scratch.grad_factor_up_pointer + own, factors.factor_up_pointer
+        owed_up_pointer = owed.grad_up_pointer
+    grad_weights = slot_of(write.grad_weights, G + g, S)
+    grad_momenta = grad_weights
+    if S.MOMENTUM:
+        grad_momenta = slot_of(write.grad_momenta, g, S)
+    n = N - 1
+    while n >= 0:
+        at = n * G + g
+        anchors = slot_of(states.weights, tl.where(n == 0, g, at + G), S)
+        weights, momenta = slot_of(states.weights, at + G, S), slot_of(states.momenta, at + G, S)
+        stack, norms = slot_of_stack(states.stack, at, S), states.norms_pointer + at * PARTS * S.WRITES
+        x_at, o_at = tokens.x_pointer + at * I * S.D, states.o_pointer + at * I * S.V
+        v_at, r_at = tokens.v_pointer + at * I * S.V, tokens.r_pointer + at * I * S.V
+        e_at, grad_x_at = factors.e_pointer + g * I * S.V, write.grad_x_pointer + at * I * S.D
+        # Of e until it is that of v.
+        grad_e_at = write.grad_value_pointer + at * I * S.V
+        e = inner_error(tile(o_at, i, c, I, S.V), tile(r_at, i, c, I, S.V), tile(v_at, i, c, I, S.V), inside, S)
+        write_factors(factors, anchors, tile(x_at, i, d, I, S.D), e, g, I, S)
+        gates = Gates(
+            tables.alphas_pointer + at * C, tables.of_writes_pointer + at * S.WRITES * C,
+            tables.at_last_pointer + at * S.WRITES, tables.thetas_pointer + at * S.FORMED,
+            tables.sums_pointer + at * S.FORMED * I, tables.steps_pointer, C, I,
+        )  # fmt: skip
+        tl.debug_barrier()
+
+        side = Side(
+            weights.first_pointer, momenta.first_pointer, stack.first_pointer, grad_weights.first_pointer,
+            grad_momenta.first_pointer, e_at, factors.h_pointer + own, owed.grad_read_pointer + at * C * S.V,
+            owed.h_pointer + at * C * S.F, grad_h_at,
+        )  # fmt: skip
+        back_through_writes(side, gates, norms, trail, formed_pointer, S.BLOCK_V, S.V, S)
+        grad = tl.zeros([S.BLOCK_I, S.BLOCK_V], tl.float32)
+        grad = through_matrix(side, gates, grads_of(write, at, 0, I, S), formed_pointer, grad, S.BLOCK_V, S.V, S)
+        put(grad_e_at, grad, i, c, I, S.V)
+        tl.debug_barrier()
+
+        side = Side(
+            weights.second_pointer, momenta.second_pointer, stack.second_pointer, grad_weights.second_pointer,
+            grad_momenta.second_pointer, x_at, factors.factor_pointer + own, tokens.q_pointer + at * C * S.D,
+            owed.grad_z_pointer + at * C * S.F, part_z_at,
+        )  # fmt: skip
+        back_through_writes(side, gates, norms + S.WRITES, trail, formed_pointer, S.BLOCK_D, S.D, S)
+        grad = tl.zeros([S.BLOCK_I, S.BLOCK_D], tl.float32)
+        grad = through_matrix(side, gates, grads_of(write, at, 1, I, S), formed_pointer, grad, S.BLOCK_D, S.D, S)
+        if S.GATED:
+            put(grad_x_at, grad, i, d, I, S.D)
+            tl.debug_barrier()
+            side = Side(
+                weights.third_pointer, momenta.third_pointer, stack.third_pointer, grad_weights.third_pointer,
+                grad_momenta.third_pointer, x_at, factor_up_at + own, tokens.q_pointer + at * C * S.D,
+                owed_up_pointer + at * C * S.F, part_up_at,
+            )  # fmt: skip
+            back_through_writes(side, gates, norms + 2 * S.WRITES, trail, formed_pointer, S.BLOCK_D, S.D, S)
+            grad = tile(grad_x_at, i, d, I, S.D)
+            grad = through_matrix(side, gates, grads_of(write, at, 2, I, S), formed_pointer, grad, S.BLOCK_D, S.D, S)
+            tl.debug_barrier()
+        put(grad_x_at, grad, i, d, I, S.D)
+        tl.debug_barrier()
+
+        # The anchor's gradient: in slot 0 of the first chunk, else with that of the weights that enter.
+        grad_anchors = slot_of(write.grad_weights, tl.where(n == 0, g, G + g), S)
+        anchored = Anchored(anchors, part_z_at, part_up_at)
+        x, e = tile(x_at, i, d, I, S.D).to(S.PRODUCTS), tile(e_at, i, c, I, S.V).to(S.PRODUCTS)
+        grad_e = tile(grad_e_at, i, c, I, S.V)
+        grad_e = through_factors(anchored, grad_h_at, grad_anchors.first_pointer, (x, e), grad_e, I, S)
+        o, v, r = tile(o_at, i, c, I, S.V), tile(v_at, i, c, I, S.V), tile(r_at, i, c, I, S.V)
+        grad_o, grad_value = inner_error_gradient(o, r, v, grad_e, inside, S)
+        tl.debug_barrier()
+        put(grad_e_at, grad_value, i, c, I, S.V)
+        grad_x = through_anchor(anchored, grad_anchors, x, grad_o, tile(grad_x_at, i, d, I, S.D), sizes, S)
+        tl.debug_barrier()
+        put(grad_x_at, grad_x, i, d, I, S.D)
+        tl.debug_barrier()
+        n -= 1
