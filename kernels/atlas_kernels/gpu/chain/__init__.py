@@ -118,6 +118,7 @@ def shape_of(
         GATED=rule.memory == "gated_mlp",
         PRODUCTS=TRITON_DTYPES[products],
         STEPS=rule.ns_steps,
+        TURNS=triton.next_power_of_2(sizes.N),
         WRITES=of.of_writes.shape[-2],
         FORMED=of.thetas.shape[-1],
         BLOCK_I=pad(sizes.I),
@@ -189,8 +190,9 @@ class _SegmentChain(torch.autograd.Function):
         N, G, C, I = sizes  # noqa: E741
         count = 3 if shape.GATED else 2
         tokens, tables, (read, norms, o) = Tokens(*saved[:5]), Tables(*saved[5:11]), saved[11:14]
-        stack, weights, momenta = (Matrices(*saved[at : at + count]) for at in (14, 14 + count, 14 + 2 * count))
-        states = States(weights, momenta if shape.MOMENTUM else weights, stack, norms, o)
+        stack, weights = Matrices(*saved[14 : 14 + count]), Matrices(*saved[14 + count : 14 + 2 * count])
+        momenta = Matrices(*saved[14 + 2 * count :]) if shape.MOMENTUM else weights
+        states = States(weights, momenta, stack, norms, o)
         grad_y = grad_y.contiguous()
         side = partial(grad_y.new_empty, N, G, C, shape.F, dtype=products)
         owed = Owed(torch.empty_like(grad_y), side(), side(), side() if shape.GATED else None)

@@ -109,47 +109,47 @@ def chain_write_kernel(
     g = tl.program_id(0).to(tl.int64)
     i, d, c = tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
     x_side, e_side = tokens.x_pointer, factors.e_pointer + g * I * S.V
-    n = 0
-    while n < N:  # no range: the interpreter takes an argument as its bound only with an older numpy
-        at = n * G + g
-        anchors = slot_of(states.weights, tl.where(n == 0, at, at + G), S)
-        x = tile(tokens.x_pointer + at * I * S.D, i, d, I, S.D)
-        o = anchor_output(anchors, x, S)
-        put(states.o_pointer + at * I * S.V, o, i, c, I, S.V)
-        v, r = tile(tokens.v_pointer + at * I * S.V, i, c, I, S.V), tile(tokens.r_pointer + at * I * S.V, i, c, I, S.V)
-        write_factors(factors, anchors, x, inner_error(o, r, v, c[None, :] < S.V, S), g, I, S)
-        # What one thread stored, another may load.
-        tl.debug_barrier()
+    # Not a while: what is hoisted out of one costs the registers that Newton-Schulz needs.
+    for n in tl.range(0, S.TURNS, disable_licm=True):
+        if n < N:
+            at = n * G + g
+            anchors = slot_of(states.weights, tl.where(n == 0, at, at + G), S)
+            x = tile(tokens.x_pointer + at * I * S.D, i, d, I, S.D)
+            o = anchor_output(anchors, x, S)
+            put(states.o_pointer + at * I * S.V, o, i, c, I, S.V)
+            v, r = tile(tokens.v_pointer + at * I * S.V, i, c, I, S.V), tile(tokens.r_pointer + at * I * S.V, i, c, I, S.V)
+            write_factors(factors, anchors, x, inner_error(o, r, v, c[None, :] < S.V, S), g, I, S)
+            # What one thread stored, another may load.
+            tl.debug_barrier()
 
-        momenta, moved = slot_of(states.momenta, at + G, S), slot_of(states.momenta, at + 2 * G, S)
-        stack, norms = slot_of_stack(states.stack, at, S), states.norms_pointer + at * PARTS * S.WRITES
-        gates = tables.thetas_pointer + at * S.FORMED, tables.sums_pointer + at * S.FORMED * I, tables.steps_pointer
-        x_side = tokens.x_pointer + at * I * S.D
-        orthogonalise(
-            (momenta.first_pointer, moved.first_pointer, stack.first_pointer, norms),
-            gates, (e_side, factors.h_pointer + g * I * S.F), I, S.BLOCK_V, S.V, S,
-        )  # fmt: skip
-        orthogonalise(
-            (momenta.second_pointer, moved.second_pointer, stack.second_pointer, norms + S.WRITES),
-            gates, (x_side, factors.factor_pointer + g * I * S.F), I, S.BLOCK_D, S.D, S,
-        )  # fmt: skip
-        if S.GATED:
+            momenta, moved = slot_of(states.momenta, at + G, S), slot_of(states.momenta, at + 2 * G, S)
+            stack, norms = slot_of_stack(states.stack, at, S), states.norms_pointer + at * PARTS * S.WRITES
+            gates = tables.thetas_pointer + at * S.FORMED, tables.sums_pointer + at * S.FORMED * I, tables.steps_pointer
+            x_side = tokens.x_pointer + at * I * S.D
             orthogonalise(
-                (momenta.third_pointer, moved.third_pointer, stack.third_pointer, norms + 2 * S.WRITES),
-                gates, (x_side, factors.factor_up_pointer + g * I * S.F), I, S.BLOCK_D, S.D, S,
+                (momenta.first_pointer, moved.first_pointer, stack.first_pointer, norms),
+                gates, (e_side, factors.h_pointer + g * I * S.F), I, S.BLOCK_V, S.V, S,
             )  # fmt: skip
-        tl.debug_barrier()
-
-        weights, written = slot_of(states.weights, at + G, S), slot_of(states.weights, at + 2 * G, S)
-        last = tl.load(tables.alphas_pointer + at * C + C - 1), tables.at_last_pointer + at * S.WRITES
-        for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
-            f = start + tl.arange(0, S.BLOCK_F)
-            put_sum(written.first_pointer, weights.first_pointer, stack.first_pointer, last, (f, c), S.V, S)
-            put_sum(written.second_pointer, weights.second_pointer, stack.second_pointer, last, (f, d), S.D, S)
+            orthogonalise(
+                (momenta.second_pointer, moved.second_pointer, stack.second_pointer, norms + S.WRITES),
+                gates, (x_side, factors.factor_pointer + g * I * S.F), I, S.BLOCK_D, S.D, S,
+            )  # fmt: skip
             if S.GATED:
-                put_sum(written.third_pointer, weights.third_pointer, stack.third_pointer, last, (f, d), S.D, S)
-        tl.debug_barrier()
-        n += 1
+                orthogonalise(
+                    (momenta.third_pointer, moved.third_pointer, stack.third_pointer, norms + 2 * S.WRITES),
+                    gates, (x_side, factors.factor_up_pointer + g * I * S.F), I, S.BLOCK_D, S.D, S,
+                )  # fmt: skip
+            tl.debug_barrier()
+
+            weights, written = slot_of(states.weights, at + G, S), slot_of(states.weights, at + 2 * G, S)
+            last = tl.load(tables.alphas_pointer + at * C + C - 1), tables.at_last_pointer + at * S.WRITES
+            for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
+                f = start + tl.arange(0, S.BLOCK_F)
+                put_sum(written.first_pointer, weights.first_pointer, stack.first_pointer, last, (f, c), S.V, S)
+                put_sum(written.second_pointer, weights.second_pointer, stack.second_pointer, last, (f, d), S.D, S)
+                if S.GATED:
+                    put_sum(written.third_pointer, weights.third_pointer, stack.third_pointer, last, (f, d), S.D, S)
+            tl.debug_barrier()
 
 
 @triton.jit

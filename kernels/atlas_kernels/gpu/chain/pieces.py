@@ -100,6 +100,7 @@ class Shape(NamedTuple):
     GATED: bool
     PRODUCTS: tl.dtype
     STEPS: int
+    TURNS: int  # a power of two that holds N, so that few lengths compile anew
     WRITES: int  # K
     FORMED: int  # J
     BLOCK_I: int

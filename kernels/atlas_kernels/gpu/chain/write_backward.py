@@ -284,72 +284,73 @@ def chain_write_backward_kernel(
     grad_momenta = grad_weights
     if S.MOMENTUM:
         grad_momenta = slot_of(write.grad_momenta, g, S)
-    n = N - 1
-    while n >= 0:
-        at = n * G + g
-        anchors = slot_of(states.weights, tl.where(n == 0, g, at + G), S)
-        weights, momenta = slot_of(states.weights, at + G, S), slot_of(states.momenta, at + G, S)
-        stack, norms = slot_of_stack(states.stack, at, S), states.norms_pointer + at * PARTS * S.WRITES
-        x_at, o_at = tokens.x_pointer + at * I * S.D, states.o_pointer + at * I * S.V
-        v_at, r_at = tokens.v_pointer + at * I * S.V, tokens.r_pointer + at * I * S.V
-        e_at, grad_x_at = factors.e_pointer + g * I * S.V, write.grad_x_pointer + at * I * S.D
-        # Of e until it is that of v.
-        grad_e_at = write.grad_value_pointer + at * I * S.V
-        e = inner_error(tile(o_at, i, c, I, S.V), tile(r_at, i, c, I, S.V), tile(v_at, i, c, I, S.V), inside, S)
-        write_factors(factors, anchors, tile(x_at, i, d, I, S.D), e, g, I, S)
-        gates = Gates(
-            tables.alphas_pointer + at * C, tables.of_writes_pointer + at * S.WRITES * C,
-            tables.at_last_pointer + at * S.WRITES, tables.thetas_pointer + at * S.FORMED,
-            tables.sums_pointer + at * S.FORMED * I, tables.steps_pointer, C, I,
-        )  # fmt: skip
-        tl.debug_barrier()
+    # Not a while: what is hoisted out of one costs the registers that Newton-Schulz needs.
+    for turn in tl.range(0, S.TURNS, disable_licm=True):
+        n = N - 1 - turn
+        if n >= 0:
+            at = n * G + g
+            anchors = slot_of(states.weights, tl.where(n == 0, g, at + G), S)
+            weights, momenta = slot_of(states.weights, at + G, S), slot_of(states.momenta, at + G, S)
+            stack, norms = slot_of_stack(states.stack, at, S), states.norms_pointer + at * PARTS * S.WRITES
+            x_at, o_at = tokens.x_pointer + at * I * S.D, states.o_pointer + at * I * S.V
+            v_at, r_at = tokens.v_pointer + at * I * S.V, tokens.r_pointer + at * I * S.V
+            e_at, grad_x_at = factors.e_pointer + g * I * S.V, write.grad_x_pointer + at * I * S.D
+            # Of e until it is that of v.
+            grad_e_at = write.grad_value_pointer + at * I * S.V
+            e = inner_error(tile(o_at, i, c, I, S.V), tile(r_at, i, c, I, S.V), tile(v_at, i, c, I, S.V), inside, S)
+            write_factors(factors, anchors, tile(x_at, i, d, I, S.D), e, g, I, S)
+            gates = Gates(
+                tables.alphas_pointer + at * C, tables.of_writes_pointer + at * S.WRITES * C,
+                tables.at_last_pointer + at * S.WRITES, tables.thetas_pointer + at * S.FORMED,
+                tables.sums_pointer + at * S.FORMED * I, tables.steps_pointer, C, I,
+            )  # fmt: skip
+            tl.debug_barrier()
 
-        side = Side(
-            weights.first_pointer, momenta.first_pointer, stack.first_pointer, grad_weights.first_pointer,
-            grad_momenta.first_pointer, e_at, factors.h_pointer + own, owed.grad_read_pointer + at * C * S.V,
-            owed.h_pointer + at * C * S.F, grad_h_at,
-        )  # fmt: skip
-        back_through_writes(side, gates, norms, trail, formed_pointer, S.BLOCK_V, S.V, S)
-        grad = tl.zeros([S.BLOCK_I, S.BLOCK_V], tl.float32)
-        grad = through_matrix(side, gates, grads_of(write, at, 0, I, S), formed_pointer, grad, S.BLOCK_V, S.V, S)
-        put(grad_e_at, grad, i, c, I, S.V)
-        tl.debug_barrier()
+            side = Side(
+                weights.first_pointer, momenta.first_pointer, stack.first_pointer, grad_weights.first_pointer,
+                grad_momenta.first_pointer, e_at, factors.h_pointer + own, owed.grad_read_pointer + at * C * S.V,
+                owed.h_pointer + at * C * S.F, grad_h_at,
+            )  # fmt: skip
+            back_through_writes(side, gates, norms, trail, formed_pointer, S.BLOCK_V, S.V, S)
+            grad = tl.zeros([S.BLOCK_I, S.BLOCK_V], tl.float32)
+            grad = through_matrix(side, gates, grads_of(write, at, 0, I, S), formed_pointer, grad, S.BLOCK_V, S.V, S)
+            put(grad_e_at, grad, i, c, I, S.V)
+            tl.debug_barrier()
 
-        side = Side(
-            weights.second_pointer, momenta.second_pointer, stack.second_pointer, grad_weights.second_pointer,
-            grad_momenta.second_pointer, x_at, factors.factor_pointer + own, tokens.q_pointer + at * C * S.D,
-            owed.grad_z_pointer + at * C * S.F, part_z_at,
-        )  # fmt: skip
-        back_through_writes(side, gates, norms + S.WRITES, trail, formed_pointer, S.BLOCK_D, S.D, S)
-        grad = tl.zeros([S.BLOCK_I, S.BLOCK_D], tl.float32)
-        grad = through_matrix(side, gates, grads_of(write, at, 1, I, S), formed_pointer, grad, S.BLOCK_D, S.D, S)
-        if S.GATED:
+            side = Side(
+                weights.second_pointer, momenta.second_pointer, stack.second_pointer, grad_weights.second_pointer,
+                grad_momenta.second_pointer, x_at, factors.factor_pointer + own, tokens.q_pointer + at * C * S.D,
+                owed.grad_z_pointer + at * C * S.F, part_z_at,
+            )  # fmt: skip
+            back_through_writes(side, gates, norms + S.WRITES, trail, formed_pointer, S.BLOCK_D, S.D, S)
+            grad = tl.zeros([S.BLOCK_I, S.BLOCK_D], tl.float32)
+            grad = through_matrix(side, gates, grads_of(write, at, 1, I, S), formed_pointer, grad, S.BLOCK_D, S.D, S)
+            if S.GATED:
+                put(grad_x_at, grad, i, d, I, S.D)
+                tl.debug_barrier()
+                side = Side(
+                    weights.third_pointer, momenta.third_pointer, stack.third_pointer, grad_weights.third_pointer,
+                    grad_momenta.third_pointer, x_at, factor_up_at + own, tokens.q_pointer + at * C * S.D,
+                    owed_up_pointer + at * C * S.F, part_up_at,
+                )  # fmt: skip
+                back_through_writes(side, gates, norms + 2 * S.WRITES, trail, formed_pointer, S.BLOCK_D, S.D, S)
+                grad = tile(grad_x_at, i, d, I, S.D)
+                grad = through_matrix(side, gates, grads_of(write, at, 2, I, S), formed_pointer, grad, S.BLOCK_D, S.D, S)
+                tl.debug_barrier()
             put(grad_x_at, grad, i, d, I, S.D)
             tl.debug_barrier()
-            side = Side(
-                weights.third_pointer, momenta.third_pointer, stack.third_pointer, grad_weights.third_pointer,
-                grad_momenta.third_pointer, x_at, factor_up_at + own, tokens.q_pointer + at * C * S.D,
-                owed_up_pointer + at * C * S.F, part_up_at,
-            )  # fmt: skip
-            back_through_writes(side, gates, norms + 2 * S.WRITES, trail, formed_pointer, S.BLOCK_D, S.D, S)
-            grad = tile(grad_x_at, i, d, I, S.D)
-            grad = through_matrix(side, gates, grads_of(write, at, 2, I, S), formed_pointer, grad, S.BLOCK_D, S.D, S)
-            tl.debug_barrier()
-        put(grad_x_at, grad, i, d, I, S.D)
-        tl.debug_barrier()
 
-        # The anchor's gradient: in slot 0 of the first chunk, else with that of the weights that enter.
-        grad_anchors = slot_of(write.grad_weights, tl.where(n == 0, g, G + g), S)
-        anchored = Anchored(anchors, part_z_at, part_up_at)
-        x, e = tile(x_at, i, d, I, S.D).to(S.PRODUCTS), tile(e_at, i, c, I, S.V).to(S.PRODUCTS)
-        grad_e = tile(grad_e_at, i, c, I, S.V)
-        grad_e = through_factors(anchored, grad_h_at, grad_anchors.first_pointer, (x, e), grad_e, I, S)
-        o, v, r = tile(o_at, i, c, I, S.V), tile(v_at, i, c, I, S.V), tile(r_at, i, c, I, S.V)
-        grad_o, grad_value = inner_error_gradient(o, r, v, grad_e, inside, S)
-        tl.debug_barrier()
-        put(grad_e_at, grad_value, i, c, I, S.V)
-        grad_x = through_anchor(anchored, grad_anchors, x, grad_o, tile(grad_x_at, i, d, I, S.D), sizes, S)
-        tl.debug_barrier()
-        put(grad_x_at, grad_x, i, d, I, S.D)
-        tl.debug_barrier()
-        n -= 1
+            # The anchor's gradient: in slot 0 of the first chunk, else with that of the weights that enter.
+            grad_anchors = slot_of(write.grad_weights, tl.where(n == 0, g, G + g), S)
+            anchored = Anchored(anchors, part_z_at, part_up_at)
+            x, e = tile(x_at, i, d, I, S.D).to(S.PRODUCTS), tile(e_at, i, c, I, S.V).to(S.PRODUCTS)
+            grad_e = tile(grad_e_at, i, c, I, S.V)
+            grad_e = through_factors(anchored, grad_h_at, grad_anchors.first_pointer, (x, e), grad_e, I, S)
+            o, v, r = tile(o_at, i, c, I, S.V), tile(v_at, i, c, I, S.V), tile(r_at, i, c, I, S.V)
+            grad_o, grad_value = inner_error_gradient(o, r, v, grad_e, inside, S)
+            tl.debug_barrier()
+            put(grad_e_at, grad_value, i, c, I, S.V)
+            grad_x = through_anchor(anchored, grad_anchors, x, grad_o, tile(grad_x_at, i, d, I, S.D), sizes, S)
+            tl.debug_barrier()
+            put(grad_x_at, grad_x, i, d, I, S.D)
+            tl.debug_barrier()
