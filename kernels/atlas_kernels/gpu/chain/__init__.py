@@ -59,6 +59,7 @@ KERNELS = {
 # Newton-Schulz and the reads have 64 rows, which 8 would multiply twice.
 CONFIGURATIONS = {"write": (32, 256), "read": (32, 256), "read_backward": (32, 256), "write_backward": (16, 64)}
 WARPS = 4
+SOURCES = 64  # at a time: more would spill
 
 
 def covers(rule: MemoryRule, weights: tuple[Tensor, ...], products: torch.dtype) -> bool:
@@ -121,7 +122,8 @@ def shape_of(
         TURNS=triton.next_power_of_2(sizes.N),
         WRITES=of.of_writes.shape[-2],
         FORMED=of.thetas.shape[-1],
-        BLOCK_I=pad(sizes.I),
+        BLOCK_I=min(SOURCES, pad(sizes.I)),
+        TILES=triton.cdiv(sizes.I, min(SOURCES, pad(sizes.I))),
         BLOCK_D=pad(D),
         BLOCK_V=pad(V),
         BLOCK_C=pad(sizes.C),

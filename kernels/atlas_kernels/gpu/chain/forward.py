@@ -43,7 +43,7 @@ from atlas_kernels.gpu.scan.pieces import (
 
 @triton.jit
 def anchor_output(anchors, x, S: tl.constexpr):
-    """What the anchor gives to each source before the norm and the residual [I, V]."""
+    """What the anchor gives to sources x [i, D] before the norm and the residual [i, V]."""
     d, c = tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
     o = tl.zeros([S.BLOCK_I, S.BLOCK_V], tl.float32)
     for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
@@ -107,18 +107,21 @@ def chain_write_kernel(
     N, G, C, I = sizes.N, sizes.G, sizes.C, sizes.I  # noqa: E741
     PARTS: tl.constexpr = 3 if S.GATED else 2
     g = tl.program_id(0).to(tl.int64)
-    i, d, c = tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
-    x_side, e_side = tokens.x_pointer, factors.e_pointer + g * I * S.V
+    d, c = tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
+    e_side = factors.e_pointer + g * I * S.V
     # Not a while: what is hoisted out of one costs the registers that Newton-Schulz needs.
     for n in tl.range(0, S.TURNS, disable_licm=True):
         if n < N:
             at = n * G + g
             anchors = slot_of(states.weights, tl.where(n == 0, at, at + G), S)
-            x = tile(tokens.x_pointer + at * I * S.D, i, d, I, S.D)
-            o = anchor_output(anchors, x, S)
-            put(states.o_pointer + at * I * S.V, o, i, c, I, S.V)
-            v, r = tile(tokens.v_pointer + at * I * S.V, i, c, I, S.V), tile(tokens.r_pointer + at * I * S.V, i, c, I, S.V)
-            write_factors(factors, anchors, x, inner_error(o, r, v, c[None, :] < S.V, S), g, I, S)
+            for part in tl.range(0, S.TILES, disable_licm=True):
+                i = part * S.BLOCK_I + tl.arange(0, S.BLOCK_I)
+                x = tile(tokens.x_pointer + at * I * S.D, i, d, I, S.D).to(S.PRODUCTS)
+                o = anchor_output(anchors, x, S)
+                put(states.o_pointer + at * I * S.V, o, i, c, I, S.V)
+                v = tile(tokens.v_pointer + at * I * S.V, i, c, I, S.V)
+                r = tile(tokens.r_pointer + at * I * S.V, i, c, I, S.V)
+                write_factors(factors, anchors, x, inner_error(o, r, v, c[None, :] < S.V, S), g, (i, I), S)
             # What one thread stored, another may load.
             tl.debug_barrier()
 

@@ -103,7 +103,8 @@ class Shape(NamedTuple):
     TURNS: int  # a power of two that holds N, so that few lengths compile anew
     WRITES: int  # K
     FORMED: int  # J
-    BLOCK_I: int
+    BLOCK_I: int  # sources at a time
+    TILES: int  # of them
     BLOCK_D: int
     BLOCK_V: int
     BLOCK_C: int
@@ -118,10 +119,12 @@ class Shape(NamedTuple):
 
 
 @triton.jit
-def write_factors(factors, anchors, x, e, g, I, S: tl.constexpr):
-    """e and the sources' factors at the anchor, into this memory's scratch."""
-    i, d, c = tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
+def write_factors(factors, anchors, x, e, g, at, S: tl.constexpr):
+    """e and the factors of some sources, x [i, D] in PRODUCTS, at the anchor, into memory g's scratch. at: i, and I."""
+    i, I = at  # noqa: E741
+    d, c = tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
     put(factors.e_pointer + g * I * S.V, e, i, c, I, S.V)
+    e = e.to(S.PRODUCTS)
     for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
         f = start + tl.arange(0, S.BLOCK_F)
         h, factor, factor_up = source_factors(anchors, x, e, f, d, c, S)

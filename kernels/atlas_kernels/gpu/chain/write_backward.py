@@ -30,6 +30,7 @@ from atlas_kernels.gpu.newton_schulz.forward import Constants, Strided
 from atlas_kernels.gpu.newton_schulz.forward import Sizes as Matrix
 from atlas_kernels.gpu.scan.pieces import (
     Matrices,
+    Sizes,
     add_flipped,
     add_product,
     column,
@@ -113,100 +114,135 @@ def back_through_writes(side, gates, norms_pointer, trail, result_pointer, M: tl
 
 
 @triton.jit
-def add_formed(grad, j, given, gates, sums, S: tl.constexpr):
-    """From the gradient of S_j, rows f [f, n], to what it is formed of.
+def add_to_factors(grad, j, given, gates, sums, i, S: tl.constexpr):
+    """From the gradient of S_j, rows f [f, n], to the factors that it is formed of.
 
-    given: wide [I, f], narrow [I, n], S [f, n]; sums: gradients of wide, narrow and S, and by row of thetas [f, BLOCK_J]
-    and sums [I, BLOCK_J]. Returns sums with their parts.
+    given: wide [i, f], narrow [i, n] in PRODUCTS; sums: gradients of wide, of narrow, of sums [i, BLOCK_J]. Returns
+    sums with their parts.
     """
-    wide, narrow, s = given
-    grad_wide, grad_narrow, grad_s, grad_thetas, grad_sums = sums
-    i, here = tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_J)[None, :] == j
+    wide, narrow = given
+    grad_wide, grad_narrow, grad_sums = sums
     weights = column(gates.sums_pointer + j * gates.I, i, gates.I)
     met = product(narrow, tl.trans(grad), S.PRODUCTS)
-    grad_sums += tl.where(here, tl.sum(met * wide, 1)[:, None], 0.0)
-    grad_wide += weights * met
-    grad_narrow = add_product(grad_narrow, weights * wide, grad, S.PRODUCTS)
-    if S.MOMENTUM:
-        grad_thetas += tl.where(here, tl.sum(grad * s, 1)[:, None], 0.0)
-        grad_s += tl.load(gates.thetas_pointer + j) * grad
-    return grad_wide, grad_narrow, grad_s, grad_thetas, grad_sums
+    grad_sums += tl.where(tl.arange(0, S.BLOCK_J)[None, :] == j, tl.sum(met * wide, 1)[:, None], 0.0)
+    return grad_wide + weights * met, add_product(grad_narrow, weights * wide, grad, S.PRODUCTS), grad_sums
 
 
 @triton.jit
-def rows_of_gradients(side, gates, formed_pointer, at, partner, sums, N: tl.constexpr, S: tl.constexpr):
-    """Gradients of rows f of S, W and of the wide factors, put in their places.
+def to_factors(side, gates, grad_sums_pointer, formed_pointer, grad_narrow, at, N: tl.constexpr, S: tl.constexpr):
+    """From the gradients of the S_j of one matrix to those of sums and of its wide factors, put in their places.
 
-    formed: [K, F, N], those of the S_k; at: rows f and columns n; partner [n, C]: what the reads owe W on its narrow
-    side, times alphas; sums: of narrow [I, n], and by row of keep [f], at_last, thetas [f, BLOCK_J], sums [I, BLOCK_J].
-    Returns sums with their parts.
+    formed: [K, F, N], of the S_k; at: sources i and columns n. Returns grad_narrow [i, n] with its part.
     """
-    f, n = at
-    grad_narrow, grad_keep, grad_at_last, grad_thetas, grad_sums = sums
-    i, t, j = tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_C), tl.arange(0, S.BLOCK_J)
-    grad_w, s = tile(side.grad_w_pointer, f, n, S.F, N), tile(side.s_pointer, f, n, S.F, N)
-    grad_keep += tl.sum(grad_w * tile(side.w_pointer, f, n, S.F, N), 1)
-    given = tile(side.wide_pointer, i, f, gates.I, S.F), tile(side.narrow_pointer, i, n, gates.I, N), s
-    grad_wide, grad_s = tl.zeros([S.BLOCK_I, S.BLOCK_F], tl.float32), tl.zeros_like(grad_w)
-    for k in tl.range(0, S.WRITES, disable_licm=True):
-        O = tile(side.stack_pointer + k * S.F * N, f, n, S.F, N).to(tl.float32)  # noqa: E741
-        grad_at_last += tl.where(j[None, :] == k, tl.sum(grad_w * O, 1)[:, None], 0.0)
-        grad = tile(formed_pointer + k * S.F * N, f, n, S.F, N).to(tl.float32)
-        if S.MOMENTUM:
-            if k == S.FORMED - 1:
-                grad += tile(side.grad_s_pointer, f, n, S.F, N)
-        grad_wide, grad_narrow, grad_s, grad_thetas, grad_sums = add_formed(
-            grad, k, given, gates, (grad_wide, grad_narrow, grad_s, grad_thetas, grad_sums), S
-        )
-    if S.FORMED > S.WRITES:
-        grad_wide, grad_narrow, grad_s, grad_thetas, grad_sums = add_formed(
-            tile(side.grad_s_pointer, f, n, S.F, N), S.FORMED - 1, given, gates,
-            (grad_wide, grad_narrow, grad_s, grad_thetas, grad_sums), S,
-        )  # fmt: skip
-    put(side.grad_wide_pointer, grad_wide, i, f, gates.I, S.F)
-    keep = tl.load(gates.alphas_pointer + gates.C - 1)
-    grad_w = add_flipped(keep * grad_w, partner, tile(side.owed_wide_pointer, t, f, gates.C, S.F), S.PRODUCTS)
-    # Every thread has read the blocks that are overwritten now.
-    tl.debug_barrier()
-    put(side.grad_w_pointer, grad_w, f, n, S.F, N)
-    if S.MOMENTUM:
-        put(side.grad_s_pointer, grad_s, f, n, S.F, N)
-    return grad_narrow, grad_keep, grad_at_last, grad_thetas, grad_sums
-
-
-@triton.jit
-def through_matrix(side, gates, grads, formed_pointer, grad_narrow, M: tl.constexpr, N: tl.constexpr, S):
-    """From the gradients of what leaves, and of the S_k, to S, W, factors and gates; returns grad_narrow with its part.
-
-    grads: GateGradients. M holds the narrow width N.
-    """
-    t, n, i, j = tl.arange(0, S.BLOCK_C), tl.arange(0, M), tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_J)
-    partner = column(gates.alphas_pointer, t, gates.C) * tile(side.owed_narrow_pointer, t, n, gates.C, N)
-    partner = tl.trans(partner.to(S.PRODUCTS))
-    zero = tl.zeros([S.BLOCK_F, S.BLOCK_J], tl.float32)
-    grad_keep, grad_at_last, grad_thetas = tl.zeros([S.BLOCK_F], tl.float32), zero, zero
+    i, n = at
+    j = tl.arange(0, S.BLOCK_J)
+    narrow = tile(side.narrow_pointer, i, n, gates.I, N).to(S.PRODUCTS)
     grad_sums = tl.zeros([S.BLOCK_I, S.BLOCK_J], tl.float32)
     for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
-        grad_narrow, grad_keep, grad_at_last, grad_thetas, grad_sums = rows_of_gradients(
-            side, gates, formed_pointer, (start + tl.arange(0, S.BLOCK_F), n), partner,
-            (grad_narrow, grad_keep, grad_at_last, grad_thetas, grad_sums), N, S,
-        )  # fmt: skip
-    tl.store(grads.keep_pointer, tl.sum(grad_keep, 0))
-    tl.store(grads.at_last_pointer + j, tl.sum(grad_at_last, 0), mask=j < S.WRITES)
-    if S.MOMENTUM:
-        tl.store(grads.thetas_pointer + j, tl.sum(grad_thetas, 0), mask=j < S.FORMED)
+        f = start + tl.arange(0, S.BLOCK_F)
+        given = tile(side.wide_pointer, i, f, gates.I, S.F), narrow
+        grad_wide = tl.zeros([S.BLOCK_I, S.BLOCK_F], tl.float32)
+        for k in tl.range(0, S.WRITES, disable_licm=True):
+            grad = tile(formed_pointer + k * S.F * N, f, n, S.F, N).to(tl.float32)
+            if S.MOMENTUM:
+                if k == S.FORMED - 1:
+                    grad += tile(side.grad_s_pointer, f, n, S.F, N)
+            grad_wide, grad_narrow, grad_sums = add_to_factors(
+                grad, k, given, gates, (grad_wide, grad_narrow, grad_sums), i, S
+            )
+        if S.FORMED > S.WRITES:
+            grad = tile(side.grad_s_pointer, f, n, S.F, N)
+            grad_wide, grad_narrow, grad_sums = add_to_factors(
+                grad, S.FORMED - 1, given, gates, (grad_wide, grad_narrow, grad_sums), i, S
+            )
+        put(side.grad_wide_pointer, grad_wide, i, f, gates.I, S.F)
     inside = (j < S.FORMED)[None, :] & (i < gates.I)[:, None]
-    tl.store(grads.sums_pointer + j[None, :] * gates.I + i[:, None], grad_sums, mask=inside)
+    tl.store(grad_sums_pointer + j[None, :] * gates.I + i[:, None], grad_sums, mask=inside)
     return grad_narrow
 
 
 @triton.jit
-def through_factors(anchored, grad_h_pointer, grad_anchor_pointer, tokens, grad_e, I, S: tl.constexpr):
+def add_to_momentum(grad, j, s, gates, sums, S: tl.constexpr):
+    """From the gradient of S_j, rows f [f, n], to those of S [f, n] and by row of thetas [f, BLOCK_J]."""
+    grad_s, grad_thetas = sums
+    grad_thetas += tl.where(tl.arange(0, S.BLOCK_J)[None, :] == j, tl.sum(grad * s, 1)[:, None], 0.0)
+    return grad_s + tl.load(gates.thetas_pointer + j) * grad, grad_thetas
+
+
+@triton.jit
+def to_momentum(side, gates, grad_thetas_pointer, formed_pointer, n, N: tl.constexpr, S: tl.constexpr):
+    """From the gradients of the S_j of one matrix to those of thetas and, in place, of S. formed: as above."""
+    j = tl.arange(0, S.BLOCK_J)
+    grad_thetas = tl.zeros([S.BLOCK_F, S.BLOCK_J], tl.float32)
+    for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
+        f = start + tl.arange(0, S.BLOCK_F)
+        left, s = tile(side.grad_s_pointer, f, n, S.F, N), tile(side.s_pointer, f, n, S.F, N)
+        grad_s = tl.zeros_like(s)
+        for k in tl.range(0, S.WRITES, disable_licm=True):
+            grad = tile(formed_pointer + k * S.F * N, f, n, S.F, N).to(tl.float32)
+            if k == S.FORMED - 1:
+                grad += left
+            grad_s, grad_thetas = add_to_momentum(grad, k, s, gates, (grad_s, grad_thetas), S)
+        if S.FORMED > S.WRITES:
+            grad_s, grad_thetas = add_to_momentum(left, S.FORMED - 1, s, gates, (grad_s, grad_thetas), S)
+        # Every thread has read the block that is overwritten now.
+        tl.debug_barrier()
+        put(side.grad_s_pointer, grad_s, f, n, S.F, N)
+    tl.store(grad_thetas_pointer + j, tl.sum(grad_thetas, 0), mask=j < S.FORMED)
+
+
+@triton.jit
+def to_weights(side, gates, grads, n, N: tl.constexpr, S: tl.constexpr):
+    """From the gradient of W', and what the reads owe, to those of keep, at_last and, in place, of W."""
+    t, j = tl.arange(0, S.BLOCK_C), tl.arange(0, S.BLOCK_J)
+    partner = column(gates.alphas_pointer, t, gates.C) * tile(side.owed_narrow_pointer, t, n, gates.C, N)
+    partner = tl.trans(partner.to(S.PRODUCTS))
+    keep = tl.load(gates.alphas_pointer + gates.C - 1)
+    grad_keep = tl.zeros([S.BLOCK_F], tl.float32)
+    grad_at_last = tl.zeros([S.BLOCK_F, S.BLOCK_J], tl.float32)
+    for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
+        f = start + tl.arange(0, S.BLOCK_F)
+        grad_w = tile(side.grad_w_pointer, f, n, S.F, N)
+        grad_keep += tl.sum(grad_w * tile(side.w_pointer, f, n, S.F, N), 1)
+        for k in tl.range(0, S.WRITES, disable_licm=True):
+            O = tile(side.stack_pointer + k * S.F * N, f, n, S.F, N).to(tl.float32)  # noqa: E741
+            grad_at_last += tl.where(j[None, :] == k, tl.sum(grad_w * O, 1)[:, None], 0.0)
+        grad_w = add_flipped(keep * grad_w, partner, tile(side.owed_wide_pointer, t, f, gates.C, S.F), S.PRODUCTS)
+        # Every thread has read the block that is overwritten now.
+        tl.debug_barrier()
+        put(side.grad_w_pointer, grad_w, f, n, S.F, N)
+    tl.store(grads.keep_pointer, tl.sum(grad_keep, 0))
+    tl.store(grads.at_last_pointer + j, tl.sum(grad_at_last, 0), mask=j < S.WRITES)
+
+
+@triton.jit
+def through_matrix(side, gates, grads, formed_pointer, grad_narrow_pointer, M: tl.constexpr, N: tl.constexpr, S):
+    """From the gradients of what leaves, and of the S_k, to S, W, factors and gates.
+
+    grads: GateGradients; grad_narrow [I, N] is added to. M holds N.
+    """
+    n = tl.arange(0, M)
+    for part in tl.range(0, S.TILES, disable_licm=True):
+        i = part * S.BLOCK_I + tl.arange(0, S.BLOCK_I)
+        grad_narrow = tile(grad_narrow_pointer, i, n, gates.I, N)
+        grad_narrow = to_factors(side, gates, grads.sums_pointer, formed_pointer, grad_narrow, (i, n), N, S)
+        tl.debug_barrier()
+        put(grad_narrow_pointer, grad_narrow, i, n, gates.I, N)
+    tl.debug_barrier()
+    if S.MOMENTUM:
+        to_momentum(side, gates, grads.thetas_pointer, formed_pointer, n, N, S)
+    to_weights(side, gates, grads, n, N, S)
+    tl.debug_barrier()
+
+
+@triton.jit
+def through_factors(anchored, grad_h_pointer, grad_anchor_pointer, tokens, grad_e, at, S: tl.constexpr):
     """From the gradients of the factors to those of z and up without what passes through o, in the place of the last
-    two; to that of W1's anchor. tokens: x and e [I, n] in PRODUCTS. Returns grad_e with its part."""
+    two; to that of W1's anchor. tokens: x and e [i, n] in PRODUCTS; at: i, and I. Returns grad_e with its part."""
     x, e = tokens
+    i, I = at  # noqa: E741
     anchors = anchored.anchors
-    i, d, c = tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
+    d, c = tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
     for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
         f = start + tl.arange(0, S.BLOCK_F)
         a1 = tile(anchors.first_pointer, f, c, S.F, S.V)
@@ -266,7 +302,7 @@ def chain_write_backward_kernel(
     BLOCK: tl.constexpr = S.BLOCK_D if S.BLOCK_D > S.BLOCK_V else S.BLOCK_V
     WORK: tl.constexpr = S.BLOCKS * S.BLOCK_N * BLOCK
     g = tl.program_id(0).to(tl.int64)
-    i, d, c = tl.arange(0, S.BLOCK_I), tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
+    d, c = tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
     inside = c[None, :] < S.V
     trail = Trail(
         scratch.trail_pointer + g * (S.STEPS * (WORK + 2 * BLOCK * BLOCK) + 2 * BLOCK * BLOCK),
@@ -297,8 +333,13 @@ def chain_write_backward_kernel(
             e_at, grad_x_at = factors.e_pointer + g * I * S.V, write.grad_x_pointer + at * I * S.D
             # Of e until it is that of v.
             grad_e_at = write.grad_value_pointer + at * I * S.V
-            e = inner_error(tile(o_at, i, c, I, S.V), tile(r_at, i, c, I, S.V), tile(v_at, i, c, I, S.V), inside, S)
-            write_factors(factors, anchors, tile(x_at, i, d, I, S.D), e, g, I, S)
+            for part in tl.range(0, S.TILES, disable_licm=True):
+                i = part * S.BLOCK_I + tl.arange(0, S.BLOCK_I)
+                x, o = tile(x_at, i, d, I, S.D).to(S.PRODUCTS), tile(o_at, i, c, I, S.V)
+                e = inner_error(o, tile(r_at, i, c, I, S.V), tile(v_at, i, c, I, S.V), inside, S)
+                write_factors(factors, anchors, x, e, g, (i, I), S)
+                put(grad_e_at, tl.zeros_like(e), i, c, I, S.V)
+                put(grad_x_at, tl.zeros([S.BLOCK_I, S.BLOCK_D], tl.float32), i, d, I, S.D)
             gates = Gates(
                 tables.alphas_pointer + at * C, tables.of_writes_pointer + at * S.WRITES * C,
                 tables.at_last_pointer + at * S.WRITES, tables.thetas_pointer + at * S.FORMED,
@@ -312,10 +353,7 @@ def chain_write_backward_kernel(
                 owed.h_pointer + at * C * S.F, grad_h_at,
             )  # fmt: skip
             back_through_writes(side, gates, norms, trail, formed_pointer, S.BLOCK_V, S.V, S)
-            grad = tl.zeros([S.BLOCK_I, S.BLOCK_V], tl.float32)
-            grad = through_matrix(side, gates, grads_of(write, at, 0, I, S), formed_pointer, grad, S.BLOCK_V, S.V, S)
-            put(grad_e_at, grad, i, c, I, S.V)
-            tl.debug_barrier()
+            through_matrix(side, gates, grads_of(write, at, 0, I, S), formed_pointer, grad_e_at, S.BLOCK_V, S.V, S)
 
             side = Side(
                 weights.second_pointer, momenta.second_pointer, stack.second_pointer, grad_weights.second_pointer,
@@ -323,34 +361,33 @@ def chain_write_backward_kernel(
                 owed.grad_z_pointer + at * C * S.F, part_z_at,
             )  # fmt: skip
             back_through_writes(side, gates, norms + S.WRITES, trail, formed_pointer, S.BLOCK_D, S.D, S)
-            grad = tl.zeros([S.BLOCK_I, S.BLOCK_D], tl.float32)
-            grad = through_matrix(side, gates, grads_of(write, at, 1, I, S), formed_pointer, grad, S.BLOCK_D, S.D, S)
+            through_matrix(side, gates, grads_of(write, at, 1, I, S), formed_pointer, grad_x_at, S.BLOCK_D, S.D, S)
             if S.GATED:
-                put(grad_x_at, grad, i, d, I, S.D)
-                tl.debug_barrier()
                 side = Side(
                     weights.third_pointer, momenta.third_pointer, stack.third_pointer, grad_weights.third_pointer,
                     grad_momenta.third_pointer, x_at, factor_up_at + own, tokens.q_pointer + at * C * S.D,
                     owed_up_pointer + at * C * S.F, part_up_at,
                 )  # fmt: skip
                 back_through_writes(side, gates, norms + 2 * S.WRITES, trail, formed_pointer, S.BLOCK_D, S.D, S)
-                grad = tile(grad_x_at, i, d, I, S.D)
-                grad = through_matrix(side, gates, grads_of(write, at, 2, I, S), formed_pointer, grad, S.BLOCK_D, S.D, S)
-                tl.debug_barrier()
-            put(grad_x_at, grad, i, d, I, S.D)
-            tl.debug_barrier()
+                through_matrix(side, gates, grads_of(write, at, 2, I, S), formed_pointer, grad_x_at, S.BLOCK_D, S.D, S)
 
             # The anchor's gradient: in slot 0 of the first chunk, else with that of the weights that enter.
             grad_anchors = slot_of(write.grad_weights, tl.where(n == 0, g, G + g), S)
-            anchored = Anchored(anchors, part_z_at, part_up_at)
-            x, e = tile(x_at, i, d, I, S.D).to(S.PRODUCTS), tile(e_at, i, c, I, S.V).to(S.PRODUCTS)
-            grad_e = tile(grad_e_at, i, c, I, S.V)
-            grad_e = through_factors(anchored, grad_h_at, grad_anchors.first_pointer, (x, e), grad_e, I, S)
-            o, v, r = tile(o_at, i, c, I, S.V), tile(v_at, i, c, I, S.V), tile(r_at, i, c, I, S.V)
-            grad_o, grad_value = inner_error_gradient(o, r, v, grad_e, inside, S)
-            tl.debug_barrier()
-            put(grad_e_at, grad_value, i, c, I, S.V)
-            grad_x = through_anchor(anchored, grad_anchors, x, grad_o, tile(grad_x_at, i, d, I, S.D), sizes, S)
-            tl.debug_barrier()
-            put(grad_x_at, grad_x, i, d, I, S.D)
+            for part in tl.range(0, S.TILES, disable_licm=True):
+                first = part * S.BLOCK_I
+                i = first + tl.arange(0, S.BLOCK_I)
+                x, e = tile(x_at, i, d, I, S.D).to(S.PRODUCTS), tile(e_at, i, c, I, S.V).to(S.PRODUCTS)
+                anchored = Anchored(anchors, part_z_at, part_up_at)
+                grad_e, grad_first = tile(grad_e_at, i, c, I, S.V), grad_anchors.first_pointer
+                grad_e = through_factors(anchored, grad_h_at, grad_first, (x, e), grad_e, (i, I), S)
+                tl.debug_barrier()
+                o, v, r = tile(o_at, i, c, I, S.V), tile(v_at, i, c, I, S.V), tile(r_at, i, c, I, S.V)
+                grad_o, grad_value = inner_error_gradient(o, r, v, grad_e, inside, S)
+                put(grad_e_at, grad_value, i, c, I, S.V)
+                anchored = Anchored(anchors, part_z_at + first * S.F, part_up_at + first * S.F)
+                grad_x, rest = tile(grad_x_at, i, d, I, S.D), Sizes(N, G, C, I - first)
+                grad_x = through_anchor(anchored, grad_anchors, x, grad_o.to(S.PRODUCTS), grad_x, rest, S)
+                tl.debug_barrier()
+                put(grad_x_at, grad_x, i, d, I, S.D)
+                tl.debug_barrier()
             tl.debug_barrier()
