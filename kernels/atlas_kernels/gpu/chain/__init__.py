@@ -42,8 +42,7 @@ from atlas_kernels.gpu.chain.write_backward import chain_write_backward_kernel
 from atlas_kernels.gpu.coverage import size_refusal
 from atlas_kernels.gpu.launch import TRITON_DTYPES, Variant, launch, recording
 from atlas_kernels.gpu.newton_schulz import coefficient_table, plan, rank_blocks
-from atlas_kernels.gpu.scan import entering
-from atlas_kernels.gpu.scan.pieces import Matrices, Sizes, Tokens
+from atlas_kernels.gpu.scan.pieces import Sizes, Tokens
 from atlas_kernels.rule import MemoryRule
 from atlas_kernels.writes import OrthogonalCoefficients, orthogonal_coefficients_of, places_of_writes
 
@@ -67,9 +66,8 @@ def covers(rule: MemoryRule, weights: tuple[Tensor, ...], products: torch.dtype)
     if rule.memory == "linear" or not 1 <= rule.chunk // rule.ns_period <= MOST_WRITES:
         return False
     (V, F), D = weights[0].shape[-2:], weights[1].shape[-1]
-    if F % 16 or max(D, V) > F or size_refusal(rule, D, V, F, products):
-        return False
-    return all(plan(narrow, F, products, backward=False).whole for narrow in (D, V))
+    fits = D == V <= F and size_refusal(rule, D, V, F, products) is None
+    return fits and plan(D, F, products, backward=False).whole
 
 
 def chain_coefficients(
@@ -104,19 +102,20 @@ def segment_chain(products: torch.dtype) -> SegmentScan:
 
 
 def shape_of(
-    rule: MemoryRule, products: torch.dtype, sizes: Sizes, of: OrthogonalCoefficients, widths: tuple[int, int, int]
+    rule: MemoryRule, products: torch.dtype, sizes: Sizes, of: OrthogonalCoefficients, widths: tuple[int, int]
 ) -> Shape:
-    """The constants of a segment's launches; widths D, V, F. BLOCK_F and X's columns are each launch's own."""
+    """The constants of a segment's launches; widths D, F. BLOCK_F and X's columns are each launch's own."""
     pad = lambda n: max(16, triton.next_power_of_2(n))  # noqa: E731
-    D, V, F = widths
+    D, F = widths
     return Shape(
         D=D,
-        V=V,
+        V=D,
         F=F,
         LAYER=rule.norm == "layer",
         L2=rule.loss == "l2",
         MOMENTUM=rule.momentum,
         GATED=rule.memory == "gated_mlp",
+        PARTS=3 if rule.memory == "gated_mlp" else 2,
         PRODUCTS=TRITON_DTYPES[products],
         STEPS=rule.ns_steps,
         TURNS=triton.next_power_of_2(sizes.N),
@@ -125,7 +124,7 @@ def shape_of(
         BLOCK_I=min(SOURCES, pad(sizes.I)),
         TILES=triton.cdiv(sizes.I, min(SOURCES, pad(sizes.I))),
         BLOCK_D=pad(D),
-        BLOCK_V=pad(V),
+        BLOCK_V=pad(D),
         BLOCK_C=pad(sizes.C),
         BLOCK_J=triton.next_power_of_2(max(1, of.thetas.shape[-1])),
         BLOCK_F=0,
@@ -159,10 +158,10 @@ class _SegmentChain(torch.autograd.Function):
         r: Tensor, alphas: Tensor, of_writes: Tensor, thetas: Tensor, sums: Tensor, *matrices: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         count, keep = len(matrices) // (3 if rule.momentum else 2), any(ctx.needs_input_grad)
-        (N, G, C, D), (I, V), F = q.shape, v.shape[-2:], matrices[0].shape[-2]  # noqa: E741
+        (N, G, C, D), I, F = q.shape, x.shape[2], matrices[0].shape[1]  # noqa: E741
         sizes = Sizes(N, G, C, I)
         of = OrthogonalCoefficients(alphas, of_writes, thetas, sums)
-        shape = shape_of(rule, products, sizes, of, (D, V, F))._replace(KEEP=keep)
+        shape = shape_of(rule, products, sizes, of, (D, F))._replace(KEEP=keep)
         tokens = Tokens(*(t.contiguous() for t in (q, read_residual, x, v, r)))
         steps = coefficient_table(rule.ns_steps, rule.ns_coefficients, q.device)
         gates = alphas, of_writes, of_writes[..., -1], thetas, sums, steps
@@ -174,15 +173,12 @@ class _SegmentChain(torch.autograd.Function):
         written = tokens._replace(q_pointer=None, read_residual_pointer=None)
         _launch("write", G, (written, tables, states, _factors(sizes, shape, products, y), sizes), shape)
         _launch("read", N * G, (tokens, tables, states, y, read, sizes._replace(N=None)), shape)
-        left = (*states.weights[:count], *(states.momenta[:count] if rule.momentum else ()))
         if keep:
-            ctx.save_for_backward(
-                *tokens._replace(read_residual_pointer=None), *tables, read, states.norms_pointer, states.o_pointer,
-                *states.stack[:count], *left,
-            )  # fmt: skip
+            ctx.save_for_backward(*tokens._replace(read_residual_pointer=None), *tables, read, *states)
             ctx.shape, ctx.sizes, ctx.products = shape, sizes, products
         # Copies: a view would keep every chunk's matrices alive for as long as the state lives.
-        return y, *(m[-1].clone() for m in left)
+        left = [states.weights_pointer, *([states.momenta_pointer] if rule.momentum else [])]
+        return y, *(slots[-1, :, part].clone() for slots in left for part in range(count))
 
     @staticmethod
     @once_differentiable
@@ -190,31 +186,27 @@ class _SegmentChain(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, *grad_matrices: Tensor) -> tuple[Tensor | None, ...]:
         shape, sizes, saved, products = ctx.shape, ctx.sizes, ctx.saved_tensors, ctx.products
         N, G, C, I = sizes  # noqa: E741
-        count = 3 if shape.GATED else 2
-        tokens, tables, (read, norms, o) = Tokens(*saved[:5]), Tables(*saved[5:11]), saved[11:14]
-        stack, weights = Matrices(*saved[14 : 14 + count]), Matrices(*saved[14 + count : 14 + 2 * count])
-        momenta = Matrices(*saved[14 + 2 * count :]) if shape.MOMENTUM else weights
-        states = States(weights, momenta, stack, norms, o)
+        tokens, tables, read, states = Tokens(*saved[:5]), Tables(*saved[5:11]), saved[11], States(*saved[12:])
         grad_y = grad_y.contiguous()
-        side = partial(grad_y.new_empty, N, G, C, shape.F, dtype=products)
-        owed = Owed(torch.empty_like(grad_y), side(), side(), side() if shape.GATED else None)
+        owed = Owed(torch.empty_like(grad_y), grad_y.new_empty(N, G, shape.PARTS, C, shape.F, dtype=products))
         given = tokens.q_pointer, tables.alphas_pointer, tables.of_writes_pointer
         grads = ReadGradients(*map(torch.empty_like, given), owed)
         arguments = grad_y, tokens, tables, states, read, grads, sizes._replace(N=None)
         _launch("read_backward", N * G, arguments, shape)
 
-        part = lambda t: t.new_empty(N, G, count, *t.shape[2:])  # noqa: E731
-        grad_weights = Matrices(*(torch.stack([torch.zeros_like(m), m]) for m in grad_matrices[:count]))
-        grad_momenta = [m.clone(memory_format=torch.contiguous_format) for m in grad_matrices[count:]]
+        part = lambda t: t.new_empty(N, G, shape.PARTS, *t.shape[2:])  # noqa: E731
+        grad_weights = torch.stack(grad_matrices[: shape.PARTS], 1).unsqueeze(0)
+        grad_weights = torch.cat([torch.zeros_like(grad_weights), grad_weights])
+        grad_momenta = torch.stack(grad_matrices[shape.PARTS :], 1) if shape.MOMENTUM else grad_weights
         write = WriteGradients(
             grad_value_pointer=torch.empty_like(tokens.v_pointer),
             grad_x_pointer=torch.empty_like(tokens.x_pointer),
-            grad_keep_pointer=grad_y.new_empty(N, G, count),
+            grad_keep_pointer=grad_y.new_empty(N, G, shape.PARTS),
             grad_at_last_pointer=part(tables.at_last_pointer),
             grad_thetas_pointer=part(tables.thetas_pointer),
             grad_sums_pointer=part(tables.sums_pointer),
-            grad_weights=grad_weights,
-            grad_momenta=Matrices(*grad_momenta) if shape.MOMENTUM else None,
+            grad_weights_pointer=grad_weights,
+            grad_momenta_pointer=grad_momenta,
         )
         scratch = _scratch(sizes, shape, products, grad_y)
         _launch("write_backward", G, (tokens, tables, states, owed, write, scratch, sizes), shape)
@@ -227,9 +219,8 @@ class _SegmentChain(torch.autograd.Function):
             *(grad_value.neg(), grad_value if shape.L2 else None),
             *(grad_alphas, grad_of_writes),
             *(write.grad_thetas_pointer.sum(2) if shape.MOMENTUM else None, write.grad_sums_pointer.sum(2)),
-            *(m[1] for m in grad_weights[:count]),
-            *(m[0] for m in grad_weights[:count]),
-            *grad_momenta,
+            *(*grad_weights[1].unbind(1), *grad_weights[0].unbind(1)),
+            *(grad_momenta.unbind(1) if shape.MOMENTUM else ()),
         )
 
 
@@ -241,38 +232,45 @@ def _entering(
     anchors: tuple[Tensor, ...],
     momenta: tuple[Tensor, ...],
 ) -> States:
-    """N + 2 slots of each matrix, the first two filled; room for what the chain leaves to the reads."""
-    N, G, _, I = sizes  # noqa: E741
-    of_weights, of_momenta = entering(N, weights, anchors, momenta)
-    stack = Matrices(*(w.new_empty(N, G, shape.WRITES, *w.shape[1:], dtype=products) for w in weights))
+    """N + 2 slots of all matrices, the first two filled; room for what the chain leaves to the reads."""
+    (N, G, _, I), matrix = sizes, (shape.F, shape.D)  # noqa: E741
     empty = weights[0].new_empty
-    norms = empty(N, G, len(weights), shape.WRITES)
-    return States(of_weights, of_momenta or of_weights, stack, norms, empty(N, G, I, shape.V))
+
+    def slots(matrices: tuple[Tensor, ...]) -> Tensor:
+        filled = empty(N + 2, G, shape.PARTS, *matrix)
+        torch.stack(matrices, 1, out=filled[1])
+        return filled
+
+    of_weights = slots(weights)
+    torch.stack(anchors, 1, out=of_weights[0])
+    return States(
+        weights_pointer=of_weights,
+        momenta_pointer=slots(momenta) if momenta else of_weights,
+        stack_pointer=empty(N, G, shape.PARTS, shape.WRITES, *matrix, dtype=products),
+        norms_pointer=empty(N, G, shape.PARTS, shape.WRITES),
+        o_pointer=empty(N, G, I, shape.D),
+    )
 
 
 def _factors(sizes: Sizes, shape: Shape, products: torch.dtype, like: Tensor) -> Factors:
-    side = partial(like.new_empty, sizes.G, sizes.I, shape.F, dtype=products)
-    return Factors(side(), side(), side() if shape.GATED else None, like.new_empty(sizes.G, sizes.I, shape.V))
+    e = like.new_empty(sizes.G, sizes.I, shape.D)
+    return Factors(e, like.new_empty(sizes.G, shape.PARTS, sizes.I, shape.F, dtype=products))
 
 
 def _scratch(sizes: Sizes, shape: Shape, products: torch.dtype, like: Tensor) -> Scratch:
     """What the backward of each memory puts aside; like: a float32 tensor on its device."""
     G, I = sizes.G, sizes.I  # noqa: E741
     x = configured("write_backward", shape)
-    rows = max(shape.BLOCK_D, shape.BLOCK_V)
-    work = x.BLOCKS * x.BLOCK_N * rows
-    trail = shape.STEPS * (work + 2 * rows**2) + 2 * rows**2
+    work = x.BLOCKS * x.BLOCK_N * x.BLOCK_D
+    trail = shape.STEPS * (work + 2 * x.BLOCK_D**2) + 2 * x.BLOCK_D**2
     # float16 would not hold what Newton-Schulz's gradient multiplies by the inverse of a small momentum.
     held = torch.bfloat16 if products == torch.bfloat16 else torch.float32
-    side = partial(like.new_empty, G, I, shape.F)
     return Scratch(
         factors=_factors(sizes, shape, products, like),
         trail_pointer=like.new_empty(G, trail, dtype=products),
         work_pointer=like.new_empty(G, work),
-        grad_momenta_pointer=like.new_empty(G, shape.WRITES, shape.F, max(shape.D, shape.V), dtype=held),
-        grad_h_pointer=side(),
-        grad_factor_pointer=side(),
-        grad_factor_up_pointer=side() if shape.GATED else None,
+        formed_pointer=like.new_empty(G, shape.WRITES, shape.F, shape.D, dtype=held),
+        grad_wide_pointer=like.new_empty(G, shape.PARTS, I, shape.F),
     )
 
 

@@ -26,73 +26,66 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from atlas_kernels.gpu.chain.pieces import Formed, found_in, slot_of_stack, write_factors
-from atlas_kernels.gpu.newton_schulz.forward import EPSILON, Sizes, Strided, columns_of, iterated, places
-from atlas_kernels.gpu.scan.pieces import (
-    add_product,
-    column,
-    gelu,
-    inner_error,
-    normalised,
-    product,
-    put,
-    slot_of,
-    tile,
-)
+from atlas_kernels.gpu.chain.pieces import found_in, parts_of, stack_of, write_factors
+from atlas_kernels.gpu.newton_schulz.forward import EPSILON, Matrices, Sizes, Strided, columns_of, iterated, places
+from atlas_kernels.gpu.scan.pieces import add_product, column, gelu, inner_error, normalised, product, put, tile
 
 
 @triton.jit
 def anchor_output(anchors, x, S: tl.constexpr):
-    """What the anchor gives to sources x [i, D] before the norm and the residual [i, V]."""
-    d, c = tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
-    o = tl.zeros([S.BLOCK_I, S.BLOCK_V], tl.float32)
+    """What the anchor gives to sources x [i, D] before the norm and the residual [i, D]."""
+    d = tl.arange(0, S.BLOCK_D)
+    o = tl.zeros([S.BLOCK_I, S.BLOCK_D], tl.float32)
     for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
         f = start + tl.arange(0, S.BLOCK_F)
         h = gelu(product(x, tl.trans(tile(anchors.second_pointer, f, d, S.F, S.D)), S.PRODUCTS))
         if S.GATED:
             h *= product(x, tl.trans(tile(anchors.third_pointer, f, d, S.F, S.D)), S.PRODUCTS)
-        o = add_product(o, h, tile(anchors.first_pointer, f, c, S.F, S.V), S.PRODUCTS)
+        o = add_product(o, h, tile(anchors.first_pointer, f, d, S.F, S.D), S.PRODUCTS)
     return o
 
 
 @triton.jit
-def orthogonalise(at, tables, sides, I, M: tl.constexpr, N: tl.constexpr, S: tl.constexpr):
+def orthogonalise(at, tables, sides, I, S: tl.constexpr):
     """Every S_k of one matrix to its O_k and norm, and S'.
 
     at: pointers at S, S', the O_k, the norms; tables: at thetas, sums, the steps' coefficients; sides: at the narrow
-    and the wide factors; M holds the narrow width N.
+    and the wide factors.
     """
     s_pointer, moved_pointer, stack_pointer, norms_pointer = at
     thetas_pointer, sums_pointer, steps_pointer = tables
     narrow_pointer, wide_pointer = sides
-    n, f = tl.arange(0, M), tl.arange(0, S.BLOCK_N)
-    inside = (n < N)[:, None] & (f < S.F)[None, :]
+    d, f = tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_N)
+    inside = (d < S.D)[:, None] & (f < S.F)[None, :]
     for j in tl.range(0, S.FORMED, disable_licm=True):
         X = columns_of(
-            Formed(
-                Strided(s_pointer, 0, 1, N), thetas_pointer, sums_pointer, narrow_pointer, wide_pointer, I, S.RANKS_I
+            Matrices(
+                Strided(s_pointer, 0, 1, S.D), thetas_pointer, sums_pointer, narrow_pointer, wide_pointer, I, S.RANKS_I
             ),
-            j, 0, Sizes(1, N, S.F, S.FORMED), M, S.BLOCK_N, S.PRODUCTS,
+            j, 0, Sizes(1, S.D, S.F, S.FORMED), S.BLOCK_D, S.BLOCK_N, S.PRODUCTS,
         )  # fmt: skip
         if S.MOMENTUM:
             if j == S.FORMED - 1:
-                tl.store(moved_pointer + places(n, f, 1, N), X, mask=inside)
+                tl.store(moved_pointer + places(d, f, 1, S.D), X, mask=inside)
         if j < S.WRITES:
             norm = tl.sqrt(tl.sum(X * X))
             tl.store(norms_pointer + j, norm)
             X = iterated(X / (norm + EPSILON), steps_pointer, S)
-            tl.store(stack_pointer + j * S.F * N + places(n, f, 1, N), X.to(S.PRODUCTS), mask=inside)
+            tl.store(stack_pointer + j * S.F * S.D + places(d, f, 1, S.D), X.to(S.PRODUCTS), mask=inside)
 
 
 @triton.jit
-def put_sum(out_pointer, w_pointer, stack_pointer, gates, at, N: tl.constexpr, S: tl.constexpr):
-    """keep W + sum_k at_last_k O_k; gates: keep, and the pointer at at_last; at: rows f and columns n of N."""
+def put_sum(out_pointer, w_pointer, stack_pointer, gates, S: tl.constexpr):
+    """keep W + sum_k at_last_k O_k; gates: keep, and the pointer at at_last."""
     keep, at_last_pointer = gates
-    f, n = at
-    w = keep * tile(w_pointer, f, n, S.F, N)
-    for k in tl.range(0, S.WRITES, disable_licm=True):
-        w += tl.load(at_last_pointer + k) * tile(stack_pointer + k * S.F * N, f, n, S.F, N).to(tl.float32)
-    put(out_pointer, w, f, n, S.F, N)
+    d = tl.arange(0, S.BLOCK_D)
+    for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
+        f = start + tl.arange(0, S.BLOCK_F)
+        w = keep * tile(w_pointer, f, d, S.F, S.D)
+        for k in tl.range(0, S.WRITES, disable_licm=True):
+            O = tile(stack_pointer + k * S.F * S.D, f, d, S.F, S.D)  # noqa: E741
+            w += tl.load(at_last_pointer + k) * O.to(tl.float32)
+        put(out_pointer, w, f, d, S.F, S.D)
 
 
 @triton.jit
@@ -105,53 +98,40 @@ def chain_write_kernel(
     S: tl.constexpr,  # Shape
 ):
     N, G, C, I = sizes.N, sizes.G, sizes.C, sizes.I  # noqa: E741
-    PARTS: tl.constexpr = 3 if S.GATED else 2
+    SIZE: tl.constexpr = S.F * S.D
     g = tl.program_id(0).to(tl.int64)
-    d, c = tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
-    e_side = factors.e_pointer + g * I * S.V
+    d = tl.arange(0, S.BLOCK_D)
     # Not a while: what is hoisted out of one costs the registers that Newton-Schulz needs.
     for n in tl.range(0, S.TURNS, disable_licm=True):
         if n < N:
             at = n * G + g
-            anchors = slot_of(states.weights, tl.where(n == 0, at, at + G), S)
+            anchors = parts_of(states.weights_pointer, tl.where(n == 0, at, at + G), S)
+            x_at = tokens.x_pointer + at * I * S.D
             for part in tl.range(0, S.TILES, disable_licm=True):
                 i = part * S.BLOCK_I + tl.arange(0, S.BLOCK_I)
-                x = tile(tokens.x_pointer + at * I * S.D, i, d, I, S.D).to(S.PRODUCTS)
+                x = tile(x_at, i, d, I, S.D).to(S.PRODUCTS)
                 o = anchor_output(anchors, x, S)
-                put(states.o_pointer + at * I * S.V, o, i, c, I, S.V)
-                v = tile(tokens.v_pointer + at * I * S.V, i, c, I, S.V)
-                r = tile(tokens.r_pointer + at * I * S.V, i, c, I, S.V)
-                write_factors(factors, anchors, x, inner_error(o, r, v, c[None, :] < S.V, S), g, (i, I), S)
+                put(states.o_pointer + at * I * S.D, o, i, d, I, S.D)
+                v = tile(tokens.v_pointer + at * I * S.D, i, d, I, S.D)
+                r = tile(tokens.r_pointer + at * I * S.D, i, d, I, S.D)
+                write_factors(factors, anchors, x, inner_error(o, r, v, d[None, :] < S.D, S), g, (i, I), S)
             # What one thread stored, another may load.
             tl.debug_barrier()
 
-            momenta, moved = slot_of(states.momenta, at + G, S), slot_of(states.momenta, at + 2 * G, S)
-            stack, norms = slot_of_stack(states.stack, at, S), states.norms_pointer + at * PARTS * S.WRITES
             gates = tables.thetas_pointer + at * S.FORMED, tables.sums_pointer + at * S.FORMED * I, tables.steps_pointer
-            x_side = tokens.x_pointer + at * I * S.D
-            orthogonalise(
-                (momenta.first_pointer, moved.first_pointer, stack.first_pointer, norms),
-                gates, (e_side, factors.h_pointer + g * I * S.F), I, S.BLOCK_V, S.V, S,
-            )  # fmt: skip
-            orthogonalise(
-                (momenta.second_pointer, moved.second_pointer, stack.second_pointer, norms + S.WRITES),
-                gates, (x_side, factors.factor_pointer + g * I * S.F), I, S.BLOCK_D, S.D, S,
-            )  # fmt: skip
-            if S.GATED:
-                orthogonalise(
-                    (momenta.third_pointer, moved.third_pointer, stack.third_pointer, norms + 2 * S.WRITES),
-                    gates, (x_side, factors.factor_up_pointer + g * I * S.F), I, S.BLOCK_D, S.D, S,
-                )  # fmt: skip
-            tl.debug_barrier()
-
-            weights, written = slot_of(states.weights, at + G, S), slot_of(states.weights, at + 2 * G, S)
             last = tl.load(tables.alphas_pointer + at * C + C - 1), tables.at_last_pointer + at * S.WRITES
-            for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
-                f = start + tl.arange(0, S.BLOCK_F)
-                put_sum(written.first_pointer, weights.first_pointer, stack.first_pointer, last, (f, c), S.V, S)
-                put_sum(written.second_pointer, weights.second_pointer, stack.second_pointer, last, (f, d), S.D, S)
-                if S.GATED:
-                    put_sum(written.third_pointer, weights.third_pointer, stack.third_pointer, last, (f, d), S.D, S)
+            for p in tl.range(0, S.PARTS, disable_licm=True):
+                own, before, after = at * S.PARTS + p, (at + G) * S.PARTS + p, (at + 2 * G) * S.PARTS + p
+                stack = states.stack_pointer + own * S.WRITES * SIZE
+                moved = states.momenta_pointer + before * SIZE, states.momenta_pointer + after * SIZE
+                sides = tl.where(p == 0, factors.e_pointer + g * I * S.D, x_at), (
+                    factors.wide_pointer + (g * S.PARTS + p) * I * S.F
+                )
+                norms = states.norms_pointer + own * S.WRITES
+                orthogonalise((moved[0], moved[1], stack, norms), gates, sides, I, S)
+                tl.debug_barrier()
+                weights = states.weights_pointer
+                put_sum(weights + after * SIZE, weights + before * SIZE, stack, last, S)
             tl.debug_barrier()
 
 
@@ -160,30 +140,30 @@ def chain_read_kernel(
     tokens,  # Tokens of the scan
     tables,  # Tables
     states,  # States
-    y_pointer,  # out: [N, G, C, V]
-    read_pointer,  # out, of the output norm's backward: [N, G, C, V], y before its norm and residual; else None
+    y_pointer,  # out: [N, G, C, D]
+    read_pointer,  # out, of the output norm's backward: [N, G, C, D], y before its norm and residual; else None
     sizes,  # Sizes of the scan
     S: tl.constexpr,  # Shape
 ):
     G, C = sizes.G, sizes.C
     at = tl.program_id(0).to(tl.int64)
-    weights, stack = slot_of(states.weights, at + G, S), slot_of_stack(states.stack, at, S)
-    t, d, c = tl.arange(0, S.BLOCK_C), tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
+    weights, stack = parts_of(states.weights_pointer, at + G, S), stack_of(states.stack_pointer, at, S)
+    t, d = tl.arange(0, S.BLOCK_C), tl.arange(0, S.BLOCK_D)
     gates = column(tables.alphas_pointer + at * C, t, C), tables.of_writes_pointer + at * S.WRITES * C, C
     q = tile(tokens.q_pointer + at * C * S.D, t, d, C, S.D)
-    o = tl.zeros([S.BLOCK_C, S.BLOCK_V], tl.float32)
+    o = tl.zeros([S.BLOCK_C, S.BLOCK_D], tl.float32)
     for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
         f = start + tl.arange(0, S.BLOCK_F)
-        h = gelu(found_in(q, (weights.second_pointer, stack.second_pointer), gates, (f, d), S.D, t, S))
+        h = gelu(found_in(q, (weights.second_pointer, stack.second_pointer), gates, (f, d), t, S))
         if S.GATED:
-            h *= found_in(q, (weights.third_pointer, stack.third_pointer), gates, (f, d), S.D, t, S)
-        o = add_product(o, gates[0] * h, tile(weights.first_pointer, f, c, S.F, S.V), S.PRODUCTS)
+            h *= found_in(q, (weights.third_pointer, stack.third_pointer), gates, (f, d), t, S)
+        o = add_product(o, gates[0] * h, tile(weights.first_pointer, f, d, S.F, S.D), S.PRODUCTS)
         for k in tl.range(0, S.WRITES, disable_licm=True):
             seen = column(gates[1] + k * C, t, C) * h
-            o = add_product(o, seen, tile(stack.first_pointer + k * S.F * S.V, f, c, S.F, S.V), S.PRODUCTS)
+            o = add_product(o, seen, tile(stack.first_pointer + k * S.F * S.D, f, d, S.F, S.D), S.PRODUCTS)
     if S.KEEP and S.LAYER:
-        put(read_pointer + at * C * S.V, o, t, c, C, S.V)
+        put(read_pointer + at * C * S.D, o, t, d, C, S.D)
     if S.LAYER:
-        o, _ = normalised(o, c[None, :] < S.V, S.V)
-    r = tile(tokens.read_residual_pointer + at * C * S.V, t, c, C, S.V)
-    put(y_pointer + at * C * S.V, r + o, t, c, C, S.V)
+        o, _ = normalised(o, d[None, :] < S.D, S.D)
+    r = tile(tokens.read_residual_pointer + at * C * S.D, t, d, C, S.D)
+    put(y_pointer + at * C * S.D, r + o, t, d, C, S.D)

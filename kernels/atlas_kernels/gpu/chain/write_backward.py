@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from atlas_kernels.gpu.chain.pieces import Formed, slot_of_stack, write_factors
+from atlas_kernels.gpu.chain.pieces import parts_of, write_factors
 from atlas_kernels.gpu.newton_schulz.backward import Scratch as Trail
 from atlas_kernels.gpu.newton_schulz.backward import gradient_by_blocks
 from atlas_kernels.gpu.newton_schulz.forward import Constants, Strided
+from atlas_kernels.gpu.newton_schulz.forward import Matrices as Formed
 from atlas_kernels.gpu.newton_schulz.forward import Sizes as Matrix
 from atlas_kernels.gpu.scan.pieces import (
     Matrices,
@@ -39,7 +40,6 @@ from atlas_kernels.gpu.scan.pieces import (
     inner_error_gradient,
     product,
     put,
-    slot_of,
     tile,
 )
 from atlas_kernels.gpu.scan.write_backward import through_anchor
@@ -48,16 +48,17 @@ from atlas_kernels.gpu.scan.write_backward import through_anchor
 class Side(NamedTuple):
     """Pointers of one matrix of a memory at one chunk."""
 
-    w_pointer: Any  # [F, n], as the next four
+    w_pointer: Any  # [F, D], as the next four
     s_pointer: Any
     stack_pointer: Any  # K of them
     grad_w_pointer: Any  # in place: of what leaves, then of what enters
     grad_s_pointer: Any  # W's without momentum, not used then
-    narrow_pointer: Any  # [I, n] and [I, F], the sources' factors
+    narrow_pointer: Any  # [I, D] and [I, F], the sources' factors
     wide_pointer: Any
-    owed_narrow_pointer: Any  # [C, n] and [C, F], what the reads owe
+    owed_narrow_pointer: Any  # [C, D] and [C, F], what the reads owe
     owed_wide_pointer: Any
-    grad_wide_pointer: Any  # [I, F] float32, out
+    grad_narrow_pointer: Any  # [I, D], added to
+    grad_wide_pointer: Any  # [I, F], out
 
 
 class Gates(NamedTuple):
@@ -91,23 +92,23 @@ class Anchored(NamedTuple):
 
 
 @triton.jit
-def back_through_writes(side, gates, norms_pointer, trail, result_pointer, M: tl.constexpr, N: tl.constexpr, S):
-    """The gradient of every S_k of one matrix into result [K, F, N]; M holds the narrow width N."""
+def back_through_writes(side, gates, norms_pointer, trail, result_pointer, S: tl.constexpr):
+    """The gradient of every S_k of one matrix into result [K, F, D]."""
     for k in tl.range(0, S.WRITES, disable_licm=True):
         # Not kept in variables, which would make numbers of the constants.
         gradient_by_blocks(
             (
                 Formed(
-                    Strided(side.s_pointer, 0, 1, N), gates.thetas_pointer, gates.sums_pointer,
+                    Strided(side.s_pointer, 0, 1, S.D), gates.thetas_pointer, gates.sums_pointer,
                     side.narrow_pointer, side.wide_pointer, gates.I, S.RANKS_I,
                 ),
                 Formed(
-                    Strided(side.grad_w_pointer, 0, 1, N), gates.at_last_pointer, gates.of_writes_pointer,
+                    Strided(side.grad_w_pointer, 0, 1, S.D), gates.at_last_pointer, gates.of_writes_pointer,
                     side.owed_narrow_pointer, side.owed_wide_pointer, gates.C, S.RANKS_C,
                 ),
             ),
-            k, norms_pointer, Strided(result_pointer + k * S.F * N, 0, 1, N), gates.steps_pointer, trail,
-            Matrix(1, N, S.F, S.FORMED), Constants(M, S.BLOCK_N, S.BLOCKS, S.PRODUCTS, S.STEPS, 1),
+            k, norms_pointer, Strided(result_pointer + k * S.F * S.D, 0, 1, S.D), gates.steps_pointer, trail,
+            Matrix(1, S.D, S.F, S.FORMED), Constants(S.BLOCK_D, S.BLOCK_N, S.BLOCKS, S.PRODUCTS, S.STEPS, 1),
         )  # fmt: skip
         # What one thread stored, another may load; the next matrix takes the same trail.
         tl.debug_barrier()
@@ -115,9 +116,9 @@ def back_through_writes(side, gates, norms_pointer, trail, result_pointer, M: tl
 
 @triton.jit
 def add_to_factors(grad, j, given, gates, sums, i, S: tl.constexpr):
-    """From the gradient of S_j, rows f [f, n], to the factors that it is formed of.
+    """From the gradient of S_j, rows f [f, d], to the factors that it is formed of.
 
-    given: wide [i, f], narrow [i, n] in PRODUCTS; sums: gradients of wide, of narrow, of sums [i, BLOCK_J]. Returns
+    given: wide [i, f], narrow [i, d] in PRODUCTS; sums: gradients of wide, of narrow, of sums [i, BLOCK_J]. Returns
     sums with their parts.
     """
     wide, narrow = given
@@ -129,29 +130,29 @@ def add_to_factors(grad, j, given, gates, sums, i, S: tl.constexpr):
 
 
 @triton.jit
-def to_factors(side, gates, grad_sums_pointer, formed_pointer, grad_narrow, at, N: tl.constexpr, S: tl.constexpr):
+def to_factors(side, gates, grad_sums_pointer, formed_pointer, grad_narrow, at, S: tl.constexpr):
     """From the gradients of the S_j of one matrix to those of sums and of its wide factors, put in their places.
 
-    formed: [K, F, N], of the S_k; at: sources i and columns n. Returns grad_narrow [i, n] with its part.
+    formed: [K, F, D], of the S_k; at: sources i and columns d. Returns grad_narrow [i, d] with its part.
     """
-    i, n = at
+    i, d = at
     j = tl.arange(0, S.BLOCK_J)
-    narrow = tile(side.narrow_pointer, i, n, gates.I, N).to(S.PRODUCTS)
+    narrow = tile(side.narrow_pointer, i, d, gates.I, S.D).to(S.PRODUCTS)
     grad_sums = tl.zeros([S.BLOCK_I, S.BLOCK_J], tl.float32)
     for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
         f = start + tl.arange(0, S.BLOCK_F)
         given = tile(side.wide_pointer, i, f, gates.I, S.F), narrow
         grad_wide = tl.zeros([S.BLOCK_I, S.BLOCK_F], tl.float32)
         for k in tl.range(0, S.WRITES, disable_licm=True):
-            grad = tile(formed_pointer + k * S.F * N, f, n, S.F, N).to(tl.float32)
+            grad = tile(formed_pointer + k * S.F * S.D, f, d, S.F, S.D).to(tl.float32)
             if S.MOMENTUM:
                 if k == S.FORMED - 1:
-                    grad += tile(side.grad_s_pointer, f, n, S.F, N)
+                    grad += tile(side.grad_s_pointer, f, d, S.F, S.D)
             grad_wide, grad_narrow, grad_sums = add_to_factors(
                 grad, k, given, gates, (grad_wide, grad_narrow, grad_sums), i, S
             )
         if S.FORMED > S.WRITES:
-            grad = tile(side.grad_s_pointer, f, n, S.F, N)
+            grad = tile(side.grad_s_pointer, f, d, S.F, S.D)
             grad_wide, grad_narrow, grad_sums = add_to_factors(
                 grad, S.FORMED - 1, given, gates, (grad_wide, grad_narrow, grad_sums), i, S
             )
@@ -163,23 +164,23 @@ def to_factors(side, gates, grad_sums_pointer, formed_pointer, grad_narrow, at, 
 
 @triton.jit
 def add_to_momentum(grad, j, s, gates, sums, S: tl.constexpr):
-    """From the gradient of S_j, rows f [f, n], to those of S [f, n] and by row of thetas [f, BLOCK_J]."""
+    """From the gradient of S_j, rows f [f, d], to those of S [f, d] and by row of thetas [f, BLOCK_J]."""
     grad_s, grad_thetas = sums
     grad_thetas += tl.where(tl.arange(0, S.BLOCK_J)[None, :] == j, tl.sum(grad * s, 1)[:, None], 0.0)
     return grad_s + tl.load(gates.thetas_pointer + j) * grad, grad_thetas
 
 
 @triton.jit
-def to_momentum(side, gates, grad_thetas_pointer, formed_pointer, n, N: tl.constexpr, S: tl.constexpr):
+def to_momentum(side, gates, grad_thetas_pointer, formed_pointer, d, S: tl.constexpr):
     """From the gradients of the S_j of one matrix to those of thetas and, in place, of S. formed: as above."""
     j = tl.arange(0, S.BLOCK_J)
     grad_thetas = tl.zeros([S.BLOCK_F, S.BLOCK_J], tl.float32)
     for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
         f = start + tl.arange(0, S.BLOCK_F)
-        left, s = tile(side.grad_s_pointer, f, n, S.F, N), tile(side.s_pointer, f, n, S.F, N)
+        left, s = tile(side.grad_s_pointer, f, d, S.F, S.D), tile(side.s_pointer, f, d, S.F, S.D)
         grad_s = tl.zeros_like(s)
         for k in tl.range(0, S.WRITES, disable_licm=True):
-            grad = tile(formed_pointer + k * S.F * N, f, n, S.F, N).to(tl.float32)
+            grad = tile(formed_pointer + k * S.F * S.D, f, d, S.F, S.D).to(tl.float32)
             if k == S.FORMED - 1:
                 grad += left
             grad_s, grad_thetas = add_to_momentum(grad, k, s, gates, (grad_s, grad_thetas), S)
@@ -187,73 +188,75 @@ def to_momentum(side, gates, grad_thetas_pointer, formed_pointer, n, N: tl.const
             grad_s, grad_thetas = add_to_momentum(left, S.FORMED - 1, s, gates, (grad_s, grad_thetas), S)
         # Every thread has read the block that is overwritten now.
         tl.debug_barrier()
-        put(side.grad_s_pointer, grad_s, f, n, S.F, N)
+        put(side.grad_s_pointer, grad_s, f, d, S.F, S.D)
     tl.store(grad_thetas_pointer + j, tl.sum(grad_thetas, 0), mask=j < S.FORMED)
 
 
 @triton.jit
-def to_weights(side, gates, grads, n, N: tl.constexpr, S: tl.constexpr):
+def to_weights(side, gates, grads, d, S: tl.constexpr):
     """From the gradient of W', and what the reads owe, to those of keep, at_last and, in place, of W."""
     t, j = tl.arange(0, S.BLOCK_C), tl.arange(0, S.BLOCK_J)
-    partner = column(gates.alphas_pointer, t, gates.C) * tile(side.owed_narrow_pointer, t, n, gates.C, N)
+    partner = column(gates.alphas_pointer, t, gates.C) * tile(side.owed_narrow_pointer, t, d, gates.C, S.D)
     partner = tl.trans(partner.to(S.PRODUCTS))
     keep = tl.load(gates.alphas_pointer + gates.C - 1)
     grad_keep = tl.zeros([S.BLOCK_F], tl.float32)
     grad_at_last = tl.zeros([S.BLOCK_F, S.BLOCK_J], tl.float32)
     for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
         f = start + tl.arange(0, S.BLOCK_F)
-        grad_w = tile(side.grad_w_pointer, f, n, S.F, N)
-        grad_keep += tl.sum(grad_w * tile(side.w_pointer, f, n, S.F, N), 1)
+        grad_w = tile(side.grad_w_pointer, f, d, S.F, S.D)
+        grad_keep += tl.sum(grad_w * tile(side.w_pointer, f, d, S.F, S.D), 1)
         for k in tl.range(0, S.WRITES, disable_licm=True):
-            O = tile(side.stack_pointer + k * S.F * N, f, n, S.F, N).to(tl.float32)  # noqa: E741
+            O = tile(side.stack_pointer + k * S.F * S.D, f, d, S.F, S.D).to(tl.float32)  # noqa: E741
             grad_at_last += tl.where(j[None, :] == k, tl.sum(grad_w * O, 1)[:, None], 0.0)
         grad_w = add_flipped(keep * grad_w, partner, tile(side.owed_wide_pointer, t, f, gates.C, S.F), S.PRODUCTS)
         # Every thread has read the block that is overwritten now.
         tl.debug_barrier()
-        put(side.grad_w_pointer, grad_w, f, n, S.F, N)
+        put(side.grad_w_pointer, grad_w, f, d, S.F, S.D)
     tl.store(grads.keep_pointer, tl.sum(grad_keep, 0))
     tl.store(grads.at_last_pointer + j, tl.sum(grad_at_last, 0), mask=j < S.WRITES)
 
 
 @triton.jit
-def through_matrix(side, gates, grads, formed_pointer, grad_narrow_pointer, M: tl.constexpr, N: tl.constexpr, S):
+def through_matrix(side, gates, grads, formed_pointer, S: tl.constexpr):
     """From the gradients of what leaves, and of the S_k, to S, W, factors and gates.
 
-    grads: GateGradients; grad_narrow [I, N] is added to. M holds N.
+    grads: GateGradients.
     """
-    n = tl.arange(0, M)
+    d = tl.arange(0, S.BLOCK_D)
     for part in tl.range(0, S.TILES, disable_licm=True):
         i = part * S.BLOCK_I + tl.arange(0, S.BLOCK_I)
-        grad_narrow = tile(grad_narrow_pointer, i, n, gates.I, N)
-        grad_narrow = to_factors(side, gates, grads.sums_pointer, formed_pointer, grad_narrow, (i, n), N, S)
+        grad_narrow = tile(side.grad_narrow_pointer, i, d, gates.I, S.D)
+        grad_narrow = to_factors(side, gates, grads.sums_pointer, formed_pointer, grad_narrow, (i, d), S)
         tl.debug_barrier()
-        put(grad_narrow_pointer, grad_narrow, i, n, gates.I, N)
+        put(side.grad_narrow_pointer, grad_narrow, i, d, gates.I, S.D)
     tl.debug_barrier()
     if S.MOMENTUM:
-        to_momentum(side, gates, grads.thetas_pointer, formed_pointer, n, N, S)
-    to_weights(side, gates, grads, n, N, S)
+        to_momentum(side, gates, grads.thetas_pointer, formed_pointer, d, S)
+    to_weights(side, gates, grads, d, S)
     tl.debug_barrier()
 
 
 @triton.jit
-def through_factors(anchored, grad_h_pointer, grad_anchor_pointer, tokens, grad_e, at, S: tl.constexpr):
-    """From the gradients of the factors to those of z and up without what passes through o, in the place of the last
-    two; to that of W1's anchor. tokens: x and e [i, n] in PRODUCTS; at: i, and I. Returns grad_e with its part."""
+def through_factors(anchors, grad_wide_pointer, grad_anchor_pointer, tokens, grad_e, at, S: tl.constexpr):
+    """From the gradients of the wide factors [P, I, F] to those of z and up without what passes through o, in the place
+    of the last two; to that of W1's anchor. tokens: x and e [i, d] in PRODUCTS; at: i, and I. Returns grad_e with its
+    part."""
     x, e = tokens
     i, I = at  # noqa: E741
-    anchors = anchored.anchors
-    d, c = tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
+    d = tl.arange(0, S.BLOCK_D)
+    part_z_pointer = grad_wide_pointer + I * S.F
+    part_up_pointer = part_z_pointer + (S.PARTS - 2) * I * S.F
     for start in tl.range(0, S.F, S.BLOCK_F, disable_licm=True):
         f = start + tl.arange(0, S.BLOCK_F)
-        a1 = tile(anchors.first_pointer, f, c, S.F, S.V)
+        a1 = tile(anchors.first_pointer, f, d, S.F, S.D)
         h, slope, curve = gelu_curve(product(x, tl.trans(tile(anchors.second_pointer, f, d, S.F, S.D)), S.PRODUCTS))
         back = product(e, tl.trans(a1), S.PRODUCTS)
-        grad_h = tile(grad_h_pointer, i, f, I, S.F)
-        grad_factor = tile(anchored.part_z_pointer, i, f, I, S.F)
+        grad_h = tile(grad_wide_pointer, i, f, I, S.F)
+        grad_factor = tile(part_z_pointer, i, f, I, S.F)
         if S.GATED:
             # h = act up; the factors are back slope up of W2 and back act of W3.
             up = product(x, tl.trans(tile(anchors.third_pointer, f, d, S.F, S.D)), S.PRODUCTS)
-            grad_factor_up = tile(anchored.part_up_pointer, i, f, I, S.F)
+            grad_factor_up = tile(part_up_pointer, i, f, I, S.F)
             grad_back = grad_factor * slope * up + grad_factor_up * h
             part_z = (grad_h * up + grad_factor_up * back) * slope + grad_factor * back * up * curve
             part_up = grad_h * h + grad_factor * back * slope
@@ -262,27 +265,15 @@ def through_factors(anchored, grad_h_pointer, grad_anchor_pointer, tokens, grad_
             part_z = grad_h * slope + grad_factor * back * curve
         grad_e = add_product(grad_e, grad_back, a1, S.PRODUCTS)
         if S.SHARE > 0:
-            grad_a1 = tile(grad_anchor_pointer, f, c, S.F, S.V)
+            grad_a1 = tile(grad_anchor_pointer, f, d, S.F, S.D)
             grad_a1 += S.SHARE * tl.trans(product(tl.trans(e), grad_back, S.PRODUCTS))
         tl.debug_barrier()
-        put(anchored.part_z_pointer, part_z, i, f, I, S.F)
+        put(part_z_pointer, part_z, i, f, I, S.F)
         if S.GATED:
-            put(anchored.part_up_pointer, part_up, i, f, I, S.F)
+            put(part_up_pointer, part_up, i, f, I, S.F)
         if S.SHARE > 0:
-            put(grad_anchor_pointer, grad_a1, f, c, S.F, S.V)
+            put(grad_anchor_pointer, grad_a1, f, d, S.F, S.D)
     return grad_e
-
-
-@triton.jit
-def grads_of(write, at, j, I, S: tl.constexpr):
-    """Pointers at the parts of matrix j of a chunk and memory."""
-    at = at * (3 if S.GATED else 2) + j
-    return GateGradients(
-        write.grad_keep_pointer + at,
-        write.grad_at_last_pointer + at * S.WRITES,
-        write.grad_thetas_pointer + at * S.FORMED,
-        write.grad_sums_pointer + at * S.FORMED * I,
-    )
 
 
 @triton.jit
@@ -297,49 +288,32 @@ def chain_write_backward_kernel(
     S: tl.constexpr,  # Shape
 ):
     N, G, C, I = sizes.N, sizes.G, sizes.C, sizes.I  # noqa: E741
-    PARTS: tl.constexpr = 3 if S.GATED else 2
-    WIDER: tl.constexpr = S.D if S.D > S.V else S.V
-    BLOCK: tl.constexpr = S.BLOCK_D if S.BLOCK_D > S.BLOCK_V else S.BLOCK_V
-    WORK: tl.constexpr = S.BLOCKS * S.BLOCK_N * BLOCK
+    SIZE: tl.constexpr = S.F * S.D
+    WORK: tl.constexpr = S.BLOCKS * S.BLOCK_N * S.BLOCK_D
+    TRAIL: tl.constexpr = S.STEPS * (WORK + 2 * S.BLOCK_D * S.BLOCK_D) + 2 * S.BLOCK_D * S.BLOCK_D
     g = tl.program_id(0).to(tl.int64)
-    d, c = tl.arange(0, S.BLOCK_D), tl.arange(0, S.BLOCK_V)
-    inside = c[None, :] < S.V
-    trail = Trail(
-        scratch.trail_pointer + g * (S.STEPS * (WORK + 2 * BLOCK * BLOCK) + 2 * BLOCK * BLOCK),
-        scratch.work_pointer + g * WORK,
-    )
-    formed_pointer = scratch.grad_momenta_pointer + g * S.WRITES * S.F * WIDER
-    factors = scratch.factors
-    own = g * I * S.F
-    grad_h_at, part_z_at = scratch.grad_h_pointer + own, scratch.grad_factor_pointer + own
-    part_up_at, factor_up_at, owed_up_pointer = part_z_at, factors.factor_pointer, owed.grad_z_pointer
-    if S.GATED:
-        part_up_at, factor_up_at = scratch.grad_factor_up_pointer + own, factors.factor_up_pointer
-        owed_up_pointer = owed.grad_up_pointer
-    grad_weights = slot_of(write.grad_weights, G + g, S)
-    grad_momenta = grad_weights
-    if S.MOMENTUM:
-        grad_momenta = slot_of(write.grad_momenta, g, S)
+    d = tl.arange(0, S.BLOCK_D)
+    inside = d[None, :] < S.D
+    trail = Trail(scratch.trail_pointer + g * TRAIL, scratch.work_pointer + g * WORK)
+    formed_at = scratch.formed_pointer + g * S.WRITES * SIZE
     # Not a while: what is hoisted out of one costs the registers that Newton-Schulz needs.
     for turn in tl.range(0, S.TURNS, disable_licm=True):
         n = N - 1 - turn
         if n >= 0:
             at = n * G + g
-            anchors = slot_of(states.weights, tl.where(n == 0, g, at + G), S)
-            weights, momenta = slot_of(states.weights, at + G, S), slot_of(states.momenta, at + G, S)
-            stack, norms = slot_of_stack(states.stack, at, S), states.norms_pointer + at * PARTS * S.WRITES
-            x_at, o_at = tokens.x_pointer + at * I * S.D, states.o_pointer + at * I * S.V
-            v_at, r_at = tokens.v_pointer + at * I * S.V, tokens.r_pointer + at * I * S.V
-            e_at, grad_x_at = factors.e_pointer + g * I * S.V, write.grad_x_pointer + at * I * S.D
+            anchors = parts_of(states.weights_pointer, tl.where(n == 0, g, at + G), S)
+            x_at, o_at = tokens.x_pointer + at * I * S.D, states.o_pointer + at * I * S.D
+            v_at, r_at = tokens.v_pointer + at * I * S.D, tokens.r_pointer + at * I * S.D
+            e_at, grad_x_at = scratch.factors.e_pointer + g * I * S.D, write.grad_x_pointer + at * I * S.D
             # Of e until it is that of v.
-            grad_e_at = write.grad_value_pointer + at * I * S.V
+            grad_e_at = write.grad_value_pointer + at * I * S.D
             for part in tl.range(0, S.TILES, disable_licm=True):
                 i = part * S.BLOCK_I + tl.arange(0, S.BLOCK_I)
-                x, o = tile(x_at, i, d, I, S.D).to(S.PRODUCTS), tile(o_at, i, c, I, S.V)
-                e = inner_error(o, tile(r_at, i, c, I, S.V), tile(v_at, i, c, I, S.V), inside, S)
-                write_factors(factors, anchors, x, e, g, (i, I), S)
-                put(grad_e_at, tl.zeros_like(e), i, c, I, S.V)
-                put(grad_x_at, tl.zeros([S.BLOCK_I, S.BLOCK_D], tl.float32), i, d, I, S.D)
+                x, o = tile(x_at, i, d, I, S.D).to(S.PRODUCTS), tile(o_at, i, d, I, S.D)
+                e = inner_error(o, tile(r_at, i, d, I, S.D), tile(v_at, i, d, I, S.D), inside, S)
+                write_factors(scratch.factors, anchors, x, e, g, (i, I), S)
+                put(grad_e_at, tl.zeros_like(e), i, d, I, S.D)
+                put(grad_x_at, tl.zeros_like(e), i, d, I, S.D)
             gates = Gates(
                 tables.alphas_pointer + at * C, tables.of_writes_pointer + at * S.WRITES * C,
                 tables.at_last_pointer + at * S.WRITES, tables.thetas_pointer + at * S.FORMED,
@@ -347,47 +321,45 @@ def chain_write_backward_kernel(
             )  # fmt: skip
             tl.debug_barrier()
 
-            side = Side(
-                weights.first_pointer, momenta.first_pointer, stack.first_pointer, grad_weights.first_pointer,
-                grad_momenta.first_pointer, e_at, factors.h_pointer + own, owed.grad_read_pointer + at * C * S.V,
-                owed.h_pointer + at * C * S.F, grad_h_at,
-            )  # fmt: skip
-            back_through_writes(side, gates, norms, trail, formed_pointer, S.BLOCK_V, S.V, S)
-            through_matrix(side, gates, grads_of(write, at, 0, I, S), formed_pointer, grad_e_at, S.BLOCK_V, S.V, S)
-
-            side = Side(
-                weights.second_pointer, momenta.second_pointer, stack.second_pointer, grad_weights.second_pointer,
-                grad_momenta.second_pointer, x_at, factors.factor_pointer + own, tokens.q_pointer + at * C * S.D,
-                owed.grad_z_pointer + at * C * S.F, part_z_at,
-            )  # fmt: skip
-            back_through_writes(side, gates, norms + S.WRITES, trail, formed_pointer, S.BLOCK_D, S.D, S)
-            through_matrix(side, gates, grads_of(write, at, 1, I, S), formed_pointer, grad_x_at, S.BLOCK_D, S.D, S)
-            if S.GATED:
+            for p in tl.range(0, S.PARTS, disable_licm=True):
+                own, before, mine = at * S.PARTS + p, (at + G) * S.PARTS + p, g * S.PARTS + p
                 side = Side(
-                    weights.third_pointer, momenta.third_pointer, stack.third_pointer, grad_weights.third_pointer,
-                    grad_momenta.third_pointer, x_at, factor_up_at + own, tokens.q_pointer + at * C * S.D,
-                    owed_up_pointer + at * C * S.F, part_up_at,
+                    w_pointer=states.weights_pointer + before * SIZE,
+                    s_pointer=states.momenta_pointer + before * SIZE,
+                    stack_pointer=states.stack_pointer + own * S.WRITES * SIZE,
+                    grad_w_pointer=write.grad_weights_pointer + (G * S.PARTS + mine) * SIZE,
+                    grad_s_pointer=write.grad_momenta_pointer + mine * SIZE,
+                    narrow_pointer=tl.where(p == 0, e_at, x_at),
+                    wide_pointer=scratch.factors.wide_pointer + mine * I * S.F,
+                    owed_narrow_pointer=tl.where(p == 0, owed.grad_read_pointer, tokens.q_pointer) + at * C * S.D,
+                    owed_wide_pointer=owed.wide_pointer + own * C * S.F,
+                    grad_narrow_pointer=tl.where(p == 0, grad_e_at, grad_x_at),
+                    grad_wide_pointer=scratch.grad_wide_pointer + mine * I * S.F,
+                )
+                grads = GateGradients(
+                    write.grad_keep_pointer + own, write.grad_at_last_pointer + own * S.WRITES,
+                    write.grad_thetas_pointer + own * S.FORMED, write.grad_sums_pointer + own * S.FORMED * I,
                 )  # fmt: skip
-                back_through_writes(side, gates, norms + 2 * S.WRITES, trail, formed_pointer, S.BLOCK_D, S.D, S)
-                through_matrix(side, gates, grads_of(write, at, 2, I, S), formed_pointer, grad_x_at, S.BLOCK_D, S.D, S)
+                back_through_writes(side, gates, states.norms_pointer + own * S.WRITES, trail, formed_at, S)
+                through_matrix(side, gates, grads, formed_at, S)
 
             # The anchor's gradient: in slot 0 of the first chunk, else with that of the weights that enter.
-            grad_anchors = slot_of(write.grad_weights, tl.where(n == 0, g, G + g), S)
+            grad_anchors = parts_of(write.grad_weights_pointer, tl.where(n == 0, g, G + g), S)
+            grad_wide = scratch.grad_wide_pointer + g * S.PARTS * I * S.F
             for part in tl.range(0, S.TILES, disable_licm=True):
                 first = part * S.BLOCK_I
                 i = first + tl.arange(0, S.BLOCK_I)
-                x, e = tile(x_at, i, d, I, S.D).to(S.PRODUCTS), tile(e_at, i, c, I, S.V).to(S.PRODUCTS)
-                anchored = Anchored(anchors, part_z_at, part_up_at)
-                grad_e, grad_first = tile(grad_e_at, i, c, I, S.V), grad_anchors.first_pointer
-                grad_e = through_factors(anchored, grad_h_at, grad_first, (x, e), grad_e, (i, I), S)
+                x, e = tile(x_at, i, d, I, S.D).to(S.PRODUCTS), tile(e_at, i, d, I, S.D).to(S.PRODUCTS)
+                grad_e = tile(grad_e_at, i, d, I, S.D)
+                grad_e = through_factors(anchors, grad_wide, grad_anchors.first_pointer, (x, e), grad_e, (i, I), S)
                 tl.debug_barrier()
-                o, v, r = tile(o_at, i, c, I, S.V), tile(v_at, i, c, I, S.V), tile(r_at, i, c, I, S.V)
+                o, v, r = tile(o_at, i, d, I, S.D), tile(v_at, i, d, I, S.D), tile(r_at, i, d, I, S.D)
                 grad_o, grad_value = inner_error_gradient(o, r, v, grad_e, inside, S)
-                put(grad_e_at, grad_value, i, c, I, S.V)
-                anchored = Anchored(anchors, part_z_at + first * S.F, part_up_at + first * S.F)
+                put(grad_e_at, grad_value, i, d, I, S.D)
+                of_z = grad_wide + (I + first) * S.F
+                anchored = Anchored(anchors, of_z, of_z + (S.PARTS - 2) * I * S.F)
                 grad_x, rest = tile(grad_x_at, i, d, I, S.D), Sizes(N, G, C, I - first)
                 grad_x = through_anchor(anchored, grad_anchors, x, grad_o.to(S.PRODUCTS), grad_x, rest, S)
                 tl.debug_barrier()
                 put(grad_x_at, grad_x, i, d, I, S.D)
-                tl.debug_barrier()
             tl.debug_barrier()

@@ -126,7 +126,7 @@ class _SegmentScan(torch.autograd.Function):
         tokens = Tokens(*(t.contiguous() for t in (q, read_residual, x, v, r)))
         coefficients = (alphas, kappas, _padded(sources, shape), last, to_w, to_s)
         tables = Tables(*(None if t is None else t.contiguous() for t in coefficients))
-        states = entering(N, *(matrices[i * count : (i + 1) * count] for i in range(3)))
+        states = _entering(N, *(matrices[i * count : (i + 1) * count] for i in range(3)))
 
         o, y = torch.empty_like(tokens.v_pointer), torch.empty_like(tokens.read_residual_pointer)
         written = tokens._replace(q_pointer=None, read_residual_pointer=None)
@@ -202,7 +202,7 @@ def _of_reads(tables: Tables) -> Tables:
     return tables._replace(last_pointer=None, to_w_pointer=None, to_s_pointer=None)
 
 
-def entering(N: int, weights: tuple[Tensor, ...], anchors: tuple[Tensor, ...], momenta: tuple[Tensor, ...]) -> States:
+def _entering(N: int, weights: tuple[Tensor, ...], anchors: tuple[Tensor, ...], momenta: tuple[Tensor, ...]) -> States:
     """N + 2 slots of each matrix, the first two filled."""
 
     def slots(matrices: tuple[Tensor, ...]) -> Matrices:
