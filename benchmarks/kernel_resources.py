@@ -31,7 +31,9 @@ from atlas_megatron.cli.version import add_version
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "kernels" / "resources.json"
-MODULES = tuple(f"atlas_kernels.gpu.{name}" for name in ("newton_schulz", "orthogonal_writes", "chain", "scan", "edges"))
+MODULES = tuple(
+    f"atlas_kernels.gpu.{name}" for name in ("newton_schulz", "orthogonal_writes", "chain", "scan", "edges")
+)
 # Shared memory that one program may take, in bytes, by compute capability.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_COLUMNS = 512

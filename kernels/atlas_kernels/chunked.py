@@ -55,8 +55,8 @@ class Tokens:
     r: Tensor
 
 
-# (rule, coefficients of the N chunks, tokens, weights, momentum, the first chunk's anchor) -> (y [N, G, C, V], weights, momentum that
-# leave), matrices [G, wide, narrow]; momentum is passed through where the rule has none.
+# (rule, coefficients of the chunks, tokens, weights, momentum, the first chunk's anchor) -> (y [N, G, C, V], weights,
+# momentum that leave), matrices [G, wide, narrow]; momentum is passed through where the rule has none.
 SegmentScan = Callable[
     [MemoryRule, Any, Tokens, Matrices, Matrices, Matrices], tuple[Tensor, Matrices, Matrices]
 ]

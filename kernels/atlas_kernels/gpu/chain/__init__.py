@@ -62,7 +62,7 @@ SOURCES = 64  # at a time: more would spill
 
 
 def covers(rule: MemoryRule, weights: tuple[Tensor, ...], products: torch.dtype) -> bool:
-    """Whether the chain takes a call that `coverage.refusal` lets pass; weights [H, rows, cols] as in `omega_memory`."""
+    """Whether the chain takes a call that `coverage.refusal` lets pass; weights as in `omega_memory`."""
     if rule.memory == "linear" or not 1 <= rule.chunk // rule.ns_period <= MOST_WRITES:
         return False
     (V, F), D = weights[0].shape[-2:], weights[1].shape[-1]
@@ -189,8 +189,10 @@ class _SegmentChain(torch.autograd.Function):
         tokens, tables, read, states = Tokens(*saved[:5]), Tables(*saved[5:11]), saved[11], States(*saved[12:])
         grad_y = grad_y.contiguous()
         owed = Owed(torch.empty_like(grad_y), grad_y.new_empty(N, G, shape.PARTS, C, shape.F, dtype=products))
-        given = tokens.q_pointer, tables.alphas_pointer, tables.of_writes_pointer
-        grads = ReadGradients(*map(torch.empty_like, given), owed)
+        grad_q, grad_alphas, grad_of_writes = map(
+            torch.empty_like, (tokens.q_pointer, tables.alphas_pointer, tables.of_writes_pointer)
+        )
+        grads = ReadGradients(grad_q, grad_alphas, grad_of_writes, owed)
         arguments = grad_y, tokens, tables, states, read, grads, sizes._replace(N=None)
         _launch("read_backward", N * G, arguments, shape)
 
@@ -210,12 +212,11 @@ class _SegmentChain(torch.autograd.Function):
         )
         scratch = _scratch(sizes, shape, products, grad_y)
         _launch("write_backward", G, (tokens, tables, states, owed, write, scratch, sizes), shape)
-        grad_alphas, grad_of_writes = grads.grad_alphas_pointer, grads.grad_of_writes_pointer
         grad_alphas[..., -1].add_(write.grad_keep_pointer.sum(2))
         grad_of_writes[..., -1].add_(write.grad_at_last_pointer.sum(2))
         grad_value = write.grad_value_pointer
         return (
-            *(None, None, grads.grad_q_pointer, grad_y, write.grad_x_pointer),
+            *(None, None, grad_q, grad_y, write.grad_x_pointer),
             *(grad_value.neg(), grad_value if shape.L2 else None),
             *(grad_alphas, grad_of_writes),
             *(write.grad_thetas_pointer.sum(2) if shape.MOMENTUM else None, write.grad_sums_pointer.sum(2)),

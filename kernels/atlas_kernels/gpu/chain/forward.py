@@ -46,7 +46,7 @@ def anchor_output(anchors, x, S: tl.constexpr):
 
 
 @triton.jit
-def orthogonalise(at, tables, sides, I, S: tl.constexpr):
+def orthogonalise(at, tables, sides, I, S: tl.constexpr):  # noqa: E741
     """Every S_k of one matrix to its O_k and norm, and S'.
 
     at: pointers at S, S', the O_k, the norms; tables: at thetas, sums, the steps' coefficients; sides: at the narrow
@@ -123,12 +123,11 @@ def chain_write_kernel(
             for p in tl.range(0, S.PARTS, disable_licm=True):
                 own, before, after = at * S.PARTS + p, (at + G) * S.PARTS + p, (at + 2 * G) * S.PARTS + p
                 stack = states.stack_pointer + own * S.WRITES * SIZE
-                moved = states.momenta_pointer + before * SIZE, states.momenta_pointer + after * SIZE
-                sides = tl.where(p == 0, factors.e_pointer + g * I * S.D, x_at), (
-                    factors.wide_pointer + (g * S.PARTS + p) * I * S.F
-                )
+                s_at, moved_at = states.momenta_pointer + before * SIZE, states.momenta_pointer + after * SIZE
+                narrow = tl.where(p == 0, factors.e_pointer + g * I * S.D, x_at)
+                wide = factors.wide_pointer + (g * S.PARTS + p) * I * S.F
                 norms = states.norms_pointer + own * S.WRITES
-                orthogonalise((moved[0], moved[1], stack, norms), gates, sides, I, S)
+                orthogonalise((s_at, moved_at, stack, norms), gates, (narrow, wide), I, S)
                 tl.debug_barrier()
                 weights = states.weights_pointer
                 put_sum(weights + after * SIZE, weights + before * SIZE, stack, last, S)

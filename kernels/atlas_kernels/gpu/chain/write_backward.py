@@ -61,6 +61,18 @@ class Side(NamedTuple):
     grad_wide_pointer: Any  # [I, F], out
 
 
+class Sources(NamedTuple):
+    """Pointers of one memory at one chunk, [I, D] each."""
+
+    x_pointer: Any
+    v_pointer: Any
+    r_pointer: Any
+    o_pointer: Any
+    e_pointer: Any
+    grad_e_pointer: Any  # of e until it is that of v
+    grad_x_pointer: Any
+
+
 class Gates(NamedTuple):
     """Pointers of one memory at one chunk, and its sizes: as `Tables`, and of one matrix as `WriteGradients`."""
 
@@ -218,10 +230,7 @@ def to_weights(side, gates, grads, d, S: tl.constexpr):
 
 @triton.jit
 def through_matrix(side, gates, grads, formed_pointer, S: tl.constexpr):
-    """From the gradients of what leaves, and of the S_k, to S, W, factors and gates.
-
-    grads: GateGradients.
-    """
+    """From the gradients of what leaves, and of the S_k, to S, W, factors and gates. grads: GateGradients."""
     d = tl.arange(0, S.BLOCK_D)
     for part in tl.range(0, S.TILES, disable_licm=True):
         i = part * S.BLOCK_I + tl.arange(0, S.BLOCK_I)
@@ -277,6 +286,46 @@ def through_factors(anchors, grad_wide_pointer, grad_anchor_pointer, tokens, gra
 
 
 @triton.jit
+def begin_chunk(sources, factors, anchors, g, I, S: tl.constexpr):  # noqa: E741
+    """e and the factors formed again; gradients of x and e set to 0. sources: Sources."""
+    d = tl.arange(0, S.BLOCK_D)
+    for part in tl.range(0, S.TILES, disable_licm=True):
+        i = part * S.BLOCK_I + tl.arange(0, S.BLOCK_I)
+        o, v = tile(sources.o_pointer, i, d, I, S.D), tile(sources.v_pointer, i, d, I, S.D)
+        e = inner_error(o, tile(sources.r_pointer, i, d, I, S.D), v, d[None, :] < S.D, S)
+        write_factors(factors, anchors, tile(sources.x_pointer, i, d, I, S.D).to(S.PRODUCTS), e, g, (i, I), S)
+        put(sources.grad_e_pointer, tl.zeros_like(e), i, d, I, S.D)
+        put(sources.grad_x_pointer, tl.zeros_like(e), i, d, I, S.D)
+
+
+@triton.jit
+def to_sources(sources, anchors, grad_anchors, grad_wide_pointer, sizes, S: tl.constexpr):
+    """From the gradients of the factors, grad_wide [P, I, F] and in `sources`, to those of x, v, r and the anchor."""
+    I = sizes.I  # noqa: E741
+    d = tl.arange(0, S.BLOCK_D)
+    for part in tl.range(0, S.TILES, disable_licm=True):
+        first = part * S.BLOCK_I
+        i = first + tl.arange(0, S.BLOCK_I)
+        x = tile(sources.x_pointer, i, d, I, S.D).to(S.PRODUCTS)
+        e = tile(sources.e_pointer, i, d, I, S.D).to(S.PRODUCTS)
+        grad_e = tile(sources.grad_e_pointer, i, d, I, S.D)
+        grad_e = through_factors(anchors, grad_wide_pointer, grad_anchors.first_pointer, (x, e), grad_e, (i, I), S)
+        # What one thread stored, another loads.
+        tl.debug_barrier()
+        o, v = tile(sources.o_pointer, i, d, I, S.D), tile(sources.v_pointer, i, d, I, S.D)
+        r = tile(sources.r_pointer, i, d, I, S.D)
+        grad_o, grad_value = inner_error_gradient(o, r, v, grad_e, d[None, :] < S.D, S)
+        put(sources.grad_e_pointer, grad_value, i, d, I, S.D)
+        of_z = grad_wide_pointer + (I + first) * S.F
+        anchored = Anchored(anchors, of_z, of_z + (S.PARTS - 2) * I * S.F)
+        grad_x, rest = tile(sources.grad_x_pointer, i, d, I, S.D), Sizes(sizes.N, sizes.G, sizes.C, I - first)
+        grad_x = through_anchor(anchored, grad_anchors, x, grad_o.to(S.PRODUCTS), grad_x, rest, S)
+        tl.debug_barrier()
+        put(sources.grad_x_pointer, grad_x, i, d, I, S.D)
+    tl.debug_barrier()
+
+
+@triton.jit
 def chain_write_backward_kernel(
     tokens,  # Tokens of the scan
     tables,  # Tables
@@ -292,28 +341,22 @@ def chain_write_backward_kernel(
     WORK: tl.constexpr = S.BLOCKS * S.BLOCK_N * S.BLOCK_D
     TRAIL: tl.constexpr = S.STEPS * (WORK + 2 * S.BLOCK_D * S.BLOCK_D) + 2 * S.BLOCK_D * S.BLOCK_D
     g = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, S.BLOCK_D)
-    inside = d[None, :] < S.D
     trail = Trail(scratch.trail_pointer + g * TRAIL, scratch.work_pointer + g * WORK)
     formed_at = scratch.formed_pointer + g * S.WRITES * SIZE
+    e_at = scratch.factors.e_pointer + g * I * S.D
     # Not a while: what is hoisted out of one costs the registers that Newton-Schulz needs.
     for turn in tl.range(0, S.TURNS, disable_licm=True):
         n = N - 1 - turn
         if n >= 0:
             at = n * G + g
             anchors = parts_of(states.weights_pointer, tl.where(n == 0, g, at + G), S)
-            x_at, o_at = tokens.x_pointer + at * I * S.D, states.o_pointer + at * I * S.D
-            v_at, r_at = tokens.v_pointer + at * I * S.D, tokens.r_pointer + at * I * S.D
-            e_at, grad_x_at = scratch.factors.e_pointer + g * I * S.D, write.grad_x_pointer + at * I * S.D
-            # Of e until it is that of v.
+            x_at, grad_x_at = tokens.x_pointer + at * I * S.D, write.grad_x_pointer + at * I * S.D
             grad_e_at = write.grad_value_pointer + at * I * S.D
-            for part in tl.range(0, S.TILES, disable_licm=True):
-                i = part * S.BLOCK_I + tl.arange(0, S.BLOCK_I)
-                x, o = tile(x_at, i, d, I, S.D).to(S.PRODUCTS), tile(o_at, i, d, I, S.D)
-                e = inner_error(o, tile(r_at, i, d, I, S.D), tile(v_at, i, d, I, S.D), inside, S)
-                write_factors(scratch.factors, anchors, x, e, g, (i, I), S)
-                put(grad_e_at, tl.zeros_like(e), i, d, I, S.D)
-                put(grad_x_at, tl.zeros_like(e), i, d, I, S.D)
+            sources = Sources(
+                x_at, tokens.v_pointer + at * I * S.D, tokens.r_pointer + at * I * S.D,
+                states.o_pointer + at * I * S.D, e_at, grad_e_at, grad_x_at,
+            )  # fmt: skip
+            begin_chunk(sources, scratch.factors, anchors, g, I, S)
             gates = Gates(
                 tables.alphas_pointer + at * C, tables.of_writes_pointer + at * S.WRITES * C,
                 tables.at_last_pointer + at * S.WRITES, tables.thetas_pointer + at * S.FORMED,
@@ -345,21 +388,4 @@ def chain_write_backward_kernel(
 
             # The anchor's gradient: in slot 0 of the first chunk, else with that of the weights that enter.
             grad_anchors = parts_of(write.grad_weights_pointer, tl.where(n == 0, g, G + g), S)
-            grad_wide = scratch.grad_wide_pointer + g * S.PARTS * I * S.F
-            for part in tl.range(0, S.TILES, disable_licm=True):
-                first = part * S.BLOCK_I
-                i = first + tl.arange(0, S.BLOCK_I)
-                x, e = tile(x_at, i, d, I, S.D).to(S.PRODUCTS), tile(e_at, i, d, I, S.D).to(S.PRODUCTS)
-                grad_e = tile(grad_e_at, i, d, I, S.D)
-                grad_e = through_factors(anchors, grad_wide, grad_anchors.first_pointer, (x, e), grad_e, (i, I), S)
-                tl.debug_barrier()
-                o, v, r = tile(o_at, i, d, I, S.D), tile(v_at, i, d, I, S.D), tile(r_at, i, d, I, S.D)
-                grad_o, grad_value = inner_error_gradient(o, r, v, grad_e, inside, S)
-                put(grad_e_at, grad_value, i, d, I, S.D)
-                of_z = grad_wide + (I + first) * S.F
-                anchored = Anchored(anchors, of_z, of_z + (S.PARTS - 2) * I * S.F)
-                grad_x, rest = tile(grad_x_at, i, d, I, S.D), Sizes(N, G, C, I - first)
-                grad_x = through_anchor(anchored, grad_anchors, x, grad_o.to(S.PRODUCTS), grad_x, rest, S)
-                tl.debug_barrier()
-                put(grad_x_at, grad_x, i, d, I, S.D)
-            tl.debug_barrier()
+            to_sources(sources, anchors, grad_anchors, scratch.grad_wide_pointer + g * S.PARTS * I * S.F, sizes, S)
