@@ -175,7 +175,7 @@ def _gpu_kernels(rule: MemoryRule, weights: tuple[Tensor, ...], products: torch.
     if rule.ns_steps:
         chain = _gpu("chain")
         if chain.covers(rule, weights, products):
-            held = 1 / rule.ns_steps
+            held = chain.held_of_step(rule, products)
             return Kernels(chain.segment_chain(products), chain.chain_coefficients, held_of_step=held)
         gpu = _gpu("orthogonal_writes")
         # One matrix a write, in the dtype of products, is held, and no iterate.

@@ -8,7 +8,8 @@ Of one matrix of a memory and the K writing tokens of a chunk, with W and S as t
 
 The map of `orthogonal_writes`, which goes chunk by chunk and takes the K matrices of a chunk in parallel. Here a
 program goes through the chunks of one memory with Newton-Schulz inside: as many programs as memories, and no launch
-more for a longer sequence. Dims: N chunks, G = B x H memories, C tokens, I sources, D lifted key, V value, F hidden.
+more for a longer sequence. Few memories fill a GPU only where the K of a chunk go in parallel (`covers`).
+Dims: N chunks, G = B x H memories, C tokens, I sources, D lifted key = value, F hidden.
 """
 
 from __future__ import annotations
@@ -68,6 +69,12 @@ def covers(rule: MemoryRule, weights: tuple[Tensor, ...], products: torch.dtype)
     (V, F), D = weights[0].shape[-2:], weights[1].shape[-1]
     fits = D == V <= F and size_refusal(rule, D, V, F, products) is None
     return fits and plan(D, F, products, backward=False).whole
+
+
+def held_of_step(rule: MemoryRule, products: torch.dtype) -> float:
+    """As `Kernels.held_of_step`: O_k in the products' dtype, and the weights and momentum that enter a chunk."""
+    writes = rule.chunk // rule.ns_period
+    return (products.itemsize / torch.float32.itemsize + 2 / writes) / rule.ns_steps
 
 
 def chain_coefficients(
@@ -141,6 +148,8 @@ def configured(kernel: str, shape: Shape) -> Shape:
     block, columns = CONFIGURATIONS[kernel]
     while shape.F % block:
         block //= 2
+    if kernel == "write_backward" and shape.PRODUCTS == triton.language.float32:
+        columns = 32  # three tf32 products in place of one: of 64, tensor memory would not hold the operands
     columns = min(columns, max(16, triton.next_power_of_2(shape.F)))
     return shape._replace(BLOCK_F=block, BLOCK_N=columns, BLOCKS=triton.cdiv(shape.F, columns))
 
@@ -276,17 +285,18 @@ def _scratch(sizes: Sizes, shape: Shape, products: torch.dtype, like: Tensor) ->
 
 
 def variants() -> list[Variant]:
-    """The kernels of the presets' shape with four writes a chunk."""
+    """The kernels of the presets' shape with four writes a chunk; the chain's with one."""
     rule = MemoryRule(ns_period=16)
+    alone = _variants(" one write", replace(rule, ns_period=64))
     return [
         *_variants("", rule),
-        *_variants(" one write", replace(rule, ns_period=64)),
+        *(variant for variant in alone if variant.kernel in (KERNELS["write"], KERNELS["write_backward"])),
         *_variants(" gated layer", replace(rule, memory="gated_mlp", norm="layer")),
     ]
 
 
 def _variants(title: str, rule: MemoryRule) -> list[Variant]:
-    """Recorded of chunks one token short, as those of the scan; their last token does not write."""
+    """Recorded of chunks one token short, as those of the scan, with the writes of a whole one."""
     N, G, C, D, F = 3, 3, rule.chunk - 1, 64, 256
     I = C + rule.window - 1  # noqa: E741
     empty = partial(torch.empty, device="meta", requires_grad=True)

@@ -1,24 +1,25 @@
 """The periodic chain forward: one kernel that writes, chunk after chunk, and one that reads all chunks at once.
 
 `chain_write_kernel`, one program a memory, goes through the chunks with its matrices in slots of device memory, as the
-scan does (see scan/forward.py). Of each chunk it puts e and the factors of the sources aside, forms the momentum S_k of
-each writing token from them, takes it through all steps of Newton-Schulz on chip, and leaves O_k to the reads; what
-leaves the chunk is summed from the O_k as the reads see them, rounded. `chain_read_kernel`, one program a chunk and
-memory, reads through the weights that enter and the O_k: it meets no source.
+scan does (see scan/forward.py). Of each chunk it puts e and the factors of the sources aside, 64 sources at a time. Of
+each matrix it forms the momentum S_k of each writing token from them, takes it through all steps of Newton-Schulz on
+chip, and leaves O_k to the reads. What leaves the chunk is summed from the O_k as the reads see them, rounded.
+`chain_read_kernel`, one program a chunk and memory, reads through the weights that enter and the O_k: no source.
 
-A chunk of a memory at C = 64, D = V = 64, F = 256, W = 16 (79 sources, padded to 128 where they are rows and to 96
-where they are summed over), K writes, five steps, no norm, momentum, bfloat16 products; by count, not measured:
+A chunk of a memory at C = 64, D = 64, F = 256, W = 16 (79 sources, padded to 128 as rows and to 96 where they are
+summed over), K writes, five steps, momentum, bfloat16 products; by count, not measured:
 
-    kernel       MFLOP           of device memory             of L2                         held on chip
-    chain_write  21 + 53 K       256 KB matrices and 64 K KB  anchor twice, weights and     X [64, 256] in registers
-                                 stack out, 80 KB tokens in,  momentum K times, factors     of 4 warps; its operands
-                                 20 KB o out                  80 KB out and K times in
-    chain_read   4.2 (K + 1)     128 KB weights and 64 K KB   -                             q, o [64, 64] in registers
-                                 stack in, 32 KB tokens in,
-                                 16 KB y out
+    kernel       MFLOP        of device memory              of L2                        held on chip
+    chain_write  17 + 53 K    256 KB matrices and 64 K KB   anchor four times, weights   X [64, 256] in registers,
+                              O_k out, 60 KB tokens in,     once, momentum K times:      its operands in 40 KB shared;
+                              20 KB o out                   640 + 128 K KB; factors      or x, e, o [64, 64] of the
+                                                            80 KB out and K times in     sources
+    chain_read   4.2 (K + 1)  128 KB weights and 64 K KB    -                            q and o [64, 64] in registers
+                              O_k in, 32 KB tokens in,
+                              16 KB y out
 
-Estimates, of the rate of one program (a 132nd of a large bfloat16 product's): a chunk of the chain at K = 1 is 13
-microseconds, at K = 4 it is 39.
+Of the chain's MFLOP, 47 K are the steps themselves. Estimate of a chunk: at the rate of a large bfloat16 product, of
+which one program has a 132nd, 12 microseconds at K = 1 and 39 at K = 4; one program a multiprocessor will not reach it.
 """
 
 from __future__ import annotations

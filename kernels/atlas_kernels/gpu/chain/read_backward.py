@@ -3,9 +3,10 @@
 Takes y's gradient down to that of the queries and of what the gates let each token see; what a read owes to the weights
 and to the O_k is left to the chain as the two sides of outer products, in PRODUCTS (see chain/write_backward.py).
 
-A chunk of a memory, sizes as in forward.py, by count, not measured: 8.4 (K + 1) MFLOP; 128 KB weights, 64 K KB stack,
-48 KB tokens and gradients in; 112 KB out; gradients of q and of the read [C, 64], and what the read found [C, f], on
-chip. What a query found is multiplied out twice, before and after the activation: kept, it would be K + 1 blocks.
+A chunk of a memory, sizes as in forward.py; by count, not measured: 8.4 (K + 1) MFLOP; 128 KB weights, 64 K KB O_k and
+32 KB tokens in, 96 KB out, of which 64 KB are left to the chain. Held on chip: the gradients of q and of what was read,
+[64, 64], and a block of hidden rows. What a query found is multiplied out twice, before and after the activation: kept,
+it would be K + 1 such blocks.
 """
 
 from __future__ import annotations

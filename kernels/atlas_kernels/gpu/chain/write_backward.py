@@ -1,19 +1,22 @@
 """The periodic chain backward, the writes: one program a memory, from the last chunk to the first.
 
-The gradients of the matrices stay in place, slot 1 of [2, G, F, ...]; slot 0 takes that of the first chunk's anchor,
-every other anchor is the weights that enter its chunk. Of a chunk: e and the factors are formed again from the anchor;
-of each matrix and write the gradient of O_k, at_last_k grad_W' + the outer products that the reads owe it, is formed
-and taken back through Newton-Schulz, whose steps are computed again (newton_schulz/backward.py); then in one pass over
-the hidden width to S, W, the factors and the gates; at last through the factors to the anchor, x, v and r.
+The gradients of the matrices stay in place, slot 1 of [2, G, P, F, D]; slot 0 takes that of the first chunk's anchor,
+every other anchor is the weights that enter its chunk. Of a chunk e and the factors are formed again from the anchor.
+Of each matrix and write the gradient of O_k is formed, at_last_k grad_W' + the outer products that the reads owe it,
+and goes back through Newton-Schulz, whose steps are computed again (newton_schulz/backward.py). Then it goes, by rows
+of the hidden width, to the factors, S, W and the gates; at last through the factors to the anchor, x, v and r.
 
 Names: `grad_a` is the loss's gradient of a.
 
-A chunk of a memory, sizes as in forward.py; by count, not measured: 94 + 140 K MFLOP (of them Newton-Schulz 2 x 60 K);
-of device memory 256 KB matrices, 64 K KB stack, 116 KB that the reads owe, 120 KB tokens and o in, 60 KB out; through
-L2 256 KB gradients of matrices in and out, 80 KB factors and 160 KB their gradients out and in, and of each write and
-matrix the trail of Newton-Schulz, 0.7 MB. On chip X or G in blocks of 64 columns, or gradients [I, 64] of x or e.
+A chunk of a memory, sizes as in forward.py; by count, not measured:
 
-Estimates, as in forward.py: a chunk is 40 microseconds at K = 1, 110 at K = 4.
+    MFLOP        50 + 154 K, of which 120 K are Newton-Schulz: its steps again, and back
+    memory       256 KB matrices, 64 K KB O_k, 96 KB that the reads owe, 80 KB tokens and o in; 40 KB out
+    through L2   gradients of the matrices 512 KB in, of the O_k twice, and 256 KB out; factors 80 KB and their
+                 gradients 160 KB out and in; of each write and matrix Newton-Schulz's trail and G, 0.3 MB, and back
+    on chip      X or G in blocks of 64 columns with two [64, 64]; or gradients [64, 64] of e or x. 30 KB shared
+
+Estimate of a chunk, as in forward.py: 34 microseconds at K = 1, 112 at K = 4, at a rate that it will not reach.
 """
 
 from __future__ import annotations
