@@ -35,7 +35,7 @@ from benchmarks.tensor_core_work import executed_over_useful, programs_per_sm
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "kernels" / "resources.json"
 FOLDER = "atlas_kernels.gpu"
-NAMES = ("newton_schulz", "orthogonal_writes", "scan", "coefficients", "windows", "edges")
+NAMES = ("newton_schulz", "orthogonal_writes", "chain", "scan", "coefficients", "windows", "edges")
 MODULES = tuple(f"{FOLDER}.{name}" for name in NAMES)
 # Shared memory that one program may take, in bytes, by compute capability.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}

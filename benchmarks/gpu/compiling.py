@@ -78,7 +78,7 @@ def as_on(arch: int) -> Iterator[None]:
     """What is launched once for each multiprocessor is launched as on a GPU of this compute capability."""
     usual = kernels._programs, torch.cuda.get_device_properties
     properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS[arch])
-    kernels._programs = lambda count, M, device: usual[0](count, M, torch.device("cuda"))
+    kernels._programs = lambda count, at_once, device: usual[0](count, at_once, torch.device("cuda"))
     torch.cuda.get_device_properties = lambda *_: properties
     try:
         yield
@@ -100,13 +100,14 @@ def variants(arch: int) -> list[Variant]:
 
 def _key(variant: Variant) -> str:
     known: tuple[Any, ...] = (variant.signature, sorted(variant.constants.items(), key=str), variant.hints)
-    return f"{variant.kernel.cache_key} {known} {variant.num_warps} {variant.num_stages}"
+    return f"{variant.kernel.cache_key} {known} {variant.num_warps} {variant.num_stages} {variant.cooperative}"
 
 
 def compile_for(variant: Variant, arch: int) -> Path:
     """The cache's folder of this variant."""
     source = ASTSource(variant.kernel, variant.signature, dict(variant.constants), dict(variant.hints))
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options["launch_cooperative_grid"] = variant.cooperative
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return Path(get_cache_manager(made.hash).cache_dir)
 

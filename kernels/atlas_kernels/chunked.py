@@ -27,7 +27,6 @@ from .memories import Matrices, MatrixView, WeightView, memory_of, oriented
 from .packing import Packing, pack
 from .rule import Gates, Inputs, MemoryRule, MemoryState
 from .writes import (
-    Coefficients,
     OrthogonalWriter,
     OrthogonalWrites,
     Writes,
@@ -55,14 +54,14 @@ class Tokens:
     r: Tensor
 
 
-# (rule, coefficients, tokens, weights, momentum, the first chunk's anchor) -> (y [N, G, C, V], weights, momentum that
-# leave), matrices [G, wide, narrow]; momentum is passed through where the rule has none.
+# (rule, coefficients of the chunks, tokens, weights, momentum, the first chunk's anchor) -> (y [N, G, C, V], weights,
+# momentum that leave), matrices [G, wide, narrow]; momentum is passed through where the rule has none.
 SegmentScan = Callable[
-    [MemoryRule, Coefficients, Tokens, Matrices, Matrices, Matrices], tuple[Tensor, Matrices, Matrices]
+    [MemoryRule, Any, Tokens, Matrices, Matrices, Matrices], tuple[Tensor, Matrices, Matrices]
 ]
-# (rule; gates of the segment [B, N*C, H, ...]; C; source gates in their chunks [N, G, I], None with pair gates) -> what
-# a `SegmentScan` takes.
-SegmentCoefficients = Callable[[MemoryRule, Gates, int, Tensor | None], Coefficients]
+# (rule; the first token's place in its chunk; gates of the segment [B, N*C, H, ...]; C; source gates in their chunks
+# [N, G, I], None with pair gates) -> what a `SegmentScan` takes.
+SegmentCoefficients = Callable[[MemoryRule, int, Gates, int, Tensor | None], Any]
 # (halo [B, W-1, H, ...], tokens [B, N*C, H, ...], N) -> (sources of each chunk [N, G, I, ...], the halo that follows).
 Windows = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
@@ -79,9 +78,9 @@ def windows(halo: Tensor, tokens: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
 class Kernels:
     """What computes the heavy parts.
 
-    coefficients, segment: all chunks of a segment where ns_steps = 0; None: chunk by chunk here. windows: puts sources
-    in their chunks. Chunk by chunk: how sources read the anchor, what writes where ns_steps > 0, and how many matrices
-    a write and Newton-Schulz step hold for the backward.
+    segment: all chunks of a segment, and coefficients: what it takes of the gates; None: chunk by chunk here. windows:
+    puts sources in their chunks. Chunk by chunk: how sources read the anchor, and what writes where ns_steps > 0.
+    held_of_step: how many matrices a write and Newton-Schulz step hold for the backward.
     """
 
     coefficients: SegmentCoefficients | None = None
@@ -267,6 +266,18 @@ class Layout:
         return self.windows(halo, t, self.chunks)
 
 
+def gates_by_chunk(
+    gates: Gates, tokens: int, sources: Tensor | None
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Alpha, eta, theta [N, G, C] of the N chunks of `tokens` tokens, and the Omega gates [N, G, C, I].
+
+    sources: source gates in their chunks [N, G, I]; None with pair gates.
+    """
+    layout = Layout(gates.alpha.shape[1] // tokens, tokens)
+    band = pair_band(layout.by_chunk(gates.gamma)) if sources is None else source_band(sources, tokens)
+    return (layout.by_chunk(gates.alpha), layout.by_chunk(gates.eta), layout.by_chunk(gates.theta)), band
+
+
 class _Windows(torch.autograd.Function):
     """[B, T, H, ...] -> [N, B H, size, ...], one window every `step` tokens; torch's own backward is slow."""
 
@@ -277,10 +288,17 @@ class _Windows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        sums = grad.new_zeros(ctx.shape)
-        for n, window in enumerate(grad.unflatten(1, (ctx.shape[0], ctx.shape[2])).transpose(2, 3)):
-            sums[:, n * ctx.step : n * ctx.step + ctx.size] += window
-        return sums, None, None
+        (batch, length, heads, *rest), size = ctx.shape, ctx.size
+        chunks = len(grad)
+        step = ctx.step if chunks > 1 else size
+        windows = grad.unflatten(1, (batch, heads)).movedim(0, 1).transpose(2, 3)  # [B, N, size, H, ...]
+        turns = -(-size // step)
+        sums = grad.new_zeros(batch, chunks - 1 + turns, step, heads, *rest)
+        # One addition for all chunks: as many as chunks that a window reaches over, whatever the length.
+        for j in reversed(range(turns)):
+            part = windows[:, :, j * step : (j + 1) * step]
+            sums[:, j : j + chunks, : part.shape[2]].add_(part)
+        return sums.flatten(1, 2)[:, :length], None, None
 
 
 def scan(
@@ -315,13 +333,11 @@ def scan(
     weights, momentum = by_row(state.weights), by_row(state.momentum)
     anchor = weights if offset == 0 and not borders else by_row(state.anchor)
     whole = Tokens(q, read_residual, x, v, r)
-    if kernels.coefficients and kernels.segment and rule.ns_steps == 0:
-        of = kernels.coefficients(rule, given, tokens, own)
+    if kernels.segment and kernels.coefficients:
+        of = kernels.coefficients(rule, offset, given, tokens, own)
         after = _by_stretch(rule, kernels.segment, of, whole, (weights, momentum, anchor), borders)
     else:
-        band = pair_band(layout.by_chunk(given.gamma)) if own is None else source_band(own, tokens)
-        gates = (layout.by_chunk(given.alpha), layout.by_chunk(given.eta), layout.by_chunk(given.theta))
-        by = (kernels.anchor, writes_of(rule, offset, gates, band, kernels.orthogonal))
+        by = (kernels.anchor, writes_of(rule, offset, *gates_by_chunk(given, tokens, own), kernels.orthogonal))
         after = _chunk_by_chunk(rule, by, whole, (weights, momentum, anchor), by_chunk, borders)
     y, weights, momentum, anchor = after
 
@@ -341,7 +357,7 @@ def scan(
 def _by_stretch(
     rule: MemoryRule,
     segment: SegmentScan,
-    of: Coefficients,
+    of: Any,
     whole: Tokens,
     matrices: tuple[Matrices, Matrices, Matrices],
     borders: Borders | None,

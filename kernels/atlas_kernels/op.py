@@ -71,7 +71,7 @@ def omega_memory(
         positions = state.position[:, None] + torch.arange(q.shape[1], device=q.device)
     products = _operands(q.dtype if products is None else products)
     impl = _choose(impl, rule, q, v, weights, products)
-    kernels = _gpu_kernels(rule, products) if impl == "triton" else TORCH
+    kernels = _gpu_kernels(rule, weights, products) if impl == "triton" else TORCH
     after: State
     if isinstance(state, DualState):
         y, after = omega_memory_dual(rule, state, inputs)
@@ -172,10 +172,15 @@ def _choose(
     return chosen
 
 
-def _gpu_kernels(rule: MemoryRule, products: torch.dtype) -> Kernels:
+def _gpu_kernels(rule: MemoryRule, weights: tuple[Tensor, ...], products: torch.dtype) -> Kernels:
     """What replaces torch in the chunk form."""
     windows = _gpu("windows").windows
     if rule.ns_steps:
+        chain = _gpu("chain")
+        if chain.covers(rule, weights, products):
+            held = chain.held_of_step(rule, products)
+            scan, of = chain.segment_chain(products), chain.chain_coefficients
+            return Kernels(segment=scan, coefficients=of, windows=windows, held_of_step=held)
         gpu = _gpu("orthogonal_writes")
         # One matrix a write, in the dtype of products, is held, and no iterate.
         return Kernels(

@@ -41,8 +41,23 @@ class Writes(Protocol):
         """How tokens of chunk n read, and what they leave."""
 
 
+@dataclass(frozen=True)
+class OrthogonalCoefficients:
+    """ns_steps > 0: all that the gates say of the N chunks of a segment; differentiable in the gates.
+
+    alphas [N, G, C]: of the weights, as each token sees them. of_writes [N, G, K, C]: of O_k, what each token sees of
+    each write. S_j = thetas_j S + sum_i sums_ji u_i x_i^T: thetas [N, G, J], sums [N, G, J, I], at the K writing tokens
+    and, where it is none of them, at the last token, whose momentum leaves the chunk: J is K or K + 1.
+    """
+
+    alphas: Tensor
+    of_writes: Tensor
+    thetas: Tensor
+    sums: Tensor
+
+
 # (rule; alpha, eta, theta [N, G, C]; the Omega gates [N, G, C, I]; places of the writing tokens in the chunk), for
-# ns_steps > 0; theta is zero where the rule has no momentum.
+# ns_steps > 0.
 OrthogonalWriter = Callable[[MemoryRule, Tensor, Tensor, Tensor, Tensor, range], Writes]
 
 
@@ -78,6 +93,30 @@ def coefficients_of(rule: MemoryRule, alpha: Tensor, eta: Tensor, theta: Tensor,
     kappas, sources = (steps * thetas.mT).sum(-1, keepdim=True), steps @ sums
     last = torch.stack([alphas[..., -1, :], kappas[..., -1, :], thetas[..., -1, :]], -2)
     return Coefficients(alphas, kappas, sources, last, sources[..., -1, :, None], sums[..., -1, :, None])
+
+
+def places_of_writes(rule: MemoryRule, offset: int, tokens: int) -> range:
+    """Of the writing tokens among a chunk's `tokens`, the first of which has the place `offset` in its chunk."""
+    return range(-(offset + 1) % rule.ns_period, tokens, rule.ns_period)
+
+
+def orthogonal_coefficients_of(
+    rule: MemoryRule, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor, writes: range
+) -> OrthogonalCoefficients:
+    """Arguments as of an `OrthogonalWriter`."""
+    theta = theta if rule.momentum else torch.zeros_like(theta)
+    retention, decay = decay_matrix(alpha), decay_matrix(theta)
+    # A slice: a list as an index would be copied to a GPU, which waits for it.
+    at = slice(writes.start, None, writes.step)
+    formed = decay[..., at, :]
+    if alpha.shape[-1] - 1 not in writes:
+        formed = torch.cat([formed, decay[..., -1:, :]], -2)
+    return OrthogonalCoefficients(
+        alphas=retention[..., 0] * alpha[..., :1],
+        of_writes=(retention * -eta.unsqueeze(-2))[..., at].mT,
+        thetas=formed[..., 0] * theta[..., :1],
+        sums=formed @ band,
+    )
 
 
 class RawWrites:
@@ -137,18 +176,12 @@ class OrthogonalWrites:
         self, rule: MemoryRule, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor, writes: range
     ) -> None:
         """An `OrthogonalWriter`."""
-        retention, decay = decay_matrix(alpha), decay_matrix(theta)
-        # A slice: a list as an index would be copied to a GPU, which waits for it.
-        at = slice(writes.start, None, writes.step)
-        formed = decay[..., at, :]
-        if alpha.shape[-1] - 1 not in writes:
-            # The last token's momentum leaves the chunk, so it is formed even where it is not written.
-            formed = torch.cat([formed, decay[..., -1:, :]], -2)
+        of = orthogonal_coefficients_of(rule, alpha, eta, theta, band, writes)
         self.rule, self.writes = rule, writes
-        self.of_weights = (retention[..., :1] * alpha[..., :1, None]).unbind()
-        self.of_writes = (retention * -eta.unsqueeze(-2))[..., at].unbind()
-        self.thetas = (formed[..., :1] * theta[..., :1, None]).unsqueeze(-1).unbind()
-        self.sums = (formed @ band).unsqueeze(-1).unbind()
+        self.of_weights = of.alphas.unsqueeze(-1).unbind()
+        self.of_writes = of.of_writes.mT.unbind()
+        self.thetas = of.thetas[..., None, None].unbind()
+        self.sums = of.sums.unsqueeze(-1).unbind()
 
     def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[WeightView, Leave]:
         alphas, of_writes = self.of_weights[n], self.of_writes[n]
@@ -199,12 +232,10 @@ def writes_of(
     gates: alpha, eta, theta [N, G, C]; band [N, G, C, I], the Omega gates Gm; offset: the first token's place in its
     chunk; orthogonal: what writes where ns_steps > 0.
     """
-    alpha, eta, theta = gates
     if rule.ns_steps:
-        theta = theta if rule.momentum else torch.zeros_like(theta)
-        first = -(offset + 1) % rule.ns_period
-        return orthogonal(rule, alpha, eta, theta, band, range(first, alpha.shape[-1], rule.ns_period))
-    of = coefficients_of(rule, alpha, eta, theta, band)
+        writes = places_of_writes(rule, offset, band.shape[-2])
+        return orthogonal(rule, *gates, band, writes)
+    of = coefficients_of(rule, *gates, band)
     return RawWrites(of) if rule.momentum else SumWrites(of)
 
 

@@ -46,7 +46,7 @@ def test_newton_schulz(shape):
     assert torch.equal(few, run()["out"][:3]), "a matrix comes out otherwise among many programs than among few"
 
 
-@pytest.mark.parametrize("ns_steps,ns_period", [(0, 1), (5, 64), (5, 8)])
+@pytest.mark.parametrize("ns_steps,ns_period", [(0, 1), (5, 64), (5, 8), (5, 4)])
 @pytest.mark.parametrize("memory", ["mlp", "gated_mlp"])
 def test_omega_memory(memory, ns_steps, ns_period):
     rule = MemoryRule(memory, norm="layer", ns_steps=ns_steps, ns_period=ns_period)

@@ -46,9 +46,10 @@ def test_newton_schulz(shape, stored, falls):
         {"momentum": False, "window": 1},
         {"loss": "dot", "momentum": False},
         {"ns_steps": 5, "ns_period": 64},
+        {"ns_steps": 5, "ns_period": 16, "norm": "none"},
         {"ns_steps": 5, "ns_period": 1},
     ],
-    ids=["omeganet with momentum", "dla's window", "dot", "a write a chunk", "exact atlas"],
+    ids=["omeganet with momentum", "dla's window", "dot", "a write a chunk", "four writes", "exact atlas"],
 )
 def test_omega_memory(memory, changes):
     compare_rounded(small(replace(RULE, memory=memory, **changes), TOKENS, **PRESET), torch.bfloat16)

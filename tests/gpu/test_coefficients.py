@@ -51,7 +51,7 @@ def in_torch(rule: MemoryRule, gates: dict[str, Tensor], tokens: int, pair: bool
 
 def in_kernels(rule: MemoryRule, gates: dict[str, Tensor], tokens: int, pair: bool) -> dict[str, Tensor]:
     own = None if pair else gates["gamma"]
-    return tables(coefficients(rule, Gates(**gates), tokens, own), rule, tokens)
+    return tables(coefficients(rule, 0, Gates(**gates), tokens, own), rule, tokens)
 
 
 def tables(of, rule: MemoryRule, tokens: int) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ def test_as_exact_as_float64_allows():
 
 def test_padding_is_zero():
     gates = random_gates(BASE, 2, 13, pair=True)
-    sources = coefficients(BASE, Gates(**gates), 13, None).sources
+    sources = coefficients(BASE, 0, Gates(**gates), 13, None).sources
     assert sources.shape[-2:] == (16, 32)
     assert not sources[..., 13:, :].any() and not sources[..., 17:].any() and sources[..., :13, :17].any()
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from atlas_kernels import check_implementation
+from atlas_kernels.gpu import chain
 from atlas_kernels.layer_start import weight_shapes
 from atlas_megatron.config import load
 from tests.support.device_problems import DEVICE
@@ -23,3 +24,5 @@ def test_the_kernels_cover(config, preset):
     memory = load(CONFIGS / f"{config}.toml", [f"memory.preset={preset}"]).memory
     weights = tuple(torch.empty(memory.heads, *shape, device=DEVICE) for shape in weight_shapes(memory))
     check_implementation("triton", memory.rule(), weights, torch.bfloat16)
+    # As shipped those with Newton-Schulz write at most four times a chunk.
+    assert chain.covers(memory.rule(), weights, torch.bfloat16) or not memory.rule().ns_steps

@@ -10,7 +10,7 @@ import torch
 
 from atlas_kernels import MemoryRule, chunked, omega_memory
 from atlas_kernels import newton_schulz as in_torch
-from atlas_kernels.gpu import orthogonal_writes
+from atlas_kernels.gpu import chain, orthogonal_writes
 from atlas_kernels.gpu.newton_schulz import Source, coefficient_table, launch_backward, launch_forward
 from atlas_kernels.gpu.stack import Stack
 from tests.support.device_problems import (
@@ -28,6 +28,12 @@ BASE = MemoryRule(window=5, chunk=CHUNK, ns_steps=2, ns_period=8, norm="layer")
 
 # The interpreter's sigmoid of a very negative number: 1 / (1 + inf), which is right.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def _chunk_by_chunk(monkeypatch):
+    """Few writes a chunk too, which the chain would take."""
+    monkeypatch.setattr(chain, "MOST_WRITES", 0)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_so_in_float32(config: Config) -> None:
 def test_in_bfloat16_both_ask_for_products_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the GPU's kernels, which see q, k and v in float32: they were normalised there."""
     asked = []
-    monkeypatch.setattr(op, "_gpu_kernels", lambda rule, products: asked.append(products) or TORCH)
+    monkeypatch.setattr(op, "_gpu_kernels", lambda rule, weights, products: asked.append(products) or TORCH)
     theirs, ours = twins(settings("M-", impl="triton"), torch.bfloat16)
     ours.model.layers[0].mixer.memory.impl = "triton"  # an exported model leaves the choice to where it runs
     with torch.no_grad():

@@ -116,7 +116,7 @@ def test_an_implementation_is_checked_before_its_first_call(monkeypatch):
 def test_products_are_as_asked_or_as_q(monkeypatch, given, asked, taken):
     seen = []
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(op, "_gpu_kernels", lambda rule, products: seen.append(products) or TORCH)
+    monkeypatch.setattr(op, "_gpu_kernels", lambda rule, weights, products: seen.append(products) or TORCH)
     p = problem(MemoryRule(ns_steps=0, chunk=16, window=4), 5, key=16, value=16, hidden=16, dtype=torch.float32)
     y, _ = omega_memory(p.q.to(given), p.k, p.v, p.gates, p.weights, p.rule, impl="triton", products=asked)
     assert seen == [taken] and y.dtype == given

@@ -41,7 +41,7 @@ def refusal(rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Tensor, ...],
         hidden = value if rule.memory == "linear" else weights[0].shape[-1]
         return _orthogonal_refusal(key, value, hidden, products)
     needed, given = SHARED if max(key, value) <= 64 else SHARED_WIDE, _shared_memory(q)
-    return _size_refusal(rule, key, value, weights[0].shape[-1], products) or (
+    return size_refusal(rule, key, value, weights[0].shape[-1], products) or (
         f"needs {needed >> 10} KiB of shared memory a block, and this GPU has {given >> 10}" if given < needed else None
     )
 
@@ -63,7 +63,8 @@ def _orthogonal_refusal(key: int, value: int, hidden: int, products: torch.dtype
     )
 
 
-def _size_refusal(rule: MemoryRule, key: int, value: int, hidden: int, products: torch.dtype) -> str | None:
+def size_refusal(rule: MemoryRule, key: int, value: int, hidden: int, products: torch.dtype) -> str | None:
+    """Why no kernel that goes through whole segments runs these sizes, as `refusal`."""
     if key not in WIDTHS or value not in WIDTHS:
         return f"covers D and V that are multiples of 16 up to {WIDTHS[-1]}, not D={key}, V={value}"
     if hidden % 16:

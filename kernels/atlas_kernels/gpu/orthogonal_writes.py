@@ -25,7 +25,6 @@ from torch.autograd.function import once_differentiable
 
 from atlas_kernels import memories
 from atlas_kernels.autocast import unrounded_backward
-from atlas_kernels.decays import decay_matrix
 from atlas_kernels.gpu.launch import TRITON_DTYPES, Variant, launch, recording
 from atlas_kernels.gpu.newton_schulz import (
     FORMED_OF,
@@ -54,6 +53,7 @@ from atlas_kernels.gpu.stack import (
 )
 from atlas_kernels.rule import MemoryRule
 from atlas_kernels.writes import Leave as Left
+from atlas_kernels.writes import orthogonal_coefficients_of
 
 # Of a program, at most: tokens (with float32 products), elements of a total and of its matrices at once, matrices met.
 TOKENS, TOKENS_FLOAT32, ELEMENTS, AT_ONCE, BATCH = 128, 64, 256, 16, 4
@@ -106,18 +106,14 @@ class OrthogonalSteps:
         products: torch.dtype,
     ) -> None:
         """Arguments as of `OrthogonalWrites`; products: the dtype of the factors of matrix products."""
-        retention, decay = decay_matrix(alpha), decay_matrix(theta)
-        # A slice: a list as an index would be copied to the GPU, which waits for it.
-        at = slice(writes.start, None, writes.step)
-        alphas, of_writes = retention[..., 0] * alpha[..., :1], (retention * -eta.unsqueeze(-2))[..., at].mT
-        thetas, sums = decay[..., 0] * theta[..., :1], decay @ band
+        of, K = orthogonal_coefficients_of(rule, alpha, eta, theta, band, writes), len(writes)
         tables = Tables(
-            alphas, of_writes, alphas[..., -1:], of_writes[..., -1], thetas[..., at], sums[..., at, :],
-            thetas[..., -1:], sums[..., -1, :],
+            of.alphas, of.of_writes, of.alphas[..., -1:], of.of_writes[..., -1], of.thetas[..., :K],
+            of.sums[..., :K, :], of.thetas[..., -1:], of.sums[..., -1, :],
         )  # fmt: skip
         self.tables = torch.cat([t.flatten(1) for t in tables], 1).unbind()
         self.rule = rule
-        self.step = Step(rule.ns_steps, rule.ns_coefficients, products, len(writes))
+        self.step = Step(rule.ns_steps, rule.ns_coefficients, products, K)
 
     def advance(
         self, n: int, weights: memories.Matrices, momentum: memories.Matrices, factors: memories.Factors

@@ -103,11 +103,13 @@ class _Coefficients(torch.autograd.Function):
         return None, None, *like
 
 
-def coefficients(rule: MemoryRule, gates: GivenGates, tokens: int, sources: Tensor | None) -> Coefficients:
+def coefficients(
+    rule: MemoryRule, _offset: int, gates: GivenGates, tokens: int, sources: Tensor | None
+) -> Coefficients:
     """A `SegmentCoefficients` for ns_steps = 0, its fields in the shapes of `Tables`, float32.
 
-    gates: alpha, eta, theta [B, N C, H] and pair gates gamma [B, N C, H, W] with any strides; tokens: C; sources:
-    source gates in their place, [N, G, I] and contiguous.
+    _offset: not read, for every token writes. gates: alpha, eta, theta [B, N C, H] and pair gates gamma
+    [B, N C, H, W] with any strides; tokens: C; sources: source gates in their place, [N, G, I] and contiguous.
     """
     theta = gates.theta if rule.momentum else None
     gamma = gates.gamma if sources is None else sources.contiguous()
@@ -135,7 +137,7 @@ def _variants(title: str, rule: MemoryRule, tokens: int, pair: bool) -> list[Var
     gamma = empty(batch, chunks * tokens, heads, *([rule.window] if pair else []))
     own = None if pair else empty(chunks, batch * heads, tokens + rule.window - 1)
     with recording(f"{{}}{title}") as found:
-        of = coefficients(rule, GivenGates(alpha, eta, theta, gamma), tokens, own)
+        of = coefficients(rule, 0, GivenGates(alpha, eta, theta, gamma), tokens, own)
         made = [t for t in vars(of).values() if t is not None]
         torch.autograd.grad(made, alpha, [torch.empty_like(t) for t in made])
     return found

@@ -88,7 +88,7 @@ class Source:
     @property
     def ranks(self) -> int:
         """Blocks in which a kernel sums the outer products."""
-        return 0 if self.short is None else triton.cdiv(self.short.shape[-2], RANK_BLOCK.value)
+        return 0 if self.short is None else rank_blocks(self.short.shape[-2])
 
     def matrices(self) -> Matrices:
         """As a kernel takes them."""
@@ -96,6 +96,11 @@ class Source:
         rank = 0 if self.short is None else self.short.shape[-2]
         outer = self.scales, self.coefficients, self.short, self.long, rank
         return Matrices(base, *outer, RANKS=tl.constexpr(self.ranks))
+
+
+def rank_blocks(rank: int) -> int:
+    """Blocks in which a kernel sums so many outer products."""
+    return triton.cdiv(rank, RANK_BLOCK.value)
 
 
 def _strided(matrices: Tensor) -> Strided:

@@ -132,6 +132,18 @@ def polynomial(A, b, c, PRODUCTS: tl.constexpr):
 
 
 @triton.jit
+def iterated(X, table_pointer, S: tl.constexpr):
+    """X [M, N] after all steps. S: STEPS and PRODUCTS as of `Constants`."""
+    for step in range(S.STEPS):
+        a, b, c = coefficients_of(table_pointer, step)
+        x = X.to(S.PRODUCTS)
+        A = tl.dot(x, tl.trans(x), input_precision=PRECISION)
+        P = polynomial(A, b, c, S.PRODUCTS)
+        X = tl.dot(P, x, a * X, input_precision=PRECISION)
+    return X
+
+
+@triton.jit
 def forward_whole(
     matrices,  # Matrices
     result,  # Strided, out
@@ -148,13 +160,7 @@ def forward_whole(
     # At once: by rows first, triton 3.6 fails on sm_100 where X comes from a product.
     norm = tl.sqrt(tl.sum(X * X))
     tl.store(norms_pointer + matrix, norm)
-    X = X / (norm + EPSILON)
-    for step in range(S.STEPS):
-        a, b, c = coefficients_of(table_pointer, step)
-        x = X.to(S.PRODUCTS)
-        A = tl.dot(x, tl.trans(x), input_precision=PRECISION)
-        P = polynomial(A, b, c, S.PRODUCTS)
-        X = tl.dot(P, x, a * X, input_precision=PRECISION)
+    X = iterated(X / (norm + EPSILON), table_pointer, S)
     target = result.pointer + matrix * result.stride_matrix
     target += places(rows, columns, result.stride_row, result.stride_column)
     tl.store(target, X.to(result.pointer.dtype.element_ty), mask=inside)
