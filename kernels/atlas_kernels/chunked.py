@@ -1,9 +1,10 @@
 """The memory in matrix products, chunk by chunk: the map of `reference.py`, exact.
 
-The sequence is cut into segments of about sqrt(N) of its N chunks; each is recomputed in the backward from the state
-at its border (torch.utils.checkpoint), so what is held between forward and backward, beyond inputs and outputs,
-grows with the square root of T; short sequences of few heads are held whole. A segment whose own graph is large (many
-orthogonalised writes) is recomputed chunk by chunk once more. With ns_steps = 0 no matrix is formed per token.
+All whole chunks are one segment where the memory holds their graph for the backward. Elsewhere the sequence is cut into
+segments of about sqrt(N) of its N chunks; each is recomputed in the backward from the state at its border
+(torch.utils.checkpoint), so what is held between forward and backward, beyond inputs and outputs, grows with the square
+root of T. A segment whose own graph is large (many orthogonalised writes) is recomputed chunk by chunk once more. With
+ns_steps = 0 no matrix is formed per token.
 
 Dims: B batch, T tokens, H heads, G = B x H, N chunks of a segment, C tokens of a chunk, W window, I = C + W - 1
 sources of a chunk (its tokens and their halo), D lifted key, V value.
@@ -24,7 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from .decays import pair_band, source_band
 from .delta_rule import delta_rule, delta_rule_packed
 from .memories import Matrices, MatrixView, WeightView, memory_of, oriented
+from .mlp_scan import covers, mlp_scan
 from .packing import Packing, pack
+from .room import may_hold
 from .rule import Inputs, MemoryRule, MemoryState
 from .writes import (
     Coefficients,
@@ -36,8 +39,8 @@ from .writes import (
     writes_of,
 )
 
-# A call whose whole graph is smaller than this holds it and recomputes nothing.
-HELD_BYTES = 256 << 20
+# A call whose whole graph is larger than this recomputes it. None: as the memory allows (room.py).
+HELD_BYTES: float | None = None
 # A segment whose graph is larger than this, while it is recomputed, recomputes each of its chunks in turn.
 SEGMENT_BYTES = 1 << 30
 
@@ -77,7 +80,7 @@ class Kernels:
     held_of_step: float = 2.0
 
 
-TORCH = Kernels()
+TORCH = Kernels(segment=mlp_scan)
 
 
 def omega_memory_chunked(
@@ -156,11 +159,12 @@ def _by_segment(
 ) -> tuple[Tensor, MemoryState[int]]:
     """Scan all tokens, recomputing segments where their graph is too large to hold. packed: and the start weights."""
     length = inputs.q.shape[1]
-    pieces = cut(state.position, length, rule.chunk)
     graph = partial(graph_bytes, rule, state, held_of_step=kernels.held_of_step)
     # What fills up the chunks of packed documents does not tip a batch into recomputation, unless it is most of it.
     given = max(packed[0].positions.shape[1], length // 2) if packed else length
-    recompute = torch.is_grad_enabled() and graph(given) > HELD_BYTES
+    hold = may_hold(graph(given), inputs.q.device, HELD_BYTES)
+    recompute = torch.is_grad_enabled() and not hold
+    pieces = cut(state.position, length, rule.chunk, whole=hold)
     by_chunk = recompute and graph(max(n * c for n, c in pieces)) > SEGMENT_BYTES
     outputs, first = [], 0
     for part, (chunks, tokens) in zip(inputs.split([n * c for n, c in pieces]), pieces, strict=True):
@@ -222,13 +226,16 @@ def graph_bytes(rule: MemoryRule, state: MemoryState, tokens: int, held_of_step:
     return values * batch * heads * state.weights[0].element_size()
 
 
-def cut(position: int, tokens: int, chunk: int) -> list[tuple[int, int]]:
-    """Segments as (chunks, tokens a chunk): the rest of a begun chunk, whole chunks by about sqrt(N), a tail."""
+def cut(position: int, tokens: int, chunk: int, whole: bool = False) -> list[tuple[int, int]]:
+    """Segments as (chunks, tokens a chunk): the rest of a begun chunk, whole chunks by about sqrt(N), a tail.
+
+    whole: all whole chunks as one segment.
+    """
     head = min(-position % chunk, tokens)
-    whole, tail = divmod(tokens - head, chunk)
-    step = max(1, round(math.sqrt(whole)))
+    count, tail = divmod(tokens - head, chunk)
+    step = max(1, count if whole else round(math.sqrt(count)))
     pieces = [(1, head)] if head else []
-    pieces += [(min(step, whole - i), chunk) for i in range(0, whole, step)]
+    pieces += [(min(step, count - i), chunk) for i in range(0, count, step)]
     return pieces + ([(1, tail)] if tail else [])
 
 
@@ -308,7 +315,7 @@ def scan(
     if offset == 0 and not borders:
         anchor = weights
     whole = Tokens(q, read_residual, x, v, r)
-    if kernels.segment is not None and rule.ns_steps == 0:
+    if kernels.segment is not None and rule.ns_steps == 0 and (kernels is not TORCH or covers(rule)):
         of = coefficients_of(rule, *gates, band)
         after = _by_stretch(rule, kernels.segment, of, whole, (weights, momentum, anchor), borders)
     else:
