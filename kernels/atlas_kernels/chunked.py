@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from .decays import pair_band, source_band
 from .delta_rule import delta_rule, delta_rule_packed
 from .memories import Matrices, MatrixView, WeightView, memory_of, oriented
-from .mlp_scan import covers, mlp_scan
+from .mlp_once import mlp_once, once_coefficients, writes_once
+from .mlp_scan import mlp_scan
 from .packing import Packing, pack
 from .room import may_hold
 from .rule import Inputs, MemoryRule, MemoryState
@@ -219,7 +220,12 @@ def graph_bytes(rule: MemoryRule, state: MemoryState, tokens: int, held_of_step:
     """About what the backward of `tokens` tokens would hold without recomputation (factors as measured)."""
     batch, heads = state.weights[0].shape[:2]
     sources = tokens / rule.chunk * (rule.chunk + rule.window - 1)
-    values = (4.3 if rule.ns_steps else 8.5) * sources * sum(sum(w.shape[2:]) for w in state.weights)
+    once = rule.memory == "mlp" and rule.ns_period == rule.chunk
+    if rule.ns_steps:
+        values, held_of_step = (3.6, min(held_of_step, 0.9)) if once else (4.3, held_of_step)
+    else:
+        values = 4.7 if rule.memory == "mlp" else 8.5
+    values *= sources * sum(sum(w.shape[2:]) for w in state.weights)
     # The iterates of each write.
     entries = sum(math.prod(w.shape[2:]) for w in state.weights)
     values += held_of_step * rule.ns_steps * tokens / rule.ns_period * entries
@@ -315,9 +321,12 @@ def scan(
     if offset == 0 and not borders:
         anchor = weights
     whole = Tokens(q, read_residual, x, v, r)
-    if kernels.segment is not None and rule.ns_steps == 0 and (kernels is not TORCH or covers(rule)):
+    if kernels.segment is not None and rule.ns_steps == 0 and (kernels is not TORCH or rule.memory == "mlp"):
         of = coefficients_of(rule, *gates, band)
         after = _by_stretch(rule, kernels.segment, of, whole, (weights, momentum, anchor), borders)
+    elif kernels is TORCH and not by_chunk and writes_once(rule, weights, tokens):
+        once = once_coefficients(rule, *gates, band)
+        after = _by_stretch(rule, mlp_once, once, whole, (weights, momentum, anchor), borders)
     else:
         by = (kernels.anchor, writes_of(rule, offset, gates, band, kernels.orthogonal))
         after = _chunk_by_chunk(rule, by, whole, (weights, momentum, anchor), by_chunk, borders)
@@ -339,14 +348,15 @@ def scan(
 
 def _by_stretch(
     rule: MemoryRule,
-    segment: SegmentScan,
-    of: Coefficients,
+    segment: Callable[..., tuple[Tensor, Matrices, Matrices]],
+    of: Any,
     whole: Tokens,
     matrices: tuple[Matrices, Matrices, Matrices],
     borders: Borders | None,
 ) -> tuple[Tensor, Matrices, Matrices, Matrices]:
     """A segment in stretches of chunks that no document border touches: (y [G, N, C, V]; weights, momentum, anchor).
 
+    of: what `segment` takes of the gates, a dataclass of tensors [N, ...].
     matrices: weights, momentum and the first chunk's anchor. Without borders it is one stretch.
     """
     chunks = len(whole.q)

@@ -1,7 +1,9 @@
 """How much one call may hold for its backward: a share of the memory that is free when it is made.
 
 A trainer holds the graphs of all its layers at once. Each call looks at what is left, so earlier layers hold and, when
-memory fills, later ones recompute: L calls of a share s leave (1 - s)^L of what was free, and never pass it.
+memory fills, later ones recompute: L calls of a share s leave at least (1 - s)^L of what was free, a fifth after 24 calls
+on a GPU and after 12 on a CPU. A GPU's share is the smaller one, because its first step has yet to make the optimizer's
+state. Both ways give the same map and gradients, up to the order of a few sums.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-SHARE = 1 / 16
+SHARES = {"cuda": 1 / 16, "cpu": 1 / 8}
 # A call whose graph is smaller than this holds it without asking.
 ALWAYS = 256 << 20
 
@@ -24,7 +26,7 @@ def may_hold(graph: float, device: torch.device, limit: float | None = None) -> 
     """
     if limit is not None:
         return graph <= limit
-    return graph <= ALWAYS or device.type == "meta" or graph <= SHARE * _free(device)
+    return graph <= ALWAYS or device.type == "meta" or graph <= SHARES.get(device.type, 0.0) * _free(device)
 
 
 def _free(device: torch.device) -> float:
