@@ -24,7 +24,7 @@ from .decays import decay_matrix
 from .gelu import sigmoid_of
 from .layer_norm import jacobian_times, normalised
 from .memories import Matrices
-from .mlp_sources import How, Inner, Sources, Spare, Work, each
+from .mlp_sources import How, Inner, Sources, Spare, Work, begun, each
 from .newton_schulz import (
     EPSILON,
     applied,
@@ -261,8 +261,7 @@ class _MlpOnce(torch.autograd.Function):
         count = N if keep else 1
         inner = Inner.empty(x, count, width, V)
         held = Held(q.new_empty(count, G, C, width), q.new_empty(count, G, C, V))
-        begun = lambda m: torch.cat([m.unsqueeze(0), m.new_empty(count, *m.shape)])  # noqa: E731
-        stacks = [Stack(begun(W), begun(S)) for W, S in zip(weights, momentum, strict=True)]
+        stacks = [Stack(begun(W, count), begun(S, count)) for W, S in zip(weights, momentum, strict=True)]
         o, kept = q.new_empty(N, G, C, V), []
         spare = Spare.like(inner.z[0], held.zq[0])
         parts = (each(t, N) for t in (tokens, given, inner, held))

@@ -23,7 +23,7 @@ from .autocast import unrounded_backward
 from .gelu import sigmoid_of
 from .layer_norm import jacobian_times, normalised
 from .memories import Matrices
-from .mlp_sources import How, Inner, Sources, Spare, Work, beside, each, met, summed, whole
+from .mlp_sources import How, Inner, Sources, Spare, Work, begun, beside, each, met, summed, whole
 from .rule import MemoryRule
 from .writes import Coefficients
 
@@ -108,11 +108,12 @@ def _decay_backward(P: Tensor, last: Tensor, grad: Tensor) -> Tensor:
         grad.mul_(last)
         return of_last
     a, k, t = last.unsqueeze(-1).unbind(1)
-    (W, S), (of_w, of_s) = P.chunk(2, -1), grad.chunk(2, -1)
-    of_last = torch.stack([(g * m).sum((1, 2)) for g, m in ((of_w, W), (of_w, S), (of_s, S))], 1)
+    of_w, of_s = grad.chunk(2, -1)
+    own = (grad * P).sum(1).unflatten(-1, (2, -1)).sum(-1)
+    crossed = (of_w * P.chunk(2, -1)[1]).sum((1, 2))
     of_s.mul_(t).addcmul_(of_w, k)
     of_w.mul_(a)
-    return of_last.unsqueeze(-1)
+    return torch.stack([own[:, 0], crossed, own[:, 1]], 1).unsqueeze(-1)
 
 
 def _forward(
@@ -173,7 +174,7 @@ class _MlpScan(torch.autograd.Function):
         count = N if keep else 1
         inner = Inner.empty(x, count, width, V)
         held = Held(*(q.new_empty(count, G, *shape) for shape in ((C, width), (I, C), (C, K * V))))
-        states = tuple(torch.cat([P.unsqueeze(0), P.new_empty(count, *P.shape)]) for P in pairs)
+        states = tuple(begun(P, count) for P in pairs)
         o = q.new_empty(N, G, C, V)
         spare = Spare.like(inner.z[0], held.zq[0])
         now = list(zip(*(s.unbind() for s in states), strict=True))

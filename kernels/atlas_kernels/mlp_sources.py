@@ -171,6 +171,13 @@ def whole(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
 
 
+def begun(first: Tensor, count: int) -> Tensor:
+    """Room for `count` tensors behind the `first` one."""
+    states = first.new_empty(count + 1, *first.shape)
+    states[0] = first
+    return states
+
+
 def beside(t: Tensor, factors: Tensor) -> Tensor:
     """[..., V] times each of its factors [..., K]: [..., K V]."""
     return (t.unsqueeze(-2) * factors.unsqueeze(-1)).flatten(-2)
@@ -178,7 +185,11 @@ def beside(t: Tensor, factors: Tensor) -> Tensor:
 
 def summed(t: Tensor, factors: Tensor, out: Tensor | None = None) -> Tensor:
     """[..., K V] -> [..., V], the gradient of `beside` in its first argument."""
-    return torch.sum(t.unflatten(-1, (factors.shape[-1], -1)) * factors.unsqueeze(-1), -2, out=out)
+    first, *others = zip(t.chunk(factors.shape[-1], -1), factors.split(1, -1), strict=True)
+    total = torch.mul(*first, out=out)
+    for part, factor in others:
+        total.addcmul_(part, factor)
+    return total
 
 
 def met(t: Tensor, vectors: Tensor) -> Tensor:
