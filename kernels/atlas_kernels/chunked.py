@@ -321,10 +321,12 @@ def scan(
     if offset == 0 and not borders:
         anchor = weights
     whole = Tokens(q, read_residual, x, v, r)
-    if kernels.segment is not None and rule.ns_steps == 0 and (kernels is not TORCH or rule.memory == "mlp"):
+    # torch's own scans are of an mlp, and hold the graph of a whole segment.
+    scanned = kernels is not TORCH or (rule.memory == "mlp" and not by_chunk)
+    if kernels.segment is not None and rule.ns_steps == 0 and scanned:
         of = coefficients_of(rule, *gates, band)
         after = _by_stretch(rule, kernels.segment, of, whole, (weights, momentum, anchor), borders)
-    elif kernels is TORCH and not by_chunk and writes_once(rule, weights, tokens):
+    elif kernels is TORCH and scanned and writes_once(rule, weights, tokens):
         once = once_coefficients(rule, *gates, band)
         after = _by_stretch(rule, mlp_once, once, whole, (weights, momentum, anchor), borders)
     else:

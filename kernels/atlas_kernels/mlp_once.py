@@ -312,7 +312,7 @@ class _MlpOnce(torch.autograd.Function):
 def _chunks_backward(
     how: How, whole: tuple[Any, ...], first: Matrices, stacks: list[Stack], grad: list[Stack], kept: list[Tensor],
     table: Steps,
-) -> Matrices:  # fmt: skip
+) -> Matrices | tuple[None, None]:  # fmt: skip
     """From the last chunk to the first, whose anchor's gradients it returns; `grad` becomes that of what enters.
 
     whole: sources, given, inner, held, taken, found, all of the segment. first: the first chunk's anchor.
@@ -331,6 +331,6 @@ def _chunks_backward(
         of_e = _sources_backward(own, taken, grad, into, work)
         of_anchor = mlp_sources.backward(how, source, weights if n else first, inner, work, of_e, (into.x, into.e))
         if n:
-            for g, a in zip(of_weights, of_anchor, strict=True):
-                g.add_(a, alpha=how.share)
-    return tuple(a.mul_(how.share) for a in of_anchor)
+            for of_weight, of_a in zip(of_weights, of_anchor):  # noqa: B905  no anchor's where the share is none
+                of_weight.add_(of_a)
+    return of_anchor or (None, None)

@@ -219,7 +219,7 @@ class _MlpScan(torch.autograd.Function):
 
 def _chunks_backward(
     how: How, of: tuple[Any, ...], first: Matrices, states: Matrices, grad: Matrices
-) -> Matrices:
+) -> Matrices | tuple[None, None]:
     """From the last chunk to the first, whose anchor's gradients it returns; `grad` becomes that of the first pairs.
 
     of: sources, given, inner, held, taken, found, all of the segment. first: the first chunk's anchor.
@@ -238,6 +238,6 @@ def _chunks_backward(
         anchor = tuple(p[..., :width] for p, width in zip(pairs[n], widths, strict=True)) if n else first
         of_anchor = mlp_sources.backward(how, source, anchor, kept, work, of_e, (into.x, into.e))
         if n:
-            for g, a in zip(weights, of_anchor, strict=True):
-                g.add_(a, alpha=how.share)
-    return tuple(a.mul_(how.share) for a in of_anchor)
+            for of_weight, of_a in zip(weights, of_anchor):  # noqa: B905  no anchor's where the share is none
+                of_weight.add_(of_a)
+    return of_anchor or (None, None)

@@ -119,7 +119,7 @@ def again(inner: Inner, zq: Tensor, work: Work) -> None:
 def backward(
     how: How, sources: Sources, anchor: Matrices, inner: Inner, work: Work, of_e: Tensor, into: tuple[Tensor, Tensor]
 ) -> Matrices:
-    """The anchor's gradients, from those of e and (in `work`) of h and d, all of which it changes.
+    """The share of the anchor's gradients (none: nothing), from those of e and, in `work`, of h and d, all changed.
 
     into: for the gradients of x as far as it comes from here, and of r - v (l2) or -v (dot).
     """
@@ -129,13 +129,18 @@ def backward(
     of_e.baddbmm_(of_back, A1)
     of_o, of_error = _error_backward(how, sources, inner.o, of_e)
     into[1].copy_(of_error)
-    of_a1 = torch.bmm(of_back.mT, inner.e)
+    found = [torch.bmm(of_back.mT, inner.e)] if how.share else []
     if of_o is not None:
         work.of_h.baddbmm_(of_o, A1.mT)
-        of_a1.baddbmm_(work.h.mT, of_o)
+        for of_a1 in found:
+            of_a1.baddbmm_(work.h.mT, of_o)
     of_z = second_derivative(inner.z, work.s, of_slope, work.h).addcmul_(work.of_h, work.slope)
     torch.bmm(of_z, A2, out=into[0])
-    return of_a1, torch.bmm(of_z.mT, sources.x)
+    if not found:
+        return ()
+    found.append(torch.bmm(of_z.mT, sources.x))
+    # Not in the sum that follows: a segment's first anchor is added up elsewhere, and shall give equal bits.
+    return tuple(a.mul_(how.share) if how.share != 1 else a for a in found)
 
 
 def _error(how: How, sources: Sources, o: Tensor, e: Tensor) -> None:

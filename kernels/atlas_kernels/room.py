@@ -1,9 +1,10 @@
 """How much one call may hold for its backward: a share of the memory that is free when it is made.
 
 A trainer holds the graphs of all its layers at once. Each call looks at what is left, so earlier layers hold and, when
-memory fills, later ones recompute: L calls of a share s leave at least (1 - s)^L of what was free, a fifth after 24 calls
-on a GPU and after 12 on a CPU. A GPU's share is the smaller one, because its first step has yet to make the optimizer's
-state. Both ways give the same map and gradients, up to the order of a few sums.
+memory fills, later ones recompute: L calls of a share s leave at least (1 - s)^L of what was free, a fifth after 24 of
+them on a GPU and after 12 on a CPU. A GPU's share is the smaller one, because its first step has yet to make the
+optimizer's state. In torch both ways give equal bits for windows up to a chunk, so a rerun that finds other memory free
+does not differ (a test).
 """
 
 from __future__ import annotations
