@@ -31,7 +31,7 @@ from atlas_kernels import Gates, MemoryRule, initial_coefficients, lift, omega_m
 from atlas_megatron.cli.ending import command
 from atlas_megatron.cli.version import add_version
 from atlas_megatron.config import MemoryConfig
-from atlas_megatron.parallel.device import flush_denormals
+from atlas_megatron.parallel.device import flush_denormals, keep_freed_memory
 from atlas_megatron.reports.results import commit
 
 DIM, HEADS, HEAD_DIM, HIDDEN, CHUNK, WINDOW = 384, 6, 64, 256, 64, 16
@@ -226,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _bench(arguments: argparse.Namespace) -> int:
     flush_denormals()
+    keep_freed_memory()
     tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", str(ROOT / "tests" / "kernels")], cwd=ROOT)
     if tests.returncode:
         print("benchmarks.memory: the kernels' tests are red; no figure is printed before they pass", file=sys.stderr)

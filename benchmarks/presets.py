@@ -24,7 +24,7 @@ from atlas_megatron.cli.ending import command
 from atlas_megatron.cli.version import add_version
 from atlas_megatron.config import MemoryConfig
 from atlas_megatron.config.presets import PRESETS
-from atlas_megatron.parallel.device import flush_denormals
+from atlas_megatron.parallel.device import flush_denormals, keep_freed_memory
 from atlas_megatron.reports.results import commit
 from benchmarks.contenders import contender
 from benchmarks.memory import timed
@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _bench(arguments: argparse.Namespace) -> int:
     flush_denormals()
+    keep_freed_memory()
     measured = measure(arguments.rounds)
     shape = f"T={TOKENS} B={BATCH}, {HEADS} heads of {HEAD_DIM}, float32"
     table = Table("preset: forward + backward", "ms", "of omeganet", *DOCUMENTS, title=shape)

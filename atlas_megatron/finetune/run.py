@@ -20,7 +20,7 @@ from atlas_megatron.finetune.examples import collate
 from atlas_megatron.finetune.plan import REPORT, Plan
 from atlas_megatron.finetune.segments import SegmentReader
 from atlas_megatron.hf.weights import INDEX, SUMS, note_sums
-from atlas_megatron.parallel.device import flush_denormals
+from atlas_megatron.parallel.device import flush_denormals, keep_freed_memory
 
 SHARD_SIZE = "2GB"
 BESIDE_WEIGHTS = (".py", ".json", ".jinja", ".txt", ".model")  # code, configuration, tokenizers of any kind
@@ -58,6 +58,7 @@ def _finetune(run: Plan) -> Path:
     settings = run.settings
     flush_denormals()
     if not torch.cuda.is_available():
+        keep_freed_memory()
         # accelerate imports DeepSpeed where it is installed, which says at length what it does not find.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     theirs.set_verbosity_error()

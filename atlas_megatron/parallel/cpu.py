@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from atlas_megatron.parallel.device import CPU, flush_denormals
+from atlas_megatron.parallel.device import CPU, flush_denormals, keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ def install() -> bool:
         return False
     if _installed is None:
         flush_denormals()
+        keep_freed_memory()
         # Core compiles functions when it is imported, and torch's compiler wants to find torch.cuda untouched.
         from megatron.core.tensor_parallel import random as core_random
 

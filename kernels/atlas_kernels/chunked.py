@@ -1,9 +1,10 @@
 """The memory in matrix products, chunk by chunk: the map of `reference.py`, exact.
 
-The sequence is cut into segments of about sqrt(N) of its N chunks; each is recomputed in the backward from the state
-at its border (torch.utils.checkpoint), so what is held between forward and backward, beyond inputs and outputs,
-grows with the square root of T; short sequences of few heads are held whole. A segment whose own graph is large (many
-orthogonalised writes) is recomputed chunk by chunk once more. With ns_steps = 0 no matrix is formed per token.
+All whole chunks are one segment where the memory holds their graph for the backward. Elsewhere the sequence is cut into
+segments of about sqrt(N) of its N chunks; each is recomputed in the backward from the state at its border
+(torch.utils.checkpoint), so what is held between forward and backward, beyond inputs and outputs, grows with the square
+root of T. A segment whose own graph is large (many orthogonalised writes) is recomputed chunk by chunk once more. With
+ns_steps = 0 no matrix is formed per token.
 
 Dims: B batch, T tokens, H heads, G = B x H, N chunks of a segment, C tokens of a chunk, W window, I = C + W - 1
 sources of a chunk (its tokens and their halo), D lifted key, V value.
@@ -24,18 +25,22 @@ from torch.utils.checkpoint import checkpoint
 from .decays import pair_band, source_band
 from .delta_rule import delta_rule, delta_rule_packed
 from .memories import Matrices, MatrixView, WeightView, memory_of, oriented
+from .mlp_once import mlp_once, once_coefficients, writes_once
+from .mlp_scan import mlp_scan
 from .packing import Packing, pack
+from .room import may_hold
 from .rule import Gates, Inputs, MemoryRule, MemoryState
 from .writes import (
     OrthogonalWriter,
     OrthogonalWrites,
     Writes,
+    coefficients_of,
     summed_steps,
     writes_of,
 )
 
-# A call whose whole graph is smaller than this holds it and recomputes nothing.
-HELD_BYTES = 256 << 20
+# A call whose whole graph is larger than this recomputes it. None: as the memory allows (room.py).
+HELD_BYTES: float | None = None
 # A segment whose graph is larger than this, while it is recomputed, recomputes each of its chunks in turn.
 SEGMENT_BYTES = 1 << 30
 
@@ -170,11 +175,12 @@ def _by_segment(
 ) -> tuple[Tensor, MemoryState[int]]:
     """Scan all tokens, recomputing segments where their graph is too large to hold. packed: and the start weights."""
     length = inputs.q.shape[1]
-    pieces = cut(state.position, length, rule.chunk)
     graph = partial(graph_bytes, rule, state, held_of_step=kernels.held_of_step)
     # What fills up the chunks of packed documents does not tip a batch into recomputation, unless it is most of it.
     given = max(packed[0].positions.shape[1], length // 2) if packed else length
-    recompute = torch.is_grad_enabled() and graph(given) > HELD_BYTES
+    hold = may_hold(graph(given), inputs.q.device, HELD_BYTES)
+    recompute = torch.is_grad_enabled() and not hold
+    pieces = cut(state.position, length, rule.chunk, whole=hold)
     by_chunk = recompute and graph(max(n * c for n, c in pieces)) > SEGMENT_BYTES
     outputs, first = [], 0
     for part, (chunks, tokens) in zip(inputs.split([n * c for n, c in pieces]), pieces, strict=True):
@@ -229,20 +235,28 @@ def graph_bytes(rule: MemoryRule, state: MemoryState, tokens: int, held_of_step:
     """About what the backward of `tokens` tokens would hold without recomputation (factors as measured)."""
     batch, heads = state.weights[0].shape[:2]
     sources = tokens / rule.chunk * (rule.chunk + rule.window - 1)
-    values = (4.3 if rule.ns_steps else 8.5) * sources * sum(sum(w.shape[2:]) for w in state.weights)
+    once = rule.memory == "mlp" and rule.ns_period == rule.chunk
+    if rule.ns_steps:
+        values, held_of_step = (3.6, min(held_of_step, 0.9)) if once else (4.3, held_of_step)
+    else:
+        values = 4.7 if rule.memory == "mlp" else 8.5
+    values *= sources * sum(sum(w.shape[2:]) for w in state.weights)
     # The iterates of each write.
     entries = sum(math.prod(w.shape[2:]) for w in state.weights)
     values += held_of_step * rule.ns_steps * tokens / rule.ns_period * entries
     return values * batch * heads * state.weights[0].element_size()
 
 
-def cut(position: int, tokens: int, chunk: int) -> list[tuple[int, int]]:
-    """Segments as (chunks, tokens a chunk): the rest of a begun chunk, whole chunks by about sqrt(N), a tail."""
+def cut(position: int, tokens: int, chunk: int, whole: bool = False) -> list[tuple[int, int]]:
+    """Segments as (chunks, tokens a chunk): the rest of a begun chunk, whole chunks by about sqrt(N), a tail.
+
+    whole: all whole chunks as one segment.
+    """
     head = min(-position % chunk, tokens)
-    whole, tail = divmod(tokens - head, chunk)
-    step = max(1, round(math.sqrt(whole)))
+    count, tail = divmod(tokens - head, chunk)
+    step = max(1, count if whole else round(math.sqrt(count)))
     pieces = [(1, head)] if head else []
-    pieces += [(min(step, whole - i), chunk) for i in range(0, whole, step)]
+    pieces += [(min(step, count - i), chunk) for i in range(0, count, step)]
     return pieces + ([(1, tail)] if tail else [])
 
 
@@ -333,9 +347,11 @@ def scan(
     weights, momentum = by_row(state.weights), by_row(state.momentum)
     anchor = weights if offset == 0 and not borders else by_row(state.anchor)
     whole = Tokens(q, read_residual, x, v, r)
-    if kernels.segment and kernels.coefficients:
-        of = kernels.coefficients(rule, offset, given, tokens, own)
-        after = _by_stretch(rule, kernels.segment, of, whole, (weights, momentum, anchor), borders)
+    scanned = _scanned(kernels, rule, weights, tokens, by_chunk)
+    if scanned:
+        segment, coefficients = scanned
+        of = coefficients(rule, offset, given, tokens, own)
+        after = _by_stretch(rule, segment, of, whole, (weights, momentum, anchor), borders)
     else:
         by = (kernels.anchor, writes_of(rule, offset, *gates_by_chunk(given, tokens, own), kernels.orthogonal))
         after = _chunk_by_chunk(rule, by, whole, (weights, momentum, anchor), by_chunk, borders)
@@ -354,6 +370,28 @@ def scan(
     return layout.by_token(y, batch), MemoryState(weights, momentum, anchor, keys, values, residuals, gamma, position)
 
 
+def _scanned(
+    kernels: Kernels, rule: MemoryRule, weights: Matrices, tokens: int, by_chunk: bool
+) -> tuple[SegmentScan, SegmentCoefficients] | None:
+    """What scans all chunks of a segment as one function, and what it takes of the gates; None: chunk by chunk."""
+    if kernels is not TORCH:
+        return (kernels.segment, kernels.coefficients) if kernels.segment and kernels.coefficients else None
+    # torch's own are of an mlp, and hold the graph of a whole segment.
+    if rule.memory != "mlp" or by_chunk:
+        return None
+    if rule.ns_steps == 0:
+        return mlp_scan, _in_torch(coefficients_of)
+    return (mlp_once, _in_torch(once_coefficients)) if writes_once(rule, weights, tokens) else None
+
+
+def _in_torch(coefficients: Callable[..., Any]) -> SegmentCoefficients:
+    def of(rule: MemoryRule, _offset: int, gates: Gates, tokens: int, sources: Tensor | None) -> Any:
+        of_chunks, band = gates_by_chunk(gates, tokens, sources)
+        return coefficients(rule, *of_chunks, band)
+
+    return of
+
+
 def _by_stretch(
     rule: MemoryRule,
     segment: SegmentScan,
@@ -364,6 +402,7 @@ def _by_stretch(
 ) -> tuple[Tensor, Matrices, Matrices, Matrices]:
     """A segment in stretches of chunks that no document border touches: (y [N, G, C, V]; weights, momentum, anchor).
 
+    of: what `segment` takes of the gates, a dataclass of tensors [N, ...].
     matrices: weights, momentum and the first chunk's anchor. Without borders it is one stretch.
     """
     chunks = len(whole.q)

@@ -29,6 +29,7 @@ from .autocast import unrounded_backward
 from .decays import decay_matrix, pair_band, source_band
 from .memories import Matrices, MatrixView, memory_of, oriented
 from .products import times_transpose
+from .room import may_hold
 from .rule import Inputs, MemoryRule
 from .writes import SourceReader
 
@@ -270,7 +271,8 @@ def omega_memory_dual(rule: MemoryRule, state: DualState, inputs: Inputs) -> tup
     values_so_far = tuple(map(flat, state.cache_values))
     cache = _Cache(flat(state.cache_weights), (flat(state.cache_keys),), (values_so_far,))
     halo, total, outputs = keys.shape[1] - alpha.shape[1], alpha.shape[1], []
-    start, recompute = 0, torch.is_grad_enabled() and _graph_bytes(rule, state, total) > chunked.HELD_BYTES
+    held = may_hold(_graph_bytes(rule, state, total), q.device, chunked.HELD_BYTES)
+    start, recompute = 0, torch.is_grad_enabled() and not held
     while start < total:
         stop = min(start + rule.chunk, total)
         before = min(rule.window - 1, halo + start)

@@ -66,7 +66,12 @@ def newton_schulz(S: Tensor, steps: int, coefficients: str = "jordan") -> Tensor
         return newton_schulz(S.mT, steps, coefficients).mT
     with unrounded(S):
         X = _Normalised.apply(S)
-        return gram_form(X, table) if 2 * S.shape[-1] >= 3 * S.shape[-2] else direct_form(X, table)
+        return gram_form(X, table) if takes_gram_form(*S.shape[-2:]) else direct_form(X, table)
+
+
+def takes_gram_form(rows: int, cols: int) -> bool:
+    """Whether matrices of this shape are iterated on their Gram matrix."""
+    return 2 * max(rows, cols) >= 3 * min(rows, cols)
 
 
 class _Normalised(torch.autograd.Function):
@@ -74,7 +79,7 @@ class _Normalised(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, S: Tensor) -> Tensor:
-        norm = S.square().sum((-2, -1), keepdim=True).sqrt_()
+        norm = frobenius(S)
         X = S / (norm + EPSILON)
         ctx.save_for_backward(X, norm)
         return X
@@ -84,8 +89,18 @@ class _Normalised(torch.autograd.Function):
     @unrounded_backward
     def backward(ctx, grad: Tensor) -> Tensor:
         X, norm = ctx.saved_tensors
-        along = (grad * X).sum((-2, -1), keepdim=True).div_(norm.masked_fill(norm == 0, 1.0))
-        return (grad / (norm + EPSILON)).addcmul_(along, X, value=-1)
+        return normalised_backward(X, norm, grad)
+
+
+def frobenius(S: Tensor) -> Tensor:
+    """|S|_F of [..., m, n]: [..., 1, 1]."""
+    return S.square().sum((-2, -1), keepdim=True).sqrt_()
+
+
+def normalised_backward(X: Tensor, norm: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of S, of X = S / (norm + EPSILON)."""
+    along = (grad * X).sum((-2, -1), keepdim=True).div_(norm.masked_fill(norm == 0, 1.0))
+    return (grad / (norm + EPSILON)).addcmul_(along, X, value=-1)
 
 
 def direct_form(X: Tensor, table: list[tuple[float, float, float]]) -> Tensor:
@@ -103,32 +118,81 @@ def gram_form(X: Tensor, table: list[tuple[float, float, float]]) -> Tensor:
     Q <- P Q and A <- P A P follow the direct iteration without touching a wide matrix.
     """
     flat = X.reshape(-1, *X.shape[-2:])
-    for part in (table[:GRAM_STEPS], table[GRAM_STEPS:]):
-        flat = _OnOneGramMatrix.apply(flat, part) if part else flat
+    for part in parts_of(table):
+        flat = _OnOneGramMatrix.apply(flat, part)
     return flat.view(X.shape)
 
 
+def parts_of(table: list[tuple[float, float, float]]) -> list[list[tuple[float, float, float]]]:
+    """The steps on each Gram matrix."""
+    return [part for part in (table[:GRAM_STEPS], table[GRAM_STEPS:]) if part]
+
+
+def _polynomial(A: Tensor, step: tuple[float, float, float]) -> Tensor:
+    """P = a I + b A + c A A."""
+    a, b, c = step
+    P = torch.baddbmm(A, A, A, beta=b, alpha=c)
+    P.diagonal(dim1=-2, dim2=-1).add_(a)
+    return P
+
+
+def on_gram(X: Tensor, table: list[tuple[float, float, float]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Of X [N, m, n]: the Gram matrix A_i before each step, and Q_i = P_i ... P_0; the last Q times X is the result."""
+    grams = [torch.bmm(X, X.mT)]
+    products = [_polynomial(grams[0], table[0])]
+    P = products[0]
+    for step in table[1:]:
+        grams.append(torch.bmm(torch.bmm(P, grams[-1]), P))
+        P = _polynomial(grams[-1], step)
+        products.append(torch.bmm(P, products[-1]))
+    return grams, products
+
+
+def on_gram_backward(
+    X: Tensor, grams: list[Tensor], products: list[Tensor], table: list[tuple[float, float, float]], grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """From the gradient of Q X [N, m, n] that of X, and their inner product [N, 1, 1].
+
+    The gradient of a symmetric matrix may be made symmetric: of the product from the left and the one from the right,
+    which autograd both takes, the first and its transpose are enough.
+    """
+    of_product = torch.bmm(grad, X.mT)
+    met = (of_product * products[-1]).sum((-2, -1), keepdim=True)
+    twice: Tensor | None = None  # the gradient of A_i+1, its transpose added; the last step makes none
+    for i in range(len(table) - 1, -1, -1):
+        (_, b, c), A = table[i], grams[i]
+        of_polynomial = torch.bmm(of_product, products[i - 1]) if i else of_product
+        P = _polynomial(A, table[i]) if i else products[0]
+        through = None if twice is None else torch.bmm(twice, P)
+        if through is not None:
+            of_polynomial = torch.baddbmm(of_polynomial, through, A)
+        of_polynomial = of_polynomial + of_polynomial.mT
+        of_gram = torch.baddbmm(of_polynomial, of_polynomial, A, beta=b, alpha=2 * c)
+        if through is not None:
+            of_gram.baddbmm_(P, through)
+        twice = torch.add(of_gram, of_gram.mT).mul_(0.5)
+        if i:
+            of_product = torch.bmm(P, of_product)
+    assert twice is not None  # there is a step
+    if X.stride(-1) == 1:
+        return torch.bmm(products[-1], grad).baddbmm_(twice, X), met
+    return torch.bmm(grad.mT, products[-1].mT).baddbmm_(X.mT, twice.mT).mT, met
+
+
+def applied(Q: Tensor, X: Tensor) -> Tensor:
+    """Q X [N, m, n] in the layout of X: passes over what lies column by column would stride through memory."""
+    return torch.bmm(Q, X) if X.stride(-1) == 1 else torch.bmm(X.mT, Q.mT).mT
+
+
 class _OnOneGramMatrix(torch.autograd.Function):
-    """Q X for X [N, m, n]; by hand, because the gradient of a symmetric matrix may be made symmetric: of the product
-    from the left and the one from the right, which autograd both takes, the first and its transpose are enough."""
+    """Q X for X [N, m, n]."""
 
     @staticmethod
     def forward(ctx, X: Tensor, table: list[tuple[float, float, float]]) -> Tensor:
-        A = torch.bmm(X, X.mT)
-        grams: list[Tensor] = [A]  # A_i
-        polynomials: list[Tensor] = []  # P_i
-        products: list[Tensor] = []  # Q_i = P_i ... P_0
-        for a, b, c in table:
-            if polynomials:
-                P = polynomials[-1]
-                grams.append(torch.bmm(torch.bmm(P, grams[-1]), P))
-            P = torch.baddbmm(grams[-1], grams[-1], grams[-1], beta=b, alpha=c)
-            P.diagonal(dim1=-2, dim2=-1).add_(a)
-            polynomials.append(P)
-            products.append(torch.bmm(P, products[-1]) if products else P)
+        grams, products = on_gram(X, table)
         ctx.table = table
-        ctx.save_for_backward(X, *grams, *polynomials, *products)
-        return torch.bmm(products[-1], X)
+        ctx.save_for_backward(X, *grams, *products)
+        return applied(products[-1], X)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -136,21 +200,4 @@ class _OnOneGramMatrix(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         X, *rest = ctx.saved_tensors
         steps = len(ctx.table)
-        grams, polynomials, products = rest[:steps], rest[steps : 2 * steps], rest[2 * steps :]
-        of_product = torch.bmm(grad, X.mT)
-        twice: Tensor | None = None  # the gradient of A_i+1, its transpose added; the last step makes none
-        for i in range(steps - 1, -1, -1):
-            (_, b, c), A, P = ctx.table[i], grams[i], polynomials[i]
-            of_polynomial = torch.bmm(of_product, products[i - 1]) if i else of_product
-            through = None if twice is None else torch.bmm(twice, P)
-            if through is not None:
-                of_polynomial = torch.baddbmm(of_polynomial, through, A)
-            of_polynomial = of_polynomial + of_polynomial.mT
-            of_gram = torch.baddbmm(of_polynomial, of_polynomial, A, beta=b, alpha=2 * c)
-            if through is not None:
-                of_gram.baddbmm_(P, through)
-            twice = torch.add(of_gram, of_gram.mT).mul_(0.5)
-            if i:
-                of_product = torch.bmm(P, of_product)
-        assert twice is not None  # there is a step
-        return torch.bmm(products[-1], grad).baddbmm_(twice, X), None
+        return on_gram_backward(X, rest[:steps], rest[steps:], ctx.table, grad)[0], None

@@ -175,7 +175,8 @@ class _OrthogonalStep(torch.autograd.Function):
         (G, C), I, K = x.shape[:2], wide.shape[1], step.writes  # noqa: E741
         t = _tables(flat, G, C, K, I)
         # By blocks, Newton-Schulz keeps X in its result between the steps.
-        whole = plan(*sorted(W.shape[1:]), step.products, backward=False).whole
+        smaller, larger = sorted(W.shape[1:])
+        whole = plan(smaller, larger, step.products, backward=False).whole
         O = W.new_empty(G, K, *W.shape[1:], dtype=step.products if whole else torch.float32)  # noqa: E741
         table = coefficient_table(step.steps, step.coefficients, W.device)
         momenta = _source(S, t.thetas, t.sums, wide, narrow)
@@ -233,7 +234,8 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     @unrounded_backward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_product_backward(grad.contiguous(), *ctx.saved_tensors, ctx.products, ctx.widens), None, None
+        x, M = ctx.saved_tensors
+        return *_product_backward(grad.contiguous(), x, M, ctx.products, ctx.widens), None, None
 
 
 class _ActiveProduct(torch.autograd.Function):

@@ -118,14 +118,9 @@ class Act(NamedTuple):
 def through_tile(x_pointer, stack, at, T, K, WIDENS: tl.constexpr, S: tl.constexpr):
     """Tokens t and columns a of `through` [t, a]; at: (g, t, a)."""
     g, t, a = at
-    if WIDENS:
-        A: tl.constexpr = S.F
-        B: tl.constexpr = S.D
-        BLOCK: tl.constexpr = S.BLOCK_D
-    else:
-        A: tl.constexpr = S.D
-        B: tl.constexpr = S.F
-        BLOCK: tl.constexpr = S.BLOCK_F
+    A: tl.constexpr = S.F if WIDENS else S.D
+    B: tl.constexpr = S.D if WIDENS else S.F
+    BLOCK: tl.constexpr = S.BLOCK_D if WIDENS else S.BLOCK_F
     out = tl.zeros([S.BLOCK_T, S.BLOCK_A], tl.float32)
     for start in tl.range(0, B, BLOCK, disable_licm=True):
         b = start + tl.arange(0, BLOCK)
