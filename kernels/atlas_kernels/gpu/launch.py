@@ -125,7 +125,8 @@ def settle_key(kernel: JITFunction) -> None:
     if kernel.hash is None:
         for name in kernel.fn.__code__.co_names:
             called = kernel.fn.__globals__.get(name)
-            if isinstance(called, JITFunction):
+            # A function may bear the name of one of the language that it calls.
+            if isinstance(called, JITFunction) and called is not kernel:
                 settle_key(called)
         kernel.cache_key  # noqa: B018  made when it is asked for
 
