@@ -122,7 +122,7 @@ def back_through_writes(side, gates, norms_pointer, trail, result_pointer, S: tl
                     side.owed_narrow_pointer, side.owed_wide_pointer, gates.C, S.RANKS_C,
                 ),
             ),
-            k, norms_pointer, Strided(result_pointer + k * S.F * S.D, 0, 1, S.D), gates.steps_pointer, trail,
+            k, norms_pointer, Strided(result_pointer, S.F * S.D, 1, S.D), gates.steps_pointer, trail,
             Matrix(1, S.D, S.F, S.FORMED), Constants(S.BLOCK_D, S.BLOCK_N, S.BLOCKS, S.PRODUCTS, S.STEPS, 1),
         )  # fmt: skip
         # What one thread stored, another may load; the next matrix takes the same trail.

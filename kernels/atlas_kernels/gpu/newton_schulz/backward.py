@@ -31,7 +31,6 @@ import triton.language as tl
 from atlas_kernels.gpu.newton_schulz.forward import (
     EPSILON,
     PRECISION,
-    Strided,
     coefficients_of,
     columns_of,
     places,
@@ -236,29 +235,29 @@ def back_through_steps(dP, table_pointer, scratch, S: tl.constexpr):
 
 @triton.jit
 def gradient_by_blocks(sources, matrix, norms_pointer, result, table_pointer, own, sizes, S: tl.constexpr):
-    """The gradient of one matrix, at `result`. sources: `Matrices` of S and of what comes in; own: the `Scratch` of
-    this program."""
-    matrices, gradients = sources
+    """The gradient of one matrix, in its place of `result`. sources: `Matrices` of S and of what comes in, not kept in
+    variables, which would make numbers of their constants; own: the `Scratch` of this program."""
     rows, inner = tl.arange(0, S.M), tl.arange(0, S.M)
     block = grid_of(rows, tl.arange(0, S.N), S.N)
     AFTER: tl.constexpr = S.BLOCKS * S.M * S.N
     STEP: tl.constexpr = AFTER + 2 * S.M * S.M
     trail, work = own.trail_pointer, own.work_pointer
     norm = tl.load(norms_pointer + matrix)
-    forward_again(matrices, matrix, norm, table_pointer, own, sizes, S)
-    dP, size = incoming_gradient(gradients, matrix, trail + (S.STEPS - 1) * STEP, work, sizes, S)
+    forward_again(sources[0], matrix, norm, table_pointer, own, sizes, S)
+    dP, size = incoming_gradient(sources[1], matrix, trail + (S.STEPS - 1) * STEP, work, sizes, S)
     dP = back_through_steps(dP, table_pointer, own, S)
     # Before the first step stands its own X: the diagonal of what was summed last is <dX, X>.
     radial = tl.sum(tl.sum(tl.where(rows[:, None] == inner[None, :], dP, 0.0), 1), 0)
     radial *= tl.where(norm > 0, (norm + EPSILON) / tl.where(norm > 0, norm, 1.0), 0.0)
     tl.debug_barrier()
+    target = result.pointer + matrix * result.stride_matrix
     for j in tl.range(0, S.BLOCKS, disable_licm=True):
-        X = columns_of(matrices, matrix, j, sizes, S.M, S.N, S.PRODUCTS) / (norm + EPSILON)
+        X = columns_of(sources[0], matrix, j, sizes, S.M, S.N, S.PRODUCTS) / (norm + EPSILON)
         G = tl.load(work + j * S.M * S.N + block) - X * radial
         columns = j * S.N + tl.arange(0, S.N)
         inside = (rows < sizes.m)[:, None] & (columns < sizes.n)[None, :]
         at = places(rows, columns, result.stride_row, result.stride_column)
-        tl.store(result.pointer + at, bounded(G * (size / (norm + EPSILON)), result.pointer), mask=inside)
+        tl.store(target + at, bounded(G * (size / (norm + EPSILON)), result.pointer), mask=inside)
 
 
 @triton.jit
@@ -284,8 +283,6 @@ def backward_blocks(
         place = turn * tl.num_programs(0) + tl.program_id(0)
         if place < sizes.count:
             matrix = place.to(tl.int64)
-            at = result.pointer + matrix * result.stride_matrix
-            one = Strided(at, result.stride_matrix, result.stride_row, result.stride_column)
-            gradient_by_blocks((matrices, gradients), matrix, norms_pointer, one, table_pointer, own, sizes, S)
+            gradient_by_blocks((matrices, gradients), matrix, norms_pointer, result, table_pointer, own, sizes, S)
             # The next matrix takes the same trail.
             tl.debug_barrier()
