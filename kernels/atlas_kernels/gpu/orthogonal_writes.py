@@ -8,12 +8,15 @@ Of one matrix of a memory and the K writing tokens of a chunk, with W and S as t
     W'  = alphas_C W + sum_k of_writes_kC O_k,   S' = S_C
 
 One function with its gradients, because the gradient of each O_k has the form of S_k (of_writes_kC grad_W' + outer
-products of the read's two sides) and is formed where it passes back through Newton-Schulz. The gates' products, the
-activation and the norms are the torch code's. Dims: G = B x H memories, C tokens of a chunk, I sources, K writes.
+products of the read's two sides) and is formed where it passes back through Newton-Schulz. The activation is part of
+the products that it follows; the gates' products and the norms are the torch code's. Launches are counted: of a chunk
+and a memory of two matrices 9 forward and 22 backward, at most 500 of a layer of 16 chunks, beside some 30 of torch's
+a chunk. Dims: G = B x H memories, C tokens of a chunk, I sources, K writes.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +25,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from atlas_kernels import memories
 from atlas_kernels.autocast import unrounded_backward
@@ -58,6 +62,9 @@ from atlas_kernels.writes import orthogonal_coefficients_of
 # Of a program, at most: tokens (with float32 products), elements of a total and of its matrices at once, matrices met.
 TOKENS, TOKENS_FLOAT32, ELEMENTS, AT_ONCE, BATCH = 128, 64, 256, 16, 4
 
+# Elements: a table that begins at no multiple of 16 bytes would be another compilation of each kernel.
+ALIGNED = 4
+
 
 @dataclass(frozen=True)
 class Step:
@@ -88,8 +95,17 @@ class Tables(NamedTuple):
 def _tables(flat: Tensor, G: int, C: int, K: int, I: int) -> Tables:  # noqa: E741
     """Views of `flat`."""
     shapes = ((G, C), (G, K, C), (G,), (G, K), (G, K), (G, K, I), (G,), (G, I))
-    parts = flat.split([torch.Size(shape).numel() for shape in shapes])
-    return Tables(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = flat.split([size + -size % ALIGNED for size in sizes])
+    views = (part[:size].view(shape) for part, size, shape in zip(parts, sizes, shapes, strict=True))
+    return Tables(*views)
+
+
+def _flattened(table: Tensor) -> Tensor:
+    """[N, G, ...] as [N, so many that the next table is aligned]."""
+    flat = table.flatten(1)
+    spare = -flat.shape[1] % ALIGNED
+    return pad(flat, (0, spare)) if spare else flat
 
 
 class OrthogonalSteps:
@@ -111,7 +127,7 @@ class OrthogonalSteps:
             of.alphas, of.of_writes, of.alphas[..., -1:], of.of_writes[..., -1], of.thetas[..., :K],
             of.sums[..., :K, :], of.thetas[..., -1:], of.sums[..., -1, :],
         )  # fmt: skip
-        self.tables = torch.cat([t.flatten(1) for t in tables], 1).unbind()
+        self.tables = torch.cat([_flattened(t) for t in tables], 1).unbind()
         self.rule = rule
         self.step = Step(rule.ns_steps, rule.ns_coefficients, products, K)
 

@@ -8,16 +8,25 @@ stands a base B, the weights of the chunk's start or what its last token leaves.
     total      out = a B + sum_k w_k M_k
     form       out_k = s_k B + sum_r c_kr wide_r narrow_r^T
 
-Every gradient of one is another of them. A chunk of a memory with F = 256, D = V = 64, C = 64 and a write at each of K
-tokens, by count, for one of its matrices (E: bytes of an element of the stack):
+Every gradient of one is another of them. A chunk of a memory with F = 256, D = V = 64, C = 64 and 79 sources, with a
+write at each of K tokens, by count, for one of its matrices (E: bytes of an element of the stack):
 
-    kernel     programs                   MFLOP      device memory, KB       held on chip
-    through    64 tokens and 64 columns   2.1 K, 1 K 16 E K stack, 80 tokens x and out [64, 64]
-               (the last: causal, whole groups of BLOCK_T tokens whose weights are zero are left out)
-    meet       one a matrix               2.1 K      16 E K stack, 80 K      narrow [C, 64], scores [C]
-                                                     tokens (L2)
-    total      one a 1024 elements        0.03 K     16 E K stack, 128 base  a block
-    form       one a 64 rows              2.1        128 base, 80 factors    a block [64, 64]
+    kernel        programs                   MFLOP  device memory, KB        held on chip
+    through       128 tokens, 16 columns     2.1 K  16 E K stack, 80 tokens  x [64, 64], three matrices' columns
+                  where F, D <= 64, else 32                                  on their way, out
+    sides         the same, both ways        5.2 K  16 E K stack (twice,     the same
+                                                    from L2), 200 tokens
+    meet          four matrices; one the     2.6 K  16 E K stack, 25 K       narrow [C, 64], scores [C]
+                  base, or S's gradient             tokens (L2)
+    total         256 elements               0.03 K 16 E K stack, 128 base   16 matrices' block
+    form          64 rows                    2.6    128 base, 100 factors    a block [64, 64]
+    leave         those of total and form
+    act_backward  1024 elements              -      4 (C F) of 3 or 4 passes
+
+`through` sums over the matrices inside of one program, in their order: what is several programs' is the columns, so
+nothing is added between programs. Weights are applied to what comes out, [C, 16], in place of the larger x; loads of
+the next matrices run beside a product. Chunks of 64 fit one program's tokens, so a causal half of the products meets
+weights of zero; they are not left out.
 """
 
 from __future__ import annotations
