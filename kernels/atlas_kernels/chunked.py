@@ -321,8 +321,8 @@ def scan(
     if offset == 0 and not borders:
         anchor = weights
     whole = Tokens(q, read_residual, x, v, r)
-    # torch's own scans are of an mlp, and hold the graph of a whole segment.
-    scanned = kernels is not TORCH or (rule.memory == "mlp" and not by_chunk)
+    # torch's own scans are of an mlp's whole chunks: they hold a segment's graph, and cost more than one token's steps.
+    scanned = kernels is not TORCH or (rule.memory == "mlp" and tokens == rule.chunk and not by_chunk)
     if kernels.segment is not None and rule.ns_steps == 0 and scanned:
         of = coefficients_of(rule, *gates, band)
         after = _by_stretch(rule, kernels.segment, of, whole, (weights, momentum, anchor), borders)
