@@ -49,6 +49,9 @@ import .layer_start
 import .memories
 import .memory_atlas
 import .mixer_atlas
+import .mlp_once
+import .mlp_scan
+import .mlp_sources
 import .modeling_atlas
 import .newton_schulz
 import .op
@@ -58,6 +61,7 @@ import .products
 import .reads
 import .reference
 import .registry_atlas
+import .room
 import .rule
 import .short_conv
 import .write_gate

@@ -47,6 +47,9 @@ import .layer_start
 import .memories
 import .memory_atlas
 import .mixer_atlas
+import .mlp_once
+import .mlp_scan
+import .mlp_sources
 import .newton_schulz
 import .op
 import .packing
@@ -55,6 +58,7 @@ import .products
 import .reads
 import .reference
 import .registry_atlas
+import .room
 import .rule
 import .short_conv
 import .write_gate

@@ -376,8 +376,8 @@ def _scanned(
     """What scans all chunks of a segment as one function, and what it takes of the gates; None: chunk by chunk."""
     if kernels is not TORCH:
         return (kernels.segment, kernels.coefficients) if kernels.segment and kernels.coefficients else None
-    # torch's own are of an mlp, and hold the graph of a whole segment.
-    if rule.memory != "mlp" or by_chunk:
+    # torch's own are of an mlp's whole chunks: they hold a segment's graph, and cost more than one token's steps.
+    if rule.memory != "mlp" or tokens != rule.chunk or by_chunk:
         return None
     if rule.ns_steps == 0:
         return mlp_scan, _in_torch(coefficients_of)

@@ -33,7 +33,8 @@ def may_hold(graph: float, device: torch.device, limit: float | None = None) -> 
 def _free(device: torch.device) -> float:
     if device.type == "cuda":
         return _room_of_gpu(device) - torch.cuda.memory_allocated(device)
-    return _free_of_host() if device.type == "cpu" else 0.0
+    # Ranks that torchrun starts beside this one ask at the same time.
+    return _free_of_host() / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 0.0
 
 
 @functools.cache

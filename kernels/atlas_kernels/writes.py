@@ -85,12 +85,12 @@ def coefficients_of(rule: MemoryRule, alpha: Tensor, eta: Tensor, theta: Tensor,
     alphas = retention[..., :1] * alpha[..., :1, None]
     steps = retention * -eta.unsqueeze(-2)
     if not rule.momentum:
-        sources = steps @ band
+        sources = _by_source(steps, band)
         return Coefficients(alphas, None, sources, alphas[..., -1:, :], sources[..., -1, :, None], None)
     decay = decay_matrix(theta)
     thetas = decay[..., :1] * theta[..., :1, None]  # prod_{r <= t} theta_r
-    sums = decay @ band
-    kappas, sources = (steps * thetas.mT).sum(-1, keepdim=True), steps @ sums
+    sums = _by_source(decay, band)
+    kappas, sources = (steps * thetas.mT).sum(-1, keepdim=True), _by_source(steps, sums)
     last = torch.stack([alphas[..., -1, :], kappas[..., -1, :], thetas[..., -1, :]], -2)
     return Coefficients(alphas, kappas, sources, last, sources[..., -1, :, None], sums[..., -1, :, None])
 
@@ -117,6 +117,12 @@ def orthogonal_coefficients_of(
         thetas=formed[..., 0] * theta[..., :1],
         sums=formed @ band,
     )
+
+
+def _by_source(steps: Tensor, band: Tensor) -> Tensor:
+    """steps band [..., C, I], source by source in memory: rows of C tokens fill a CPU's vectors, of C + W - 1 they do
+    not, and the product takes half the time."""
+    return (band.mT @ steps.mT).mT
 
 
 class RawWrites:

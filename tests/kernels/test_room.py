@@ -63,6 +63,14 @@ def test_a_container_has_no_more_than_its_limit(monkeypatch):
     assert room._free_of_host() == 0.5 * room._all_of_host() > 0
 
 
+def test_ranks_of_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(room, "_free_of_host", lambda: 8e9)
+    assert room._free(CPU) == 8e9
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert room._free(CPU) == 2e9
+
+
 def test_what_is_held_is_one_segment():
     assert cut(0, 4096, 64, whole=True) == [(64, 64)]
     assert cut(70, 200, 64, whole=True) == [(1, 58), (2, 64), (1, 14)]

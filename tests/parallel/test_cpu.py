@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from atlas_megatron.parallel import cpu
+from atlas_megatron.parallel import device as own
 from atlas_megatron.parallel.device import backend, device
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: cpu.install() has nothing to do")
@@ -22,6 +25,16 @@ def test_installing_again_changes_nothing() -> None:
     assert (torch.cuda.synchronize, torch.cuda.Stream, torch.cuda.get_rng_state) == before
     assert device() == torch.device("cpu")
     assert backend() == "gloo"
+
+
+def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[int, int] = {}
+    library = SimpleNamespace(mallopt=given.__setitem__)
+    monkeypatch.setattr(own.ctypes, "CDLL", lambda name: library)
+    own.keep_freed_memory()
+    assert given == {own.M_MMAP_MAX: 0, own.M_TRIM_THRESHOLD: 2**31 - 1}
+    del library.mallopt
+    own.keep_freed_memory()  # another library: nothing to ask
 
 
 def test_tensors_asked_for_on_cuda_are_on_the_cpu() -> None:
