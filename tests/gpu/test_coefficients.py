@@ -142,7 +142,6 @@ def test_few_operators_of_torch_stand_around_the_kernels(preset, most, monkeypat
     """Nothing recomputed, one segment: what is left copies tokens to chunks and back, and hands over the state."""
     memory = replace(MemoryConfig(heads=4, head_dim=64), **PRESETS[preset])
     monkeypatch.setattr(chunked, "HELD_BYTES", 1 << 50)
-    monkeypatch.setattr(chunked, "cut", lambda position, tokens, chunk: [(tokens // chunk, chunk)])
     run = contender(memory, batch=2, tokens=1024, products=torch.bfloat16, device="meta", impl="triton")
     with fake_gpu() as counts:
         run()

@@ -132,3 +132,69 @@ def test_kernels_take_few_arguments(file):
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list):
             assert len(node.args.args) <= ARGUMENTS, node.name
+
+
+class Compiled:
+    """Stands in for what Triton compiles: notes its grids and arguments."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments: self.calls.append((grid, *arguments))
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Those that Triton's own door is asked for."""
+    found: list[Compiled] = []
+
+    def run(self, *arguments, grid, **options):
+        found.append(Compiled())
+        found[-1][grid](*arguments)
+        return found[-1]
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return found
+
+
+def test_a_known_compilation_is_launched_itself(compilations):
+    kernel = JITFunction(scaled_kernel)
+    x, out = torch.ones(64), torch.empty(64)
+    for _ in range(3):
+        launch(kernel, (2,), (Inputs(x, None, 20), out), Constants(32, 0.5), warps=1)
+    launch(kernel, (5, 3), (Inputs(x, None, 21), out), Constants(32, 0.5), warps=1)
+    (compiled,) = compilations
+    assert [call[0] for call in compiled.calls] == [(2,), (2, 1, 1), (2, 1, 1), (5, 3, 1)]
+    first, *_, last = compiled.calls
+    assert first[1].x_pointer is x and last[1].n == 21 and last[2] is out
+    assert last[3] == first[3] and isinstance(last[3].BLOCK, tl.constexpr)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["bias", "dtype", "alignment", "one", "multiple of 16", "64 bits", "constants", "warps", "stages", "cooperative"],
+)
+def test_what_a_compilation_depends_on_makes_another(compilations, change):
+    kernel, x, out = JITFunction(scaled_kernel), torch.ones(64), torch.empty(64)
+    usual: dict[str, Any] = {"warps": 1, "stages": 1, "cooperative": False}
+    launch(kernel, (2,), (Inputs(x, None, 20), out), Constants(32, 0.5), **usual)
+    inputs, constants = Inputs(x, None, 20), Constants(32, 0.5)
+    match change:
+        case "bias":
+            inputs = inputs._replace(bias_pointer=x)
+        case "dtype":
+            inputs = inputs._replace(x_pointer=x.half())
+        case "alignment":
+            inputs = inputs._replace(x_pointer=x[1:])
+        case "one" | "multiple of 16" | "64 bits":
+            inputs = inputs._replace(n={"one": 1, "multiple of 16": 32, "64 bits": (1 << 32) + 1}[change])
+        case "constants":
+            constants = constants._replace(SCALE=0.25)
+        case "warps" | "stages":
+            usual[change] = 4
+        case "cooperative":
+            usual[change] = True
+    launch(kernel, (2,), (inputs, out), constants, **usual)
+    assert len(compilations) == 2

@@ -111,7 +111,6 @@ def test_newton_schulz_holds_its_registers_and_repeats_no_product(m, n):
 def test_launches_of_a_layer(monkeypatch):
     """Exact ATLAS, 12 heads of 64 and 8 sequences of 1,024 tokens, its graph held: forward and backward."""
     monkeypatch.setattr(chunked, "HELD_BYTES", 1 << 50)
-    monkeypatch.setattr(chunked, "cut", lambda position, tokens, chunk: [(tokens // chunk, chunk)])
     memory = replace(MemoryConfig(heads=12, head_dim=64), **PRESETS["atlas"] | {"ns_period": 1, "expansion": 1})
     run = contender(memory, batch=8, tokens=1024, products=torch.bfloat16, device=DEVICE, impl="triton")
     with fake_gpu() as counts:
