@@ -30,6 +30,15 @@ def executed_over_useful(ttgir: str) -> float | None:
 
     A product in a loop counts as often as the loop turns, where that is known; of other loops once.
     """
+    useful, executed = multiply_adds(ttgir)
+    return round(executed / useful, 2) if useful else None
+
+
+def multiply_adds(ttgir: str, again: int = 1) -> tuple[float, float]:
+    """Of one program: (those of its products' arithmetic, those issued to tensor cores).
+
+    again: how often a loop turns of which the code does not say it.
+    """
     layouts = {name: tuple(map(int, numbers)) for name, *numbers in _LAYOUT.findall(ttgir)}
     useful = executed = 0.0
     depth, loops = 0, []  # where each loop around a line ends, and how often it turns
@@ -43,23 +52,31 @@ def executed_over_useful(ttgir: str) -> float | None:
         elif found := _TENSOR_MEMORY_PRODUCT.search(line):
             work = times * math.prod(map(int, found.groups()))
             useful, executed = useful + work, executed + work
-        if found := _LOOP.search(line):
-            loops.append((depth, _turns(*found.groups())))
+        if (turns := _turns(line)) is not None:
+            loops.append((depth, turns or again))
         depth += line.count("{") - line.count("}")
         while loops and depth <= loops[-1][0]:
             loops.pop()
-    return round(executed / useful, 2) if useful else None
+    return useful, executed
+
+
+def loop_turns(ttgir: str) -> list[int | None]:
+    """How often every loop turns, in the order of the code; None where the code does not say it."""
+    return [turns or None for turns in map(_turns, ttgir.splitlines()) if turns is not None]
 
 
 def _whole(size: int, tile: int) -> int:
     return math.ceil(size / tile) * tile
 
 
-def _turns(*names: str) -> int:
-    """Of a loop from, to and step; 1 where they are not all constants."""
-    found = [_CONSTANT.match(name) for name in names]
+def _turns(line: str) -> int | None:
+    """How often the loop that begins in this line turns; 0 where it does not say so, None where none begins."""
+    loop = _LOOP.search(line)
+    if not loop:
+        return 0 if "scf.while" in line else None
+    found = [_CONSTANT.match(name) for name in loop.groups()]
     if not all(found):
-        return 1
+        return 0
     first, end, step = (int(match[1]) for match in found if match)
     return max(0, math.ceil((end - first) / step))
 
