@@ -187,14 +187,16 @@ class OrthogonalWrites:
         self.of_weights = of.alphas.unsqueeze(-1).unbind()
         self.of_writes = of.of_writes.mT.unbind()
         self.thetas = of.thetas[..., None, None].unbind()
-        self.sums = of.sums.unsqueeze(-1).unbind()
+        self.sums = of.sums.mT.unsqueeze(-1).unbind()  # [G, I, K', 1]
 
     def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[WeightView, Leave]:
         alphas, of_writes = self.of_weights[n], self.of_writes[n]
         orthogonal, written, moved = [], [], []
         for W, S, (wide, narrow) in zip(weights, momentum, factors, strict=True):
-            # [G, K', wide, narrow]: the momentum at each formed token.
-            formed = self.thetas[n] * S.unsqueeze(1) + wide.mT.unsqueeze(1) @ (self.sums[n] * narrow.unsqueeze(1))
+            # [G, K', wide, narrow]: the momentum at each formed token, all from one product with `wide`.
+            sides = (self.sums[n] * narrow.unsqueeze(2)).flatten(2)
+            gradients = torch.bmm(wide.mT, sides).unflatten(-1, (-1, narrow.shape[-1])).transpose(1, 2)
+            formed = self.thetas[n] * S.unsqueeze(1) + gradients
             steps, coefficients = self.rule.ns_steps, self.rule.ns_coefficients
             O = newton_schulz(formed[:, : len(self.writes)], steps, coefficients)  # noqa: E741
             orthogonal.append(O)
