@@ -44,6 +44,7 @@ import .hybrid_atlas
 import .kernels_atlas
 import .layer_norm
 import .layer_start
+import .layout
 import .memories
 import .memory_atlas
 import .mixer_atlas

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from atlas_kernels import Gates, MemoryRule, chunked
-from atlas_kernels.chunked import Layout
 from atlas_kernels.decays import pair_band, source_band
 from atlas_kernels.gpu.coefficients import coefficients
+from atlas_kernels.layout import Layout
 from atlas_kernels.writes import coefficients_of
 from atlas_megatron.config import MemoryConfig
 from atlas_megatron.config.presets import PRESETS

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from atlas_kernels import reads
-from atlas_kernels.chunked import Layout
 from atlas_kernels.layer_norm import layer_norm, pull_through_layer_norm
+from atlas_kernels.layout import Layout
 from atlas_kernels.products import step_pair, times_transpose
 
 G, C, SOURCES, WIDE, NARROW = 2, 3, 4, 5, 3

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from atlas_kernels import memories
 from atlas_kernels.autocast import unrounded_backward
-from atlas_kernels.chunked import SegmentScan, gates_by_chunk
+from atlas_kernels.chunked import SegmentScan
 from atlas_kernels.chunked import Tokens as SegmentTokens
 from atlas_kernels.gpu.chain.forward import chain_read_kernel, chain_write_kernel
 from atlas_kernels.gpu.chain.pieces import (
@@ -44,6 +44,7 @@ from atlas_kernels.gpu.coverage import size_refusal
 from atlas_kernels.gpu.launch import TRITON_DTYPES, Variant, launch, recording
 from atlas_kernels.gpu.newton_schulz import coefficient_table, plan, rank_blocks
 from atlas_kernels.gpu.scan.pieces import Sizes, Tokens
+from atlas_kernels.layout import gates_by_chunk
 from atlas_kernels.rule import Gates, MemoryRule
 from atlas_kernels.writes import OrthogonalCoefficients, orthogonal_coefficients_of, places_of_writes
 
