@@ -1,13 +1,27 @@
-"""The speeds that the kernels are to reach on one H200, and how far a run of `benchmarks.gpu` is from each."""
+"""The speeds that the kernels are to reach on one H200, and how far a run of `benchmarks.gpu` is from each.
+
+`python -m benchmarks.goals` prints the table of kernels/README.md: every goal, the bound that follows from the
+committed kernels/estimates.json by arithmetic (`benchmarks.static_times`), and what the committed run measured. A bound
+leaves out all waiting: it says what is out of reach, not what will be reached.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+ESTIMATES = ROOT / "kernels" / "estimates.json"
+MEASURED = ROOT / "docs" / "results" / "gpu" / "check.json"
+# FLOPs a second of one H200's tensor cores in bfloat16, as it is sold, and of a large product, as it was measured.
+PEAK, PRODUCT = 989e12, 751e12
 Sections = Mapping[str, Any]
+Estimates = Mapping[str, Any]
 
 # Sections of the report that hold the figures.
 NEWTON_SCHULZ = "Newton-Schulz, 8192 matrices, forward"
@@ -19,16 +33,24 @@ REST = "torch.compile, edges, ncu"
 
 @dataclass(frozen=True)
 class Goal:
-    """what is measured by figure(sections), which raises KeyError where it was not; bound: at least, or at most."""
+    """what is measured by figure(sections), which raises KeyError where it was not; bound: at least, or at most.
+
+    estimate: the bound by arithmetic, of `ops` of kernels/estimates.json; None where there is none.
+    """
 
     what: str
     bound: float
     figure: Callable[[Sections], float]
     at_most: bool = False
+    estimate: Callable[[Estimates], float] | None = None
 
-    def row(self, sections: Sections) -> str:
-        """The goal, the figure of this run and whether it reaches the goal, as a row of a table."""
+    def row(self, sections: Sections, estimates: Estimates | None = None) -> str:
+        """The goal, its bound where there are estimates, the figure of this run and whether it reaches the goal."""
         words = f"| {self.what} | {'at most' if self.at_most else 'at least'} {number(self.bound)} "
+        if estimates is not None:
+            # A time is at least so long, a rate at most so high.
+            side = "at least" if self.at_most else "at most"
+            words += f"| {side} {number(self.estimate(estimates))} " if self.estimate else "| "
         try:
             found = self.figure(sections)
         except KeyError:
@@ -71,6 +93,38 @@ def gigabytes(run: str, sections: Sections) -> float:
     return trained(run, "peak_memory_bytes", sections) / 1e9
 
 
+def seconds_at_least(op: str, estimates: Estimates) -> float:
+    """Of an op's forward and backward: what the GPU or the host takes, whichever is longer."""
+    return float(max(estimates[op]["gpu_seconds"], estimates[op]["host_seconds"]))
+
+
+def ratio_at_least(one: str, other: str, estimates: Estimates) -> float:
+    """Seconds of one op in those of another of as many tokens."""
+    return seconds_at_least(one, estimates) / seconds_at_least(other, estimates)
+
+
+def tokens_a_second(op: str, tokens: int, layers: int, estimates: Estimates) -> float:
+    """Of a model of so many layers, of which nothing takes time but the memory op."""
+    return tokens / (layers * seconds_at_least(op, estimates))
+
+
+def mfu_at_most(estimates: Estimates) -> float:
+    """Of atlas-340m with a write a chunk: 32,768 tokens take 24 ops, and its other products the measured rate."""
+    from atlas_megatron.config import load
+    from atlas_megatron.model.build import flops_per_token
+
+    flops = flops_per_token(load(ROOT / "configs" / "atlas-340m.toml", ["memory.ns_period=64"]))
+    tokens = 8 * 4096
+    seconds = 24 * seconds_at_least(ONCE, estimates) + tokens * (flops.training - flops.inner) / PRODUCT
+    return tokens * flops.training / seconds / PEAK
+
+
+def share_at_most(size: str, estimates: Estimates) -> float:
+    m, n = map(int, size.split(" x "))
+    useful = 8192 * 5 * (4.0 * m * m * n + 2 * m**3)
+    return useful / seconds_at_least(f"{NS} {size}", estimates) / PRODUCT
+
+
 EXACT = {
     "exact ATLAS, 12 layers, 768 wide, F = V": 31_500,
     "exact ATLAS, 12 layers, 768 wide, F = 2 V": 18_800,
@@ -81,9 +135,21 @@ OMEGANET, GATED_DELTA, TITANS = "omeganet: triton", "flash-linear-attention Gate
 CHUNKWISE = "atlas-340m, a write a chunk"
 NS, SHARE, COMPILED = "Newton-Schulz", "share_of_matmul_rate", "times_torch_compile"
 SIZES = ("64 x 64", "64 x 256")
+ONCE, OMEGANET_OP = "once, B=8 T=4096", "omeganet, B=8 T=4096"
+# Of the first run of EXACT, 8 sequences of 1,024 tokens; of the others no op is bounded.
+OF_EXACT = {next(iter(EXACT)): partial(tokens_a_second, "exact, B=8 T=1024", 8192, 12)}
 GOALS = (
-    *(Goal(f"{run}, T=1024: tokens/s", r, partial(trained, run, "tokens_per_second")) for run, r in EXACT.items()),
-    *(Goal(f"{NS} {s}: share of the matmul rate", 0.5, partial(newton_schulz, NEWTON_SCHULZ, s, SHARE)) for s in SIZES),
+    *(
+        Goal(f"{run}, T=1024: tokens/s", r, partial(trained, run, "tokens_per_second"), estimate=OF_EXACT.get(run))
+        for run, r in EXACT.items()
+    ),
+    *(
+        Goal(
+            f"{NS} {s}: share of the matmul rate", 0.5, partial(newton_schulz, NEWTON_SCHULZ, s, SHARE),
+            estimate=partial(share_at_most, s),
+        )
+        for s in SIZES
+    ),
     *(Goal(f"{NS} {s}: times torch.compile", 3, partial(newton_schulz, REST, s, COMPILED)) for s in SIZES),
     Goal(
         "omeganet's op: times Gated DeltaNet's seconds", 6, partial(of_peers, GATED_DELTA, OMEGANET, GATED_DELTA),
@@ -93,14 +159,29 @@ GOALS = (
     Goal(
         "ATLAS, a write a chunk: times omeganet's seconds", 1.5,
         partial(seconds_of, "atlas, a write a chunk: triton", OMEGANET), at_most=True,
+        estimate=partial(ratio_at_least, ONCE, OMEGANET_OP),
     ),
-    Goal(f"{CHUNKWISE}: MFU, inner loop counted", 0.35, partial(trained, CHUNKWISE, "mfu")),
+    Goal(f"{CHUNKWISE}: MFU, inner loop counted", 0.35, partial(trained, CHUNKWISE, "mfu"), estimate=mfu_at_most),
     Goal(f"{CHUNKWISE}: peak memory of 64K tokens a step, GB", 60, partial(gigabytes, CHUNKWISE), at_most=True),
-    Goal("atlas-340m, 32K x 1: times the seconds a token of 4K x 8", 1.5, slower_for_length, at_most=True),
+    Goal(
+        "atlas-340m, 32K x 1: times the seconds a token of 4K x 8", 1.5, slower_for_length, at_most=True,
+        estimate=partial(ratio_at_least, "once, B=1 T=32768", ONCE),
+    ),
 )  # fmt: skip
 
 
-def table(sections: Sections) -> str:
-    """Every goal with what this run measured."""
-    rows = ["| what | goal on one H200 | measured | |", "|---|---|---|---|", *(goal.row(sections) for goal in GOALS)]
-    return "\n".join(rows) + "\n"
+def table(sections: Sections, estimates: Estimates | None = None) -> str:
+    """Every goal with what this run measured; with estimates, also with the bounds that follow from them."""
+    head = ["what", "goal on one H200", *([] if estimates is None else ["bound by arithmetic"]), "measured", ""]
+    rows = [f"| {' | '.join(head)} |".replace("|  |", "| |"), "|---" * len(head) + "|"]
+    return "\n".join([*rows, *(goal.row(sections, estimates) for goal in GOALS)]) + "\n"
+
+
+def committed() -> str:
+    """The table of the committed run and the committed bounds."""
+    sections = json.loads(MEASURED.read_text(encoding="utf-8"))["sections"]
+    return table(sections, json.loads(ESTIMATES.read_text(encoding="utf-8"))["ops"])
+
+
+if __name__ == "__main__":
+    sys.stdout.write(committed())

@@ -20,12 +20,12 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from rich.console import Console
 from rich.table import Table
@@ -35,9 +35,12 @@ from triton.compiler import ASTSource
 from atlas_kernels.gpu.launch import Variant, recording
 from atlas_megatron.cli.ending import command
 from atlas_megatron.cli.version import add_version
+from benchmarks.contenders import contender
 from benchmarks.fake_gpu import DEVICE, fake_gpu
+from benchmarks.gpu import newton_schulz
 from benchmarks.gpu.bench import MEMBERS, member_op
 from benchmarks.gpu.compiling import as_on
+from benchmarks.gpu.sections import SIZES
 from benchmarks.kernel_resources import CUOBJDUMP
 from benchmarks.tensor_core_work import loop_turns, multiply_adds, programs_per_sm
 
@@ -147,23 +150,19 @@ def _tuples(arguments: tuple[Any, ...]) -> Iterator[Any]:
             yield from _tuples((*argument, None))
 
 
-_recorded: list[Variant] = []
-
-
-def _launch(number: int) -> Launch:
-    return launch_of(_recorded[number])
-
-
-def bounds_of(call: Callable[[], object], jobs: int) -> dict[str, Any]:
+def bounds_of(call: Callable[[], object]) -> dict[str, Any]:
     """Seconds at least of each kernel's launches together, of torch's operators, of the GPU, and of the host about."""
     with fake_gpu() as counts:
         call()
     with as_on(90), recording("{}") as recorded:
         call()
-    _recorded[:] = recorded
-    # Forked: what is to be compiled cannot be sent. Equal launches are found in Triton's cache.
-    with ProcessPoolExecutor(jobs, get_context("fork")) as pool:
-        launches = list(pool.map(_launch, range(len(recorded)), chunksize=max(1, len(recorded) // (4 * jobs))))
+    launches: list[Launch] = []
+    known: dict[str, Launch] = {}
+    for variant in recorded:
+        # Most launches are of one of a few compilations.
+        key = f"{variant} {variant.grid} {turns_at_run_time(variant)}"
+        known[key] = known[key] if key in known else launch_of(variant)
+        launches.append(known[key])
     kernels: dict[str, dict[str, Any]] = {}
     for name, times in Counter(launch.kernel for launch in launches).items():
         own = [launch for launch in launches if launch.kernel == name]
@@ -182,6 +181,19 @@ def bounds_of(call: Callable[[], object], jobs: int) -> dict[str, Any]:
     }
 
 
+def ops() -> dict[str, Callable[[], object]]:
+    """The ops of `benchmarks.gpu`, one long sequence, and Newton-Schulz of many matrices, forward."""
+    found: dict[str, Callable[[], object]] = {}
+    for name, (_, batch, tokens) in MEMBERS.items():
+        found[f"{name}, B={batch} T={tokens}"] = member_op(name, "triton", DEVICE, tokens)
+    once, given = MEMBERS["once"][0], {"products": torch.bfloat16, "device": DEVICE, "impl": "triton"}
+    found["once, B=1 T=32768"] = contender(once, batch=1, tokens=32768, **given)  # type: ignore[arg-type]
+    for name, (m, n) in SIZES.items():
+        S = torch.empty(newton_schulz.COUNT, m, n, device=DEVICE, dtype=torch.bfloat16)
+        found[f"Newton-Schulz {name}"] = partial(newton_schulz.forward, S)
+    return found
+
+
 def torch_seconds(operators: int, moved: int) -> float:
     """Of the GPU, for torch's operators, which move so many bytes together."""
     return max(operators * SHORTEST, moved / COPY)
@@ -196,22 +208,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python -m benchmarks.static_times --members omeganet once",
+        epilog="example: python -m benchmarks.static_times --ops omeganet once",
     )
     add_version(parser)
-    parser.add_argument("--members", nargs="+", choices=MEMBERS, default=list(MEMBERS), help="which ops (default all)")
-    parser.add_argument("--jobs", type=int, default=2, help="processes that compile (default 2)")
+    parser.add_argument("--ops", nargs="+", help="the first words of those to bound (default all)")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
     return parser
 
 
 def _bound(arguments: argparse.Namespace) -> int:
     found: dict[str, Any] = {}
-    for name in arguments.members:
-        _, batch, tokens = MEMBERS[name]
-        found[name] = {"batch": batch, "tokens": tokens}
-        found[name] |= bounds_of(member_op(name, "triton", DEVICE, tokens), arguments.jobs)
-        table = Table(f"{name}, B={batch} T={tokens}", "launches", "programs", "a multiprocessor", "ms at least")
+    for name, call in ops().items():
+        if arguments.ops and not name.startswith(tuple(arguments.ops)):
+            continue
+        found[name] = bounds_of(call)
+        table = Table(name, "launches", "programs", "a multiprocessor", "ms at least")
         for kernel, of in found[name]["kernels"].items():
             row = (of["launches"], of["programs"], of["programs_per_sm"])
             table.add_row(kernel, *map(str, row), f"{1e3 * of['seconds']:.2f}")
@@ -220,7 +231,7 @@ def _bound(arguments: argparse.Namespace) -> int:
         table.add_row("all, on the GPU", "", "", "", f"{1e3 * found[name]['gpu_seconds']:.2f}")
         table.add_row("the host, about", "", "", "", f"{1e3 * found[name]['host_seconds']:.2f}")
         Console(width=120).print(table)
-    if arguments.write:
+    if arguments.write and not arguments.ops:
         report = {"command": "python -m benchmarks.static_times --write", "triton": triton.__version__, "ops": found}
         TABLE.write_text(json.dumps(report, indent=1) + "\n")
         print(f"written: {TABLE.relative_to(ROOT)}")
