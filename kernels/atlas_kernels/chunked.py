@@ -300,7 +300,8 @@ def scan(
     )
     if not rule.momentum:
         momentum = state.momentum
-    return layout.by_token(y, batch), MemoryState(weights, momentum, anchor, keys, values, residuals, gamma, position)
+    after_state = MemoryState(weights, momentum, anchor, keys, values, residuals, gamma, position)
+    return layout.by_token(y, batch, heads), after_state
 
 
 def _scanned(

@@ -37,9 +37,9 @@ class Layout:
     def by_chunk(self, t: Tensor) -> Tensor:
         return t.unflatten(1, (self.chunks, self.tokens)).movedim(3, 1).movedim(2, 0).flatten(1, 2)
 
-    def by_token(self, t: Tensor, batch: int) -> Tensor:
+    def by_token(self, t: Tensor, batch: int, heads: int) -> Tensor:
         """The inverse: [N, G, C, ...] -> [B, N*C, H, ...]."""
-        return t.unflatten(1, (batch, -1)).movedim(0, 1).movedim(3, 2).flatten(1, 2)
+        return t.unflatten(1, (batch, heads)).movedim(0, 1).movedim(3, 2).flatten(1, 2)
 
     def with_halo(self, halo: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The sources of each chunk [N, G, I, ...] and the halo that follows the segment [B, W-1, H, ...]."""

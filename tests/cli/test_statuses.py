@@ -38,6 +38,8 @@ COMMANDS = [
     ("benchmarks.presets", "_bench", [], "benchmarks.presets"),
     ("benchmarks.kernel_resources", "_measure", [], "benchmarks.kernel_resources"),
     ("benchmarks.launches", "_count", [], "benchmarks.launches"),
+    ("benchmarks.static_times", "_bound", [], "benchmarks.static_times"),
+    ("benchmarks.trainers", "_bench", [], "benchmarks.trainers"),
     ("benchmarks.gpu.check", "_check", [], "benchmarks.gpu"),
     ("benchmarks.gpu.bundle", "_bundle", [], "benchmarks.gpu.bundle"),
 ]

@@ -111,9 +111,10 @@ def launch(
         variants.append(Variant(name, kernel, *found, warps, stages, cooperative, grid, arguments))
         return
     # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device_of(next(_tensors(arguments))):
+    first = next(_tensors(arguments))
+    with torch.cuda.device_of(first):
         if isinstance(kernel, JITFunction):
-            _launch_compiled(kernel, grid, arguments, constants, (warps, stages, cooperative))
+            _launch_compiled(kernel, grid, arguments, constants, (warps, stages, cooperative, first.device))
         else:  # interpreted
             kernel[grid](*arguments, constants)
 
@@ -122,15 +123,15 @@ _compiled: dict[Any, Any] = {}
 
 
 def _launch_compiled(
-    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: NamedTuple, how: tuple[int, int, bool]
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: NamedTuple, how: tuple[Any, ...]
 ) -> None:
-    key = kernel, constants, how, torch.cuda.current_device(), _known(arguments)
+    key = kernel, constants, how, _known(arguments)
     arguments = *arguments, _as_constants(constants)
     if key in _compiled:
         _compiled[key][(*grid, 1, 1)[:3]](*arguments)
         return
     settle_key(kernel)
-    warps, stages, cooperative = how
+    warps, stages, cooperative, _ = how
     options = {"launch_cooperative_grid": True} if cooperative else {}
     _compiled[key] = kernel[grid](*arguments, num_warps=warps, num_stages=stages, **options)
 
