@@ -3,7 +3,8 @@
 Registers a thread, bytes of local memory a thread (spilled registers), shared memory of a program, columns of tensor
 memory (sm_100), how many programs a multiprocessor holds by these, which tensor-core instructions are in the code, and
 how much of their work is done twice (`tensor_core_work.py`). --check compares with kernels/resources.json and names
-what grew; named as well is what could not be launched for want of shared or tensor memory, or is done twice too often.
+what grew; named as well is what could not be launched for want of shared or tensor memory, is done twice too often, or
+takes its operands from the wrong place (`wgmma_operands.py`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from atlas_kernels.gpu.architecture import planned_for
 from atlas_megatron.cli.ending import command
 from atlas_megatron.cli.version import add_version
 from benchmarks.tensor_core_work import executed_over_useful, programs_per_sm
+from benchmarks.wgmma_operands import machine_code, stray_operands
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "kernels" / "resources.json"
@@ -87,6 +89,7 @@ def measure(variant: Any, arch: int) -> dict[str, Any]:
         "programs_per_sm": programs_per_sm(arch, variant.num_warps, *taken),
         "executed_over_useful": executed_over_useful(compiled.asm["ttgir"]),
         "instructions": [name for name in INSTRUCTIONS if name in compiled.asm["ptx"]],
+        "strays": len(stray_operands(machine_code(compiled.asm["cubin"]))) if arch == 90 else 0,
     }
 
 
@@ -107,6 +110,8 @@ def faults(measured: dict[str, dict[str, Any]], kept: dict[str, dict[str, Any]])
         if arch == LAID_OUT_FOR and (now["executed_over_useful"] or 1.0) > EXECUTED_OVER_USEFUL:
             often = now["executed_over_useful"]
             bad.append(f"{name}: executes {often} times its products' arithmetic, at most {EXECUTED_OVER_USEFUL}")
+        if now["strays"]:
+            bad.append(f"{name}: {now['strays']} wgmma take an operand from the wrong place in shared memory")
         if name not in kept:
             bad.append(f"{name}: not in {TABLE.name}; run with --write")
             continue

@@ -8,11 +8,11 @@ import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 import triton
 
+from atlas_kernels.gpu.assembler import take_sound_ptxas
 from benchmarks.gpu.bench import SIDE, Bench
 
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "fla-core", "titans-pytorch", "numpy")
@@ -31,8 +31,8 @@ def versions() -> dict[str, str]:
 
 def machine(bench: Bench) -> None:
     bench.figure("versions", value=versions())
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    said = subprocess.run([ptxas, "--version"], capture_output=True, text=True, check=False)
+    take_sound_ptxas()
+    said = subprocess.run([triton.knobs.nvidia.ptxas.path, "--version"], capture_output=True, text=True, check=False)
     bench.figure("ptxas", value=said.stdout.strip().splitlines()[-1:])
     bench.figure("triton cache", value=str(triton.knobs.cache.dir))
     if not bench.dry:

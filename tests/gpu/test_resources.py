@@ -28,6 +28,7 @@ FIGURES = {
     "programs_per_sm": 3,
     "executed_over_useful": 1.0,
     "instructions": ["wgmma"],
+    "strays": 0,
 }
 
 
@@ -53,6 +54,12 @@ def test_what_grew_is_named():
     assert bad == ["kernel, sm_90: programs a multiprocessor fell from 3 to 2"]
     bad, good = kernel_resources.faults({"kernel, sm_90": figures | {"shared": 512}}, kept)
     assert not bad and good == ["kernel, sm_90: shared shrank from 1024 to 512"]
+
+
+def test_a_stray_operand_is_named():
+    figures = FIGURES | {"strays": 2}
+    bad, _ = kernel_resources.faults({"kernel, sm_90": figures}, {"kernel, sm_90": FIGURES})
+    assert bad == ["kernel, sm_90: 2 wgmma take an operand from the wrong place in shared memory"]
 
 
 def test_what_cannot_be_launched_is_named():
