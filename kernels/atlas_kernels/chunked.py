@@ -311,7 +311,8 @@ def _scanned(
     if kernels is not TORCH:
         return (kernels.segment, kernels.coefficients) if kernels.segment and kernels.coefficients else None
     # torch's own are of an mlp's whole chunks: they hold a segment's graph, and cost more than one token's steps.
-    if rule.memory != "mlp" or tokens != rule.chunk or by_chunk:
+    # They write products into places of larger tensors, which a traced graph cannot hold.
+    if rule.memory != "mlp" or tokens != rule.chunk or by_chunk or torch.compiler.is_dynamo_compiling():
         return None
     if rule.ns_steps == 0:
         return mlp_scan, _in_torch(coefficients_of)

@@ -110,7 +110,8 @@ def test_newton_schulz_holds_its_registers_and_repeats_no_product(m, n):
         assert len(own) == 4
         at_once = newton_schulz.plan(m, n, torch.bfloat16, True, arch).at_once
         for name, now in own.items():
-            assert now["spilled"] <= (40 if arch == 80 and m == 128 and "backward" in name else 0), name
+            # On sm_80 two registers of a backward.
+            assert now["spilled"] <= (8 if arch == 80 and "backward" in name else 0), name
             assert arch != 90 or now["executed_over_useful"] <= 1.1, name
             assert "forward" in name or now["programs_per_sm"] >= at_once, name
 
