@@ -13,9 +13,10 @@ taken a chunk later than the rest. So parts lie in three rounds, and none is ove
 
 All programs must run at once, or those that wait would keep the others from starting. The launch is cooperative: it
 fails where they do not fit, and beside kernels of other streams it begins when there is room for all. Triton's
-interpreter runs program after program, so there each phase is a launch of its own, of the same functions. Without a GPU
-all is tested but `meet` and the loop around it, and of `meet` the order of its instructions. On an H200 a small OmegaNet
-in slices agreed with float64 and gave equal bits (docs/results/gpu); tests/gpu/test_split_scan.py has not run there.
+interpreter runs program after program, so there each phase is a launch of its own, of the same functions. Without a
+GPU all is tested but `meet` and the loop around it, and of `meet` the order of its instructions. On an H200 a small
+OmegaNet in slices agreed with float64 and gave equal bits (docs/results/gpu); tests/gpu/test_split_scan.py has not
+run there.
 
 What one program does of a chunk, sizes as in forward.py (79 sources); by count, not measured:
 
