@@ -5,8 +5,8 @@ The same W' and S' as in writes.py, whose coefficients of the last token are all
     W' = alphas_C W - kappa S - sum_i w_i u_i x_i^T      w = Gm^T TT^T (eta TA[C])      (ns_steps = 0, momentum)
     S' = thetas_C S + sum_i m_i u_i x_i^T                m = Gm^T TT[C]
 
-A row of a decay matrix costs C times a block of about sqrt(C) tokens; the window's gates are applied where they lie. So a
-chunk of 2,048 tokens costs little more than the gradients' factors of its tokens.
+A row of a decay matrix costs C times a block of about sqrt(C) tokens; the window's gates are applied where they lie. So
+a chunk of 2,048 tokens costs little more than the gradients' factors of its tokens.
 
 Dims: N chunks, G = B x H memories, C tokens of a chunk, W window, I = C + W - 1 sources, K writes, J rows.
 """

@@ -30,9 +30,9 @@ from .rule import Gates, MemoryState
 class Packing:
     """Where the tokens of a call go. All on the tokens' device.
 
-    positions [B, T]: of each token in its document, or in its shard of it; slots [B, T]; chunks: N; resets [N, B]: a document begins with
-    this chunk; ends [B]: the chunk of a row's last token; offset [B]: the slot of its first. resetting, ending: whether
-    any row does so in each chunk, known without asking the device again.
+    positions [B, T]: of each token in its document, or in its shard of it; slots [B, T]; chunks: N; resets [N, B]:
+    a document begins with this chunk; ends [B]: the chunk of a row's last token; offset [B]: the slot of its first.
+    resetting, ending: whether any row does so in each chunk, known without asking the device again.
     """
 
     positions: Tensor

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,7 +32,8 @@ def in_shards(
     head = min(-begun % size, length)
     count, tail = divmod(length - head, size)
     parts = iter(inputs.split([n for n in (head, count * size, tail) if n]))
-    fresh = partial(initial_state, rule, start, residuals=state.residuals is not None, source_gates=not inputs.gates.pair)
+    kept = {"residuals": state.residuals is not None, "source_gates": not inputs.gates.pair}
+    fresh = lambda own: initial_state(rule, start, own.k, own.v, **kept)  # noqa: E731
     outputs, after = [], state
     if head:
         y, after = scan(endless, state.at(begun), next(parts))
@@ -41,12 +41,12 @@ def in_shards(
     if count:
         # [B, n S, ...] -> [B n, S, ...]: a view.
         own = next(parts).map(lambda t: t.unflatten(1, (count, size)).flatten(0, 1))
-        y, last = scan(endless, fresh(own.k, own.v), own)
+        y, last = scan(endless, fresh(own), own)
         outputs.append(y.unflatten(0, (-1, count)).flatten(1, 2))
         after = last.map(lambda t: t.unflatten(0, (-1, count))[:, -1])
     if tail:
         own = next(parts)
-        y, after = scan(endless, fresh(own.k, own.v), own)
+        y, after = scan(endless, fresh(own), own)
         outputs.append(y)
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
     return y, after.at(state.position + length)
