@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import mean, median
 
@@ -88,16 +89,17 @@ def second_stage(first: list[str], words: list[str], directory: Path) -> record.
     return found
 
 
-def jobs(comparison: Protocol, names: Sequence[str], seed: int) -> dict[str, partial[record.Cell]]:
-    """Every run of a seed by its cell's name."""
+def jobs(comparison: Protocol, names: Sequence[str], seed: int, stage: int) -> dict[str, partial[record.Cell]]:
+    """Every run of a seed in stage 1, or in stage 2, by its cell's name."""
     found: dict[str, partial[record.Cell]] = {}
     first, steps = CONTENDERS[next(iter(CONTENDERS))], comparison.steps
     for name in names:
         plain = "".join(letter if letter.isalnum() else "_" for letter in name)
         directory = comparison.runs / f"{plain}_{seed}"
         words = [*comparison.words_of(CONTENDERS[name], first, steps, seed, None), f"train.validate_every={EVERY}"]
-        found[protocol.seed_cell(STAGE, name, seed)] = partial(trained, words, directory, name in SECOND_STAGES)
-        if name in SECOND_STAGES:
+        if stage == 1:
+            found[protocol.seed_cell(STAGE, name, seed)] = partial(trained, words, directory, name in SECOND_STAGES)
+        elif name in SECOND_STAGES:
             more = max(1, steps // SECOND)
             length = [f"train.steps={more}", "train.warmup_steps=0", f"train.validate_every={more}"]
             later = [*words, *length, "train.lr=1e-3", "train.min_lr=1e-4", _locals(*SECOND_STAGES[name])]
@@ -227,8 +229,8 @@ def main(words: Sequence[str] | None = None) -> int:
         results = record.Record("tnt", asked, {"steps": steps, "base": BASE.read_text(encoding="utf-8")})
         if not asked.report:
             recipe.prepare_bytes()
-            for seed in seeds:
-                record.side_by_side(results, jobs(comparison, names, seed))
+            for stage, seed in product((1, 2), seeds):
+                record.side_by_side(results, jobs(comparison, names, seed, stage))
         draw(results, names, seeds)
         describe(results, names, comparison)
 
