@@ -50,7 +50,7 @@ TABLE = ROOT / "kernels" / "estimates.json"
 # Of an H200: multiprocessors, cycles a second, bfloat16 FLOPs a second of its tensor cores, bytes a second of a copy.
 MULTIPROCESSORS, CLOCK, TENSOR, COPY = 132, 1.75e9, 989e12, 4.0e12
 SCHEDULERS = 4  # of a multiprocessor
-# One long sequence: members of `benchmarks.gpu` with these keys changed. Small chunks of a memory that never begins anew
+# One long sequence: members of `benchmarks.gpu` with these keys changed. Chunks of a memory that never begins anew
 # wait for each other, shards do not.
 LONG = 32768  # tokens
 SHARDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -198,8 +198,8 @@ def ops() -> dict[str, Callable[[], object]]:
     once, given = MEMBERS["once"][0], {"products": torch.bfloat16, "device": DEVICE, "impl": "triton"}
     found["once, B=1 T=32768"] = contender(once, batch=1, tokens=32768, **given)  # type: ignore[arg-type]
     for name, (member, keys) in SHARDS.items():
-        memory = replace(MEMBERS[member][0], **keys)
-        found[f"shards: {name}, B=1 T={LONG}"] = contender(memory, batch=1, tokens=LONG, **given)  # type: ignore[arg-type]
+        own, label = replace(MEMBERS[member][0], **keys), f"shards: {name}, B=1 T={LONG}"
+        found[label] = contender(own, batch=1, tokens=LONG, **given)  # type: ignore[arg-type]
     for name, (m, n) in SIZES.items():
         S = torch.empty(newton_schulz.COUNT, m, n, device=DEVICE, dtype=torch.bfloat16)
         found[f"Newton-Schulz {name}"] = partial(newton_schulz.forward, S)

@@ -163,7 +163,7 @@ def draw(results: record.Record, names: Sequence[str], seeds: Sequence[int]) -> 
 
 
 def table(results: record.Record, names: Sequence[str], seeds: Sequence[int]) -> record.Table:
-    """Of every row: its seeds, how far it is from the base at chunk 256 and from TNT {8}, its speed and time to a loss."""
+    """Of every row its seeds, how far it is from the base and from TNT {8}, its speed, its time to the common loss."""
     base, one = (protocol.reached(results, STAGE, name, seeds) for name in QUICK)
     bits, rows = common_loss(results, seeds), []
     for name in all_names(names):
