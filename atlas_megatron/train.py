@@ -23,6 +23,7 @@ EXAMPLES = """\
 examples:
   atlas-train configs/quickstart.toml
   atlas-train configs/quickstart.toml train.steps=50 run.directory=runs/short
+  atlas-train configs/quickstart.toml train.start_from=runs/quickstart memory.chunk=16 run.directory=runs/second
   atlas-train configs/atlas-340m.toml --dry-run
   atlas-train configs/atlas-340m.toml --dry-run world=64 memory=80GiB parallel.tensor=2 parallel.context=4
   torchrun --nproc-per-node 8 -m atlas_megatron.train configs/atlas-340m.toml parallel.tensor=2
@@ -154,15 +155,19 @@ def _dry_run(config: Config, machine: Machine) -> int:
     from atlas_megatron.estimate.machine import in_nodes
     from atlas_megatron.model.build import parameter_dtype
     from atlas_megatron.training.readiness import wrong_with_data, wrong_with_devices, wrong_with_directory
+    from atlas_megatron.training.start_from import foreseen
 
     config, world_size = in_nodes(config), machine.world_size(config)
     validate(config, world_size)
+    config, begins, refused = foreseen(config)
     print(changed_toml(config))
+    if begins:
+        print(f"{begins}\n")
     bf16 = parameter_dtype(config).itemsize == 2
     console = Console(soft_wrap=True, highlight=False)
     console.print(DryRun(config, world_size, machine.memory, bf16, machine).report())
     # Both are read by people and by launch/slurm.sh: the first would end a run on any machine that sees these files.
-    for line in (*wrong_with_data(config), *wrong_with_directory(config)):
+    for line in (*filter(None, [refused]), *wrong_with_data(config), *wrong_with_directory(config)):
         print(f"cannot train yet: {line}")
     for line in wrong_with_devices(config):
         print(f"not on this machine: {line}")

@@ -248,9 +248,7 @@ def restore(folder: Path, config: Config, trained: TrainState) -> Progress:
     check_same_model(folder, config)
     common = load_common(folder)
     if common.keys() >= WEIGHTS_ONLY.keys():
-        _load_parameters(folder, _named(trained.chunks))
-        trained.optimizer.reload_model_params()
-        return Progress()
+        return take_weights(folder, trained)
     same_layout = common["layout"] == _layout(config.parallel)
     allocate_moments(trained.optimizer)
     state = _state(trained, config.parallel, loading=True)
@@ -271,6 +269,13 @@ def restore(folder: Path, config: Config, trained: TrainState) -> Progress:
     before = load_saved(folder / CONFIG)
     found["tokens"] = found["tokens"] or found["step"] * before.train.global_batch * before.model.seq_length
     return Progress(**found)
+
+
+def take_weights(folder: Path, trained: TrainState) -> Progress:
+    """Load a checkpoint's weights alone, of any layout: the progress of a run at its start; every process calls it."""
+    _load_parameters(folder, _named(trained.chunks))
+    trained.optimizer.reload_model_params()
+    return Progress()
 
 
 def check_same_model(folder: Path, config: Config) -> None:

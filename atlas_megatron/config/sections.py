@@ -161,6 +161,9 @@ class TrainConfig:
     """AdamW, linear warm-up, cosine decay."""
 
     steps: int = 1000
+    # A run's directory, or one of its checkpoints: a new run takes its weights and nothing else, in any layout. Steps,
+    # schedule, optimizer and data begin anew. memory.chunk may be another than theirs (docs/chunks.md). "": drawn.
+    start_from: str = ""
     global_batch: int = 8  # sequences a step
     micro_batch: int = 8  # sequences a forward pass on one device
     lr: float = 1e-3

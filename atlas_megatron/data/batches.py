@@ -140,14 +140,23 @@ def _fingerprint_of(summary: Summary, folder: Path) -> str:
     return load_tokenizer(named).fingerprint if named.is_dir() else ""
 
 
-def validation_labels(config: Config) -> list[list[int]]:
-    """The token ids that each validation of the run predicts, a list a sequence; call it on every rank."""
+def validation_sequences(config: Config) -> list[list[int]]:
+    """The token ids of each sequence that a validation of the run reads, with its last label; call it on every rank.
+
+    Raises ValueError for data that cannot be read.
+    """
     count = config.train.validate_sequences if config.data.validation else 0
     if count == 0:
         return []
     _, validation = _build(config, (), 0, count)
     assert validation is not None  # `count` samples were asked for
-    return [validation[number]["labels"].tolist() for number in range(count)]
+    samples = (validation[number] for number in range(count))
+    return [[int(sample["tokens"][0]), *sample["labels"].tolist()] for sample in samples]
+
+
+def validation_labels(config: Config) -> list[list[int]]:
+    """The token ids that each validation of the run predicts, a list a sequence; call it on every rank."""
+    return [sequence[1:] for sequence in validation_sequences(config)]
 
 
 def text_of(labels: list[list[int]], tokenizer: Tokenizer) -> bytes:

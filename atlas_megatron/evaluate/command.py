@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   atlas-eval perplexity runs/quickstart
+  atlas-eval chunks runs/quickstart --chunks 1,16,64,256            # how far from its chunk a memory still works
   atlas-eval niah_single_1 vt babilong_qa1 runs/quickstart --lengths 1K,4K,16K --samples 10
   atlas-eval babilong_qa1 exported/atlas-340m --lengths 1M,10M --filler books --samples 2
   atlas-eval hellaswag piqa lambada_openai exported/atlas-340m      # lm-evaluation-harness, data in a local cache
@@ -40,6 +41,7 @@ EXAMPLES = """examples:
 UNITS = {"": 1, "K": 1024, "M": 1024**2}
 # What a length is taken for where none is given.
 LENGTHS = "1K,4K,16K"
+SAMPLES = 16
 CELL = "results"  # the one cell of an lm-evaluation-harness task
 SUFFIX_HELP = "tokens of context and question, as 1000 or 4K or 10M (K is 1,024); 0: BABILong's stories alone"
 
@@ -57,6 +59,8 @@ class Asked:
     filler: Path
     text: str
     stories: Path | None
+    chunks: tuple[int, ...]
+    sequences: int | None  # --samples, where it is given
     out: Path
     tasks_folder: Path | None
     limit: int | None
@@ -94,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="a run's directory, or a folder exported for Hugging Face")
     add_trust_remote_code(parser)
     parser.add_argument("--lengths", default=LENGTHS, help=f"{SUFFIX_HELP}; default {LENGTHS}")
-    parser.add_argument("--samples", type=int, default=16, help="examples a length (default 16)")
+    parser.add_argument(
+        "--samples", type=int, help=f"examples a length (default {SAMPLES}; chunks: all validation sequences of a run)"
+    )
     parser.add_argument("--batch", type=int, default=4, help="examples read side by side (default 4)")
     parser.add_argument("--segment", type=int, default=SEGMENT, help=f"tokens read at once (default {SEGMENT})")
     parser.add_argument("--seed", type=int, default=0, help="of the examples (default 0)")
@@ -104,7 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--text", default="", metavar="FILE|PREFIX",
-        help="of perplexity: a text file or Megatron .bin/.idx data (default: the run's validation data)",
+        help="of perplexity and chunks: a text file or Megatron .bin/.idx data (default: the run's validation data)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--chunks", default="", metavar="1,16,...",
+        help="tokens: of the task chunks (default: powers of two up to 512, and the trained chunk)",
     )  # fmt: skip
     parser.add_argument(
         "--stories", type=Path, metavar="FOLDER",
@@ -121,7 +131,7 @@ def _names() -> list[str]:
     """Every task of our own."""
     from atlas_megatron.evaluate import symbolic, tasks
 
-    return ["perplexity", *tasks.TASKS, *symbolic.TASKS]
+    return ["perplexity", "chunks", *tasks.TASKS, *symbolic.TASKS]
 
 
 def _editions() -> list[str]:
@@ -132,21 +142,21 @@ def _editions() -> list[str]:
     return [*of_text, *(f"{name}@{edition}" for name, task in symbolic.TASKS.items() for edition in task.others)]
 
 
-def lengths_of(text: str) -> tuple[int, ...]:
+def lengths_of(text: str, option: str = "--lengths") -> tuple[int, ...]:
     """Tokens of a list as 1000,4K,10M, in rising order. Raises ValueError for another form."""
     found = []
     for word in text.split(","):
         match = re.fullmatch(r"(\d+)([kKmM]?)", word.strip())
         if not match:
-            raise ValueError(f"--lengths {text!r}: {word.strip()!r} is no length; write for example 1000,4K,10M")
+            raise ValueError(f"{option} {text!r}: {word.strip()!r} is no length; write for example 1000,4K,10M")
         found.append(int(match[1]) * UNITS[match[2].upper()])
     return tuple(sorted(set(found)))
 
 
 def _run(given: argparse.Namespace, words: tuple[str, ...]) -> int:
     lengths = lengths_of(given.lengths)
-    for name in ("samples", "batch", "segment", *(["limit"] if given.limit is not None else [])):
-        if getattr(given, name) < 1:
+    for name in ("samples", "batch", "segment", "limit"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
             raise ValueError(f"--{name} {getattr(given, name)} must be at least 1")
     chosen = dict.fromkeys(given.tasks)
     own = [name for name in chosen if name.partition("@")[0] in _names()]
@@ -157,8 +167,9 @@ def _run(given: argparse.Namespace, words: tuple[str, ...]) -> int:
     _check_theirs(theirs, given.tasks_folder)
     out = given.out or Path(given.model) / "evaluation"
     asked = Asked(
-        given.model, lengths, given.samples, given.batch, given.segment, given.seed, given.filler, given.text,
-        given.stories, out, given.tasks_folder, given.limit, words,
+        given.model, lengths, given.samples or SAMPLES, given.batch, given.segment, given.seed, given.filler,
+        given.text, given.stories, lengths_of(given.chunks, "--chunks") if given.chunks else (), given.samples, out,
+        given.tasks_folder, given.limit, words,
     )  # fmt: skip
     from atlas_megatron.inference.reader import open_reader
 
@@ -211,8 +222,8 @@ def _whole(table: Table) -> Table:
 def _measure(name: str, reader: Reader, asked: Asked) -> Table:
     from atlas_megatron.evaluate import tasks
 
-    if name == "perplexity":
-        return _perplexity(reader, asked)
+    if name in ("perplexity", "chunks"):
+        return _perplexity(reader, asked) if name == "perplexity" else _chunks(reader, asked)
     return _recall(name, reader, asked) if tasks.base_of(name) in tasks.TASKS else _symbolic(name, reader, asked)
 
 
@@ -283,7 +294,7 @@ def _perplexity(reader: Reader, asked: Asked) -> Table:
     from atlas_megatron.evaluate import perplexity, pictures
 
     longest = asked.lengths[-1]
-    text = _text(reader, asked, longest)
+    text = _text(reader, asked, 4 * (longest + perplexity.TARGET))
     starts = perplexity.places(text, longest, asked.samples)
     of_text = {"text": text.name, "fingerprint": text.fingerprint}
     results = _results("perplexity", reader, asked, **of_text, longest=longest, samples=asked.samples)
@@ -309,18 +320,52 @@ def _perplexity(reader: Reader, asked: Asked) -> Table:
     return table
 
 
-def _text(reader: Reader, asked: Asked, longest: int) -> Text:
-    """What perplexity is measured on. Raises ValueError where nothing was named and the model is no run with data."""
+def _chunks(reader: Reader, asked: Asked) -> Table:
+    from atlas_megatron.evaluate import chunks, perplexity, pictures
+
+    config = reader.config
+    trained, length = config.memory.chunk, config.model.seq_length
+    wanted = chunks.chosen(config, asked.chunks)
+    if asked.text or not config.data.validation:
+        read = chunks.of_text(_text(reader, asked, asked.samples * (length + 1)), length, asked.samples)
+    else:
+        read = chunks.of_validation(config, str(asked.out), asked.sequences)
+    results = _results("chunks", reader, asked, text=read.name, fingerprint=read.fingerprint)
+    batches = _batches(replace(asked, samples=len(read.tokens)))
+    for chunk in wanted:
+        at = reader.at_chunk(chunk)
+        for rows in batches:
+            compute = partial(chunks.measured, at, read.tokens[rows.start : rows.stop], asked.segment)
+            results.cell(f"chunk {chunk}, {rows[0]} to {rows[-1]}", compute)
+    cells = {chunk: [results.cells[f"chunk {chunk}, {r[0]} to {r[-1]}"] for r in batches] for chunk in wanted}
+    found = {chunk: perplexity.summary(cells[chunk]) for chunk in wanted}
+    title = f"{Path(asked.model).name}: one checkpoint, read with other chunks"
+    pictures.chunks(results.path.with_suffix(".png"), title, found, trained)
+    table = Table(
+        "chunk", "nats per token", "bits per byte", "perplexity", "tokens/s",
+        title=f"{len(read.tokens)} sequences of {length:,} tokens of {read.name}; trained with chunk {trained}",
+    )  # fmt: skip
+    for chunk, one in found.items():
+        speed = sum(c["tokens"] for c in cells[chunk]) / sum(c["tokens"] / c["tokens_per_second"] for c in cells[chunk])
+        row = (f"{one['loss']:.4f}", f"{one['bits_per_byte']:.4f}", f"{one['perplexity']:.2f}", f"{speed:,.0f}")
+        table.add_row(f"{chunk}{' (trained)' if chunk == trained else ''}", *row)
+    return table
+
+
+def _text(reader: Reader, asked: Asked, most: int) -> Text:
+    """What a loss is measured on; of a text file so many tokens at most.
+
+    Raises ValueError where nothing was named and the model is no run with data.
+    """
     from atlas_megatron.data.batches import blend, inspect
     from atlas_megatron.evaluate import perplexity
-    from atlas_megatron.inference.reader import MegatronReader
 
     if asked.text:
         prefix = asked.text.removesuffix(".bin").removesuffix(".idx")
         if prefix == asked.text and Path(asked.text).is_file():
-            return perplexity.from_file(Path(asked.text), reader.tokenizer, 4 * (longest + perplexity.TARGET))
+            return perplexity.from_file(Path(asked.text), reader.tokenizer, most)
     else:
-        sets = reader.config.data.validation if isinstance(reader, MegatronReader) else ()
+        sets = reader.config.data.validation
         if not sets:
             raise ValueError(f"{asked.model} names no validation data; give a text: --text FILE, or PREFIX of a .bin")
         prefix = blend(sets)[0][1]

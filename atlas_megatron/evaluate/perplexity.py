@@ -103,7 +103,7 @@ def after_context(reader: Reader, text: Text, starts: Sequence[int], context: in
     for tokens in watched(f"context of {context:,}", segments(before, segment), context, len(starts), peak):
         reader.read(torch.from_numpy(tokens).to(reader.device, torch.int64), keep=1)
     rows = np.stack([text.tokens[start - 1 : start + TARGET] for start in starts]).astype(np.int64)
-    own = _losses(reader, torch.from_numpy(rows)).mean(1)
+    own = losses_of(reader, torch.from_numpy(rows)).mean(1)
     end = reader.tokenizer.eod
     said = (reader.tokenizer.decode([token for token in row if token != end]) for row in rows[:, 1:].tolist())
     return {
@@ -132,7 +132,7 @@ def along(reader: Reader, text: Text, starts: Sequence[int], length: int, segmen
         tokens, last = (tokens if last is None else torch.cat([last, tokens], 1)), tokens[:, -1:]
         if tokens.shape[1] < 2:
             continue
-        losses = _losses(reader, tokens).mean(0).double().cpu()
+        losses = losses_of(reader, tokens).mean(0).double().cpu()
         position = torch.arange(done + 1, done + 1 + len(losses))
         sums.index_add_(0, torch.bucketize(position, torch.tensor(ends)), losses)
         done += len(losses)
@@ -166,7 +166,7 @@ def _read(text: Text, start: int, length: int) -> Iterator[np.ndarray]:
         yield np.asarray(text.tokens[place : min(place + SEGMENT, start + length)], np.int32)
 
 
-def _losses(reader: Reader, tokens: Tensor) -> Tensor:
+def losses_of(reader: Reader, tokens: Tensor) -> Tensor:
     """Read all tokens [B, T + 1] but the last; the loss of each of the last T, in nats [B, T]."""
     tokens = tokens.to(reader.device)
     logits = reader.read(tokens[:, :-1])[..., : reader.tokenizer.vocab_size].float()

@@ -79,6 +79,21 @@ def shares(path: Path, title: str, points: Mapping[int, tuple[float, float]], ch
         save(figure, path)
 
 
+def chunks(path: Path, title: str, points: Mapping[int, Mapping[str, float | None]], trained: int) -> None:
+    """Bits per byte of the same text against the chunk that it is read with; a line at the one of training."""
+    with pyplot.style.context(STYLE):
+        figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+        axes.plot(list(points), [found["bits_per_byte"] for found in points.values()], marker="o", markersize=4)
+        axes.axvline(trained, color="grey", linestyle=":", label="the chunk of training")
+        axes.set_ylabel("bits per byte")
+        axes.legend()
+        _against_length(axes, title)
+        axes.set_xlabel("chunk that the model is read with (tokens)")
+        axes.set_xticks(list(points), [f"{chunk:,}" for chunk in points])
+        axes.minorticks_off()
+        save(figure, path)
+
+
 def bars(path: Path, title: str, scores: Mapping[str, tuple[float, float]]) -> None:
     """One bar a metric, with its standard error."""
     with pyplot.style.context(STYLE):

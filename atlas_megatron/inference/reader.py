@@ -10,14 +10,14 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from atlas_megatron.config import Config, layers_of
+from atlas_megatron.config import Config, at_chunk, layers_of
 from atlas_megatron.data.pieces import Spoken as Spoken  # what a reader's text goes through, in and out
 from atlas_megatron.data.pieces import pieces as pieces
 from atlas_megatron.data.tokenizer import Tokenizer, load_tokenizer
@@ -46,6 +46,7 @@ class Reader(Protocol):
 
     tokenizer: Tokenizer
     weights: Weights
+    config: Config  # of an exported model: what describes it
     device: torch.device
     growth: float  # bytes that each further token of a text adds to its state, without end; 0: it is of constant size
 
@@ -60,6 +61,12 @@ class Reader(Protocol):
 
     def back(self, mark: Any, rows: Sequence[int] | None = None) -> None:
         """Go on from a mark; rows: with these of its texts alone, in this order, each as often as it is named."""
+
+    def at_chunk(self, chunk: int) -> Reader:
+        """The same weights, whose memories take gradients anchored every `chunk` tokens, before any text.
+
+        Raises ValueError as `config.chunks.at_chunk`.
+        """
 
     def save_memory(self, path: Path) -> None:
         """Write what was read to a file. Raises ValueError for a model that cannot, OSError where it does not fit."""
@@ -98,6 +105,14 @@ class MegatronReader:
 
         return streaming.read(self._model, tokens, self._context, keep)
 
+    def at_chunk(self, chunk: int) -> MegatronReader:
+        from atlas_megatron.model.build import build_model
+
+        config = replace(self.config, memory=at_chunk(self.config.memory, chunk))
+        model = build_model(config)
+        # The same tensors, not copies.
+        model.load_state_dict(self._model.state_dict(), assign=True)
+        return MegatronReader(model.eval(), config, self.tokenizer, self.weights)
 
     def save_memory(self, path: Path) -> None:
         raise ValueError(EXPORTED_ALONE)
@@ -147,7 +162,8 @@ class HuggingFaceReader:
         self._model = model.to(self.device).eval()
         self.tokenizer = load_tokenizer(folder)
         _check_tokenizer(self.tokenizer, model.config.vocab_size)
-        self.growth = _growth(config_of(model.config)) if model.config.grows else 0.0
+        self.config = config_of(model.config)
+        self.growth = _growth(self.config) if model.config.grows else 0.0
         self.forget()
 
     def forget(self) -> None:
@@ -161,6 +177,19 @@ class HuggingFaceReader:
         self._memory = copy.copy(mark)
         if rows is not None and self._memory is not None:
             self._memory.select(torch.tensor(rows))
+
+    def at_chunk(self, chunk: int) -> HuggingFaceReader:
+        memory = at_chunk(self.config.memory, chunk)
+        description = copy.deepcopy(self._model.config)
+        description.memory = {name: getattr(memory, name) for name in description.memory}
+        model = type(self._model)(description)
+        # The same tensors, not copies.
+        model.load_state_dict(self._model.state_dict(), assign=True)
+        model.tie_weights()
+        other = copy.copy(self)
+        other.config, other._model = replace(self.config, memory=memory), model.eval()
+        other.forget()
+        return other
 
     def save_memory(self, path: Path) -> None:
         with file_beside(path) as written:

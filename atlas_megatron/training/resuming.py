@@ -22,10 +22,11 @@ def going_on(config: Config, before: Config) -> Config:
     """
     if config.train.gradient_reach or not uses(config.model.pattern, "memory") or config.memory.kernel != "lifted":
         return config
-    reach = before.train.gradient_reach
+    reach, chunk = before.train.gradient_reach, config.memory.chunk
     if not reach and config.model.seq_length > before.model.seq_length:
-        chunk = config.memory.chunk
-        reach = max(1, before.model.seq_length // PARTS // chunk) * chunk
+        reach = max(1, before.model.seq_length // PARTS)
+    if reach:
+        reach = max(1, reach // chunk) * chunk
     return replace(config, train=replace(config.train, gradient_reach=reach)) if reach else config
 
 

@@ -34,6 +34,7 @@ from atlas_megatron.resilience.run_lock import RunLock
 from atlas_megatron.resilience.stop_signals import StopSignals
 from atlas_megatron.resilience.stragglers import Stragglers
 from atlas_megatron.resilience.watchdog import Watchdog
+from atlas_megatron.training import start_from
 from atlas_megatron.training.capture import captured_schedule
 from atlas_megatron.training.measuring import LayerMeasurements
 from atlas_megatron.training.metrics import Record, RunLog, Speed
@@ -47,7 +48,8 @@ class Trainer:
     """One process's share of a run. `join` the world first; every process builds one and calls `train`."""
 
     def __init__(self, config: Config, signals: StopSignals | None = None, lock: RunLock | None = None) -> None:
-        """Build data, model and optimizer, and load the newest whole checkpoint of the run, if there is one.
+        """Build data, model and optimizer, and load the newest whole checkpoint of the run, if there is one; else the
+        weights that train.start_from names.
 
         signals: those that the caller already notes, so that none is lost while all this is built; None: from `train`
         on. lock: the run's, looked at before anything is saved. Raises ValueError for data that cannot be trained on, a
@@ -55,10 +57,16 @@ class Trainer:
         """
         directory = Path(config.run.directory)
         resumed, wrong = checkpoint.to_resume(directory)
-        before = load_saved(resumed / checkpoint.CONFIG) if resumed else config
+        source = start_from.origin(config) if config.train.start_from and not resumed else None
+        read = resumed or source
+        before = load_saved(read / checkpoint.CONFIG) if read else config
         if resumed:
+            config = start_from.resumed(config, before)
             checkpoint.check_same_model(resumed, config)
-            config = going_on(config, before)
+        elif source:
+            config = start_from.begun(config, source)
+            start_from.check_tokenizer(config, source)
+        config = going_on(config, before)
         self.config = config
         train = config.train
         sequences = train.validate_sequences if train.validate_every else 0
@@ -71,7 +79,7 @@ class Trainer:
         self._validation = Validation(
             config, validation_set, self.trained.chunks, partial(self._run, forward_only=True)
         )
-        self.progress = checkpoint.restore(resumed, config, self.trained) if resumed else Progress()
+        self.progress = self._restored(resumed, source)
         consumed = 0 if "data" in changes else samples_as_long(config, before, self.progress.consumed_samples)
         self.progress = replace(self.progress, consumed_samples=consumed)
         self._saver = checkpoint.Saver(config, provenance)
@@ -94,12 +102,19 @@ class Trainer:
             self._say(line)
         if resumed:
             self._say(f"resumed from {resumed}")
+        if source:
+            self._say(start_from.line(source, config))
         for said in (changed_keys, longer_sequences):
             line = said(config, before, self.progress.step)
             if line:
                 self._say(line)
         if changes:
             self._say(f"another {' and other '.join(changes)} than before, as data.allow_change=true allows")
+
+    def _restored(self, resumed: Path | None, source: Path | None) -> Progress:
+        if resumed:
+            return checkpoint.restore(resumed, self.config, self.trained)
+        return checkpoint.take_weights(source, self.trained) if source else Progress()
 
     def _open_log(self) -> RunLog | None:
         """The first process's; what keeps it from opening one ends every process, not the others by waiting for it."""
