@@ -73,7 +73,8 @@ class MemoryConfig:
     # 2,048 tokens cheap (TNT's global memory).
     read: str = "token"
     # Local memories beside this one, "chunk/shard" in tokens each, as ["8/2048", "16/2048"] (TNT, arXiv 2511.07343).
-    # They write the same keys and values from learned starts of their own, and the layer reads the sum of all.
+    # They write the same keys and values from learned starts of their own, and the layer reads the sum of all. Their
+    # steps start by their own chunks. A third number is the chunk that one was trained at, whose step it keeps.
     locals: tuple[str, ...] = ()
     projection: bool = False  # local memories are read with queries moved into the span of their shard's keys
     omega_gates: str = "pair"  # gamma: pair (one a reader and source) | source | none (1)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autocast import at_least_float32
-from .layer_start import gate_count, gate_starts, gates_of, initial_weights, own_residual
+from .layer_start import eta_start, gate_count, gate_starts, gates_of, initial_weights, own_residual
 from .op import omega_memory, read_memory
 from .projection import project
 from .rule import Gates, MemoryRule, MemoryState, initial_state
@@ -29,34 +29,43 @@ Lift = Callable[..., Tensor]
 
 
 class Local:
-    """The section of one local memory: the layer's, but for its chunk, its shard and its period of writes."""
+    """The section of one local memory: the layer's, but for its chunk, its shard, its period of writes and its step.
+
+    trained: the chunk whose step it takes, where it was trained at another than its own.
+    """
 
     read = "token"
     locals: tuple[str, ...] = ()
     projection = False
 
-    def __init__(self, section: Any, chunk: int, shard: int) -> None:
-        self.section, self.chunk, self.shard = section, chunk, shard
+    def __init__(self, section: Any, chunk: int, shard: int, trained: int = 0) -> None:
+        self.section, self.chunk, self.shard, self.trained = section, chunk, shard, trained or chunk
         # A memory that writes once a chunk does so at every length of it.
         self.ns_period = min(section.ns_period, chunk)
+        # Derived, whatever the layer's own memory has. An orthogonal write's step follows from the period.
+        other = self.trained != chunk and section.ns_steps == 0
+        self.eta_start = eta_start(Local(section, self.trained, shard)) if other else 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.section, name)
 
 
 def locals_of(section: Any) -> tuple[Local, ...]:
-    """The sections of a layer's local memories, from "chunk/shard" each. Raises ValueError for other words."""
+    """The sections of a layer's local memories, from "chunk/shard" or "chunk/shard/trained chunk" each.
+
+    Raises ValueError for other words.
+    """
     found = []
     for word in section.locals:
-        chunk, _, shard = word.partition("/")
-        if not (chunk.isdecimal() and shard.isdecimal() and int(chunk) > 0 and int(shard) > 0):
+        numbers = word.split("/")
+        if len(numbers) not in (2, 3) or not all(n.isdecimal() and int(n) > 0 for n in numbers):
             raise ValueError(f'locals holds {word!r}; write "chunk/shard" in tokens, for example "16/2048"')
-        found.append(Local(section, int(chunk), int(shard)))
+        found.append(Local(section, *map(int, numbers)))
     return tuple(found)
 
 
 def groups_of(section: Any) -> dict[tuple[int, int], list[int]]:
-    """The numbers of the local memories of each (chunk, shard)."""
+    """The numbers of the local memories of each (chunk, shard), which are heads of one call."""
     found: dict[tuple[int, int], list[int]] = {}
     for number, local in enumerate(locals_of(section)):
         found.setdefault((local.chunk, local.shard), []).append(number)
