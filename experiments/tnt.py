@@ -180,7 +180,8 @@ def table(results: record.Record, names: Sequence[str], seeds: Sequence[int]) ->
         seconds = median([cell["seconds_a_step"] for cell in cells]) if cells else None
         times = [time_to(cell, bits) for cell in cells] if bits is not None and name in TIMED else []
         reached = [t for t in times if t is not None]
-        by_seed = (("failed" if "wrong" in c else "") if b is None else f"{b:.3f}" for b, c in zip(found, own, strict=True))
+        said_of = ("failed" if "wrong" in cell else "" for cell in own)
+        by_seed = (word if b is None else f"{b:.3f}" for b, word in zip(found, said_of, strict=True))
         average = f"{mean(known):.3f}" if known else ""
         speed = "" if seconds is None else f"{seconds:.2f}"
         rows.append((name, *by_seed, average, *said, speed, f"{median(reached):,.0f}" if reached else ""))
