@@ -44,7 +44,7 @@ def delta_rule(state: MemoryState[int], inputs: Inputs) -> tuple[Tensor, MemoryS
 def delta_rule_packed(
     rule: MemoryRule, state: MemoryState, inputs: Inputs, start: tuple[Tensor, ...], positions: Tensor
 ) -> tuple[Tensor, MemoryState[Tensor]]:
-    """As `delta_rule`, at the `start` weights [H, V, D] wherever a document of `positions` [B, T], or a shard, begins."""
+    """As `delta_rule`, at the `start` weights [H, V, D] where a document of `positions` [B, T], or a shard, begins."""
     begins = (positions % rule.shard if rule.shard else positions) == 0
     y, weights = _pieces(inputs, state.weights[0], begins, start[0])
     return y, replace(state.at(positions[:, -1] + 1), weights=(weights,), anchor=(weights,))

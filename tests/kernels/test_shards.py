@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from atlas_kernels import MemoryRule, delta_rule, initial_state, omega_memory
+from atlas_kernels import MemoryRule, delta_rule, initial_state, omega_memory, op
 from tests.kernels.test_packing import positions_of, run
 from tests.support.problems import (
     TOLERANCE,
@@ -221,13 +221,13 @@ def test_bad_shards_are_named():
 
 def test_one_call_scans_all_whole_shards(monkeypatch):
     """They lie side by side in its batch, for none waits for another."""
-    from atlas_kernels import op
+    calls, scan = [], op.omega_memory_chunked
 
-    calls = []
-    scan = op.omega_memory_chunked
-    monkeypatch.setattr(
-        op, "omega_memory_chunked", lambda rule, s, own, **kept: calls.append(own.q.shape[:2]) or scan(rule, s, own, **kept)
-    )
+    def counted(rule, state, own, kernels):
+        calls.append(tuple(own.q.shape[:2]))
+        return scan(rule, state, own, kernels)
+
+    monkeypatch.setattr(op, "omega_memory_chunked", counted)
     p = problem(PLAIN, 4 * SHARD + 3, heads=2)
     omega_memory(p.q, p.k, p.v, p.gates, p.weights, PLAIN, impl="chunked")
-    assert [tuple(shape) for shape in calls] == [(2 * 4, SHARD), (2, 3)]
+    assert calls == [(2 * 4, SHARD), (2, 3)]
