@@ -112,7 +112,7 @@ def omega_memory_packed(
 ) -> tuple[Tensor, MemoryState[Tensor]]:
     """As `omega_memory_chunked`, at the `start` weights [H, rows, cols] where a document or a shard of it begins."""
     if rule.delta:
-        return delta_rule_packed(state, inputs, start, positions)
+        return delta_rule_packed(rule, state, inputs, start, positions)
     packing, before, window = pack(positions, rule.chunk, rule.shard), rule.window - 1, rule.window
     sources = [packing.placed_after(halo, t) for halo, t in ((state.keys, inputs.k), (state.values, inputs.v))]
     residual = inputs.residual
