@@ -21,7 +21,7 @@ LONGEST_MINUTES = 365 * 24 * 60
 # Lifted features a head: a memory's matrices grow with them.
 WIDEST = 4096
 
-# What numpy's generators take, with room for pipeline ranks.
+# What numpy's generators take, with room for Megatron's streams behind it.
 LARGEST_SEED = 2**32 - 2**20 - 1
 # Keys, what holds of their values, and how it is said. Written so that NaN holds nowhere.
 RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
