@@ -124,7 +124,7 @@ class Layer:
 
     def by_token(self) -> Tensor:
         """Eq 7, every memory of it written out: each is Eq 5 or 6 with the member's own window and write."""
-        own, (q, k, v) = self.section, self.tokens()
+        own, (q, k, _) = self.section, self.tokens()
         logits = self.leaves["logits"].unflatten(-1, (HEADS, 1 + len(own.locals), -1))
         y = _alone(self, own, self.matrices("weights"), self._gates(own, logits[..., 0, :], "bias", "view"), q)
         for i, local in enumerate(locals_of(own)):
@@ -294,7 +294,7 @@ def test_what_they_begin_with():
         assert starts[i].tolist() == pytest.approx(gate_starts(alike, shard))
 
 
-@pytest.mark.parametrize("word", ["16", "16/", "/2048", "16/2048/3", "-4/8", "0/8", "4/0", "a/b", "", "4 / 8", "²/8"])
+@pytest.mark.parametrize("word", ["16", "16/", "/2048", "16/2048/3/4", "-4/8", "0/8", "4/0", "a/b", "", "4 / 8", "²/8"])
 def test_other_words_are_refused(word):
     with pytest.raises(ValueError, match=r'locals holds .*write "chunk/shard" in tokens, for example "16/2048"'):
         locals_of(section("atlas", locals=("4/8", word)))
