@@ -7,6 +7,7 @@ G gates of a head.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -170,23 +171,22 @@ class AtlasMixer(MemoryCosts, Mixer):
         return LocalMemories(self.memory, self._local_parameters(), self._lifted, self.config.params_dtype)
 
     def _first_token(self, held: State | None, tokens: Tensor) -> int:
-        """The position of this rank's first token. Raises ValueError where a shard of a memory begins on another rank.
+        """The position of this rank's first token. Raises ValueError, on every rank, where one cuts a shard.
 
         held: the memory before the whole sequence; tokens [B, t, ...]: this rank's. Packed documents have positions of
         their own, and are refused with context parallelism: 0.
         """
-        known = held.position if held is not None else 0
+        known, chain, own = held.position if held is not None else 0, self.shards.tokens, tokens.shape[1]
         if not isinstance(known, int):
             return 0
-        first = known + self.shards.tokens.rank * tokens.shape[1]
         shards = [shard for _, shard in groups_of(self.memory)] + ([self.rule.shard] if self.rule.shard else [])
-        for shard in shards if self.shards.tokens.rank else []:
-            if first % shard:
+        for rank, shard in product(range(1, chain.size), shards):
+            if (known + rank * own) % shard:
                 raise ValueError(
-                    f"context-parallel rank {self.shards.tokens.rank} begins with token {first}, inside a shard of "
-                    f"{shard} tokens of a memory (memory.shard, memory.locals); give whole shards to each rank"
+                    f"context-parallel rank {rank} begins with token {known + rank * own}, inside a shard of {shard} "
+                    "tokens of a memory (memory.shard, memory.locals); give whole shards to each rank"
                 )
-        return first
+        return known + chain.rank * own
 
     def _scanned(
         self, tokens: tuple[Tensor, ...], held: State | None, positions: Tensor | None, *, sliced: bool
