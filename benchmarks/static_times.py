@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,15 @@ TABLE = ROOT / "kernels" / "estimates.json"
 # Of an H200: multiprocessors, cycles a second, bfloat16 FLOPs a second of its tensor cores, bytes a second of a copy.
 MULTIPROCESSORS, CLOCK, TENSOR, COPY = 132, 1.75e9, 989e12, 4.0e12
 SCHEDULERS = 4  # of a multiprocessor
+# One long sequence: members of `benchmarks.gpu` with these keys changed. Chunks of a memory that never begins anew
+# wait for each other, shards do not.
+LONG = 32768  # tokens
+SHARDS: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{member} {of}": (member, {"chunk": chunk, "shard": shard} | ({"ns_period": chunk} if member == "once" else {}))
+    for member in ("omeganet", "once")
+    for chunk in (16, 64)
+    for of, shard in ((f"chunk {chunk}", 0), (f"local {chunk}/2048", 2048))
+}
 OPERATOR, LAUNCH = 6e-6, 20e-6  # seconds of the host for an operator of torch's and for a launch of Triton's, about
 SHORTEST = 2.2e-6  # seconds of the GPU for any operator
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
@@ -188,6 +197,9 @@ def ops() -> dict[str, Callable[[], object]]:
         found[f"{name}, B={batch} T={tokens}"] = member_op(name, "triton", DEVICE, tokens)
     once, given = MEMBERS["once"][0], {"products": torch.bfloat16, "device": DEVICE, "impl": "triton"}
     found["once, B=1 T=32768"] = contender(once, batch=1, tokens=32768, **given)  # type: ignore[arg-type]
+    for name, (member, keys) in SHARDS.items():
+        own, label = replace(MEMBERS[member][0], **keys), f"shards: {name}, B=1 T={LONG}"
+        found[label] = contender(own, batch=1, tokens=LONG, **given)  # type: ignore[arg-type]
     for name, (m, n) in SIZES.items():
         S = torch.empty(newton_schulz.COUNT, m, n, device=DEVICE, dtype=torch.bfloat16)
         found[f"Newton-Schulz {name}"] = partial(newton_schulz.forward, S)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from atlas_kernels import MemoryRule
 from atlas_kernels.features import FEATURE_MAPS, lifted_width
+from atlas_kernels.local_memories import locals_of
 from atlas_megatron.config import LAYERS, Config, uses
 from atlas_megatron.config.context_levels import context_levels
 from atlas_megatron.config.layers import CUT, split_sections
@@ -19,7 +21,7 @@ LONGEST_MINUTES = 365 * 24 * 60
 # Lifted features a head: a memory's matrices grow with them.
 WIDEST = 4096
 
-# What numpy's generators take, with room for pipeline ranks.
+# What numpy's generators take, with room for Megatron's streams behind it.
 LARGEST_SEED = 2**32 - 2**20 - 1
 # Keys, what holds of their values, and how it is said. Written so that NaN holds nowhere.
 RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
@@ -259,6 +261,7 @@ def _check_memory(config: Config) -> None:
             f"model.seq_length={length} is not a multiple of memory.chunk={memory.chunk}; "
             f"nearest: {max(1, round(length / memory.chunk)) * memory.chunk}"
         )
+    _check_shards(config)
     if config.train.gradient_reach % memory.chunk:
         nearest = max(1, round(config.train.gradient_reach / memory.chunk)) * memory.chunk
         raise ValueError(
@@ -307,6 +310,46 @@ def _check_memory(config: Config) -> None:
             f"{width} features: {4 * rows * width * memory.heads / 2**20:,.0f} MiB of weights a matrix and sequence, "
             f"more than {WIDEST} features are not taken; use a smaller head_dim or degree, feature_map='sketch', or "
             "'hadamard', which keeps the dimension"
+        )
+
+
+def _check_shards(config: Config) -> None:
+    """Raise ValueError where a memory that begins anew, or local ones, do not fit the sequence or its cuts."""
+    memory, length, context = config.memory, config.model.seq_length, config.parallel.context
+    if memory.projection and not memory.locals:
+        raise ValueError(
+            "memory.projection=true without local memories, whose queries it moves; set memory.projection=false, or "
+            'memory.locals=["16/2048"]'
+        )
+    shards = {"memory.shard": memory.shard} if memory.shard else {}
+    for number, local in enumerate(locals_of(memory)):
+        try:
+            MemoryRule.of(local)
+        except ValueError as error:
+            raise ValueError(f"memory.locals[{number}]={memory.locals[number]!r}: {error}") from error
+        shards[f"memory.locals[{number}]"] = local.shard
+    for name, shard in shards.items():
+        if length % shard:
+            raise ValueError(
+                f"model.seq_length={length} ends inside a shard of {shard} tokens ({name}); nearest: "
+                f"{max(1, round(length / shard)) * shard}"
+            )
+        if context > 1 and length // context % shard:
+            raise ValueError(
+                f"parallel.context={context} cuts a shard of {shard} tokens ({name}): each rank has model.seq_length="
+                f"{length} / {context} = {length // context}; shorten the shard, or take fewer ranks"
+            )
+    if not shards:
+        return
+    if config.data.packed and context > 1:
+        raise ValueError(
+            f"data.packed=true with parallel.context={context} and {', '.join(shards)}: a document's shards do not end "
+            "where ranks' tokens do; set data.packed=false, or parallel.context=1"
+        )
+    if segmented := _segmented(config.model.pattern):
+        raise ValueError(
+            f"{', '.join(shards)} with {segmented} layers, which read the memory of the segment before; use M or A "
+            "layers, or leave the shards out"
         )
 
 

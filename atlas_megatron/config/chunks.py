@@ -9,15 +9,21 @@ No parameter's shape hangs on the chunk, so any weights can be read with any. Wh
                   takes one token's eta for the whole period. Where there are m / m' times as many writes, eta_start is
                   m' / m of the trained one.
 
+Of a layer with local memories it is their chunks that change, as in TNT's second stage. Each word of memory.locals then
+keeps the chunk that its step was trained at.
+
 What is left is what the chunk means: from which weights gradients are taken, and after how many tokens they are new.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
+from atlas_kernels import MemoryRule
 from atlas_kernels.layer_start import eta_start
+from atlas_kernels.local_memories import locals_of
 from atlas_megatron.config.differences import model_differences
 from atlas_megatron.config.layers import uses
 from atlas_megatron.config.sections import Config, MemoryConfig
@@ -26,12 +32,15 @@ from atlas_megatron.config.sections import Config, MemoryConfig
 def at_chunk(memory: MemoryConfig, chunk: int) -> MemoryConfig:
     """The section that reads a memory, trained as `memory` says, with gradients anchored every `chunk` tokens.
 
-    Raises ValueError for a chunk below one token, and for a memory that has only one chunk.
+    With local memories: every one of them at that chunk, the layer's own as it is. Raises ValueError for a chunk below
+    one token, and for a memory that has only one chunk.
     """
-    if chunk == memory.chunk:
-        return memory
     if chunk < 1:
         raise ValueError(f"memory.chunk={chunk} must be at least 1 token")
+    if memory.locals:
+        return with_locals(memory, [chunk] * len(memory.locals))
+    if chunk == memory.chunk:
+        return memory
     if memory.kernel != "lifted":
         raise ValueError(
             f"memory.kernel={memory.kernel!r} keeps its sources and no matrices, and is read at its own chunk alone: "
@@ -49,19 +58,43 @@ def at_chunk(memory: MemoryConfig, chunk: int) -> MemoryConfig:
     return replace(memory, chunk=chunk, ns_period=period, eta_start=step)
 
 
+def chunk_of(memory: MemoryConfig) -> int:
+    """The chunk that `at_chunk` changes: the memory's, or the smallest of its local ones."""
+    return min((local.chunk for local in locals_of(memory)), default=memory.chunk)
+
+
+def with_locals(memory: MemoryConfig, chunks: Sequence[int]) -> MemoryConfig:
+    """The section whose local memories, trained as `memory` says, have these chunks. Raises ValueError as the rule."""
+    found = []
+    for local, chunk in zip(locals_of(memory), chunks, strict=True):
+        trained = f"/{local.trained}" if chunk != local.trained else ""
+        found.append(f"{chunk}/{local.shard}{trained}")
+    changed = replace(memory, locals=tuple(found))
+    for local in locals_of(changed):
+        MemoryRule.of(local)
+    return changed
+
+
 def continued(config: Config, before: Config) -> Config:
     """`config` for a run that begins with the weights of one of `before`: its memory steps as the weights were trained.
 
-    memory.chunk may be another; memory.eta_start=0 takes the trained one. Raises ValueError naming every other key in
-    which the two are different models.
+    memory.chunk, or the chunks of local memories, may be others; memory.eta_start=0 takes the trained one. Raises
+    ValueError naming every other key in which the two are different models.
     """
     if not uses(config.model.pattern, "memory"):
         _refuse(model_differences(config, before), "")
         return config
-    trained = at_chunk(before.memory, config.memory.chunk)
-    if config.memory.eta_start == 0:
+    if before.memory.locals:
+        ours, theirs = locals_of(config.memory), locals_of(before.memory)
+        trained = before.memory
+        if [local.shard for local in ours] == [local.shard for local in theirs]:
+            trained = with_locals(trained, [local.chunk for local in ours])
+            config = replace(config, memory=replace(config.memory, locals=trained.locals))
+    else:
+        trained = at_chunk(before.memory, config.memory.chunk)
+    if config.memory.eta_start == 0 and not before.memory.locals:
         config = replace(config, memory=replace(config.memory, eta_start=trained.eta_start))
-    at = "" if trained == before.memory else f", at memory.chunk={trained.chunk}"
+    at = "" if trained.chunk == before.memory.chunk else f", at memory.chunk={trained.chunk}"
     _refuse(model_differences(config, replace(before, memory=trained)), at)
     return config
 
@@ -78,6 +111,8 @@ def _refuse(found: list[str], at: str) -> None:
 
 def said(before: MemoryConfig, after: MemoryConfig) -> str:
     """What another chunk changes, in words; empty where it is the same."""
+    if before.locals != after.locals:
+        return f"memory.locals={', '.join(after.locals)} (was {', '.join(before.locals)})"
     if before.chunk == after.chunk:
         return ""
     period = f", ns_period={after.ns_period} (was {before.ns_period})" if after.ns_period != before.ns_period else ""

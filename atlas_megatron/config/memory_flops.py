@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from atlas_kernels.layer_start import weight_shapes
+import math
+
+from atlas_kernels import MemoryRule
+from atlas_kernels.layer_start import MemorySection, weight_shapes
+from atlas_kernels.local_memories import groups_of
 from atlas_kernels.newton_schulz import GRAM_STEPS
-from atlas_megatron.config import MemoryConfig
+from atlas_kernels.projection import BLOCK
 
 
-def memory_flops(memory: MemoryConfig, tokens: int) -> float:
+def memory_flops(memory: MemorySection, tokens: int) -> float:
     """Matrix-product FLOPs of one memory layer's inner loop over whole chunks of `tokens` tokens, forward.
 
     A chunk of C tokens has I = C + window - 1 sources, its own and its halo's; one head, matrices m x n:
@@ -18,30 +22,44 @@ def memory_flops(memory: MemoryConfig, tokens: int) -> float:
     weights and the next momentum, 2 I m n each.
     ns_steps > 0, at K = C / ns_period writes: coefficients K x C x I; the momentum at each write, 2 I m n;
     Newton-Schulz; the read of the writes by the tokens from the first one on, 2 m n a pair, and their sum.
+    read = "chunk": the tokens read the start weights alone, and only the coefficients of what leaves are made.
     The delta rule and the exponential kernels have forms of their own.
     """
-    rule = memory.rule()
+    rule = MemoryRule.of(memory)
     if rule.delta:
         return _delta_flops(memory, tokens)
     if rule.dual:
         return _dual_flops(memory, tokens)
     chunk, sources = memory.chunk, memory.chunk + memory.window - 1
     momenta, writes = int(memory.momentum), chunk // memory.ns_period
+    stale = memory.read == "chunk"
     readers = chunk - memory.ns_period + 1
-    flops = 2.0 * (writes if memory.ns_steps else (1 + momenta) * chunk) * chunk * sources
+    rows = writes if memory.ns_steps else 1 + momenta
+    if stale:
+        flops = 2.0 * (1 + rows) * chunk * (math.isqrt(chunk) + memory.window)
+    else:
+        flops = 2.0 * (rows if memory.ns_steps else rows * chunk) * chunk * sources
     for j, (m, n) in enumerate(weight_shapes(memory)):
         flops += 2 * sources * m * n * _factor_passes(memory, j) + 2 * chunk * m * n
         if memory.ns_steps == 0:
-            flops += 2 * momenta * chunk * m * n + 2 * chunk * sources * (m + n) + 2 * (1 + momenta) * sources * m * n
+            flops += 2 * (1 + momenta) * sources * m * n
+            flops += 0 if stale else 2 * momenta * chunk * m * n + 2 * chunk * sources * (m + n)
         else:
             flops += writes * (2 * sources * m * n + newton_schulz_flops(m, n, memory.ns_steps) + 2 * m * n)
-            flops += 2 * writes * readers * (m * n + m)
+            flops += 0 if stale else 2 * writes * readers * (m * n + m)
     return flops * memory.heads * tokens / chunk
 
 
-def anchor_flops(memory: MemoryConfig, tokens: int) -> float:
+def projection_flops(memory: MemorySection) -> float:
+    """Of one token: its query moved into the span of the keys, once for each shard and chunk of local memories."""
+    if not memory.projection:
+        return 0.0
+    return 4.0 * memory.heads * memory.head_dim * (BLOCK + memory.head_dim) * len(groups_of(memory))
+
+
+def anchor_flops(memory: MemorySection, tokens: int) -> float:
     """The part of `memory_flops` that meets the weights at which gradients are taken: the factors."""
-    rule = memory.rule()
+    rule = MemoryRule.of(memory)
     if rule.delta:
         return 0.0
     flops, cached = 0.0, 0
@@ -54,7 +72,7 @@ def anchor_flops(memory: MemoryConfig, tokens: int) -> float:
     return flops * memory.heads
 
 
-def _factor_passes(memory: MemoryConfig, j: int) -> int:
+def _factor_passes(memory: MemorySection, j: int) -> int:
     """How often matrix j meets every source for the gradients' factors: x W2^T (x W3^T), h W1^T, e W1; linear: x W^T.
 
     The dot loss needs no output of the memory, but where it passes through the output norm.
@@ -65,7 +83,7 @@ def _factor_passes(memory: MemoryConfig, j: int) -> int:
     return 1 + int(output) if j == 0 else 1
 
 
-def _dual_flops(memory: MemoryConfig, tokens: int) -> float:
+def _dual_flops(memory: MemorySection, tokens: int) -> float:
     """As `memory_flops`; a layer on the lifted input reads the P cached sources besides, 2 P (m + n) for each source
     and token, and is not summed into a matrix. Halos are as long as there are tokens before, P grows by I a chunk."""
     chunk, cached, flops = memory.chunk, 0, 0.0
@@ -83,7 +101,7 @@ def _dual_flops(memory: MemoryConfig, tokens: int) -> float:
     return flops * memory.heads
 
 
-def lift_flops(memory: MemoryConfig) -> float:
+def lift_flops(memory: MemorySection) -> float:
     """Products of the feature map for one token's query and key: a sketch's, one for each factor of each degree."""
     if memory.feature_map != "sketch":
         return 0.0
@@ -91,7 +109,7 @@ def lift_flops(memory: MemoryConfig) -> float:
     return 2 * 2.0 * memory.heads * memory.head_dim * memory.sketch_width * factors
 
 
-def _delta_flops(memory: MemoryConfig, tokens: int) -> float:
+def _delta_flops(memory: MemorySection, tokens: int) -> float:
     """Blocks of 64 tokens: keys and queries with keys, the triangular system, four products with the state."""
     ((value, key),) = weight_shapes(memory)
     block = min(64, tokens)

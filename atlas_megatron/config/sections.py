@@ -66,6 +66,17 @@ class MemoryConfig:
     sketch_width: int = 0  # features of each degree from 2 on of feature_map = "sketch"
     window: int = 16  # c of the Omega rule, tokens
     chunk: int = 64  # b, tokens that share one gradient anchor
+    # Tokens after which the memory is at its start weights again, in whole chunks; 0: never. Shards do not wait for
+    # each other.
+    shard: int = 0
+    # token: a token reads after its own write. chunk: it reads the weights of its chunk's start, which makes a chunk of
+    # 2,048 tokens cheap (TNT's global memory).
+    read: str = "token"
+    # Local memories beside this one, "chunk/shard" in tokens each, as ["8/2048", "16/2048"] (TNT, arXiv 2511.07343).
+    # They write the same keys and values from learned starts of their own, and the layer reads the sum of all. Their
+    # steps start by their own chunks. A third number is the chunk that one was trained at, whose step it keeps.
+    locals: tuple[str, ...] = ()
+    projection: bool = False  # local memories are read with queries moved into the span of their shard's keys
     omega_gates: str = "pair"  # gamma: pair (one a reader and source) | source | none (1)
     momentum: bool = True
     step_in_momentum: bool = False  # Titans: eta scales the gradient that enters the momentum, not the write

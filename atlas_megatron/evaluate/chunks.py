@@ -2,7 +2,8 @@
 
 A deep memory takes its gradients at weights that are up to a chunk old, and has learned to live with weights of that
 age. TNT's Figure 2 (arXiv 2511.07343) shows such a memory to work only near the chunk that it was trained with. All
-chunks read the same sequences, each as long as the model's training had them.
+chunks read the same sequences, each as long as the model's training had them. Of a layer with local memories it is
+their chunk that changes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from atlas_kernels.local_memories import locals_of
 from atlas_megatron.config import Config, at_chunk, uses
+from atlas_megatron.config.chunks import chunk_of
 from atlas_megatron.data.batches import text_of, validation_sequences
 from atlas_megatron.evaluate.perplexity import Text, losses_of
 from atlas_megatron.evaluate.reading import SEGMENT, PeakMemory, watched
@@ -44,14 +47,15 @@ def chosen(config: Config, asked: Sequence[int]) -> tuple[int, ...]:
     """
     if not uses(config.model.pattern, "memory"):
         raise ValueError(f"chunks: model.pattern={config.model.pattern!r} has no memory, which alone has a chunk")
-    length, trained = config.model.seq_length, config.memory.chunk
+    length, trained = config.model.seq_length, chunk_of(config.memory)
+    shards = [local.shard for local in locals_of(config.memory)]
     for chunk in asked:
         if chunk > length:
             raise ValueError(
                 f"--chunks {chunk} is longer than the model's sequences of {length} tokens (model.seq_length); give "
                 "chunks up to that"
             )
-    powers = [2**n for n in range(LARGEST.bit_length()) if 2**n <= min(LARGEST, length)]
+    powers = [2**n for n in range(LARGEST.bit_length()) if 2**n <= min(LARGEST, length, *shards)]
     found = tuple(sorted(set(asked or [*powers, trained])))
     for chunk in found:
         at_chunk(config.memory, chunk)
@@ -82,7 +86,7 @@ def measured(reader: Reader, rows: np.ndarray, segment: int = SEGMENT) -> Cell:
 
     mean_loss: of each sequence, nats per token; tokens, bytes: of all of them.
     """
-    chunk, length = reader.config.memory.chunk, rows.shape[1] - 1
+    chunk, length = chunk_of(reader.config.memory), rows.shape[1] - 1
     reader.forget()
     started, found = time.perf_counter(), []
     for piece in watched(f"chunk {chunk}", _pieces(rows, segment), length, len(rows), PeakMemory(reader.device)):

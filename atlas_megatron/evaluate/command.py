@@ -321,10 +321,11 @@ def _perplexity(reader: Reader, asked: Asked) -> Table:
 
 
 def _chunks(reader: Reader, asked: Asked) -> Table:
+    from atlas_megatron.config.chunks import chunk_of
     from atlas_megatron.evaluate import chunks, perplexity, pictures
 
     config = reader.config
-    trained, length = config.memory.chunk, config.model.seq_length
+    trained, length = chunk_of(config.memory), config.model.seq_length
     wanted = chunks.chosen(config, asked.chunks)
     if asked.text or not config.data.validation:
         read = chunks.of_text(_text(reader, asked, asked.samples * (length + 1)), length, asked.samples)

@@ -47,6 +47,8 @@ import .kernels_atlas
 import .layer_norm
 import .layer_start
 import .layout
+import .leaving
+import .local_memories
 import .memories
 import .memory_atlas
 import .mixer_atlas
@@ -59,11 +61,13 @@ import .op
 import .packing
 import .place_atlas
 import .products
+import .projection
 import .reads
 import .reference
 import .registry_atlas
 import .room
 import .rule
+import .shards
 import .short_conv
 import .write_gate
 import .writes
@@ -87,6 +91,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "step_in_momentum": False,
         "retention": True,
         "write_gate": False,
+        "locals": (),
+        "projection": False,
         "conv_size": 4,
         "late_keys": True,
         "open_gate": True,
@@ -300,13 +306,18 @@ def differences(ours: dict[str, dict[str, Any]], theirs: dict[str, dict[str, Any
         keys = dict.fromkeys((*ours[section], *theirs.get(section, {})))
         for key in (key for key in keys if key not in RUN):
             mine, other = ours[section].get(key), theirs.get(section, {}).get(key)
-            if mine != other:
+            if _as_json(mine) != _as_json(other):
                 found.append(f"{section}.{key}: {mine!r}, not {other!r}")
     return found
 
 
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _complete(section: str, given: dict[str, Any] | None) -> dict[str, Any]:
     given = {RENAMED.get((section, key), key): value for key, value in (given or {}).items()}
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}  # as JSON has it
     unknown = sorted(set(given) - set(SECTIONS[section]))
     if unknown:
         raise ValueError(

@@ -12,6 +12,9 @@ try:
     from atlas_kernels import (
         DualState,
         Gates,
+        LocalMemories,
+        LocalParameters,
+        LocalState,
         MemoryRule,
         MemoryState,
         State,
@@ -23,6 +26,7 @@ try:
         gated_norm,
         late_keys,
         layer_start,
+        local_memories,
         omega_memory,
         read_memory,
         short_convolution,
@@ -31,10 +35,11 @@ try:
     from atlas_kernels.gated_norm import head_norm, memory_as_gate, open_gate
     from atlas_kernels.short_conv import initial_taps
 except ImportError:
-    from . import attention, cells, gated_delta, layer_start  # type: ignore[attr-defined, no-redef]
+    from . import attention, cells, gated_delta, layer_start, local_memories  # type: ignore[attr-defined, no-redef]
     from .autocast import at_least_float32, unrounded  # type: ignore[no-redef]
     from .dual import DualState  # type: ignore[no-redef]
     from .gated_norm import gated_norm, head_norm, memory_as_gate, open_gate  # type: ignore[no-redef]
+    from .local_memories import LocalMemories, LocalParameters, LocalState  # type: ignore[no-redef]
     from .op import State, omega_memory, read_memory  # type: ignore[no-redef]
 
     # transformers copies those siblings that a file names in this form; writes.py names this one in another.
@@ -61,11 +66,15 @@ def uncompiled(scan: Callable[Given, Found]) -> Callable[Given, Found]:
 
 omega_memory = uncompiled(omega_memory)
 read_memory = uncompiled(read_memory)
+read_locals = uncompiled(LocalMemories.__call__)
 gated_delta_rule = uncompiled(gated_delta.gated_delta_rule)
 
 __all__ = [
     "DualState",
     "Gates",
+    "LocalMemories",
+    "LocalParameters",
+    "LocalState",
     "MemoryRule",
     "MemoryState",
     "State",
@@ -80,9 +89,11 @@ __all__ = [
     "initial_taps",
     "late_keys",
     "layer_start",
+    "local_memories",
     "memory_as_gate",
     "omega_memory",
     "open_gate",
+    "read_locals",
     "read_memory",
     "short_convolution",
     "unrounded",

@@ -17,13 +17,18 @@ from .convolution_atlas import ShortConvolution, edge_starts
 from .kernels_atlas import (
     DualState,
     Gates,
+    LocalMemories,
+    LocalParameters,
+    LocalState,
     MemoryRule,
     MemoryState,
     State,
     at_least_float32,
     gated_norm,
     layer_start,
+    local_memories,
     omega_memory,
+    read_locals,
     read_memory,
     unrounded,
 )
@@ -35,21 +40,23 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class AtlasState:
-    """What a layer carries over a cut: the memory, and the inputs that its convolutions still need [B, 3HK, taps-1]."""
+    """What a layer carries over a cut: memories, and the inputs that its convolutions still need [B, 3HK, taps-1]."""
 
     memory: State
     tail: Tensor
+    locals: LocalState | None = None  # None: it has none
 
     def ended(self) -> AtlasState:
         """The same, whose memory no gradient goes back through."""
-        return AtlasState(self.memory.map(Tensor.detach), self.tail)
+        beside = None if self.locals is None else self.locals.map(Tensor.detach)
+        return AtlasState(self.memory.map(Tensor.detach), self.tail, beside)
 
 
 class AtlasMemory(Mixer):
     """Sequence mixer of an `M` layer. A row of `linear_qkvg` belongs to one head: its q, k, v and output gate."""
 
     section = "memory"
-    states = (AtlasState, MemoryState, DualState)
+    states = (AtlasState, LocalState, MemoryState, DualState)
 
     @classmethod
     def grows(cls, config: AtlasConfig) -> bool:
@@ -76,7 +83,8 @@ class AtlasMemory(Mixer):
         self.linear_qkvg = nn.Linear(hidden, 4 * width, bias=False)
         self.linear_out = nn.Linear(width, hidden, bias=False)
         self.gate_down = nn.Parameter(torch.empty(memory.gate_rank, hidden))
-        self.linear_gates = nn.Linear(memory.gate_rank, heads * gates, bias=False)
+        beside = len(memory.locals)
+        self.linear_gates = nn.Linear(memory.gate_rank, heads * (1 + beside) * gates, bias=False)
         self.gate_bias = nn.Parameter(torch.empty(heads, gates))
         self.convolution = ShortConvolution(heads, memory.head_dim, memory.conv_size)
         learned = layer_start.coefficient_count(memory)
@@ -86,6 +94,11 @@ class AtlasMemory(Mixer):
         self.write_view = nn.Parameter(torch.empty(heads, 2 * memory.head_dim)) if memory.write_gate else None
         matrices = [nn.Parameter(torch.empty(heads, *shape)) for shape in layer_start.weight_shapes(memory)]
         self.start_first, self.start_second, self.start_gate = (matrices + [None, None])[:3]  # type: ignore[list-item]
+        several = lambda *shape: nn.Parameter(torch.empty(heads, beside, *shape)) if beside else None  # noqa: E731
+        self.local_bias = several(gates)
+        self.local_view = several(2 * memory.head_dim) if memory.write_gate else None
+        starts = [several(*shape) for shape in layer_start.weight_shapes(memory)]
+        self.local_first, self.local_second, self.local_gate = (*starts, None, None)[:3]
 
     def start(self) -> dict[str, Tensor]:
         """What this module's own parameters begin with, where no checkpoint gives them."""
@@ -102,20 +115,30 @@ class AtlasMemory(Mixer):
             own["coefficients"] = learned.repeat(memory.heads, 1)
         names = ("start_first", "start_second", "start_gate")
         own |= zip(names, layer_start.initial_weights(memory), strict=False)
+        if memory.locals:
+            own["local_bias"] = local_memories.local_gate_starts(memory).repeat(memory.heads, 1, 1)
+            names = ("local_first", "local_second", "local_gate")
+            own |= zip(names, local_memories.local_weights(memory), strict=False)
+        if self.local_view is not None:
+            own["local_view"] = torch.zeros(self.local_view.shape)
         return own | edge_starts(memory, self.linear_qkvg, self.convolution)
 
     def forward(self, x: Tensor, state: AtlasState | None, place: TokenPositions) -> tuple[Tensor, AtlasState]:
         """[B, T, hidden] -> [B, T, hidden] and the state after."""
         projected = self.linear_qkvg(x).unflatten(-1, (-1, 4, self.memory.head_dim))
         qkv, branch = projected.split((3, 1), dim=-2)
-        held, tail = (state.memory, state.tail) if state else (None, None)
+        held, tail, beside = (state.memory, state.tail, state.locals) if state else (None, None, None)
         q, k, v, tail = self.convolution(qkv, tail, place.documents)
-        gates = self.gates(x, k, v)
+        gates, local_gates = self.gates(x, k, v)
         with unrounded(x):
             y, after = self.scanned(q, k, v, gates, held, place.documents, qkv.dtype)
+            if local_gates:
+                local = LocalMemories(self.memory, self.local_parameters(), self.lifted, qkv.dtype)
+                more, beside = read_locals(local, q, k, v, local_gates, beside, place.documents)
+                y = y + more
             branch = branch.squeeze(-2) if self.branch_bias is None else branch.squeeze(-2) + self.branch_bias
             y = gated_norm(y, branch, self.norm_gain, self.epsilon, self.memory.impl)
-        return self.linear_out(y.flatten(2)), AtlasState(after, tail)
+        return self.linear_out(y.flatten(2)), AtlasState(after, tail, beside)
 
     def scanned(
         self,
@@ -170,10 +193,17 @@ class AtlasMemory(Mixer):
         with unrounded(q):
             return read_memory(self.lifted(q), self.start_weights(), self.rule, held, residual)
 
-    def gates(self, x: Tensor, k: Tensor, v: Tensor) -> Gates:
-        """The gates of every token. k, v [B, T, H, K]: what a token would write."""
-        logits = self.linear_gates(F.linear(x, self.gate_down))
-        return layer_start.gates_of(self.memory, logits, self.gate_bias, k, v, self.write_view, self.write_budget)
+    def gates(self, x: Tensor, k: Tensor, v: Tensor) -> tuple[Gates, tuple[Gates, ...]]:
+        """The gates of the memory and of the local ones. k, v [B, T, H, K]: what a token would write."""
+        said = (self.linear_gates(F.linear(x, self.gate_down)), self.gate_bias, k, v, self.write_view)
+        if not self.memory.locals:
+            return layer_start.gates_of(self.memory, *said, self.write_budget), ()
+        return local_memories.gates_of_all(self.memory, *said, self.local_parameters(), self.write_budget)
+
+    def local_parameters(self) -> LocalParameters:
+        assert self.local_bias is not None
+        starts = (self.local_first, self.local_second, self.local_gate)
+        return LocalParameters(self.local_bias, self.local_view, tuple(s for s in starts if s is not None))
 
     def lifted(self, x: Tensor, *, key: bool = False) -> Tensor:
         """phi(x) of queries, or keys."""

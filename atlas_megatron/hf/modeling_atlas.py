@@ -45,6 +45,8 @@ import .kernels_atlas
 import .layer_norm
 import .layer_start
 import .layout
+import .leaving
+import .local_memories
 import .memories
 import .memory_atlas
 import .mixer_atlas
@@ -56,11 +58,13 @@ import .op
 import .packing
 import .place_atlas
 import .products
+import .projection
 import .reads
 import .reference
 import .registry_atlas
 import .room
 import .rule
+import .shards
 import .short_conv
 import .write_gate
 import .writes

@@ -42,7 +42,7 @@ OUTPUT = Name("output_layer.weight", "lm_head.weight", "[vocabulary, hidden]")
 MIXER_NORM = Name("norm.weight", "norm.weight", "[hidden]")
 MEMORY = (
     Name("linear_qkvg.weight", "linear_qkvg.weight", "[heads x (q, k, v, gate) x K, hidden]"),
-    Name("linear_gates.weight", "linear_gates.weight", "[heads x gates, rank]"),
+    Name("linear_gates.weight", "linear_gates.weight", "[heads x memories x gates, rank]"),
     Name("linear_out.weight", "linear_out.weight", "[hidden, heads x K]"),
     Name("gate_down", "gate_down", "[rank, hidden]"),
     Name("gate_bias", "gate_bias", "[heads, gates]"),
@@ -54,6 +54,11 @@ MEMORY = (
     Name("start_first", "start_first", "[heads, V, F]"),
     Name("start_second", "start_second", "[heads, F, D]"),
     Name("start_gate", "start_gate", "[heads, F, D]"),
+    Name("local_bias", "local_bias", "[heads, local memories, gates]"),
+    Name("local_view", "local_view", "[heads, local memories, (key, value) x K]"),
+    Name("local_first", "local_first", "[heads, local memories, V, F]"),
+    Name("local_second", "local_second", "[heads, local memories, F, D]"),
+    Name("local_gate", "local_gate", "[heads, local memories, F, D]"),
 )
 ATTENTION = (
     Name("linear_qkv.weight", "linear_qkv.weight", "[heads x (q, k, v) x K, hidden]"),

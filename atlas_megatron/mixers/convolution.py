@@ -37,7 +37,8 @@ def start_edges(section: MemoryConfig | DeltaConfig, projection: nn.Module, taps
     projection: to q, k, v and output gate by head; out: the output matrix, whose inputs are heads.
     """
     weight = projection.get_parameter("weight")
-    rows, filters = weight.unflatten(0, (len(taps), 4, -1)), taps.detach()
+    # Core's weights lie on the CPU until the model is built.
+    rows, filters = weight.unflatten(0, (len(taps), 4, -1)), taps.detach().to(weight.device)
     if section.late_keys:
         rows, filters = late_keys(rows, filters)
     if section.copy_start:

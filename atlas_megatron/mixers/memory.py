@@ -7,6 +7,7 @@ G gates of a head.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from atlas_kernels import (
     Gates,
+    LocalMemories,
+    LocalParameters,
+    LocalState,
     MemoryState,
     State,
     at_least_float32,
@@ -39,6 +43,7 @@ from atlas_kernels.layer_start import (
     own_residual,
     start_coefficients,
 )
+from atlas_kernels.local_memories import gates_of_all, groups_of, local_gate_starts, local_weights
 from atlas_kernels.short_conv import initial_taps
 from atlas_megatron.config import Config
 from atlas_megatron.mixers.base import Mixer
@@ -55,10 +60,11 @@ SPECTRUM_HEADS = 2  # of the first sequence: a singular value decomposition is s
 
 @dataclass(frozen=True)
 class AtlasState:
-    """What a layer carries over a cut: the memory, and the inputs that its convolutions still need [B, 3HK, taps-1]."""
+    """What a layer carries over a cut: memories, and the inputs that its convolutions still need [B, 3HK, taps-1]."""
 
     memory: State | None  # None: at its start weights, where an ablated layer leaves it
     tail: Tensor
+    locals: LocalState | None = None  # None: it has none, or they stand at their start weights
 
 
 class AtlasMixer(MemoryCosts, Mixer):
@@ -79,9 +85,8 @@ class AtlasMixer(MemoryCosts, Mixer):
         self.rule = memory.rule()
         width = memory.heads * memory.head_dim
         self.linear_qkvg = linears.column(hidden, 4 * width, self.config, self.tp_group)
-        self.linear_gates = linears.gates(
-            memory.gate_rank, memory.heads * gate_count(memory), self.config, self.tp_group
-        )
+        gates = memory.heads * (1 + len(memory.locals)) * gate_count(memory)
+        self.linear_gates = linears.gates(memory.gate_rank, gates, self.config, self.tp_group)
         self.linear_out = linears.row(width, hidden, self.config, self.tp_group)
         self._build_parameters(hidden, settings.model.seq_length)
         check_implementation(memory.impl, self.rule, self._start(ALL), self.config.params_dtype)
@@ -109,6 +114,17 @@ class AtlasMixer(MemoryCosts, Mixer):
         self.start_first = first
         self.start_second = over_input[0] if over_input else None
         self.start_gate = over_input[1] if len(over_input) > 1 else None
+        self._build_locals()
+
+    def _build_locals(self) -> None:
+        """Of every head the starts and gates of its local memories, [H, N, ...] each."""
+        memory, count = self.memory, len(self.memory.locals)
+        biases = self.by_head(local_gate_starts(memory).repeat(memory.heads, 1, 1)) if count else None
+        view = torch.zeros(memory.heads, count, 2 * memory.head_dim)
+        starts = [self.by_head(drawn) for drawn in local_weights(memory)]
+        self.local_bias = biases
+        self.local_view = self.by_head(view) if count and memory.write_gate else None
+        self.local_first, self.local_second, self.local_gate = (*starts, None, None, None)[:3]
 
     def mix(
         self, hidden_states: Tensor, state: AtlasState | None, positions: Tensor | None = None
@@ -119,21 +135,69 @@ class AtlasMixer(MemoryCosts, Mixer):
         q, k, v, tail = convolved(qkv, self.convolution, before, positions, self.shards.tokens, self.memory.impl)
         held = state.memory if state else None
         after: State | None
+        beside = state.locals if state else None
         if self.mode.ablate:
             y, after = self.read(q, state), held
         else:
-            tokens = (q, k, v, *vars(self._gates(hidden_states, k, v)).values())
+            gates, local_gates = self._gates(hidden_states, k, v)
+            tokens = (q, k, v, *vars(gates).values())
             sliced = not (self.mode.keep_state or self.mode.measure)
-            y, after = self.shards.scan(self, tokens, held, positions, sliced=sliced)
+            y, after = self._scanned(tokens, held, positions, sliced=sliced)
+            if local_gates:
+                first = self._first_token(held, q)
+                told = None if self.shards.tokens.rank else beside
+                more, beside = self._locals()(q, k, v, local_gates, told, positions, first)
+                y = y + more
 
         branch = branch.squeeze(-2) if self.branch_bias is None else branch.squeeze(-2) + self.branch_bias
         y = gated_norm(y, branch, self.norm_gain, self.config.layernorm_epsilon, self.memory.impl)
-        return self.linear_out(y.flatten(2).transpose(0, 1).contiguous())[0], AtlasState(after, tail)  # [T, B, D]
+        out = self.linear_out(y.flatten(2).transpose(0, 1).contiguous())[0]  # [T, B, D]
+        return out, AtlasState(after, tail, beside)
 
-    def _gates(self, hidden_states: Tensor, k: Tensor, v: Tensor) -> Gates:
-        """The gates of every token. k, v [B, T, H, K]: what a token would write."""
+    def _gates(self, hidden_states: Tensor, k: Tensor, v: Tensor) -> tuple[Gates, tuple[Gates, ...]]:
+        """The gates of the memory and of the local ones. k, v [B, T, H, K]: what a token would write."""
         logits = self.linear_gates(F.linear(hidden_states, self.gate_down))[0].transpose(0, 1)
-        return gates_of(self.memory, logits, self.gate_bias, k, v, self.write_view, self.write_budget)
+        said = (logits, self.gate_bias, k, v, self.write_view)
+        if not self.memory.locals:
+            return gates_of(self.memory, *said, self.write_budget), ()
+        return gates_of_all(self.memory, *said, self._local_parameters(), self.write_budget)
+
+    def _local_parameters(self) -> LocalParameters:
+        assert self.local_bias is not None
+        starts = (self.local_first, self.local_second, self.local_gate)
+        return LocalParameters(self.local_bias, self.local_view, tuple(s for s in starts if s is not None))
+
+    def _locals(self) -> LocalMemories:
+        return LocalMemories(self.memory, self._local_parameters(), self._lifted, self.config.params_dtype)
+
+    def _first_token(self, held: State | None, tokens: Tensor) -> int:
+        """The position of this rank's first token. Raises ValueError, on every rank, where one cuts a shard.
+
+        held: the memory before the whole sequence; tokens [B, t, ...]: this rank's. Packed documents have positions of
+        their own, and are refused with context parallelism: 0.
+        """
+        known, chain, own = held.position if held is not None else 0, self.shards.tokens, tokens.shape[1]
+        if not isinstance(known, int):
+            return 0
+        shards = [shard for _, shard in groups_of(self.memory)] + ([self.rule.shard] if self.rule.shard else [])
+        for rank, shard in product(range(1, chain.size), shards):
+            if (known + rank * own) % shard:
+                raise ValueError(
+                    f"context-parallel rank {rank} begins with token {known + rank * own}, inside a shard of {shard} "
+                    "tokens of a memory (memory.shard, memory.locals); give whole shards to each rank"
+                )
+        return known + chain.rank * own
+
+    def _scanned(
+        self, tokens: tuple[Tensor, ...], held: State | None, positions: Tensor | None, *, sliced: bool
+    ) -> tuple[Tensor, State | None]:
+        """The memory over all ranks; one that begins anew every shard: over this rank's shards, which wait for none."""
+        if not self.rule.shard or self.shards.tokens.size == 1:
+            return self.shards.scan(self, tokens, held, positions, sliced=sliced)
+        first = self._first_token(held, tokens[0])
+        if self.shards.tokens.rank:
+            held = self.empty_state(tokens, ALL, first)
+        return self.advance(tokens, ALL, held, positions)
 
     def advance(
         self, tokens: tuple[Tensor, ...], heads: slice, state: State | None, positions: Tensor | None
@@ -211,8 +275,10 @@ class AtlasMixer(MemoryCosts, Mixer):
         return AtlasState(None if empty.memory is None else self.from_message(empty.memory, tuple(rest)), tail)
 
     def final_state(self, after: AtlasState) -> AtlasState:
-        """The memory stays with the rank that has its heads; the convolutions' tail is of all heads."""
-        return AtlasState(self.shards.chain.from_last(after.memory), self.shards.tokens.from_last(after.tail))
+        """The memory stays with the rank that has its heads; the rest is of all heads, and so are shards."""
+        last = self.shards.tokens.from_last
+        memory = last(after.memory) if self.rule.shard else self.shards.chain.from_last(after.memory)
+        return AtlasState(memory, last(after.tail), last(after.locals))
 
     def _lifted(self, x: Tensor, heads: slice = ALL, *, key: bool = False) -> Tensor:
         """phi(x) of these heads' queries, or keys."""
@@ -226,7 +292,8 @@ class AtlasMixer(MemoryCosts, Mixer):
         """
         q = F.normalize(at_least_float32(q), dim=-1)
         held = state.memory if state and not self.mode.ablate else None
-        return read_memory(self._lifted(q), self._start(), self.rule, held, q if own_residual(self.memory) else None)
+        y = read_memory(self._lifted(q), self._start(), self.rule, held, q if own_residual(self.memory) else None)
+        return y + self._locals().at_start(q) if self.memory.locals else y
 
     def _start(self, heads: slice = ALL) -> tuple[Tensor, ...]:
         """The memory before the first token, [H, rows, cols] each."""

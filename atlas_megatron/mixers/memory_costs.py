@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from atlas_kernels.layer_start import coefficient_count, gate_count, lifted, weight_shapes
+from atlas_kernels.local_memories import groups_of, locals_of
 from atlas_megatron.config import Config
-from atlas_megatron.config.memory_flops import anchor_flops, lift_flops, memory_flops
+from atlas_megatron.config.memory_flops import anchor_flops, lift_flops, memory_flops, projection_flops
 from atlas_megatron.mixers.costs import FLOAT, Costs, Halo
 
 
@@ -16,16 +17,17 @@ class MemoryCosts(Costs):
     @classmethod
     def num_params(cls, settings: Config) -> int:
         memory, hidden = settings.memory, settings.model.hidden_size
-        width, heads, gates = memory.heads * memory.head_dim, memory.heads, gate_count(memory)
+        width, heads, all_of_them = memory.heads * memory.head_dim, memory.heads, 1 + len(memory.locals)
+        gates = all_of_them * gate_count(memory)
         return (
             5 * hidden * width  # q, k, v, output gate; output projection
             + 3 * width * memory.conv_size
             + memory.gate_rank * (hidden + heads * gates)
             + heads * gates  # gate biases
             + heads * coefficient_count(memory)
-            + (2 * width if memory.write_gate else 0)  # its view of key and value
+            + (2 * width * all_of_them if memory.write_gate else 0)  # their view of key and value
             + width * (2 if memory.open_gate else 1)  # norm after; the output gate's bias
-            + heads * _matrix_numbers(settings)
+            + heads * all_of_them * _matrix_numbers(settings)
         )
 
     @classmethod
@@ -35,18 +37,27 @@ class MemoryCosts(Costs):
 
     @classmethod
     def flops_per_token(cls, settings: Config) -> tuple[float, float]:
-        """q, k, v and output gate, output projection, both halves of the gates, the convolutions' taps, the memory."""
-        memory, model = settings.memory, settings.model
-        width = memory.heads * memory.head_dim
-        gates = memory.gate_rank * (model.hidden_size + memory.heads * gate_count(memory))
-        inner = memory_flops(memory, model.seq_length) / model.seq_length + lift_flops(memory)
+        """q, k, v, output gate, output projection, both halves of the gates, the convolutions' taps, the memories."""
+        memory, model, width = settings.memory, settings.model, settings.memory.heads * settings.memory.head_dim
+        own = gate_count(memory) * (1 + len(memory.locals))
+        gates = memory.gate_rank * (model.hidden_size + memory.heads * own)
+        inner = _own_flops(settings)
+        inner += sum(memory_flops(local, local.shard) / local.shard for local in locals_of(memory))
+        inner += projection_flops(memory) + lift_flops(memory) * len(groups_of(memory))
         return 2 * (5 * model.hidden_size * width + gates + 3 * width * memory.conv_size) + inner, inner
 
     @classmethod
+    def scan_flops(cls, settings: Config) -> float:
+        """Of the layer's memory, where it goes on over shards; local ones and shards wait for no other rank."""
+        return 0.0 if settings.memory.shard else _own_flops(settings)
+
+    @classmethod
     def constant_flops(cls, settings: Config) -> float:
-        """With memory.anchor_gradient = 0 the weights at which the memory takes its gradients are constants."""
-        memory = settings.memory
-        return 0.0 if memory.rule().anchor_gradient else anchor_flops(memory, settings.model.seq_length)
+        """With memory.anchor_gradient = 0 the weights at which the memories take their gradients are constants."""
+        memory, tokens = settings.memory, settings.model.seq_length
+        if memory.rule().anchor_gradient:
+            return 0.0
+        return anchor_flops(memory, tokens) + sum(anchor_flops(local, tokens) for local in locals_of(memory))
 
     @classmethod
     def linears(cls, settings: Config) -> tuple[int, int]:
@@ -60,15 +71,19 @@ class MemoryCosts(Costs):
 
     @classmethod
     def exchanged_numbers(cls, settings: Config) -> int:
-        """q, k, v and the answer; alpha, eta, theta and gamma, learned or not."""
+        """q, k, v and the answer; alpha, eta, theta and gamma, learned or not. Shards stay where they are."""
         memory = settings.memory
+        if memory.shard:
+            return 0
         gates = 3 + (memory.window if memory.omega_gates == "pair" else 1)
         return 4 * memory.head_dim + gates
 
     @classmethod
     def state_numbers(cls, settings: Config, position: int) -> int:
-        """Matrices, momenta and, inside a chunk, the anchor; the sources that a window still reaches."""
+        """Matrices, momenta and, inside a chunk, the anchor; the sources that a window still reaches. Of shards 0."""
         memory = settings.memory
+        if memory.shard:
+            return 0
         # The anchor goes along where a chunk is not at its end; of packed documents nobody knows.
         begun = settings.data.packed or position % memory.chunk > 0
         matrices = _matrix_numbers(settings) * (1 + memory.momentum + begun)
@@ -79,8 +94,11 @@ class MemoryCosts(Costs):
 
     @classmethod
     def state_size(cls, settings: Config) -> int:
+        """Of all memories the matrices and momenta, and the keys' span of each shard."""
         memory = settings.memory
-        return memory.heads * _matrix_numbers(settings) * (2 if memory.momentum else 1)
+        spans = len(groups_of(memory)) * memory.head_dim**2 if memory.projection else 0
+        matrices = _matrix_numbers(settings) * (2 if memory.momentum else 1) * (1 + len(memory.locals))
+        return memory.heads * (matrices + spans)
 
     @classmethod
     def growth(cls, settings: Config) -> float:
@@ -97,10 +115,10 @@ class MemoryCosts(Costs):
 
     @classmethod
     def activation_bytes(cls, settings: Config, size: int) -> float:
-        """q, k, v before and after the convolution, lifted in float32, gates and the read."""
+        """q, k, v before and after the convolution, lifted in float32, gates and the read; of local memories copies."""
         memory = settings.memory
-        width = memory.heads * memory.head_dim
-        wide = 5 * width + 2 * memory.heads * gate_count(memory)
+        width, beside = memory.heads * memory.head_dim, len(memory.locals)
+        wide = (5 + 6 * beside) * width + 2 * memory.heads * gate_count(memory) * (1 + beside)
         return (8 * width * size + wide * FLOAT) / settings.parallel.tensor
 
     @classmethod
@@ -108,7 +126,10 @@ class MemoryCosts(Costs):
         """Weights, momentum and anchor at about sqrt(N) of N chunks; exponential kernels: the factors of each write."""
         memory = settings.memory
         if memory.kernel == "lifted":
-            borders = math.isqrt(max(1, tokens // memory.chunk)) + 1
+            borders = 0.0
+            for chunk, shard in [(memory.chunk, memory.shard), *((own.chunk, own.shard) for own in locals_of(memory))]:
+                stretch = min(shard or tokens, tokens)
+                borders += tokens / stretch * (math.isqrt(max(1, stretch // chunk)) + 1)
             numbers = borders * 3.0 * _matrix_numbers(settings)
         else:
             numbers = tokens * (1 + (memory.window - 1) / memory.chunk) * _factor_numbers(settings)
@@ -119,10 +140,16 @@ class MemoryCosts(Costs):
         """Weights, momentum and anchor at every cut; exponential kernels: all that was read."""
         memory = settings.memory
         if memory.kernel == "lifted":
-            numbers = cuts * 3.0 * _matrix_numbers(settings)
+            numbers = cuts * 3.0 * _matrix_numbers(settings) * (1 + len(memory.locals))
         else:
             numbers = read * _factor_numbers(settings)
         return numbers * memory.heads * FLOAT
+
+
+def _own_flops(settings: Config) -> float:
+    """Of a token: the inner loop of the layer's memory, and the feature map."""
+    memory, tokens = settings.memory, settings.model.seq_length
+    return memory_flops(memory, tokens) / tokens + lift_flops(memory)
 
 
 def _matrix_numbers(settings: Config) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,13 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from atlas_megatron.config import Config, layers_of
 from atlas_megatron.mixers import costs_of
 from atlas_megatron.model.layer_specs import core_pattern, stack_spec
+from atlas_megatron.parallel import world
+from atlas_megatron.parallel.device import device
 
 
 def parameter_dtype(config: Config) -> torch.dtype:
@@ -55,8 +59,9 @@ def transformer_config(config: Config) -> TransformerConfig:
         overlap_p2p_comm=parallel.virtual > 1,
         batch_p2p_comm=parallel.virtual == 1,
         context_parallel_size=parallel.context,
-        # Drawn whole and cut, on a CPU: the start does not depend on the tensor-parallel size.
-        use_cpu_initialization=not on_gpu,
+        # Drawn whole on the CPU, and cut: the start does not depend on the tensor-parallel size, nor on the device.
+        use_cpu_initialization=True,
+        embedding_init_method=partial(_draw_embedding, config),
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
@@ -74,6 +79,11 @@ def transformer_config(config: Config) -> TransformerConfig:
     )
 
 
+def _draw_embedding(config: Config, weight: Tensor) -> Tensor:
+    with world.own_stream(config.run.seed, "embedding"):
+        return weight.normal_(std=config.model.init_std)
+
+
 def build_model(
     config: Config,
     *,
@@ -82,25 +92,27 @@ def build_model(
     pg_collection: ProcessGroupCollection | None = None,
     vp_stage: int | None = None,
 ) -> HybridModel:
-    """The model, or this rank's shard and pipeline stage of it.
+    """The model, or this rank's shard and pipeline stage of it, on this rank's device.
 
-    torch.distributed, parallel_state and the model-parallel seed must be set, torch's own seed be the same on
-    every tensor-parallel rank, and `config` validated. pre_process: with the embedding; post_process: with the
-    final norm and the output layer.
+    torch.distributed, parallel_state and the model-parallel seed must be set, and `config` validated. pre_process:
+    with the embedding; post_process: with the final norm and the output layer. Embedding, output layer and each layer
+    draw from streams of their own, by config.run.seed: every layout starts from the same weights, to the bit.
     """
-    return HybridModel(
-        config=transformer_config(config),
-        hybrid_stack_spec=stack_spec(config),
-        vocab_size=config.model.vocab_size,
-        max_sequence_length=config.model.seq_length,
-        hybrid_layer_pattern=core_pattern(config),
-        pre_process=pre_process,
-        post_process=post_process,
-        share_embeddings_and_output_weights=config.model.tied_embeddings,
-        position_embedding_type="none",
-        pg_collection=pg_collection,
-        vp_stage=vp_stage,
-    )
+    with world.own_stream(config.run.seed, "output layer"):
+        model = HybridModel(
+            config=transformer_config(config),
+            hybrid_stack_spec=stack_spec(config),
+            vocab_size=config.model.vocab_size,
+            max_sequence_length=config.model.seq_length,
+            hybrid_layer_pattern=core_pattern(config),
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=config.model.tied_embeddings,
+            position_embedding_type="none",
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+    return model.to(device())
 
 
 def build_chunks(config: Config) -> list[HybridModel]:

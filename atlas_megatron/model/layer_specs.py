@@ -21,6 +21,7 @@ from torch import Tensor
 from atlas_megatron.config import Config, layers_of
 from atlas_megatron.mixers import MIXERS
 from atlas_megatron.mixers.linears import MixerLinears
+from atlas_megatron.parallel.world import own_stream
 
 # Compute capability from which Transformer Engine has a recipe.
 FP8_RECIPES = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
@@ -54,6 +55,14 @@ class AtlasStack(HybridStack):
             self.final_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
 
+class Drawn:
+    """Builds a layer of core's with a random stream of its own, by `run.seed` and the layer's number in the model."""
+
+    def __new__(cls, kind: type, seed: int, layer_number: int, **slot: Any) -> Any:
+        with own_stream(seed, f"layer {layer_number}"):
+            return kind(layer_number=layer_number, **slot)
+
+
 class MixerAt:
     """Builds the mixer that `model.pattern` names at a layer's number: core's pattern knows one symbol for all."""
 
@@ -73,9 +82,11 @@ def stack_spec(config: Config) -> ModuleSpec:
     plain = LocalSpecProvider().column_parallel_linear()
     linears = MixerLinears(backend.column_parallel_linear(), backend.row_parallel_linear(), plain)
     mlp = MLPSubmodules(linear_fc1=linears.column_type, linear_fc2=linears.row_type)
+    seed = config.run.seed
     layers = HybridStackSubmodules(
         mamba_layer=ModuleSpec(
-            module=MambaLayer,
+            module=Drawn,
+            params={"kind": MambaLayer, "seed": seed},
             submodules=MambaLayerSubmodules(
                 norm=norm,
                 mixer=ModuleSpec(module=MixerAt, params={"settings": config}, submodules=linears),
@@ -83,7 +94,8 @@ def stack_spec(config: Config) -> ModuleSpec:
             ),
         ),
         mlp_layer=ModuleSpec(
-            module=MLPLayer,
+            module=Drawn,
+            params={"kind": MLPLayer, "seed": seed},
             submodules=TransformerLayerSubmodules(
                 pre_mlp_layernorm=norm,
                 mlp=partial(MLP.as_mlp_submodule, submodules=mlp),

@@ -100,13 +100,25 @@ def form_groups(config: Config) -> None:
 
 
 def seed(value: int) -> None:
-    """Seed Python, numpy, torch and Megatron's streams; replicas of one shard draw the same numbers."""
-    # Pipeline stages hold different layers and must not initialise them alike.
-    value += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    """Seed Python, numpy, torch and Megatron's streams; all processes draw the same numbers, but for Megatron's
+    streams of tensor-parallel shards."""
     random.seed(value)
     numpy.random.seed(value % 2**32)
     torch.manual_seed(value)
     tensor_parallel.model_parallel_cuda_manual_seed(value)
+
+
+@contextmanager
+def own_stream(seed: int, part: str) -> Iterator[None]:
+    """Within: torch draws on the CPU from a stream of this seed and part of the model; afterwards where it stood.
+
+    So a part starts from the same numbers on whichever rank it lies, and whatever is drawn before it there.
+    """
+    digest = hashlib.sha256(f"{seed} {part}".encode()).digest()
+    with torch.random.fork_rng(devices=()):
+        # torch.manual_seed would seed the GPUs too. The generator takes 32 bits of a seed.
+        torch.default_generator.manual_seed(int.from_bytes(digest[:4], "big"))
+        yield
 
 
 @contextmanager

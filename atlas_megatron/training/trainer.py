@@ -308,7 +308,6 @@ class Trainer:
 def _build(config: Config) -> TrainState:
     chunks: list[MegatronModule] = []
     for model in build_chunks(config):
-        model.to(device())
         core = get_model_config(model)
         chunk = wrap(Float16Module(core, model) if core.bf16 else model, core, first=not chunks)
         # Replicas start from replica 0's parameters, whatever each drew.

@@ -79,8 +79,8 @@ def _width(base: Path, words: Sequence[str], wanted: int) -> int:
     return max(8, round(8 + (wanted - one) / ((two - one) / 8)))
 
 
-def trained(base: Path, words: list[str], directory: Path, trial: str = "") -> record.Cell:
-    """Train one run, in a process of its own. Gives what it reached, or what went wrong."""
+def trained(base: Path, words: list[str], directory: Path, trial: str = "", keep: bool = False) -> record.Cell:
+    """Train one run, in a process of its own. Gives what it reached, or what went wrong. keep: its folder too."""
     if trial:
         trials.install(trial)
     status = record.train_quietly([str(base), *words, f"run.directory={directory}"], directory)
@@ -98,8 +98,8 @@ def trained(base: Path, words: list[str], directory: Path, trial: str = "") -> r
     if (directory / POSITION_LOSS).is_file():
         loss = json.loads((directory / POSITION_LOSS).read_text(encoding="utf-8"))["loss"]
         found["loss_by_position"] = [round(mean(loss[at : at + BIN]), 4) for at in range(0, len(loss), BIN)]
-    # The cell is the result; a run that is asked for again begins again.
-    shutil.rmtree(directory)
+    if not keep:  # the cell is the result; a run that is asked for again begins again
+        shutil.rmtree(directory)
     return found | {
         "bits_per_byte": last["validation_bits_per_byte"],
         "loss": last["validation_loss"],

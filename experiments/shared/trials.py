@@ -24,7 +24,14 @@ from atlas_kernels.layer_norm import layer_norm
 from atlas_kernels.memories import Factors, Matrices, Mlp, WeightView, memory_of, oriented
 from atlas_kernels.newton_schulz import direct_form, newton_schulz, schedule
 from atlas_kernels.rule import MemoryRule, MemoryState
-from atlas_kernels.writes import Leave, OrthogonalWrites, SourceReader, Writes, decay_matrix
+from atlas_kernels.writes import (
+    Leave,
+    OrthogonalWrites,
+    SourceReader,
+    Writes,
+    decay_matrix,
+    orthogonal_coefficients_of,
+)
 from atlas_megatron.mixers import memory as mixer
 from atlas_megatron.mixers.memory import AtlasMixer
 
@@ -42,7 +49,7 @@ class Trial(OrthogonalWrites):
     ) -> None:
         self.period = rule.ns_period
         eta, band = self.weighed(eta, band)
-        super().__init__(rule, alpha, eta, theta, band, writes)
+        super().__init__(rule, orthogonal_coefficients_of(rule, alpha, eta, theta, band, writes), writes)
         self.raw = self.provisional(alpha, eta, theta, band)
 
     def weighed(self, eta: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:

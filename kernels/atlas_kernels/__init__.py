@@ -4,6 +4,7 @@ from .autocast import at_least_float32, unrounded
 from .dual import DualState
 from .features import FEATURE_MAPS, initial_coefficients, lift, lifted_width
 from .gated_norm import SILU_IS_ONE, gated_norm
+from .local_memories import LocalMemories, LocalParameters, LocalState
 from .newton_schulz import newton_schulz
 from .op import State, check_implementation, omega_memory, read_memory
 from .rule import Gates, MemoryRule, MemoryState, initial_state
@@ -15,6 +16,9 @@ __all__ = [
     "SILU_IS_ONE",
     "DualState",
     "Gates",
+    "LocalMemories",
+    "LocalParameters",
+    "LocalState",
     "MemoryRule",
     "MemoryState",
     "State",

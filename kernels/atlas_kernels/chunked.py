@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .delta_rule import delta_rule, delta_rule_packed
 from .layout import Layout, Windows, gates_by_chunk, windows
+from .leaving import leaving_writes
 from .memories import Matrices, MatrixView, WeightView, memory_of, oriented
 from .mlp_once import mlp_once, once_coefficients, writes_once
 from .mlp_scan import mlp_scan
@@ -32,9 +33,9 @@ from .room import may_hold
 from .rule import Gates, Inputs, MemoryRule, MemoryState
 from .writes import (
     OrthogonalWriter,
-    OrthogonalWrites,
     Writes,
     coefficients_of,
+    orthogonal_writes,
     summed_steps,
     writes_of,
 )
@@ -80,7 +81,7 @@ class Kernels:
     segment: SegmentScan | None = None
     windows: Windows = windows
     anchor: Callable[[Matrices], WeightView] = MatrixView
-    orthogonal: OrthogonalWriter = OrthogonalWrites
+    orthogonal: OrthogonalWriter = orthogonal_writes
     held_of_step: float = 2.0
 
 
@@ -109,10 +110,10 @@ def omega_memory_packed(
     positions: Tensor,
     kernels: Kernels = TORCH,
 ) -> tuple[Tensor, MemoryState[Tensor]]:
-    """As `omega_memory_chunked`, at the `start` weights [H, rows, cols] wherever `positions` [B, T] is 0."""
+    """As `omega_memory_chunked`, at the `start` weights [H, rows, cols] where a document or a shard of it begins."""
     if rule.delta:
-        return delta_rule_packed(state, inputs, start, positions)
-    packing, before, window = pack(positions, rule.chunk), rule.window - 1, rule.window
+        return delta_rule_packed(rule, state, inputs, start, positions)
+    packing, before, window = pack(positions, rule.chunk, rule.shard), rule.window - 1, rule.window
     sources = [packing.placed_after(halo, t) for halo, t in ((state.keys, inputs.k), (state.values, inputs.v))]
     residual = inputs.residual
     if residual is not None and state.residuals is not None:
@@ -286,7 +287,11 @@ def scan(
         of = coefficients(rule, offset, given, tokens, own)
         after = _by_stretch(rule, segment, of, whole, (weights, momentum, anchor), borders)
     else:
-        by = (kernels.anchor, writes_of(rule, offset, *gates_by_chunk(given, tokens, own), kernels.orthogonal))
+        if rule.read == "chunk":
+            writes = leaving_writes(rule, offset, given, tokens, own)
+        else:
+            writes = writes_of(rule, offset, *gates_by_chunk(given, tokens, own), kernels.orthogonal)
+        by = (kernels.anchor, writes)
         after = _chunk_by_chunk(rule, by, whole, (weights, momentum, anchor), by_chunk, borders)
     y, weights, momentum, anchor = after
 
@@ -308,6 +313,8 @@ def _scanned(
     kernels: Kernels, rule: MemoryRule, weights: Matrices, tokens: int, by_chunk: bool
 ) -> tuple[SegmentScan, SegmentCoefficients] | None:
     """What scans all chunks of a segment as one function, and what it takes of the gates; None: chunk by chunk."""
+    if rule.read == "chunk":
+        return None
     if kernels is not TORCH:
         return (kernels.segment, kernels.coefficients) if kernels.segment and kernels.coefficients else None
     # torch's own are of an mlp's whole chunks: they hold a segment's graph, and cost more than one token's steps.
@@ -384,7 +391,7 @@ def _chunk_by_chunk(
     def step(n: int, weights: Matrices, momentum: Matrices, anchor: Matrices) -> tuple[Tensor, Matrices, Matrices]:
         factors = memory.factors(anchor_of(rule.anchor_of(anchor)), xs[n], vs[n], rs[n])
         reader, leave = writes.advance(n, weights, momentum, factors)
-        y = memory.read(reader, qs[n], read_qs[n])
+        y = memory.read(MatrixView(anchor) if rule.read == "chunk" else reader, qs[n], read_qs[n])
         return y, *leave()
 
     weights, momentum, anchor = matrices

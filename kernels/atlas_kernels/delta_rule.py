@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .decays import decay_matrix
 from .products import times_transpose
-from .rule import Gates, Inputs, MemoryState
+from .rule import Gates, Inputs, MemoryRule, MemoryState
 
 BLOCK = 64
 # Blocks between two states that are held for the backward.
@@ -42,10 +42,11 @@ def delta_rule(state: MemoryState[int], inputs: Inputs) -> tuple[Tensor, MemoryS
 
 
 def delta_rule_packed(
-    state: MemoryState, inputs: Inputs, start: tuple[Tensor, ...], positions: Tensor
+    rule: MemoryRule, state: MemoryState, inputs: Inputs, start: tuple[Tensor, ...], positions: Tensor
 ) -> tuple[Tensor, MemoryState[Tensor]]:
-    """As `delta_rule`, at the `start` weights [H, V, D] wherever `positions` [B, T] is 0."""
-    y, weights = _pieces(inputs, state.weights[0], positions == 0, start[0])
+    """As `delta_rule`, at the `start` weights [H, V, D] where a document of `positions` [B, T], or a shard, begins."""
+    begins = (positions % rule.shard if rule.shard else positions) == 0
+    y, weights = _pieces(inputs, state.weights[0], begins, start[0])
     return y, replace(state.at(positions[:, -1] + 1), weights=(weights,), anchor=(weights,))
 
 

@@ -28,6 +28,8 @@ STEP, GATED_STEP = 0.01, 0.0015
 # Of a token beside it. A chunk multiplies the outer gradient by about RETENTION^chunk (1 + kappa STEP chunk): these two
 # keep that near one, whatever the chunk.
 RETENTION = 0.99
+# Chunks longer than this step and forget no more than one of this length does: the start would be buried in one chunk.
+LONGEST = 64  # tokens
 
 
 # fmt: off
@@ -61,6 +63,14 @@ class MemorySection(Protocol):
     def window(self) -> int: ...  # tokens
     @property
     def chunk(self) -> int: ...  # tokens
+    @property
+    def shard(self) -> int: ...  # tokens; 0: never begins anew
+    @property
+    def read(self) -> str: ...  # token | chunk
+    @property
+    def locals(self) -> tuple[str, ...]: ...  # "chunk/shard" of each local memory
+    @property
+    def projection(self) -> bool: ...
     @property
     def omega_gates(self) -> str: ...  # pair | source | none
     @property
@@ -195,20 +205,24 @@ def alpha_start(memory: MemorySection, tokens: int) -> float:
     """The retention of a token at initialisation, given or derived. With Newton-Schulz it is RETENTION. Without: what
     was there first fades to a third over `tokens`, or over SHORT where they are fewer, for models are read further than
     they were trained."""
-    return memory.alpha_start or (RETENTION if memory.ns_steps else 1.0 - 1.0 / max(SHORT, tokens))
+    return memory.alpha_start or (RETENTION ** _share(memory) if memory.ns_steps else 1.0 - 1.0 / max(SHORT, tokens))
+
+
+def _share(memory: MemorySection) -> float:
+    return min(1.0, LONGEST / memory.chunk)
 
 
 def eta_start(memory: MemorySection) -> float:
     """The step size at initialisation, given or derived.
 
-    With Newton-Schulz it is STEP (GATED_STEP of a gated memory) for each token that a write stands for. Without: the
-    steps of one chunk, eta gamma window / (1 - theta) chunk, all at one anchor, sum to `eta_sum`; of a linear memory
-    with the dot loss, which has no feedback, those of one token.
+    With Newton-Schulz it is STEP (GATED_STEP of a gated memory) for each token that a write stands for, less in chunks
+    beyond LONGEST. Without: the steps of one chunk, eta gamma window / (1 - theta) chunk, all at one anchor, sum to
+    `eta_sum`; of a linear memory with the dot loss, which has no feedback, those of one token.
     """
     if memory.eta_start > 0:
         return memory.eta_start
     if memory.ns_steps > 0:
-        step = GATED_STEP if memory.network == "gated_mlp" else STEP
+        step = _share(memory) * (GATED_STEP if memory.network == "gated_mlp" else STEP)
         return step if memory.ns_step == "sum" else step * memory.ns_period
     gradients = memory.window * (1.0 if memory.omega_gates == "none" else memory.gamma_start)
     if memory.momentum:

@@ -16,6 +16,7 @@ from .memories import MatrixView, memory_of, oriented
 from .packing import documents, of_rows, row_of
 from .reference import omega_memory_reference
 from .rule import Gates, Inputs, MemoryRule, MemoryState, initial_state
+from .shards import in_shards
 
 logger = logging.getLogger("atlas_kernels")
 
@@ -49,7 +50,8 @@ def omega_memory(
     impl: "reference" (token by token), "chunked" (matrix products), "triton" (the same in GPU kernels), "auto" (triton
     where it covers the call, else chunked).
     positions: [B, T] int64 where documents are packed: each token's position in its own document, 0 where one begins
-    and the memory is at its start weights again (`weights` is then read even with a state); None: all is one document.
+    and the memory is at its start weights again (`weights` is then read even with a state, as with `rule.shard`); None:
+    all is one document.
     products: what the operands of the GPU kernels' products are rounded to, bfloat16, float16 or float32 (not at all);
     None: q's dtype. A model in bfloat16 whose q is of float32, for it was normalised there, says bfloat16.
 
@@ -76,8 +78,13 @@ def omega_memory(
     if isinstance(state, DualState):
         y, after = omega_memory_dual(rule, state, inputs)
     elif positions is None:
-        plain = omega_memory_reference if impl == "reference" else partial(omega_memory_chunked, kernels=kernels)
-        y, after = plain(rule, state, inputs)
+        scan = partial(omega_memory_chunked, kernels=kernels)
+        if impl == "reference":
+            y, after = omega_memory_reference(rule, state, inputs, start)
+        elif rule.shard:
+            y, after = in_shards(scan, rule, state, inputs, start)
+        else:
+            y, after = scan(rule, state, inputs)
     else:
         packed = _by_document if impl == "reference" else partial(omega_memory_packed, kernels=kernels)
         y, after = packed(rule, state, inputs, start, positions)
@@ -94,7 +101,7 @@ def _by_document(
     for row, tokens, begins in documents(positions):
         own = inputs.map(lambda t: t[row : row + 1, tokens])  # noqa: B023  used before the next turn
         before = initial(rule, start, own.k, own.v) if begins else after[row]
-        y, after[row] = omega_memory_reference(rule, before, own)
+        y, after[row] = omega_memory_reference(rule, before, own, start)
         rows[row].append(y)
     return torch.cat([torch.cat(parts, 1) for parts in rows]), of_rows(after)
 

@@ -30,9 +30,9 @@ from .rule import Gates, MemoryState
 class Packing:
     """Where the tokens of a call go. All on the tokens' device.
 
-    positions [B, T]: of each token in its document; slots [B, T]; chunks: N; resets [N, B]: a document begins with
-    this chunk; ends [B]: the chunk of a row's last token; offset [B]: the slot of its first. resetting, ending: whether
-    any row does so in each chunk, known without asking the device again.
+    positions [B, T]: of each token in its document, or in its shard of it; slots [B, T]; chunks: N; resets [N, B]:
+    a document begins with this chunk; ends [B]: the chunk of a row's last token; offset [B]: the slot of its first.
+    resetting, ending: whether any row does so in each chunk, known without asking the device again.
     """
 
     positions: Tensor
@@ -114,24 +114,27 @@ def _put(out: Tensor, place: Tensor, t: Tensor) -> Tensor:
 _made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def pack(positions: Tensor, chunk: int) -> Packing:
+def pack(positions: Tensor, chunk: int, shard: int = 0) -> Packing:
     """positions [B, T]: of each token in its document, one more than the token before or 0 where one begins.
+
+    shard: tokens of a document after which the memory begins anew, as if another one began; 0: never.
 
     The host reads them. Every layer of a model asks with the same tensor, or the same part of it, and gets what was
     made for the first one.
     """
     if positions.is_inference():  # these do not say whether they have been changed
-        return _pack(positions, chunk)
+        return _pack(positions, chunk, shard)
     whole = positions if positions._base is None else positions._base
-    part = positions._version, positions.shape, positions.stride(), positions.storage_offset(), chunk
+    part = positions._version, positions.shape, positions.stride(), positions.storage_offset(), chunk, shard
     of_whole = _made.setdefault(whole, {})
     if part not in of_whole:
         # Of a copy: what is kept must not keep alive what it is kept for.
-        of_whole[part] = _pack(positions.clone(), chunk)
+        of_whole[part] = _pack(positions.clone(), chunk, shard)
     return of_whole[part]
 
 
-def _pack(positions: Tensor, chunk: int) -> Packing:
+def _pack(positions: Tensor, chunk: int, shard: int) -> Packing:
+    positions = positions % shard if shard else positions
     begins = positions % chunk == 0
     begins[:, 0] = True
     number = begins.cumsum(1) - 1

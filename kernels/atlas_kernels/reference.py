@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .newton_schulz import newton_schulz
-from .rule import Inputs, MemoryRule, MemoryState
+from .rule import Inputs, MemoryRule, MemoryState, initial_state
 
 LAYER_NORM_EPSILON = 1e-5
 
@@ -98,9 +98,27 @@ def write(rule: MemoryRule, alpha: Tensor, eta: Tensor, W: Matrices, S: Matrices
 
 
 def omega_memory_reference(
-    rule: MemoryRule, state: MemoryState[int], inputs: Inputs
+    rule: MemoryRule, state: MemoryState[int], inputs: Inputs, start: Matrices
 ) -> tuple[Tensor, MemoryState[int]]:
-    """The whole recurrence. Inputs as in `omega_memory`, checked and in one dtype; the state is given."""
+    """The whole recurrence, from the `start` weights [H, rows, cols] on wherever a shard begins.
+
+    Inputs as in `omega_memory`, checked and in one dtype; the state is given.
+    """
+    outputs, first, length = [], 0, inputs.q.shape[1]
+    while first < length:
+        left = rule.shard - state.position % rule.shard if rule.shard else length
+        own = inputs.map(lambda t: t[:, first : first + left])  # noqa: B023  used before the next turn
+        if rule.shard and left == rule.shard:
+            kept = {"residuals": state.residuals is not None, "source_gates": state.gamma is not None}
+            state = initial_state(rule, start, own.k, own.v, **kept).at(state.position)
+        y, state = _from(rule, state, own)
+        outputs.append(y)
+        first += left
+    return torch.cat(outputs, 1), state
+
+
+def _from(rule: MemoryRule, state: MemoryState[int], inputs: Inputs) -> tuple[Tensor, MemoryState[int]]:
+    """The recurrence over tokens of one shard."""
     q, gates, c, T = inputs.q, inputs.gates, rule.window, inputs.q.shape[1]
     X, V = torch.cat([state.keys, inputs.k], 1), torch.cat([state.values, inputs.v], 1)
     r_q, R = q, X
@@ -124,7 +142,8 @@ def omega_memory_reference(
         W = write(rule, gates.alpha[:, t], eta, W, S, position)
         if pending is not None:
             pending = torch.zeros_like(eta) if rule.writes_at(position) else eta
-        y.append(memory(rule, W, q[:, t : t + 1], r_q[:, t : t + 1]))  # read after the write
+        read = A if rule.read == "chunk" else W  # W: after the write
+        y.append(memory(rule, read, q[:, t : t + 1], r_q[:, t : t + 1]))
 
     last = slice(T, T + c - 1)
     after = MemoryState(

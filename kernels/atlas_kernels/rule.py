@@ -20,6 +20,7 @@ LOSSES = ("l2", "dot")
 KERNELS = ("lifted", "exponential", "softmax")
 NORMS = ("none", "layer")
 STEPS = ("last", "sum")
+READS = ("token", "chunk")
 ACTIVATIONS = ("gelu",)
 
 
@@ -52,6 +53,10 @@ class MemoryRule:
     loss: str = "l2"  # l2: 1/2 |M(x) - v|^2; dot: -<M(x), v>
     window: int = 16  # c: tokens whose gradients one step sums
     chunk: int = 64  # b: gradients are taken at the weights of the chunk's start
+    shard: int = 0  # tokens after which the memory is at its start weights again, in whole chunks; 0: never
+    # token: a token reads after its own write. chunk: it reads the weights of its chunk's start (TNT's global memory,
+    # arXiv 2511.07343 Eq 7); what a chunk costs then grows with its length, not with the square of it.
+    read: str = "token"
     momentum: bool = True  # False: S_t = G_t, whatever theta says
     ns_steps: int = 5  # k: Newton-Schulz steps of a write; 0 writes the momentum itself
     ns_period: int = 1  # m: an orthogonalised write at every m-th token of a chunk
@@ -75,6 +80,7 @@ class MemoryRule:
         _choose("activation", self.activation, ACTIVATIONS)
         _choose("kernel", self.kernel, KERNELS)
         _choose("ns_step", self.ns_step, STEPS)
+        _choose("read", self.read, READS)
         _choose("ns_coefficients", self.ns_coefficients, tuple(COEFFICIENTS))
         for name in ("window", "chunk", "ns_period"):
             if getattr(self, name) < 1:
@@ -88,6 +94,11 @@ class MemoryRule:
                 f"ns_period={self.ns_period} must divide chunk={self.chunk}; "
                 f"nearest that does: {_nearest_divisor(self.chunk, self.ns_period)}"
             )
+        if self.shard < 0 or self.shard % self.chunk:
+            raise ValueError(
+                f"shard={self.shard} must be 0 (the memory never begins anew) or a multiple of chunk={self.chunk}; "
+                f"nearest: {max(1, round(self.shard / self.chunk)) * self.chunk}"
+            )
         if self.memory == "linear" and self.norm != "none":
             raise ValueError(f"norm={self.norm!r} belongs to deep memories; memory='linear' takes norm='none'")
         if not 0 <= self.anchor_gradient <= 1:
@@ -100,6 +111,11 @@ class MemoryRule:
             raise ValueError(
                 f"kernel={self.kernel!r} came with ns_steps={self.ns_steps}, momentum={self.momentum}; its dual form "
                 "keeps sources, not matrices: take ns_steps=0 and momentum=False"
+            )
+        if self.dual and (self.shard or self.read != "token"):
+            raise ValueError(
+                f"kernel={self.kernel!r} came with shard={self.shard}, read={self.read!r}; its dual form keeps all "
+                "sources and reads them as they are: take shard=0 and read='token'"
             )
 
     @classmethod
@@ -122,7 +138,7 @@ class MemoryRule:
     def delta(self) -> bool:
         """Whether this is the (gated) delta rule, which has a chunk form of its own (see delta_rule.py)."""
         online = self.chunk == 1 and self.window == 1 and self.ns_steps == 0 and not self.momentum
-        return online and self.memory == "linear" and self.loss == "l2" and not self.dual
+        return online and self.memory == "linear" and self.loss == "l2" and self.read == "token" and not self.dual
 
     @property
     def sums_steps(self) -> bool:

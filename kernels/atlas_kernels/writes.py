@@ -178,11 +178,7 @@ class SourceReader:
 class OrthogonalWrites:
     """ns_steps > 0: the tokens `writes` write NS(S_t); the others only decay."""
 
-    def __init__(
-        self, rule: MemoryRule, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor, writes: range
-    ) -> None:
-        """An `OrthogonalWriter`."""
-        of = orthogonal_coefficients_of(rule, alpha, eta, theta, band, writes)
+    def __init__(self, rule: MemoryRule, of: OrthogonalCoefficients, writes: range) -> None:
         self.rule, self.writes = rule, writes
         self.of_weights = of.alphas.unsqueeze(-1).unbind()
         self.of_writes = of.of_writes.mT.unbind()
@@ -204,6 +200,13 @@ class OrthogonalWrites:
             moved.append(formed[:, -1])
         reader = _OrthogonalReader(alphas, of_writes, self.writes, weights, tuple(orthogonal))
         return reader, lambda: (tuple(written), tuple(moved))
+
+
+def orthogonal_writes(
+    rule: MemoryRule, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor, writes: range
+) -> OrthogonalWrites:
+    """An `OrthogonalWriter`."""
+    return OrthogonalWrites(rule, orthogonal_coefficients_of(rule, alpha, eta, theta, band, writes), writes)
 
 
 class _OrthogonalReader:
@@ -233,7 +236,7 @@ def writes_of(
     offset: int,
     gates: tuple[Tensor, Tensor, Tensor],
     band: Tensor,
-    orthogonal: OrthogonalWriter = OrthogonalWrites,
+    orthogonal: OrthogonalWriter = orthogonal_writes,
 ) -> Writes:
     """How the tokens write under `rule`.
 

@@ -10,8 +10,9 @@ import torch
 
 from atlas_kernels import Gates
 from atlas_kernels.layer_start import eta_start, gate_count, gate_starts, gates_of
+from atlas_kernels.local_memories import locals_of
 from atlas_megatron.config import Config, MemoryConfig, at_chunk, continued
-from atlas_megatron.config.chunks import said
+from atlas_megatron.config.chunks import chunk_of, said
 from atlas_megatron.config.presets import PRESETS
 
 CHUNKS = (1, 4, 8, 32, 128)
@@ -26,7 +27,8 @@ def gates(memory: MemoryConfig) -> Gates:
     """Of twelve tokens with logits that hang on nothing but a seed."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 12, memory.heads * gate_count(memory), generator=generator)
-    bias = torch.tensor(gate_starts(memory, 64)).repeat(memory.heads, 1)
+    # A trained parameter: where it started hangs on the chunk that it was made for.
+    bias = torch.tensor(gate_starts(replace(memory, chunk=32, ns_period=1), 64)).repeat(memory.heads, 1)
     values = torch.zeros(1, 12, memory.heads, memory.head_dim)
     return gates_of(memory, logits, bias, values, values)
 
@@ -127,3 +129,38 @@ def test_what_changes_is_said() -> None:
     assert said(member("titans"), at_chunk(member("titans"), 8)) == (
         "memory.chunk=8 (was 32), eta_start=0.0003125 (stays)"
     )
+
+
+def hierarchy(*words: str, **keys: Any) -> MemoryConfig:
+    return member("omeganet", locals=words, **keys)
+
+
+def test_of_local_memories_it_is_their_chunk_that_changes() -> None:
+    """Each keeps the step that it was trained with; the layer's own memory stays."""
+    trained = hierarchy("8/64", "16/32")
+    read = at_chunk(trained, 2)
+    assert read == replace(trained, locals=("2/64/8", "2/32/16"))
+    for ours, theirs in zip(locals_of(read), locals_of(trained), strict=True):
+        assert ours.chunk == 2 and eta_start(ours) == eta_start(theirs)
+    assert at_chunk(read, 8) == replace(trained, locals=("8/64", "8/32/16"))
+    assert chunk_of(trained) == 8 and chunk_of(read) == 2 and chunk_of(member("omeganet")) == 32
+    with pytest.raises(ValueError, match="shard=32 must be 0 .* or a multiple of chunk=64"):
+        at_chunk(trained, 64)
+    assert said(trained, read) == "memory.locals=2/64/8, 2/32/16 (was 8/64, 16/32)"
+
+
+def test_orthogonal_writes_of_local_memories_stand_for_their_period() -> None:
+    trained = member("atlas", ns_period=32, locals=("16/64",))
+    read = at_chunk(trained, 4)
+    assert read.locals == ("4/64/16",)
+    (ours,), (theirs,) = locals_of(read), locals_of(trained)
+    assert eta_start(ours) / ours.ns_period == eta_start(theirs) / theirs.ns_period
+
+
+def test_a_second_stage_takes_other_local_chunks_and_no_other_hierarchy() -> None:
+    before = Config(memory=hierarchy("8/64", "16/32"))
+    after = continued(replace(before, memory=hierarchy("2/64", "4/32")), before)
+    assert after.memory == hierarchy("2/64/8", "4/32/16")
+    for words, keys in ((("8/64",), {}), (("8/32", "16/32"), {}), (("8/64", "16/32"), {"projection": True})):
+        with pytest.raises(ValueError, match=r"it is another model: memory\.(locals|projection): "):
+            continued(replace(before, memory=hierarchy(*words, **keys)), before)

@@ -129,6 +129,11 @@ def test_packed_documents():
     assert_close(*results)
 
 
+def test_shards():
+    """Whole shards lie side by side in the batch, with Newton-Schulz too."""
+    compare(small(replace(BASE, shard=CHUNK), 2 * CHUNK + 3, pair=False))
+
+
 @pytest.mark.parametrize("norm", ["none", "layer"])
 def test_without_gradients_the_same_bits(norm):
     p = small(replace(BASE, norm=norm), CHUNK + 9)

@@ -172,3 +172,13 @@ def test_without_a_gpu(monkeypatch, caplog):
         p.run("auto")
         p.run("auto")
     assert caplog.messages == ["omega_memory: impl='auto' chose 'chunked': 'triton' is for tensors on a GPU"]
+
+
+@pytest.mark.parametrize("momentum,pair", [(True, False), (False, True)])
+def test_shards(momentum, pair):
+    """Whole shards lie side by side in the batch; a begun one comes first and last."""
+    p = small(replace(BASE, momentum=momentum, shard=CHUNK), 2 * CHUNK + 3, pair=pair)
+    compare(p)
+    _, middle = p.run("chunked", 0, 5)
+    found = {impl: {"y": p.run(impl, 5, None, middle)[0]} for impl in ("triton", "chunked")}
+    assert_close(found["triton"], found["chunked"])

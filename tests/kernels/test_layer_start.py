@@ -45,7 +45,7 @@ def section(**changed: Any) -> SimpleNamespace:
         "omega_gates": "pair", "momentum": True, "step_in_momentum": False, "retention": True, "ns_steps": 5,
         "ns_period": 2, "ns_step": "last", "ns_coefficients": "jordan", "activation": "gelu", "write_gate": False,
         "alpha_start": 0.0, "theta_start": 0.9, "gamma_start": 0.5, "eta_start": 0.0, "eta_sum": 0.1,
-        "anchor_gradient": 1.0,
+        "anchor_gradient": 1.0, "shard": 0, "read": "token", "locals": (), "projection": False,
     }  # fmt: skip
     return SimpleNamespace(**{**keys, **changed})
 

@@ -18,7 +18,16 @@ from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
 from atlas_megatron.checkpoint.shards import write_shards
-from atlas_megatron.config import AttentionConfig, Config, MemoryConfig, ModelConfig, ParallelConfig, TrainConfig
+from atlas_megatron.config import (
+    AttentionConfig,
+    Config,
+    DeltaConfig,
+    MemoryConfig,
+    ModelConfig,
+    ParallelConfig,
+    RecurrentConfig,
+    TrainConfig,
+)
 from atlas_megatron.config.checks import validate
 from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.model.build import build_chunks
@@ -93,6 +102,13 @@ ATLAS = replace(
     MEMORY, memory=replace(MEMORY.memory, **{**PRESETS["atlas"], "window": 5, "ns_period": 4, "ns_step": "sum"})
 )
 BASES = {"memory": MEMORY, "hybrid": HYBRID, "atlas": ATLAS}
+BASELINES = replace(
+    MEMORY,
+    model=replace(MEMORY.model, pattern="D-GR-L"),
+    delta=DeltaConfig(heads=4, head_dim=8, late_keys=True, open_gate=True, copy_start=True),
+    recurrent=RecurrentConfig(heads=4, head_dim=8),
+    train=replace(MEMORY.train, write_budget=0.0),
+)
 
 
 def fits(base: str, layout: str) -> bool:
@@ -107,6 +123,30 @@ def save_start(rank: int, configs: dict[str, Config], folder: Path) -> None:
         world.seed(1234)
         _save(build_chunks(config), folder / f"{name} start")
         parallel_state.destroy_model_parallel()
+
+
+def other_starts(rank: int, cases: list[tuple[Config, Path]]) -> list[list[str]]:
+    """Of each case, the parameters of this process whose start is not that of a checkpoint, to the bit.
+
+    A case is a configuration, in its layout, and the checkpoint.
+    """
+    found = []
+    for config, start in cases:
+        validate(config, torch.distributed.get_world_size())
+        world.form_groups(config)
+        # Whatever was drawn before, and however a rank's own streams stand.
+        torch.manual_seed(rank)
+        chunks = build_chunks(config)
+        drawn = {name: dict(_copied(chunk)) for name, chunk in _named(chunks).items()}
+        loaded = dist_checkpointing.load(_sharded(chunks), str(start))
+        assert all(drawn.values())
+        found.append([n for name in drawn for n, own in drawn[name].items() if not torch.equal(own, loaded[name][n])])
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def _copied(chunk: MegatronModule) -> Iterator[tuple[str, Tensor]]:
+    yield from ((name, parameter.detach().clone()) for name, parameter in chunk.named_parameters())
 
 
 def step_by_step(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from atlas_megatron.config import Config
+from atlas_megatron.parallel.device import device
 
 
 def build_mixer(symbol: str, config: Config) -> Any:
@@ -18,7 +19,7 @@ def build_mixer(symbol: str, config: Config) -> Any:
 
     config = replace(config, model=replace(config.model, pattern=symbol))
     layer = stack_spec(config).submodules.mamba_layer
-    return build_module(
+    mixer = build_module(
         layer.submodules.mixer,
         transformer_config(config),
         d_model=config.model.hidden_size,
@@ -27,3 +28,4 @@ def build_mixer(symbol: str, config: Config) -> Any:
         pp_layer_offset=0,
         name="mixer",
     )
+    return mixer.to(device())

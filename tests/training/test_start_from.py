@@ -81,7 +81,10 @@ def test_its_first_validation_is_what_an_evaluation_at_that_chunk_says(
     assert own is not None
     memory = load_saved(own / checkpoint.CONFIG).memory
     assert memory.eta_start == pytest.approx(0.04 if words is ATLAS else 3.0 / 16 / 10)
-    assert losses_at_chunks(tmp_path / "two", tmp_path / "out two")[16] == pytest.approx(found[16], abs=APART / 100)
+    again = losses_at_chunks(tmp_path / "two", tmp_path / "out two")
+    # Back at 16, ATLAS writes every 4 tokens as its second stage did, and not once a chunk as its first.
+    for chunk in (4,) if words is ATLAS else (4, 16):
+        assert again[chunk] == pytest.approx(found[chunk], abs=APART / 100)
 
 
 def by_token(reader: Reader, tokens: torch.Tensor) -> float:

@@ -26,6 +26,8 @@ def refusal(rule: MemoryRule, q: Tensor, v: Tensor, weights: tuple[Tensor, ...],
     """
     if rule.dual or rule.memory == "linear" and not rule.ns_steps:
         return f"covers memory='mlp' and 'gated_mlp' of kernel='lifted', not {rule.memory!r} of {rule.kernel!r}"
+    if rule.read != "token":
+        return f"reads after a token's own write, not with read={rule.read!r}, whose large products torch does as fast"
     if weights[0].dtype == torch.float64:
         return "computes in float32, and the weights are float64"
     if q.device.type == "meta":
