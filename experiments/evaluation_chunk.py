@@ -1,9 +1,9 @@
 """One memory, read with other chunks than it was trained with; and a short second stage at a smaller one.
 
 TNT's Figure 2 (arXiv 2511.07343) shows a deep memory of Titans to work only near the chunk of its training. Here ATLAS,
-OmegaNet and Titans train at one chunk. Then each checkpoint reads the same held-out text with every chunk from one token
-to the whole sequence. A write of a token stays what it was trained to be (`config.at_chunk`), so what differs is how old
-the weights are at which gradients are taken.
+OmegaNet and Titans train at one chunk. Then each checkpoint reads the same held-out text with every chunk from one
+token to the whole sequence. A token still writes as it was trained to (`config.at_chunk`). What differs is how old the
+weights are at which gradients are taken.
 
 The second stage goes on from the weights for a tenth of the steps, at a smaller chunk, down to one token. The control
 takes the same further steps at the chunk of the first. The text is that of `recipe.py`, and is made at the first call.
@@ -177,26 +177,25 @@ def table(results: record.Record, grid: Grid) -> record.Table:
 
 
 def seen(results: record.Record, grid: Grid) -> list[str]:
-    """What another chunk costs each member, and what of that a second stage takes back."""
+    """What another chunk costs each member, and what a second stage changes beside its control."""
     said = []
-    ends = (min(grid.chunks), max(grid.chunks))
+    control = grid.second[0]
     for member in MEMBERS:
         found = {stage: averaged(seeds) for stage, seeds in curves(results, member, grid).items()}
-        if f"trained at {CHUNK}" not in found:
+        start = found.get(f"trained at {CHUNK}")
+        if start is None:
             continue
-        start = found[f"trained at {CHUNK}"]
         best = min(start, key=lambda chunk: start[chunk])
-        costs = record.listed(f"{start[end] - start[CHUNK]:+.3f} at chunk {end}" for end in ends)
-        line = f"{member}, trained at chunk {CHUNK}, reads best at chunk {best}. Against its own chunk it loses {costs}."
-        control = found.get(f"then at {grid.second[0]}")
+        others = [chunk for chunk in (grid.chunks[0], 8, grid.chunks[-1]) if chunk in start]
+        apart = record.listed(f"{start[chunk] - start[CHUNK]:+.3f} at {chunk}" for chunk in others)
+        said.append(f"{member} reads best at chunk {best}; from chunk {CHUNK} its bits differ by {apart}.")
         for chunk in grid.second[1:]:
-            after = found.get(f"then at {chunk}")
-            if control and after:
-                line += (
-                    f" After a second stage at {chunk} it reaches {after[chunk]:.3f} there, where the control has "
-                    f"{control[chunk]:.3f}, and {control[CHUNK]:.3f} at its own chunk."
+            after, more = found.get(f"then at {chunk}"), found.get(f"then at {control}")
+            if after and more:
+                said[-1] += (
+                    f" A second stage at {chunk}, read there, has {after[chunk]:.3f}. The control has "
+                    f"{more[chunk]:.3f} there and {more[CHUNK]:.3f} at its own chunk."
                 )
-        said.append(line)
     return said
 
 
@@ -207,12 +206,12 @@ def describe(results: record.Record, grid: Grid) -> None:
     failed = f" Runs that did not train to their end: {'; '.join(wrong)}." if wrong else ""
     results.write_text(
         "One memory, read with other chunks",
-        f"Bits per byte of held-out Python sources, {grid.sequences} sequences of {grid.tokens} bytes, by the chunk that "
-        f"a checkpoint is read with; means of {record.seeds_said(grid.seeds)}. Models have the pattern "
+        f"Bits per byte of held-out Python sources, {grid.sequences} sequences of {grid.tokens} bytes, by the chunk "
+        f"that a checkpoint is read with; means of {record.seeds_said(grid.seeds)}. Models have the pattern "
         f"{config.model.pattern} and are {config.model.hidden_size} wide. They train at chunk {CHUNK} for {grid.steps} "
-        f"steps of {grid.batch * grid.tokens:,} bytes. *Then at*: a second stage of {grid.second_steps} steps more, at "
-        f"that chunk, with weights alone taken and a learning rate of {grid.second_rate:g}; the one at {grid.second[0]} "
-        f"is the control.{failed}",
+        f"steps of {grid.batch * grid.tokens:,} bytes. *Then at*: a second stage of {grid.second_steps} steps more at "
+        f"that chunk, with weights alone taken and a learning rate of {grid.second_rate:g}. The one at "
+        f"{grid.second[0]} is the control.{failed}",
         [table(results, grid)],
         seen(results, grid),
     )
