@@ -33,7 +33,7 @@ def at_chunk(memory: MemoryConfig, chunk: int) -> MemoryConfig:
     """The section that reads a memory, trained as `memory` says, with gradients anchored every `chunk` tokens.
 
     With local memories: every one of them at that chunk, the layer's own as it is. Raises ValueError for a chunk below
-    one token, and for a memory that has only one chunk.
+    one token, one that does not divide a shard, and for a memory that has only one chunk.
     """
     if chunk < 1:
         raise ValueError(f"memory.chunk={chunk} must be at least 1 token")
@@ -55,7 +55,9 @@ def at_chunk(memory: MemoryConfig, chunk: int) -> MemoryConfig:
     step = eta_start(memory)
     if memory.ns_steps and memory.ns_step == "last":
         step *= period / memory.ns_period
-    return replace(memory, chunk=chunk, ns_period=period, eta_start=step)
+    read = replace(memory, chunk=chunk, ns_period=period, eta_start=step)
+    read.rule()  # shards are whole chunks
+    return read
 
 
 def chunk_of(memory: MemoryConfig) -> int:

@@ -48,7 +48,7 @@ def chosen(config: Config, asked: Sequence[int]) -> tuple[int, ...]:
     if not uses(config.model.pattern, "memory"):
         raise ValueError(f"chunks: model.pattern={config.model.pattern!r} has no memory, which alone has a chunk")
     length, trained = config.model.seq_length, chunk_of(config.memory)
-    shards = [local.shard for local in locals_of(config.memory)]
+    shards = [local.shard for local in locals_of(config.memory)] or [config.memory.shard or length]
     for chunk in asked:
         if chunk > length:
             raise ValueError(

@@ -123,6 +123,10 @@ def test_the_chunks_that_are_read() -> None:
     odd = replace(config, memory=replace(config.memory, chunk=48), model=replace(config.model, seq_length=96))
     assert chosen(odd, ()) == (1, 2, 4, 8, 16, 32, 48, 64)
     assert chosen(odd, (96, 3, 3)) == (3, 96)
+    begins_anew = replace(config, memory=replace(config.memory, chunk=16, shard=64))
+    assert chosen(begins_anew, ()) == (1, 2, 4, 8, 16, 32, 64)
+    with pytest.raises(ValueError, match="shard=64 must be 0 .* or a multiple of chunk=128"):
+        chosen(begins_anew, (128,))
 
 
 @pytest.mark.parametrize(

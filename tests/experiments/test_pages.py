@@ -15,6 +15,7 @@ import pytest
 from experiments import (
     capacity,
     context_parallel,
+    evaluation_chunk,
     language_model,
     layout_curves,
     long_context,
@@ -200,6 +201,26 @@ def test_shipped_gradients(tmp_path: Path) -> None:
     page = page_of(results)
     assert f"Outside of them: {outside}." in " ".join(page.split())
     assert "| 20.00 | 1.00 | 2.00 |" in page and page.count(f"| {kept} |") == 1
+
+
+def test_evaluation_chunk(tmp_path: Path) -> None:
+    grid = replace(evaluation_chunk.QUICK, chunks=(1, 8, 32), seeds=(1, 2))
+    cells: dict[str, dict[str, Any]] = {}
+    for seed, more in ((1, 0.0), (2, 0.5)):
+        bits = {"1": 3.0 + more, "8": 2.25 + more, "32": 2.0 + more}
+        cells[evaluation_chunk.first_cell("Titans", seed)] = {"bits_per_byte": bits}
+        cells[evaluation_chunk.second_cell("Titans", seed, 32)] = {"bits_per_byte": {**bits, "8": 2.125 + more}}
+        cells[evaluation_chunk.second_cell("Titans", seed, 8)] = {"bits_per_byte": {**bits, "8": 1.875 + more}}
+        cells[evaluation_chunk.first_cell("ATLAS", seed)] = {"wrong": "status 1: nan"}
+    results = made_up("evaluation_chunk", tmp_path, cells)
+    evaluation_chunk.describe(results, grid)
+    page = page_of(results)
+    assert "| Titans | trained at 32 | 3.250 | 2.500 | 2.250 |" in page
+    assert "| Titans | then at 8 | 3.250 | 2.125 | 2.250 |" in page and "| ATLAS |" not in page
+    said = " ".join(page.split())
+    assert "Titans reads best at chunk 32; from chunk 32 its bits differ by +1.000 at 1, +0.250 at 8 and +0.000" in said
+    assert "at 8, read there, has 2.125. The control has 2.375 there and 2.250 at its own chunk." in said
+    assert "ATLAS, seed 1 (status 1: nan)" in said and "means of 2 seeds" in said
 
 
 def test_a_table_refuses_a_row_of_other_length_and_aligns_numbers() -> None:
