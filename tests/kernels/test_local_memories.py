@@ -124,7 +124,7 @@ class Layer:
 
     def by_token(self) -> Tensor:
         """Eq 7, every memory of it written out: each is Eq 5 or 6 with the member's own window and write."""
-        own, (q, k, v) = self.section, self.tokens()
+        own, (q, k, _) = self.section, self.tokens()
         logits = self.leaves["logits"].unflatten(-1, (HEADS, 1 + len(own.locals), -1))
         y = _alone(self, own, self.matrices("weights"), self._gates(own, logits[..., 0, :], "bias", "view"), q)
         for i, local in enumerate(locals_of(own)):
