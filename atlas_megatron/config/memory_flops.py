@@ -50,11 +50,17 @@ def memory_flops(memory: MemorySection, tokens: int) -> float:
     return flops * memory.heads * tokens / chunk
 
 
-def projection_flops(memory: MemorySection) -> float:
-    """Of one token: its query moved into the span of the keys, once for each shard and chunk of local memories."""
+def projection_flops(memory: MemorySection, tokens: int) -> float:
+    """Of `tokens` tokens: their queries moved into the span of the keys, once for each shard and chunk of local ones.
+
+    Queries and keys of a block, its sum of outer products and the read of those before; what stands before each block.
+    """
     if not memory.projection:
         return 0.0
-    return 4.0 * memory.heads * memory.head_dim * (BLOCK + memory.head_dim) * len(groups_of(memory))
+    width, block = memory.head_dim, min(BLOCK, tokens)
+    blocks = -(-tokens // block)
+    own = 4.0 * blocks * block * width * (block + width) + 2.0 * (blocks + 1) * blocks * width**2
+    return memory.heads * own * len(groups_of(memory))
 
 
 def anchor_flops(memory: MemorySection, tokens: int) -> float:

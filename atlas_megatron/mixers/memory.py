@@ -7,7 +7,6 @@ G gates of a head.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -145,7 +144,8 @@ class AtlasMixer(MemoryCosts, Mixer):
             y, after = self._scanned(tokens, held, positions, sliced=sliced)
             if local_gates:
                 first = self._first_token(held, q)
-                told = None if self.shards.tokens.rank else beside
+                # At a shard's border nothing of it is read; a rank that did would wait for the others' gradients.
+                told = beside if self.shards.tokens.size == 1 else None
                 more, beside = self._locals()(q, k, v, local_gates, told, positions, first)
                 y = y + more
 
@@ -171,22 +171,24 @@ class AtlasMixer(MemoryCosts, Mixer):
         return LocalMemories(self.memory, self._local_parameters(), self._lifted, self.config.params_dtype)
 
     def _first_token(self, held: State | None, tokens: Tensor) -> int:
-        """The position of this rank's first token. Raises ValueError, on every rank, where one cuts a shard.
+        """The position of this rank's first token. Raises ValueError where ranks have no whole shards of a memory.
 
         held: the memory before the whole sequence; tokens [B, t, ...]: this rank's. Packed documents have positions of
         their own, and are refused with context parallelism: 0.
         """
-        known, chain, own = held.position if held is not None else 0, self.shards.tokens, tokens.shape[1]
+        known = held.position if held is not None else 0
         if not isinstance(known, int):
             return 0
+        ranks, count = self.shards.tokens, tokens.shape[1]
         shards = [shard for _, shard in groups_of(self.memory)] + ([self.rule.shard] if self.rule.shard else [])
-        for rank, shard in product(range(1, chain.size), shards):
-            if (known + rank * own) % shard:
+        # All ranks say it: one that went on would wait for the others.
+        for shard in shards if ranks.size > 1 else []:
+            if known % shard or count % shard:
                 raise ValueError(
-                    f"context-parallel rank {rank} begins with token {known + rank * own}, inside a shard of {shard} "
-                    "tokens of a memory (memory.shard, memory.locals); give whole shards to each rank"
+                    f"{ranks.size} context-parallel ranks read {count} tokens each from token {known} on, which cuts a "
+                    f"shard of {shard} tokens of a memory (memory.shard, memory.locals); give each rank whole shards"
                 )
-        return known + chain.rank * own
+        return known + ranks.rank * count
 
     def _scanned(
         self, tokens: tuple[Tensor, ...], held: State | None, positions: Tensor | None, *, sliced: bool
@@ -194,10 +196,8 @@ class AtlasMixer(MemoryCosts, Mixer):
         """The memory over all ranks; one that begins anew every shard: over this rank's shards, which wait for none."""
         if not self.rule.shard or self.shards.tokens.size == 1:
             return self.shards.scan(self, tokens, held, positions, sliced=sliced)
-        first = self._first_token(held, tokens[0])
-        if self.shards.tokens.rank:
-            held = self.empty_state(tokens, ALL, first)
-        return self.advance(tokens, ALL, held, positions)
+        empty = self.empty_state(tokens, ALL, self._first_token(held, tokens[0]))
+        return self.advance(tokens, ALL, empty, positions)
 
     def advance(
         self, tokens: tuple[Tensor, ...], heads: slice, state: State | None, positions: Tensor | None

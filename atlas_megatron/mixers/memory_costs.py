@@ -43,7 +43,8 @@ class MemoryCosts(Costs):
         gates = memory.gate_rank * (model.hidden_size + memory.heads * own)
         inner = _own_flops(settings)
         inner += sum(memory_flops(local, local.shard) / local.shard for local in locals_of(memory))
-        inner += projection_flops(memory) + lift_flops(memory) * len(groups_of(memory))
+        inner += projection_flops(memory, model.seq_length) / model.seq_length
+        inner += lift_flops(memory) * len(groups_of(memory))
         return 2 * (5 * model.hidden_size * width + gates + 3 * width * memory.conv_size) + inner, inner
 
     @classmethod

@@ -3,7 +3,7 @@
     Pi_t = sum of k_i k_i^T over the keys since the last reset, the token's own included;   q'_t = Pi_t q_t
 
 Blocks of BLOCK tokens: a product of queries and keys inside, and a [K, K] sum for all blocks before. Keys have length
-1, so the paper's division by |k|^2 is none. FLOPs of a token and head: 4 K (BLOCK + K).
+1, so the paper's division by |k|^2 is none. FLOPs of a token and head: 4 K (BLOCK + K) + 2 T (K / BLOCK)^2.
 
 Dims: B batch, T tokens, H heads, K head size, n blocks of b tokens.
 """

@@ -49,6 +49,7 @@ def context(ranks: int, mode: str, **keys: Any) -> dict[str, Any]:
 INTERLEAVED = {"pipeline": 2, "virtual": 2}
 HALF = {"precision": "bfloat16"}
 NODES = {"devices_per_node": 2}
+LOCALS = {"locals": ("4/24", "2/8", "4/24"), "projection": True, "read": "chunk"}
 # By name: processes, and what is trained on them.
 CASES: dict[str, tuple[int, Config]] = {
     "data": (2, case()),
@@ -64,6 +65,11 @@ CASES: dict[str, tuple[int, Config]] = {
     "handed on": (2, case("M-*-A-D-G-F-", parallel=context(2, "handoff"))),
     "handed on, packed": (2, case("M-*-D-R-", data={"packed": True}, parallel=context(2, "handoff"))),
     "heads of a growing cache": (2, case("M-", memory=PRESETS["dot"], parallel=context(2, "heads"))),
+    "shards, heads": (2, case("M-", memory={"shard": 24}, parallel=context(2, "heads"))),
+    "shards, handed on": (2, case("A-", memory={"shard": 8, "locals": ("2/12",)}, parallel=context(2, "handoff"))),
+    "locals, heads": (2, case("M-", memory=LOCALS, parallel=context(2, "heads"))),
+    "locals, handed on": (2, case("M-A-", memory=LOCALS, parallel=context(2, "handoff"))),
+    "locals, tensor": (2, case("M-", memory=LOCALS, parallel={"tensor": 2})),
     "handed on, other layers": (2, case("R-L-C-", parallel=context(2, "handoff"))),
     "handed on, recomputed": (2, case(train={"recompute": True}, parallel=context(2, "handoff"))),
     "inside a chunk": (2, case("M-", model={"seq_length": 40}, parallel=context(2, "handoff"))),

@@ -22,8 +22,12 @@ from tests.support import tiny_run
 from tests.support.small_model import SMALL
 
 LENGTHS = [[5, 1, 20, 9], [17, 18]]
+LOCALS = {"locals": ("4/8", "2/4", "4/8"), "projection": True, "read": "chunk"}
 PATTERNS = {
     "M-*-A-F-": SMALL.memory,
+    "M- locals": replace(SMALL.memory, **LOCALS),
+    "M- shards": replace(SMALL.memory, shard=8),
+    "M- titans, shards and locals": replace(SMALL.memory, **PRESETS["titans"], shard=8, locals=("2/8",)),
     **{
         f"M- {name}": replace(SMALL.memory, **PRESETS[name])
         for name in ("atlas++", "omeganet", "titans", "delta", "swla")
@@ -78,9 +82,10 @@ def test_packed_documents_are_separate_sequences(name: str) -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=100 * tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", ["M-*-A-F-", "M- locals", "M- titans, shards and locals"])
 @pytest.mark.usefixtures("single_process_megatron")
-def test_packed_documents_over_a_cut() -> None:
-    model = build("M-*-A-F-", SMALL.memory)
+def test_packed_documents_over_a_cut(name: str) -> None:
+    model = build(name.split()[0], PATTERNS[name])
     tokens = torch.randint(64, (2, 35), generator=torch.Generator().manual_seed(3))
     positions = positions_of(LENGTHS)
     with torch.no_grad():

@@ -26,6 +26,12 @@ MEMORIES = {
     "sketch": replace(SMALL.memory, network="linear", norm="none", feature_map="sketch", sketch_width=9, degree=3),
     "softmax": replace(SMALL.memory, **PRESETS["dot"] | {"kernel": "softmax"}),
     "linear, no newton-schulz": replace(SMALL.memory, network="linear", norm="none", ns_steps=0, ns_period=1),
+    "shards": replace(SMALL.memory, shard=16, ns_steps=0, ns_period=1, norm="layer"),
+    "locals": replace(SMALL.memory, locals=("4/8", "2/16", "4/8")),
+    "locals, projected, stale reads": replace(
+        SMALL.memory, **PRESETS["omeganet"], locals=("4/8", "2/16", "4/8"), projection=True, read="chunk"
+    ),
+    "write gates of locals": replace(SMALL.memory, locals=("4/16",), write_gate=True, ns_step="sum"),
 }
 
 # Products that torch's counter does not know.

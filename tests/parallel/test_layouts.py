@@ -122,6 +122,18 @@ def test_atlas_in_float64(starts: Path) -> None:
             assert rms(value, one[parameter]) < EXACT, f"{name}: {parameter}"
 
 
+def test_local_memories_in_float64(starts: Path) -> None:
+    """Heads over ranks bring their local memories along, from a checkpoint of one process."""
+    names = ["one", "tensor", "sequence x context"]
+    (one, *others), (alone, *steps) = gradients(starts, "hierarchy", names, torch.float64, 2)
+    assert all(one[name].abs().max() > 0 for name in one)
+    assert any("local_first" in name for name in one)
+    for name, found, taken in zip(names[1:], others, steps, strict=True):
+        assert_same(taken, alone, EXACT)
+        for parameter, value in found.items():
+            assert rms(value, one[parameter]) < EXACT, f"{name}: {parameter}"
+
+
 @pytest.mark.parallel
 def test_newton_schulz_rounds_no_worse_spread_than_disturbed(starts: Path) -> None:
     names = ["one", "tensor", "pipeline", "data"]

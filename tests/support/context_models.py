@@ -139,3 +139,17 @@ def _streamed(config: Config) -> tuple[Tensor, dict[str, Tensor]]:
     loss.backward()
     gradients = _summed_gradients(model, group)
     return torch.cat(read, 1), gradients
+
+
+def refusal_of_a_stream(rank: int, config: Config) -> str:
+    """What a rank says to a sequence, read as one piece, whose tokens a rank do not fit the memory."""
+    form_groups(config)
+    model = build_model(config)
+    shards, shard = config.parallel.context, parallel_state.get_context_parallel_rank()
+    tokens = batch(config)[0].chunk(shards, 1)[shard]
+    try:
+        with torch.no_grad():
+            model(tokens, None, None, inference_context=StreamContext())
+    except ValueError as error:
+        return str(error)
+    return "nothing"

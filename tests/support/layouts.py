@@ -101,7 +101,11 @@ HYBRID = replace(
 ATLAS = replace(
     MEMORY, memory=replace(MEMORY.memory, **{**PRESETS["atlas"], "window": 5, "ns_period": 4, "ns_step": "sum"})
 )
-BASES = {"memory": MEMORY, "hybrid": HYBRID, "atlas": ATLAS}
+HIERARCHY = replace(
+    MEMORY,
+    memory=replace(MEMORY.memory, locals=("2/8", "4/16", "2/8"), projection=True, read="chunk"),
+)
+BASES = {"memory": MEMORY, "hybrid": HYBRID, "atlas": ATLAS, "hierarchy": HIERARCHY}
 BASELINES = replace(
     MEMORY,
     model=replace(MEMORY.model, pattern="D-GR-L"),
