@@ -154,20 +154,25 @@ def _dry_run(config: Config, machine: Machine) -> int:
     from atlas_megatron.estimate.dry_run import DryRun
     from atlas_megatron.estimate.machine import in_nodes
     from atlas_megatron.model.build import parameter_dtype
-    from atlas_megatron.training.readiness import wrong_with_data, wrong_with_devices, wrong_with_directory
-    from atlas_megatron.training.start_from import foreseen
+    from atlas_megatron.training.readiness import (
+        how_it_goes_on,
+        wrong_with_data,
+        wrong_with_devices,
+        wrong_with_directory,
+    )
 
     config, world_size = in_nodes(config), machine.world_size(config)
     validate(config, world_size)
-    config, begins, refused = foreseen(config)
+    wrong = wrong_with_data(config)
+    config, kept_from, said = (config, [], []) if wrong else how_it_goes_on(config)
     print(changed_toml(config))
-    if begins:
-        print(f"{begins}\n")
+    for line in said:
+        print(f"{line}\n")
     bf16 = parameter_dtype(config).itemsize == 2
     console = Console(soft_wrap=True, highlight=False)
     console.print(DryRun(config, world_size, machine.memory, bf16, machine).report())
     # Both are read by people and by launch/slurm.sh: the first would end a run on any machine that sees these files.
-    for line in (*filter(None, [refused]), *wrong_with_data(config), *wrong_with_directory(config)):
+    for line in (*wrong, *kept_from, *wrong_with_directory(config)):
         print(f"cannot train yet: {line}")
     for line in wrong_with_devices(config):
         print(f"not on this machine: {line}")

@@ -28,6 +28,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from atlas_megatron.checkpoint import best, step_folders
+from atlas_megatron.checkpoint.examination import wrong_with
 from atlas_megatron.checkpoint.moments import allocate_moments, load_moments, true_offsets
 from atlas_megatron.checkpoint.provenance import Provenance
 from atlas_megatron.checkpoint.safe_loading import load_common, load_sharded
@@ -124,8 +125,6 @@ class Found(NamedTuple):
 
 def _examined(parent: Path) -> Found | None:
     """What there is; None where one was removed meanwhile, as a run that trains on does: then there is a newer one."""
-    joined = torch.distributed.is_initialized()
-    share, shares = (world.rank(), torch.distributed.get_world_size()) if joined else (0, 1)
     # What the first process sees: a shared disk may show others an older state.
     folders = [*step_folders.unfinished(parent), *step_folders.checkpoints(parent)]
     folders.sort(key=step_folders.step_of, reverse=True)
@@ -136,8 +135,7 @@ def _examined(parent: Path) -> Found | None:
         if not marked:
             wrong.append(f"skipped the half-written checkpoint {folder}")
             continue
-        (bad,) = world.from_first([integrity.wrong_size(folder) if share == 0 else ""])
-        bad = bad or next(filter(None, world.gathered(integrity.wrong_content(folder, share, shares))), "")
+        bad = wrong_with(folder)
         if not bad:
             return Found(folder, wrong, damaged)
         (gone,) = world.from_first([not integrity.is_marked(folder)])

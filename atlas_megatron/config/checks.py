@@ -9,8 +9,10 @@ from atlas_kernels import MemoryRule
 from atlas_kernels.features import FEATURE_MAPS, lifted_width
 from atlas_kernels.local_memories import locals_of
 from atlas_megatron.config import LAYERS, Config, uses
+from atlas_megatron.config.batch_ramp import stages
 from atlas_megatron.config.context_levels import context_levels
 from atlas_megatron.config.layers import CUT, split_sections
+from atlas_megatron.config.schedule_checks import check_schedule
 
 CONTEXT_MODES = ("auto", "heads", "handoff", "heads+handoff")
 # Sizes of FP8 products.
@@ -37,8 +39,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "be greater than 0",
     ),
     (
-        "train.warmup_steps train.weight_decay train.clip_grad train.validate_every train.validate_sequences "
-        "train.min_lr train.write_budget train.late_write_budget train.gradient_reach "
+        "train.warmup_steps train.decay_steps train.weight_decay train.clip_grad train.validate_every "
+        "train.validate_sequences train.min_lr train.write_budget train.late_write_budget train.gradient_reach "
         "resilience.hang_minutes resilience.straggler_every resilience.most_skipped resilience.most_returns "
         "attention.persistent",
         lambda value: value >= 0,
@@ -61,6 +63,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "memory.impl": ("auto", "reference", "chunked", "triton"),
     "delta.impl": ("auto", "fla", "chunked"),
     "parallel.context_mode": CONTEXT_MODES,
+    "train.schedule": ("cosine", "wsd", "constant", "inverse_sqrt"),
+    "train.decay_shape": ("linear", "1-sqrt"),
     "train.precision": ("auto", "float32", "bfloat16"),
     "resilience.non_finite": ("stop", "skip"),
     "train.fp8": ("", "hybrid", "e4m3"),
@@ -73,6 +77,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_ranges(config)
     _check_choices(config)
     _check_together(config)
+    check_schedule(config.train)
     _check_parallel(config, world_size)
     _check_model(config)
     _check_batches(config, world_size)
@@ -120,7 +125,6 @@ def _check_choices(config: Config) -> None:
 
 def _check_together(config: Config) -> None:
     """Keys of one section that contradict each other."""
-    train = config.train
     for name, section in (("memory", config.memory), ("delta", config.delta)):
         if section.late_keys and section.conv_size == 1 and uses(config.model.pattern, name):
             raise ValueError(
@@ -131,13 +135,6 @@ def _check_together(config: Config) -> None:
     if Path(config.run.directory).name in ("", ".."):
         raise ValueError(
             f"run.directory={config.run.directory!r} is no folder of a run's own; name one, for example runs/first"
-        )
-    if train.min_lr > train.lr:
-        raise ValueError(f"train.min_lr={train.min_lr} is above train.lr={train.lr}; lower it")
-    if train.warmup_steps >= train.steps:
-        raise ValueError(
-            f"train.warmup_steps={train.warmup_steps} must be less than train.steps={train.steps}; set "
-            f"train.warmup_steps={train.steps // 4}, or more steps"
         )
 
 
@@ -371,14 +368,16 @@ def _check_batches(config: Config, world_size: int) -> None:
     train = config.train
     replicas, together = data_parallel_size(config, world_size), sequences_together(config, world_size)
     virtual = config.parallel.virtual
-    checked = [("train.global_batch", train.global_batch)]
+    checked = [(f"train.global_batch={train.global_batch}", train.global_batch)]
+    if train.batch_ramp:
+        checked += [(f"train.batch_ramp={train.batch_ramp!r}: {batch}", batch) for _, batch in stages(config)]
     if train.validate_every:
-        checked.append(("train.validate_sequences", train.validate_sequences))
-    for name, size in checked:
+        checked.append((f"train.validate_sequences={train.validate_sequences}", train.validate_sequences))
+    for said, size in checked:
         if size == 0 or size % together:
             interleaved = f" x {config.parallel.pipeline} interleaved pipeline ranks" if virtual > 1 else ""
             raise ValueError(
-                f"{name}={size} is not a multiple of train.micro_batch={train.micro_batch} x {replicas} data-parallel "
+                f"{said} is not a multiple of train.micro_batch={train.micro_batch} x {replicas} data-parallel "
                 f"replicas{interleaved} = {together}; nearest: {max(1, round(size / together)) * together}"
             )
 
@@ -422,6 +421,7 @@ def _check_cuda_graph(config: Config) -> None:
     parallel, train = config.parallel, config.train
     hindrances = (
         (config.data.packed, "data.packed=true", "the host reads where documents begin"),
+        (train.batch_ramp != "", f"train.batch_ramp={train.batch_ramp!r}", "a graph has one number of micro-batches"),
         (train.write_budget != 0, f"train.write_budget={train.write_budget}", "its weight is another in every step"),
         (train.recompute, "train.recompute=true", "the host keeps the random state of what is recomputed"),
         (train.fp8 != "", f"train.fp8={train.fp8!r}", "the host updates its scales"),

@@ -159,17 +159,28 @@ class DeltaConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """AdamW, linear warm-up, cosine decay."""
+    """AdamW, a linear warm-up, and a learning rate that then follows `schedule`."""
 
     steps: int = 1000
     # A run's directory, or one of its checkpoints: a new run takes its weights and nothing else, in any layout. Steps,
     # schedule, optimizer and data begin anew. memory.chunk may be another than theirs (docs/chunks.md). "": drawn.
     start_from: str = ""
     global_batch: int = 8  # sequences a step
+    # "": every step has global_batch. Else tokens and sequences, as Megatron's --step-batch-size-schedule: with
+    # "0:64 1B:128 4B:256" a step has 64 sequences, from 1e9 trained tokens on 128, then 256, which is global_batch.
+    batch_ramp: str = ""
     micro_batch: int = 8  # sequences a forward pass on one device
     lr: float = 1e-3
-    min_lr: float = 1e-4
+    min_lr: float = 1e-4  # where schedule ends, but for constant
     warmup_steps: int = 100
+    # After the warm-up. cosine: falls to min_lr at the last step. wsd: stays at lr, and falls in the last decay_steps.
+    # constant: stays at lr. inverse_sqrt: lr x (warmup_steps / step)^0.5, min_lr at least.
+    schedule: str = "cosine"
+    decay_steps: int = 0  # the last steps of wsd, in which the rate falls to min_lr
+    decay_shape: str = "linear"  # linear | 1-sqrt (steep first): how wsd falls
+    # "": begin at step 1. RUN:STEP, as "runs/stable:4000": begin with what another run kept at that step, weights,
+    # moments and place in the data. With wsd, and decay_steps more steps: the decay of a run that itself goes on.
+    decay_from: str = ""
     weight_decay: float = 0.1  # not on norms, gates, start weights
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from atlas_megatron.config import LAYERS, Config
+from atlas_megatron.config import LAYERS, Config, TrainConfig
+from atlas_megatron.config.batch_ramp import stages, tokens_of
 from atlas_megatron.config.checks import data_parallel_size, validate
 from atlas_megatron.config.context_levels import context_levels
 from atlas_megatron.estimate.machine import MEMORY, SIZES, Machine
@@ -47,11 +48,11 @@ class DryRun:
         rate = reached * self.world_size / flops_per_token(self.config).training
         if self.config.parallel.pipeline > 1:
             rate *= 1 - pipeline_bubble(self.config, self.world_size)
-        tokens = train.steps * train.global_batch * self.config.model.seq_length
+        tokens = tokens_of(self.config, train.steps)
         kind = "bfloat16" if self.bf16 else "float32"
         table.add_row(f"of its {kind} peak, a guess (mfu=)", f"{machine.mfu:.0%}")
         table.add_row("tokens a second, in all", f"{rate:,.0f}")
-        table.add_row("seconds a step", f"{tokens / train.steps / rate:,.3g}")
+        table.add_row("seconds a step", f"{train.global_batch * self.config.model.seq_length / rate:,.3g}")
         table.add_row("hours of the run", f"{tokens / rate / 3600:,.3g}")
         return table
 
@@ -115,7 +116,11 @@ class DryRun:
         table.add_row("training FLOPs a token", f"{flops.training:.3e}")
         table.add_row("of these, the memories' inner loop", f"{flops.inner:.3e}")
         table.add_row("tokens a step", f"{tokens:,} ({train.global_batch} sequences of {model.seq_length:,})")
-        table.add_row("tokens of the run", f"{tokens * train.steps:,} in {train.steps:,} steps")
+        if train.batch_ramp:
+            table.add_row("sequences a step, from which on", _ramp(config))
+        table.add_row("tokens of the run", f"{tokens_of(config, train.steps):,} in {train.steps:,} steps")
+        table.add_row("learning rate", f"{train.lr:g} after {train.warmup_steps:,} steps")
+        table.add_row("learning rate, then", _schedule(train))
         table.add_row("micro-batches a step", f"{micro_batches(config, world_size)}")
         table.add_row("precision", "bfloat16, float32 master weights" if self.bf16 else "float32")
         layout = (parallel.tensor, parallel.pipeline, parallel.context, replicas)
@@ -191,6 +196,21 @@ _NAMES = {
 def _largest(held: Footprint) -> str:
     name = max(vars(held), key=lambda field: getattr(held, field))
     return f"{_NAMES[name].removesuffix(', about')}, {_bytes(getattr(held, name))}"
+
+
+def _schedule(train: TrainConfig) -> str:
+    """What the learning rate does after the warm-up, in words that fit a narrow screen."""
+    low = f"{train.min_lr:g}"
+    return {
+        "cosine": f"a cosine to {low}",
+        "wsd": f"{train.decay_shape} from step {train.steps - train.decay_steps:,} to {low}",
+        "constant": "constant",
+        "inverse_sqrt": f"inverse square root, {low} at least",
+    }[train.schedule]
+
+
+def _ramp(config: Config) -> str:
+    return ", ".join(f"{batch:,} from {start:,}" for start, batch in stages(config))
 
 
 def _table(title: str) -> Table:

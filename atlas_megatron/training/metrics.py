@@ -28,6 +28,7 @@ from rich.table import Table
 from atlas_kernels.layer_start import ETA_HEADROOM, eta_start
 from atlas_megatron.cli.version import versions
 from atlas_megatron.config import Config
+from atlas_megatron.config.batch_ramp import tokens_of
 from atlas_megatron.estimate.machine import peak_flops
 from atlas_megatron.files.scratch import write_whole
 from atlas_megatron.training import weights_and_biases
@@ -78,24 +79,26 @@ class Speed:
     """Tokens a second, FLOP/s, MFU and time left, from the time each step took."""
 
     def __init__(self, config: Config, training_flops_per_token: float, world_size: int) -> None:
-        self.tokens_per_step = config.train.global_batch * config.model.seq_length
-        self._steps = config.train.steps
+        self._config = config
         self._flops = training_flops_per_token
         self._world_size = world_size
         self._peak = peak_flops()
-        self._recent: deque[float] = deque(maxlen=20)
+        self._recent: deque[float] = deque(maxlen=20)  # seconds a token
 
-    def after(self, step: int, seconds: float) -> Record:
-        """The speed entries of this step's record; rates are those of one device."""
-        self._recent.append(seconds)
-        rate = self.tokens_per_step / seconds / self._world_size
+    def after(self, step: int, seconds: float, tokens: int, trained: int) -> Record:
+        """The speed entries of this step's record; rates are those of one device.
+
+        tokens: of this step, which took `seconds`; trained: of the run, up to it.
+        """
+        self._recent.append(seconds / tokens)
+        rate = tokens / seconds / self._world_size
         achieved = rate * self._flops
         return {
             "step_seconds": seconds,
             "tokens_per_second": rate,
             "tflops": achieved / 1e12,
             "mfu": achieved / self._peak if self._peak else None,
-            "eta_seconds": (self._steps - step) * fmean(self._recent),
+            "eta_seconds": tokens_of(self._config, self._config.train.steps - step, trained) * fmean(self._recent),
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         }
 

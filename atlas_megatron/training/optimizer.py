@@ -1,8 +1,6 @@
-"""AdamW over Megatron-Core's distributed optimizer, with a linear warm-up and a cosine decay."""
+"""AdamW over Megatron-Core's distributed optimizer."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -11,7 +9,8 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
-from atlas_megatron.config import Config, TrainConfig
+from atlas_megatron.config import Config
+from atlas_megatron.training.schedule import build_schedule
 
 
 def takes_no_decay(parameter: torch.nn.Parameter) -> bool:
@@ -54,33 +53,7 @@ def build_optimizer(
     )
     no_decay = ParamKey(predicate=ParamPredicate(name="no_weight_decay", fn=takes_no_decay))
     optimizer = get_megatron_optimizer(options, chunks, {no_decay: ParamGroupOverride(wd_mult=0.0)})
-    scheduler = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=train.lr,
-        min_lr=train.min_lr,
-        lr_warmup_steps=train.warmup_steps,
-        lr_decay_steps=train.steps,
-        lr_decay_style="cosine",
-        start_wd=train.weight_decay,
-        end_wd=train.weight_decay,
-        wd_incr_steps=train.steps,
-        wd_incr_style="constant",
-        # The schedule is the configuration's, not the checkpoint's: a resumed run may be made longer.
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
-    return optimizer, scheduler
-
-
-def learning_rate(train: TrainConfig, step: int) -> float:
-    """Of the update that step `step` makes, by the schedule above."""
-    if step <= train.warmup_steps:
-        return train.lr * step / train.warmup_steps
-    if step > train.steps:
-        return train.min_lr
-    decayed = (step - train.warmup_steps) / (train.steps - train.warmup_steps)
-    return train.min_lr + (train.lr - train.min_lr) * (1 + math.cos(math.pi * decayed)) / 2
+    return optimizer, build_schedule(train, optimizer)
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:

@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 
+from atlas_megatron.checkpoint import step_folders
+from atlas_megatron.checkpoint.provenance import Provenance
+from atlas_megatron.checkpoint.provenance import refusal as refusal_of_data
 from atlas_megatron.config import Config, uses
 from atlas_megatron.data.batches import blend, check_tokenizer, check_tokenizer_of, sources
 from atlas_megatron.data.tokenizer import load_tokenizer
 from atlas_megatron.files.scratch import refusal
+from atlas_megatron.training.resuming import going_on, said_of, start_seen
 
 
 def wrong_with_data(config: Config) -> list[str]:
@@ -39,6 +43,21 @@ def wrong_with_directory(config: Config) -> list[str]:
         return [f"run.directory={config.run.directory!r} holds bytes that are no UTF-8; choose another run.directory"]
     why = refusal(Path(config.run.directory))
     return [f"run.directory={config.run.directory}: {why}; choose another run.directory"] if why else []
+
+
+def how_it_goes_on(config: Config) -> tuple[Config, list[str], list[str]]:
+    """The configuration of a run that goes on from a checkpoint, branches off or begins with one; what keeps it from
+    that, and what it will say when it does. Both are empty for any other run. The data are sound: `wrong_with_data`."""
+    try:
+        start = start_seen(config)
+        going = going_on(start.config, start.before)
+        changes = Provenance.of(config).changes_since(start.folder) if start.folder else []
+    except (ValueError, OSError) as error:
+        return config, [str(error)], []
+    if start.folder is None:
+        return going, [], said_of(start, going, 0)
+    wrong = [refusal_of_data(start.folder, config, changes)] if changes and not config.data.allow_change else []
+    return going, wrong, said_of(start, going, step_folders.step_of(start.folder))
 
 
 def wrong_with_devices(config: Config) -> list[str]:

@@ -82,24 +82,3 @@ def line(source: Path, config: Config) -> str:
     before = load_saved(source / checkpoint.CONFIG)
     changed = said(before.memory, config.memory) if uses(config.model.pattern, "memory") else ""
     return f"begins with the weights of {source}{f'; {changed}' if changed else ''}"
-
-
-def foreseen(config: Config) -> tuple[Config, str, str]:
-    """Before a run: the configuration that it would have, what it would begin with, and what would keep it from that.
-
-    Reads no weights: a damaged file whose size is right is found when the run starts.
-    """
-    own, _ = checkpoint.latest(config.run.directory)
-    if not (config.train.start_from or own):
-        return config, "", ""
-    try:
-        if own:
-            config = resumed(config, load_saved(own / checkpoint.CONFIG))
-            return config, f"goes on from {own}" if config.train.start_from else "", ""
-        folder = Path(config.train.start_from)
-        source = checkpoint.latest(folder)[0] or origin(config)
-        config = begun(config, source)
-        check_tokenizer(config, source)
-    except (ValueError, OSError) as error:
-        return config, "", str(error)
-    return config, line(source, config), ""

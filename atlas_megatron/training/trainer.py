@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.module import Float16Module
@@ -20,8 +21,10 @@ from atlas_megatron.checkpoint import checkpoint
 from atlas_megatron.checkpoint.checkpoint import Progress, TrainState
 from atlas_megatron.checkpoint.provenance import Provenance, refusal
 from atlas_megatron.cli.ending import NonFiniteError, line_of
-from atlas_megatron.config import Config, load_saved, to_toml
-from atlas_megatron.data.batches import Batch, Batches, build_datasets, micro_batches, trained_bytes_per_token
+from atlas_megatron.config import Config, to_toml
+from atlas_megatron.config.batch_ramp import schedule_of
+from atlas_megatron.config.checks import data_parallel_size
+from atlas_megatron.data.batches import Batch, Batches, build_datasets, trained_bytes_per_token
 from atlas_megatron.files.scratch import write_whole
 from atlas_megatron.mixers.base import Documents, in_mode
 from atlas_megatron.model.build import build_chunks, flops_per_token
@@ -34,12 +37,11 @@ from atlas_megatron.resilience.run_lock import RunLock
 from atlas_megatron.resilience.stop_signals import StopSignals
 from atlas_megatron.resilience.stragglers import Stragglers
 from atlas_megatron.resilience.watchdog import Watchdog
-from atlas_megatron.training import start_from
 from atlas_megatron.training.capture import captured_schedule
 from atlas_megatron.training.measuring import LayerMeasurements
 from atlas_megatron.training.metrics import Record, RunLog, Speed
 from atlas_megatron.training.optimizer import build_optimizer, gradient_norm, wrap
-from atlas_megatron.training.resuming import changed_keys, going_on, longer_sequences, samples_as_long
+from atlas_megatron.training.resuming import Start, going_on, said_of, samples_as_long, start_of
 from atlas_megatron.training.validation import Validation
 from atlas_megatron.training.write_budget import set_budget
 
@@ -48,26 +50,16 @@ class Trainer:
     """One process's share of a run. `join` the world first; every process builds one and calls `train`."""
 
     def __init__(self, config: Config, signals: StopSignals | None = None, lock: RunLock | None = None) -> None:
-        """Build data, model and optimizer, and load the newest whole checkpoint of the run, if there is one; else the
-        weights that train.start_from names.
+        """Build data, model and optimizer, and load the checkpoint that the run goes on from or begins with, if any.
 
         signals: those that the caller already notes, so that none is lost while all this is built; None: from `train`
-        on. lock: the run's, looked at before anything is saved. Raises ValueError for data that cannot be trained on, a
-        checkpoint of another model, or where all are damaged.
+        on. lock: the run's, looked at before anything is saved. Raises ValueError for data that cannot be trained on,
+        and as `start_of`.
         """
         directory = Path(config.run.directory)
-        resumed, wrong = checkpoint.to_resume(directory)
-        source = start_from.origin(config) if config.train.start_from and not resumed else None
-        read = resumed or source
-        before = load_saved(read / checkpoint.CONFIG) if read else config
-        if resumed:
-            config = start_from.resumed(config, before)
-            checkpoint.check_same_model(resumed, config)
-        elif source:
-            config = start_from.begun(config, source)
-            start_from.check_tokenizer(config, source)
-        config = going_on(config, before)
-        self.config = config
+        start = start_of(config)
+        resumed = start.folder
+        self.config = config = going_on(start.config, start.before)
         train = config.train
         sequences = train.validate_sequences if train.validate_every else 0
         train_set, validation_set = build_datasets(config, train.steps * train.global_batch, sequences)
@@ -79,11 +71,16 @@ class Trainer:
         self._validation = Validation(
             config, validation_set, self.trained.chunks, partial(self._run, forward_only=True)
         )
-        self.progress = self._restored(resumed, source)
-        consumed = 0 if "data" in changes else samples_as_long(config, before, self.progress.consumed_samples)
+        self.progress = self._restored(start)
+        consumed = 0 if "data" in changes else samples_as_long(config, start.before, self.progress.consumed_samples)
         self.progress = replace(self.progress, consumed_samples=consumed)
         self._saver = checkpoint.Saver(config, provenance)
         self._batches = Batches(train_set, config, self.progress.consumed_samples, endless=True)
+        self._batch_size = StepBatchsizeNumMicroBatchesCalculator(
+            train.micro_batch, data_parallel_size(config, torch.distributed.get_world_size()),
+            decrease_batch_size_if_needed=False, rank=world.rank(), schedule=schedule_of(config),
+            seq_length=config.model.seq_length,
+        )  # fmt: skip
         self._speed = Speed(config, flops_per_token(config).training, torch.distributed.get_world_size())
         self._measurements = LayerMeasurements(config, self.trained.chunks, self._say)
         self._signals = signals or StopSignals()
@@ -98,23 +95,15 @@ class Trainer:
             # What a finished run was trained with stays; whoever reads it finds all of it or what was there.
             if self.progress.step < config.train.steps or not (directory / checkpoint.CONFIG).is_file():
                 write_whole(directory / checkpoint.CONFIG, to_toml(config))
-        for line in wrong:
+        for line in said_of(start, config, self.progress.step):
             self._say(line)
-        if resumed:
-            self._say(f"resumed from {resumed}")
-        if source:
-            self._say(start_from.line(source, config))
-        for said in (changed_keys, longer_sequences):
-            line = said(config, before, self.progress.step)
-            if line:
-                self._say(line)
         if changes:
             self._say(f"another {' and other '.join(changes)} than before, as data.allow_change=true allows")
 
-    def _restored(self, resumed: Path | None, source: Path | None) -> Progress:
-        if resumed:
-            return checkpoint.restore(resumed, self.config, self.trained)
-        return checkpoint.take_weights(source, self.trained) if source else Progress()
+    def _restored(self, start: Start) -> Progress:
+        if start.folder:
+            return checkpoint.restore(start.folder, self.config, self.trained)
+        return checkpoint.take_weights(start.weights, self.trained) if start.weights else Progress()
 
     def _open_log(self) -> RunLog | None:
         """The first process's; what keeps it from opening one ends every process, not the others by waiting for it."""
@@ -190,7 +179,7 @@ class Trainer:
         start = time.perf_counter()
         train, trained = self.config.train, self.trained
         with self._stragglers.own():
-            batches = [next(self._batches) for _ in range(micro_batches(self.config, train.global_batch))]
+            batches = [next(self._batches) for _ in range(self._micro_batches())]
         measures = self._measurements.are_due(step)
         for chunk in trained.chunks:
             chunk.zero_grad_buffer()
@@ -215,15 +204,19 @@ class Trainer:
         trouble = non_finite.in_norm(trained.chunks, self.config, grad_norm)
         if trouble:
             raise self._diverged(step, trouble)
-        self._move_on(step=step, tokens=self.progress.tokens + self._speed.tokens_per_step)
+        sequences = self._batch_size.get_current_global_batch_size()
+        read = sequences * self.config.model.seq_length
+        self._move_on(step=step, tokens=self.progress.tokens + read)
         record = {
             "step": step,
             "loss": loss,
             "grad_norm": float(grad_norm),
             "lr": trained.optimizer.param_groups[0]["lr"],
             "tokens": self.progress.tokens,
-            **self._speed.after(step, time.perf_counter() - start),
+            **self._speed.after(step, time.perf_counter() - start, read, self.progress.tokens),
         }
+        if train.batch_ramp:
+            record["sequences"] = sequences
         if measures:
             record["layers"] = layers
             self._measurements.warn(step, layers)
@@ -235,6 +228,12 @@ class Trainer:
             self._say(f"step {step}: {slow}")
         return record | own, stop
 
+    def _micro_batches(self) -> int:
+        """How many of them this replica runs in the next step, by the tokens that the weights were trained on."""
+        trained = self.progress.tokens // self.config.model.seq_length
+        self._batch_size.update(trained, consistency_check=True)
+        return self._batch_size.get()
+
     def _pass_over(self, step: int, trouble: Trouble, decision: Decision) -> None:
         """Leave a batch out, and go back to a checkpoint or end the run where the policy says so."""
         if decision.action is Action.STOP:
@@ -245,7 +244,8 @@ class Trainer:
 
     def _move_on(self, **changed: int) -> None:
         """Count what has just been read as consumed."""
-        consumed, policy = self.progress.consumed_samples + self.config.train.global_batch, self._policy
+        policy = self._policy
+        consumed = self.progress.consumed_samples + self._batch_size.get_current_global_batch_size()
         counts = {"skipped": policy.skipped, "returns": policy.returns}
         self.progress = replace(self.progress, consumed_samples=consumed, **counts, **changed)
 

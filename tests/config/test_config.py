@@ -19,8 +19,8 @@ from atlas_megatron.config import (
 )
 from atlas_megatron.config.checks import validate
 from atlas_megatron.config.differences import changed_toml
-from atlas_megatron.training.optimizer import learning_rate
 from atlas_megatron.training.resuming import changed_keys
+from atlas_megatron.training.schedule import learning_rate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -1,4 +1,4 @@
-"""Memories that begin anew every shard, over ranks: whole shards wait for no other rank. Against one process, float64."""
+"""Memories that begin anew every shard, over ranks: whole shards wait for none. Against one process, float64."""
 
 from __future__ import annotations
 

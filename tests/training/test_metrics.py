@@ -44,11 +44,11 @@ def test_the_progress_line_says_more_than_nats(
 
 def test_rates_are_of_one_device() -> None:
     speed = metrics.Speed(config_in(Path("unused")), training_flops_per_token=1e9, world_size=2)
-    after = speed.after(step=4, seconds=2.0)
+    after = speed.after(step=4, seconds=2.0, tokens=4 * 512, trained=4 * 4 * 512)
     assert after["tokens_per_second"] == 4 * 512 / 2.0 / 2
     assert after["tflops"] == pytest.approx(512 * 1e9 / 1e12)
     assert after["eta_seconds"] == pytest.approx(12.0)
-    assert metrics.Speed(config_in(Path("unused")), 1e9, 2).after(10, 1.0)["eta_seconds"] == 0
+    assert metrics.Speed(config_in(Path("unused")), 1e9, 2).after(10, 1.0, 2048, 20480)["eta_seconds"] == 0
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from atlas_megatron.mixers.memory import AtlasMixer
 from atlas_megatron.parallel import world
 from atlas_megatron.train import main
 from atlas_megatron.training import metrics
-from atlas_megatron.training.optimizer import learning_rate
+from atlas_megatron.training.schedule import learning_rate
 from atlas_megatron.training.validation import Validation
 from tests.support import tiny_run
 
