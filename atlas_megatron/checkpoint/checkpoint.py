@@ -361,8 +361,9 @@ def _load_parameters(folder: Path, chunks: dict[str, MegatronModule]) -> None:
 
 def _sharding() -> dict[str, Any]:
     """How core shards what it saves; a new dict each time, as core notes the run's process groups in it."""
-    # The distributed optimizer's default cannot be saved by this Megatron; this one reshards over any layout.
-    return {"distrib_optim_sharding_type": "fully_reshardable"}
+    # The distributed optimizer's default cannot be saved by this Megatron; this one reshards over any layout. Without a
+    # prefix a state's name is its parameter's, whichever optimizer of a chain holds it.
+    return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def _layout(parallel: ParallelConfig) -> list[int]:
