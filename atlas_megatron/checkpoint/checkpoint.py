@@ -28,7 +28,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from atlas_megatron.checkpoint import best, step_folders
-from atlas_megatron.checkpoint.moments import allocate_moments, load_moments, true_offsets
+from atlas_megatron.checkpoint.moments import allocate_moments, check_same_states, load_moments, true_offsets
 from atlas_megatron.checkpoint.provenance import Provenance
 from atlas_megatron.checkpoint.safe_loading import load_common, load_sharded
 from atlas_megatron.checkpoint.shards import ShardWriting, checksums_of_own, write_shards
@@ -251,6 +251,7 @@ def restore(folder: Path, config: Config, trained: TrainState) -> Progress:
         _load_parameters(folder, _named(trained.chunks))
         trained.optimizer.reload_model_params()
         return Progress()
+    check_same_states(config, before := load_saved(folder / CONFIG))
     same_layout = common["layout"] == _layout(config.parallel)
     allocate_moments(trained.optimizer)
     state = _state(trained, config.parallel, loading=True)
@@ -268,7 +269,6 @@ def restore(folder: Path, config: Config, trained: TrainState) -> Progress:
         _set_random_state(loaded["random"])
     # Runs from before batches could be skipped, or tokens were counted, have not saved all of it.
     found = {f.name: loaded.get(f.name, f.default) for f in fields(Progress)}
-    before = load_saved(folder / CONFIG)
     found["tokens"] = found["tokens"] or found["step"] * before.train.global_batch * before.model.seq_length
     return Progress(**found)
 

@@ -11,6 +11,7 @@ import torch
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 
 from atlas_megatron.config import Config
+from atlas_megatron.config.optimizer_checks import states_differences
 
 # What a group of parameters has besides its settings.
 COUNTED = ("params", "step")
@@ -27,6 +28,17 @@ def allocate_moments(optimizer: MegatronOptimizer) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
+
+
+def check_same_states(ours: Config, theirs: Config) -> None:
+    """Raise ValueError where a checkpoint's optimizer keeps other states than ours, which then have none to go on from.
+    """
+    differences = states_differences(ours, theirs)
+    if differences:
+        raise ValueError(
+            f"the checkpoint of {theirs.run.directory} holds another optimizer's states: {'; '.join(differences)}; set "
+            "them as the checkpoint has them, or begin a new run from its weights (tools/convert_hf.py export, import)"
+        )
 
 
 def load_moments(optimizer: MegatronOptimizer, loaded: dict[str, Any], config: Config) -> None:

@@ -31,17 +31,26 @@ PARTS = ("is_qkv", "qkv_split_shapes")
 INSTALL = "pip install emerging-optimizers==0.3.0"
 
 
-def missing() -> str:
-    """What keeps Muon from running here, and how to get it; empty where nothing does."""
-    if emerging_optimizers.HAVE_EMERGING_OPTIMIZERS:
-        return ""
-    return f"train.optimizer='muon' wants the package emerging-optimizers, which is not installed: {INSTALL}"
+def wrong_here(train: TrainConfig, *, bf16: bool) -> str:
+    """What keeps train.optimizer='muon' from running here, and what would do; empty where nothing does."""
+    if not emerging_optimizers.HAVE_EMERGING_OPTIMIZERS:
+        return (
+            f"train.optimizer='muon' wants the package emerging-optimizers, which is not installed: {INSTALL}; or set "
+            "train.optimizer='adamw'"
+        )
+    if train.muon_layer_wise and not bf16:
+        return (
+            "train.muon_layer_wise=true wants bfloat16 parameters, and train.precision='auto' is float32 without a "
+            "GPU; set train.precision='bfloat16', or train.muon_layer_wise=false"
+        )
+    return ""
 
 
-def mark(model: nn.Module, config: Config) -> None:
-    """Mark a model's matrices for Muon, before its gradient buffers are made. Raises ValueError where it is missing."""
-    if missing():
-        raise ValueError(f"{missing()}; or set train.optimizer='adamw'")
+def mark(model: nn.Module, config: Config, *, bf16: bool) -> None:
+    """Mark a model's matrices for Muon, before its gradient buffers are made. Raises ValueError as `wrong_here` says."""
+    wrong = wrong_here(config.train, bf16=bf16)
+    if wrong:
+        raise ValueError(wrong)
     for parameter in model.parameters():
         setattr(parameter, MARK, False)
     for module in model.modules():

@@ -25,7 +25,7 @@ def wrap(
 ) -> DistributedDataParallel:
     """A model chunk with gradient buffers that data-parallel replicas reduce together.
 
-    Raises ValueError where train.optimizer wants a package that is not installed.
+    Raises ValueError where train.optimizer wants a package or a precision that is not there.
     """
     train = config.train
     options = DistributedDataParallelConfig(
@@ -36,7 +36,7 @@ def wrap(
     )
     places = None
     if train.optimizer == "muon":
-        muon.mark(chunk, config)
+        muon.mark(chunk, config, bf16=core.bf16)
         places = muon.layout(chunk, options, first=first) if train.muon_layer_wise else None
     # The backward ends in a rank's first chunk: what the others reduce has its time to overlap, whole.
     return DistributedDataParallel(core, options, chunk, disable_bucketing=not first, full_param_layout=places)
