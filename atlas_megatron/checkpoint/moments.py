@@ -44,7 +44,7 @@ def check_same_states(ours: Config, theirs: Config) -> None:
 def load_moments(optimizer: MegatronOptimizer, loaded: dict[str, Any], config: Config) -> None:
     """Take over a checkpoint's states and step counts, under the settings of `config`, not the checkpoint's."""
     chain = optimizer.chained_optimizers
-    states = [loaded] if len(chain) == 1 else [loaded[place] for place in range(len(chain))]
+    states = [loaded] if len(chain) == 1 else [state for _, state in sorted(loaded.items())]
     for state in states:
         for group in state.get("optimizer", state)["param_groups"]:
             # Before loading: core pairs saved groups with ours by their rates, among other things.

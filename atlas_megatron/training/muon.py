@@ -21,7 +21,7 @@ from torch import nn
 
 from atlas_megatron.config import Config, TrainConfig
 from atlas_megatron.mixers import MLP as MLPCosts
-from atlas_megatron.mixers import Mixer
+from atlas_megatron.mixers import Costs
 from atlas_megatron.mixers.costs import Matrix
 
 # A parameter with this attribute is Muon's; core's own mark routes it to a buffer of whole matrices.
@@ -47,7 +47,7 @@ def wrong_here(train: TrainConfig, *, bf16: bool) -> str:
 
 
 def mark(model: nn.Module, config: Config, *, bf16: bool) -> None:
-    """Mark a model's matrices for Muon, before its gradient buffers are made. Raises ValueError as `wrong_here` says."""
+    """Mark a model's matrices for Muon, before its gradient buffers are made. Raises ValueError for `wrong_here`."""
     wrong = wrong_here(config.train, bf16=bf16)
     if wrong:
         raise ValueError(wrong)
@@ -55,9 +55,8 @@ def mark(model: nn.Module, config: Config, *, bf16: bool) -> None:
         setattr(parameter, MARK, False)
     for module in model.modules():
         kind = MLPCosts if isinstance(module, MLP) else type(module)
-        if isinstance(module, MLP | Mixer):
-            for matrix in kind.matrices(config):
-                _mark(module.get_parameter(matrix.name), matrix)
+        for matrix in kind.matrices(config) if issubclass(kind, Costs) else ():
+            _mark(module.get_parameter(matrix.name), matrix)
     if config.train.muon_layer_wise:
         for parameter in model.parameters():
             setattr(parameter, ROUTED, getattr(parameter, MARK))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
@@ -26,10 +27,13 @@ TOLERANCE = 1e-4
 EXACT = 1e-6  # of float64; core sums gradient norms in float32
 STEPS = 10
 SHORT = ("memory", "tensor")  # the layout that `make test` tries
-CASES = [(base, layout) for base in ("memory", "hybrid") for layout in LAYOUTS if fits(base, layout)]
+# Muon's own Newton-Schulz sees gradients of which the layouts agree to rounding.
+WITH = ("memory", "hybrid", *(("muon",) if find_spec("emerging_optimizers") else ()))
+CASES = [(base, layout) for base in WITH for layout in LAYOUTS if fits(base, layout)]
 MARKED = [case if case == SHORT else pytest.param(*case, marks=pytest.mark.parallel) for case in CASES]
 WORDS = {
     "memory": ["memory.preset=omeganet", "model.pattern=M-*-M-"],
+    "muon": ["memory.preset=omeganet", "model.pattern=M-*-M-", "train.optimizer=muon", "train.muon_memories=true"],
     "hybrid": ["memory.preset=dot", "model.pattern=A-C-F-", "attention.persistent=2", "attention.segment=8"],
 }
 
@@ -63,7 +67,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], li
             return done[base, name]
         start, folder = root / f"{base} start", root / f"{base} {name}"
         words = [*WORDS[base], "train.micro_batch=1", "train.validate_every=0", "memory.heads=4"]
-        words += ["attention.heads=4", "model.tied_embeddings=" + str(base == "memory").lower()]
+        words += ["attention.heads=4", "model.tied_embeddings=" + str(base != "hybrid").lower()]
         if not start.is_dir():
             tiny_run.train_in(1, config, [[*words, f"run.directory={start}", "train.steps=1", "train.warmup_steps=0"]])
         shutil.copytree(start, folder)
