@@ -63,9 +63,13 @@ def bytes_sent(config: Config, world_size: int, place: RankPlace, *, bf16: bool)
     size, layers, ends = 2 if bf16 else 4, [], []
     for number, stage in enumerate(stages_at(config, place.pipeline)):
         ends.append(_stage_ends(config, place.pipeline + number * config.parallel.pipeline, size))
-        for symbol in stage:
-            layers += [_linears(config, *costs_of(symbol).linears(config), size)]
-            layers += [_layer_context(config, symbol, place, size)]
+        each = {
+            symbol: _together([
+                _linears(config, *costs_of(symbol).linears(config), size), _layer_context(config, symbol, place, size)
+            ])
+            for symbol in set(stage)
+        }  # fmt: skip
+        layers += [each[symbol] for symbol in stage]
     forward, backward = _together(layers)
     once = [forward] if config.train.recompute else []
     passes = _sum(*_together(ends), forward, *once, backward)
