@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from atlas_megatron.config import Config, layers_of
 from atlas_megatron.config.checks import data_parallel_size, validate
 from atlas_megatron.config.toml import cut_evenly
-from atlas_megatron.config.values import toml_value
 from atlas_megatron.estimate.machine import DEVICES_PER_NODE, Machine
 from atlas_megatron.estimate.memory import footprint, fullest, micro_batches, stages_at
 from atlas_megatron.estimate.optimizer import share_of_update, update_of
@@ -34,6 +33,7 @@ CHOSEN = (
 )
 Sizes = tuple[int, int, int, int]  # tensor, pipeline, context, data
 VIRTUAL = (1, 2, 4, 8)
+PIPELINE, STATES = "waiting in the pipeline", "waiting for states"
 # Reduced while the backward of the last micro-batch still runs.
 BESIDE = (Kind.GRADIENTS, Kind.GRADIENT_SUM)
 
@@ -45,7 +45,6 @@ class Estimate:
     config: Config
     sizes: Sizes
     memory: float  # bytes of the fullest rank
-    bubble: float  # the share of a step in which a pipeline rank waits
     sent: float  # bytes a step of the busiest rank
     spent: dict[str, float]
     mfu: float  # model FLOPs a second, of the device's peak
@@ -53,6 +52,11 @@ class Estimate:
     @property
     def seconds(self) -> float:
         return sum(self.spent.values())
+
+    @property
+    def waiting(self) -> float:
+        """The share of a step in which a rank waits for another stage, or for a state."""
+        return (self.spent[PIPELINE] + self.spent[STATES]) / self.seconds
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,8 @@ class Planner:
                     best = found if best is None or found.seconds < 0.999 * best.seconds else best
                     break
                 least = min(least or memory, memory)
-            if best and sizes[1] == 1:
+            # Without a pipeline a smaller micro-batch saves memory alone.
+            if best and sizes[1] == 1 and not (best.config.train.recompute or best.config.parallel.sequence):
                 break
         if best:
             return best
@@ -135,8 +140,10 @@ class Planner:
         parallel, model, ranks = config.parallel, self.model, range(config.parallel.pipeline)
         count = micro_batches(config, self.world_size)
         tokens = config.train.micro_batch * config.model.seq_length / (parallel.tensor * parallel.context)
+        # The part of the model that the rank of most FLOPs has.
         longest = max(self._forward(config, rank) for rank in ranks) / model.forward
         products = count * tokens * model.training * longest / self.rate
+        even = products / longest / parallel.pipeline
         again = count * tokens * model.forward * longest / self.rate if config.train.recompute else 0.0
         bubble = pipeline_bubble(config, self.world_size) if parallel.pipeline > 1 else 0.0
         worked = products + again
@@ -145,17 +152,18 @@ class Planner:
         seconds = {kind: size / self._link(config, kind) for kind, size in sent.items()}
         beside = sum(seconds[kind] for kind in BESIDE if kind in seconds)
         spent = {
-            "products": products,
+            "products": even,
+            "uneven stages": products - even,
             "recomputation": again,
-            "waiting in the pipeline": piped - worked,
-            "waiting for states": piped / (1 - hand_off_bubble(config)) - piped,
+            PIPELINE: piped - worked,
+            STATES: piped / (1 - hand_off_bubble(config)) - piped,
             "Muon's products": self._update(config) / self.rate,
             "messages": sum(seconds.values()) - beside + max(0.0, beside - products / count * 2 / 3),
         }
         useful = model.training * config.train.global_batch * config.model.seq_length
         mfu = useful / (sum(spent.values()) * self.world_size * self.rate / self.machine.mfu)
         sizes = (parallel.tensor, parallel.pipeline, parallel.context, data_parallel_size(config, self.world_size))
-        return Estimate(config, sizes, memory, bubble, sum(sent.values()), spent, mfu)
+        return Estimate(config, sizes, memory, sum(sent.values()), spent, mfu)
 
     def _forward(self, config: Config, rank: int) -> float:
         """Forward FLOPs a token of a pipeline rank's layers; the last one has the logits."""
@@ -189,15 +197,6 @@ class Planner:
             "data": self.world_size // parallel.pipeline,
         }.get(group, self.world_size)
         return links.inside if span <= (parallel.devices_per_node or DEVICES_PER_NODE) else links.between
-
-
-def words(config: Config) -> str:
-    """The layout as words of a command line."""
-    said = []
-    for name in CHOSEN:
-        section, key = name.split(".")
-        said.append(f"{name}={toml_value(getattr(getattr(config, section), key))}")
-    return " ".join(said)
 
 
 def layouts(world_size: int) -> Iterator[Sizes]:
@@ -237,10 +236,11 @@ def _variants(config: Config, sizes: Sizes, held: frozenset[str]) -> Iterator[li
                 for recompute in (False, True)
                 for sequence in ((False, True) if tensor > 1 else (False,))
             ]
-            yield [one for one in changed if all(_value(one, name) == _value(config, name) for name in held)]
+            yield [one for one in changed if all(value_of(one, name) == value_of(config, name) for name in held)]
 
 
-def _value(config: Config, name: str) -> object:
+def value_of(config: Config, name: str) -> object:
+    """A key's value, by its section and name."""
     section, key = name.split(".")
     return getattr(getattr(config, section), key)
 

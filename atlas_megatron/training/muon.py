@@ -54,7 +54,7 @@ def mark(model: nn.Module, config: Config, *, bf16: bool) -> None:
     for parameter in model.parameters():
         setattr(parameter, MARK, False)
     for module in model.modules():
-        kind = MLPCosts if isinstance(module, MLP) else type(module)
+        kind: type = MLPCosts if isinstance(module, MLP) else type(module)
         for matrix in kind.matrices(config) if issubclass(kind, Costs) else ():
             _mark(module.get_parameter(matrix.name), matrix)
     if config.train.muon_layer_wise:
