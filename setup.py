@@ -25,6 +25,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]==2.20.2"],
+        "muon": ["emerging-optimizers==0.3.0"],
         "hf": ["accelerate", "safetensors", "transformers>=5.0.0"],
         "eval": ["lm-eval"],
         "deepspeed": ["deepspeed==0.19.8"],
@@ -32,6 +33,7 @@ setup(
         "dev": [
             "accelerate",
             "deepspeed",
+            "emerging-optimizers",
             "lm-eval",
             "mypy",
             "pytest",

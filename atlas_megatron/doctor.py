@@ -63,6 +63,7 @@ EXTRAS = (
         "causal_conv1d", "causal-conv1d", "a fused short convolution, for flash-linear-attention",
         "pip install --no-build-isolation causal-conv1d",
     ),
+    Extra("emerging_optimizers", "emerging-optimizers", "Muon (train.optimizer)", "pip install -e '.[muon]'"),
     Extra("deepspeed", "deepspeed", "ZeRO outside of Megatron", "pip install deepspeed==0.19.8"),
     Extra("transformers", "transformers", "models in Hugging Face's form", "pip install -e '.[hf]'"),
 )  # fmt: skip

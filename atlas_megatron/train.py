@@ -26,6 +26,7 @@ examples:
   atlas-train configs/quickstart.toml train.start_from=runs/quickstart memory.chunk=16 run.directory=runs/second
   atlas-train configs/atlas-340m.toml --dry-run
   atlas-train configs/atlas-340m.toml --dry-run world=64 memory=80GiB parallel.tensor=2 parallel.context=4
+  atlas-train configs/atlas-340m.toml --plan world=64 memory=80GiB
   torchrun --nproc-per-node 8 -m atlas_megatron.train configs/atlas-340m.toml parallel.tensor=2
 
 The same command again resumes from the newest whole checkpoint, or says that the run is done.
@@ -75,11 +76,16 @@ def _main(words: Sequence[str] | None, signals: StopSignals) -> int:
     config = None
     try:
         arguments = _parser().parse_intermixed_args(words)
-        words = [word for word in arguments.overrides if arguments.dry_run and is_machine_word(word)]
+        estimates = arguments.dry_run or arguments.plan
+        words = [word for word in arguments.overrides if estimates and is_machine_word(word)]
         machine = Machine.of(words)
-        config = load(arguments.config, [word for word in arguments.overrides if word not in words])
-        if arguments.dry_run:
+        given = [word for word in arguments.overrides if word not in words]
+        config = load(arguments.config, given)
+        if estimates:
             signals.release()
+        if arguments.plan:
+            return _plan(config, machine, frozenset(word.partition("=")[0] for word in given))
+        if arguments.dry_run:
             return _dry_run(config, machine)
         return _train(config, signals)
     except KeyboardInterrupt:
@@ -140,10 +146,17 @@ def _parser() -> argparse.ArgumentParser:
         "nothing. world=N: on N devices; device=H100: of this kind; memory=80GiB: of this size; mfu=0.3: the part of "
         "their peak that is reached; in nodes of parallel.devices_per_node (8)",
     )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="rank the layouts of world=N devices by estimates (memory, waiting, bytes, MFU), say why the others fall "
+        "out, and train nothing; what is given of parallel.*, train.micro_batch and train.recompute stays. memory=, "
+        "device= and mfu= as for --dry-run",
+    )
     return parser
 
 
-# Both import Megatron in their bodies: it takes seconds, which --help and a mistyped key should not cost.
+# They import Megatron in their bodies: it takes seconds, which --help and a mistyped key should not cost.
 
 
 def _dry_run(config: Config, machine: Machine) -> int:
@@ -176,6 +189,22 @@ def _dry_run(config: Config, machine: Machine) -> int:
         print(f"cannot train yet: {line}")
     for line in wrong_with_devices(config):
         print(f"not on this machine: {line}")
+    return 0
+
+
+def _plan(config: Config, machine: Machine, given: frozenset[str]) -> int:
+    from rich.console import Console
+
+    from atlas_megatron.estimate.machine import in_nodes
+    from atlas_megatron.estimate.plan import CHOSEN, Planner
+    from atlas_megatron.estimate.plan_report import report
+    from atlas_megatron.model.build import parameter_dtype
+
+    if machine.devices is None:
+        raise ValueError("--plan wants the number of devices; write for example world=64")
+    bf16 = parameter_dtype(config).itemsize == 2
+    planner = Planner(in_nodes(config), machine.devices, machine, given & frozenset(CHOSEN), bf16=bf16)
+    Console(soft_wrap=True, highlight=False).print(report(planner, planner.plan()))
     return 0
 
 

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from atlas_megatron.checkpoint import best, step_folders
 from atlas_megatron.checkpoint.examination import wrong_with
-from atlas_megatron.checkpoint.moments import allocate_moments, load_moments, true_offsets
+from atlas_megatron.checkpoint.moments import allocate_moments, check_same_states, load_moments, true_offsets
 from atlas_megatron.checkpoint.provenance import Provenance
 from atlas_megatron.checkpoint.safe_loading import load_common, load_sharded
 from atlas_megatron.checkpoint.shards import ShardWriting, checksums_of_own, write_shards
@@ -247,6 +247,7 @@ def restore(folder: Path, config: Config, trained: TrainState) -> Progress:
     common = load_common(folder)
     if common.keys() >= WEIGHTS_ONLY.keys():
         return take_weights(folder, trained)
+    check_same_states(config, before := load_saved(folder / CONFIG))
     same_layout = common["layout"] == _layout(config.parallel)
     allocate_moments(trained.optimizer)
     state = _state(trained, config.parallel, loading=True)
@@ -264,7 +265,6 @@ def restore(folder: Path, config: Config, trained: TrainState) -> Progress:
         _set_random_state(loaded["random"])
     # Runs from before batches could be skipped, or tokens were counted, have not saved all of it.
     found = {f.name: loaded.get(f.name, f.default) for f in fields(Progress)}
-    before = load_saved(folder / CONFIG)
     found["tokens"] = found["tokens"] or found["step"] * before.train.global_batch * before.model.seq_length
     return Progress(**found)
 
@@ -364,8 +364,9 @@ def _load_parameters(folder: Path, chunks: dict[str, MegatronModule]) -> None:
 
 def _sharding() -> dict[str, Any]:
     """How core shards what it saves; a new dict each time, as core notes the run's process groups in it."""
-    # The distributed optimizer's default cannot be saved by this Megatron; this one reshards over any layout.
-    return {"distrib_optim_sharding_type": "fully_reshardable"}
+    # The distributed optimizer's default cannot be saved by this Megatron; this one reshards over any layout. Without a
+    # prefix a state's name is its parameter's, whichever optimizer of a chain holds it.
+    return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def _layout(parallel: ParallelConfig) -> list[int]:

@@ -1,4 +1,4 @@
-"""The moments of a distributed AdamW on their way out of a checkpoint and into it."""
+"""The states of an optimizer on their way out of a checkpoint and into it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 
 from atlas_megatron.config import Config
+from atlas_megatron.config.optimizer_checks import states_differences
+
+# What a group of parameters has besides its settings.
+COUNTED = ("params", "step")
 
 
 def allocate_moments(optimizer: MegatronOptimizer) -> None:
-    """Give torch's AdamW the moments of its first step now: core reads them before it loads a checkpoint into them."""
+    """Give a sharded AdamW of torch's the moments of its first step now: core reads them before it loads into them."""
     for shard in _shards(optimizer):
         # Transformer Engine's and Apex's Adam keep no step count here; core allocates their moments itself.
         if isinstance(shard.optimizer, torch.optim.AdamW):
@@ -26,20 +30,37 @@ def allocate_moments(optimizer: MegatronOptimizer) -> None:
                 }
 
 
+def check_same_states(ours: Config, theirs: Config) -> None:
+    """Raise ValueError where a checkpoint's optimizer keeps other states than ours, which then have none to go on from.
+    """
+    differences = states_differences(ours, theirs)
+    if differences:
+        raise ValueError(
+            f"the checkpoint of {theirs.run.directory} holds another optimizer's states: {'; '.join(differences)}; set "
+            "them as the checkpoint has them, or begin a new run from its weights (tools/convert_hf.py export, import)"
+        )
+
+
 def load_moments(optimizer: MegatronOptimizer, loaded: dict[str, Any], config: Config) -> None:
-    """Take over a checkpoint's moments and step counts, under the settings of `config`, not the checkpoint's."""
-    train = config.train
-    betas = (train.adam_beta1, train.adam_beta2)
-    # Before loading: core pairs saved groups with ours by their rates, among other things.
-    for group in loaded["optimizer"]["param_groups"]:
-        group.update(max_lr=train.lr, min_lr=train.min_lr, betas=betas, eps=train.adam_eps)
-    moments = loaded.pop("param_state")
+    """Take over a checkpoint's states and step counts, under the settings of `config`, not the checkpoint's."""
+    chain = optimizer.chained_optimizers
+    states = [loaded] if len(chain) == 1 else [state for _, state in sorted(loaded.items())]
+    for state in states:
+        for group in state.get("optimizer", state)["param_groups"]:
+            # Before loading: core pairs saved groups with ours by their rates, among other things.
+            group.update(max_lr=config.train.lr, min_lr=config.train.min_lr)
+    moments = [state.pop("param_state", None) for state in states]
+    settings = [{key: value for key, value in group.items() if key not in COUNTED} for group in optimizer.param_groups]
     optimizer.load_state_dict(loaded)
-    for shard in _shards(optimizer):
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    for shard, saved in zip(chain, moments, strict=True):
+        if not isinstance(shard, DistributedOptimizer):
+            continue
         # Core looks for each parameter's step count among the moments, where it never saves one; and the count that it
         # has just set is one tensor for all parameters, which AdamW would advance once for each of them.
         steps = {p: state.pop("step") for p, state in shard.optimizer.state.items() if "step" in state}
-        shard.load_parameter_state_from_fully_reshardable(moments)
+        shard.load_parameter_state_from_fully_reshardable(saved)
         for parameter, step in steps.items():
             shard.optimizer.state[parameter]["step"] = step.clone()
 
@@ -68,5 +89,5 @@ def true_offsets(optimizer: MegatronOptimizer) -> Iterator[None]:
 
 
 def _shards(optimizer: MegatronOptimizer) -> list[Any]:
-    """The distributed optimizers inside core's chain of them."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])
+    """The distributed optimizers in core's chain; Muon's is none of them, sharded or not."""
+    return [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]

@@ -12,6 +12,7 @@ from atlas_megatron.config import LAYERS, Config, uses
 from atlas_megatron.config.batch_ramp import stages
 from atlas_megatron.config.context_levels import context_levels
 from atlas_megatron.config.layers import CUT, split_sections
+from atlas_megatron.config.optimizer_checks import check_optimizer
 from atlas_megatron.config.schedule_checks import check_schedule
 
 CONTEXT_MODES = ("auto", "heads", "handoff", "heads+handoff")
@@ -33,6 +34,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "attention.heads attention.head_dim attention.window attention.rotary_base attention.segment "
         "recurrent.heads recurrent.head_dim delta.heads delta.head_dim delta.conv_size "
         "train.steps train.global_batch train.micro_batch train.lr train.adam_eps train.log_every train.stats_every "
+        "train.muon_num_ns_steps train.muon_extra_scale_factor "
         "checkpoint.every checkpoint.keep resilience.skips_in_a_row "
         "parallel.tensor parallel.pipeline parallel.virtual parallel.context parallel.timeout_minutes",
         lambda value: value > 0,
@@ -49,7 +51,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("memory.alpha_start", lambda value: 0 <= value < 1, "be 0 (derived) or lie between 0 and 1"),
     ("memory.eta_start", lambda value: value >= 0, "be 0 (derived) or more"),
     ("memory.theta_start memory.gamma_start", lambda value: 0 < value < 1, "lie between 0 and 1, both excluded"),
-    ("train.adam_beta1 train.adam_beta2", lambda value: 0 <= value < 1, "lie in [0, 1)"),
+    ("train.adam_beta1 train.adam_beta2 train.muon_momentum", lambda value: 0 <= value < 1, "lie in [0, 1)"),
     (
         "data.workers",
         lambda value: 0 <= value <= MOST_WORKERS,
@@ -66,6 +68,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.schedule": ("cosine", "wsd", "constant", "inverse_sqrt"),
     "train.decay_shape": ("linear", "1-sqrt"),
     "train.precision": ("auto", "float32", "bfloat16"),
+    "train.optimizer": ("adamw", "muon"),
+    # Those of emerging-optimizers 0.3.0.
+    "train.muon_coefficient_type": ("simple", "quintic", "polar_express", "cans", "aol", "deepseekv4"),
+    "train.muon_scale_mode": ("spectral", "shape_scaling", "unit_rms_norm"),
+    "train.muon_tp_mode": ("duplicated", "distributed", "blockwise"),
+    "train.muon_fp32_matmul_prec": ("auto", "medium", "high", "highest"),
+    "train.muon_scalar_optimizer": ("adam", "lion"),
     "resilience.non_finite": ("stop", "skip"),
     "train.fp8": ("", "hybrid", "e4m3"),
     "train.fp8_recipe": ("delayed", "tensorwise", "blockwise", "mxfp8"),
@@ -83,6 +92,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_batches(config, world_size)
     _check_fp8(config)
     _check_cuda_graph(config)
+    check_optimizer(config)
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:

@@ -159,7 +159,7 @@ class DeltaConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """AdamW, a linear warm-up, and a learning rate that then follows `schedule`."""
+    """AdamW or Muon, a linear warm-up, and a learning rate that then follows `schedule`."""
 
     steps: int = 1000
     # A run's directory, or one of its checkpoints: a new run takes its weights and nothing else, in any layout. Steps,
@@ -170,7 +170,10 @@ class TrainConfig:
     # "0:64 1B:128 4B:256" a step has 64 sequences, from 1e9 trained tokens on 128, then 256, which is global_batch.
     batch_ramp: str = ""
     micro_batch: int = 8  # sequences a forward pass on one device
-    lr: float = 1e-3
+    # adamw | muon: Megatron-Core's Muon (needs the `muon` extra) moves the matrices of linears, and
+    # muon_scalar_optimizer moves the rest: embeddings, norms, gates, convolutions and start weights.
+    optimizer: str = "adamw"
+    lr: float = 1e-3  # of both kinds of parameters
     min_lr: float = 1e-4  # where schedule ends, but for constant
     warmup_steps: int = 100
     # After the warm-up. cosine: falls to min_lr at the last step. wsd: stays at lr, and falls in the last decay_steps.
@@ -185,6 +188,29 @@ class TrainConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
+    muon_momentum: float = 0.95  # share of the momentum that stays from step to step
+    muon_nesterov: bool = True  # orthogonalise the gradient moved towards the momentum, not the momentum itself
+    # simple | quintic | polar_express | cans | aol | deepseekv4: of the Newton-Schulz polynomials, one after the other.
+    muon_coefficient_type: str = "quintic"
+    muon_num_ns_steps: int = 5  # Newton-Schulz steps a matrix
+    # Factor of a rows x columns update, whose singular values are about one: spectral (root of the larger side) |
+    # shape_scaling (root of rows / columns, 1 at least) | unit_rms_norm (root of rows / columns).
+    muon_scale_mode: str = "spectral"
+    # A factor besides. With spectral, 0.2 makes an update as large as AdamW's (arXiv 2502.16982): lr fits both kinds.
+    muon_extra_scale_factor: float = 0.2
+    muon_split_qkv: bool = True  # q, k, v (and the output gate) of a fused linear are orthogonalised apart
+    # Of a matrix that tensor-parallel ranks share: duplicated (each gathers and orthogonalises all of it) | distributed
+    # (each its part, products summed) | blockwise (each its part as a matrix of its own: another update than one
+    # rank's).
+    muon_tp_mode: str = "duplicated"
+    # Of the Newton-Schulz products: medium (bfloat16) | high | highest (float32). auto: medium on a GPU, else highest.
+    muon_fp32_matmul_prec: str = "auto"
+    muon_scalar_optimizer: str = "adam"  # adam (AdamW) | lion: of the parameters that Muon does not move
+    # Muon moves the start weights of memories too, each head's matrices apart.
+    muon_memories: bool = False
+    # Core's layer-wise distributed optimizer: each data- and context-parallel rank holds the states of whole matrices
+    # and updates these; the states of the rest are cut as AdamW's always are. False: each rank holds all states.
+    muon_layer_wise: bool = False
     clip_grad: float = 1.0
     precision: str = "auto"  # auto: bfloat16 with float32 master weights on a GPU, float32 on a CPU
     # "": off. hybrid | e4m3: the linears of mixers, attention and MLPs multiply in FP8 (Transformer Engine, from

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from atlas_megatron.config import LAYERS, Config, TrainConfig
+from atlas_megatron.config import LAYERS, Config, TrainConfig, layers_of
 from atlas_megatron.config.batch_ramp import stages, tokens_of
 from atlas_megatron.config.checks import data_parallel_size, validate
 from atlas_megatron.config.context_levels import context_levels
 from atlas_megatron.estimate.machine import MEMORY, SIZES, Machine
 from atlas_megatron.estimate.memory import Footprint, footprint, fullest, micro_batches, parameters_at, stages_at
+from atlas_megatron.estimate.optimizer import moved_by_muon, share_of_update, update_of
 from atlas_megatron.estimate.traffic import busiest, hand_off_bubble, pipeline_bubble
 from atlas_megatron.model.build import flops_per_token, num_params
 
@@ -122,6 +123,7 @@ class DryRun:
         table.add_row("learning rate", f"{train.lr:g} after {train.warmup_steps:,} steps")
         table.add_row("learning rate, then", _schedule(train))
         table.add_row("micro-batches a step", f"{micro_batches(config, world_size)}")
+        self._optimizer(table)
         table.add_row("precision", "bfloat16, float32 master weights" if self.bf16 else "float32")
         layout = (parallel.tensor, parallel.pipeline, parallel.context, replicas)
         table.add_row("devices", f"{world_size:,}")
@@ -134,6 +136,22 @@ class DryRun:
             table.add_row("context ranks that hand states on", f"{far}")
             table.add_row("waiting for states, at most", f"{hand_off_bubble(config):.1%} of a pass")
         return table
+
+    def _optimizer(self, table: Table) -> None:
+        """What moves the parameters, and how many of each kind."""
+        config, train, layers = self.config, self.config.train, layers_of(self.config)
+        if train.optimizer == "adamw":
+            table.add_row("optimizer", "AdamW, its states sharded")
+            return
+        scalar = {"adam": "AdamW", "lion": "Lion"}[train.muon_scalar_optimizer]
+        sharded = "its states sharded by matrix" if train.muon_layer_wise else "its states on every replica"
+        moved = moved_by_muon(config, layers)
+        flops = sum(update_of(config, symbol, bf16=self.bf16).flops for symbol in layers)
+        table.add_row("optimizer", f"Muon, {sharded}")
+        table.add_row("parameters that Muon moves", f"{moved:,}")
+        table.add_row(f"parameters that {scalar} moves", f"{num_params(config) - moved:,}")
+        updates = share_of_update(config, self.world_size) * flops / config.parallel.pipeline
+        table.add_row("Muon's FLOPs a step and device, mean", f"{updates:.3e}")
 
     def _rank(self, rank: int) -> Table:
         config, held = self.config, self._held(rank)

@@ -18,11 +18,24 @@ UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB
 # By a part of a device's name: bytes, and the FLOP/s in float32 that the vendor states (those in bfloat16: PEAKS).
 SIZES = {"A100": 80 * 2**30, "H100": 80 * 2**30, "H200": 139 * 2**30, "B200": 178 * 2**30}
 FLOAT32 = {"A100": 19.5e12, "H100": 67e12, "H200": 67e12, "B200": 75e12}
+# Bytes a second one way that the vendor states: of a device to others of its node (NVLink), and of one network adapter,
+# of which the vendor's own nodes of eight have one a device.
+LINKS = {"A100": (300e9, 25e9), "H100": (450e9, 50e9), "H200": (450e9, 50e9), "B200": (900e9, 50e9)}
+# The part of them that messages get: a guess.
+LINK_SHARE = 0.7
 # Where nothing is said and no GPU is seen.
 DEVICES_PER_NODE, DEVICE = 8, "H100"
 MEMORY = SIZES[DEVICE]
 # The part of a device's peak that a run gets: a guess, until it is measured (`mfu` in metrics.jsonl).
 MFU = 0.3
+
+
+@dataclass(frozen=True)
+class Links:
+    """Bytes a second that a device is taken to send."""
+
+    inside: float  # to others of its node
+    between: float  # to other nodes
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,11 @@ class Machine:
         """What a device is taken to reach, in FLOP/s; None where its peak is not known."""
         peak = (PEAKS if bf16 else FLOAT32).get(self.device)
         return peak * self.mfu if peak else None
+
+    def links(self) -> Links:
+        """What messages are taken to get; of a device that is not known, the assumed one's."""
+        inside, between = LINKS[self.device or DEVICE]
+        return Links(inside * LINK_SHARE, between * LINK_SHARE)
 
     def world_size(self, config: Config) -> int:
         """Devices of a run: as said, else what torchrun says, and no fewer than the layout's axes."""

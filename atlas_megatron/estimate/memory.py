@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from atlas_megatron.config import LAYERS, Config
 from atlas_megatron.config.checks import data_parallel_size
 from atlas_megatron.config.context_levels import context_levels
+from atlas_megatron.estimate.optimizer import state_bytes
 from atlas_megatron.mixers import costs_of
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on a device; the first three are exact up to Megatron's padding, the last two estimates."""
+    """Bytes on a device; the first three are exact up to Megatron's padding (a layer-wise Muon's states in the mean),
+    the last two estimates."""
 
     parameters: float
     gradients: float
@@ -31,15 +33,16 @@ class Footprint:
 def footprint(config: Config, world_size: int, rank: int, *, bf16: bool) -> Footprint:
     """Bytes a device of pipeline rank `rank`; with bf16 the optimizer adds float32 master weights.
 
-    Gradients are kept in float32. The optimizer's state is shared out over data- and context-parallel ranks.
+    Gradients are kept in float32. The optimizer's state is shared out over data- and context-parallel ranks, but for a
+    Muon without train.muon_layer_wise.
     """
+    layers = "".join(stages_at(config, rank))
     size, own = 2 if bf16 else 4, parameters_at(config, rank)
-    replicas = data_parallel_size(config, world_size)
     passes = _passes_held(config, rank, micro_batches(config, world_size))
     return Footprint(
         parameters=own * size,
         gradients=own * 4,
-        optimizer=own * (12 if bf16 else 8) / (replicas * config.parallel.context),
+        optimizer=state_bytes(config, world_size, own, layers, bf16=bf16),
         activations=_activations(config, rank, passes, size),
         memory_state=_memory_state(config, rank, passes),
     )

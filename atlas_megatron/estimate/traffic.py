@@ -19,6 +19,7 @@ from atlas_megatron.config.checks import data_parallel_size
 from atlas_megatron.config.context_levels import context_levels
 from atlas_megatron.config.layers import heads_of
 from atlas_megatron.estimate.memory import micro_batches, parameters_at, replicated_parameters, stages_at
+from atlas_megatron.estimate.optimizer import share_of_update, update_of
 from atlas_megatron.mixers import costs_of
 from atlas_megatron.mixers.costs import Halo
 from atlas_megatron.parallel.scan import slicing
@@ -37,6 +38,7 @@ class Kind(StrEnum):
     STATE = "context: state hand-off"
     GRADIENTS = "data: gradient reduce-scatter"
     PARAMETERS = "data: parameter all-gather"
+    GRADIENT_SUM = "data: gradient all-reduce"
     EMBEDDING = "tied embeddings: gradient all-reduce"
 
 
@@ -61,9 +63,13 @@ def bytes_sent(config: Config, world_size: int, place: RankPlace, *, bf16: bool)
     size, layers, ends = 2 if bf16 else 4, [], []
     for number, stage in enumerate(stages_at(config, place.pipeline)):
         ends.append(_stage_ends(config, place.pipeline + number * config.parallel.pipeline, size))
-        for symbol in stage:
-            layers += [_linears(config, *costs_of(symbol).linears(config), size)]
-            layers += [_layer_context(config, symbol, place, size)]
+        each = {
+            symbol: _together([
+                _linears(config, *costs_of(symbol).linears(config), size), _layer_context(config, symbol, place, size)
+            ])
+            for symbol in set(stage)
+        }  # fmt: skip
+        layers += [each[symbol] for symbol in stage]
     forward, backward = _together(layers)
     once = [forward] if config.train.recompute else []
     passes = _sum(*_together(ends), forward, *once, backward)
@@ -185,17 +191,24 @@ def _chain(config: Config, symbol: str) -> tuple[int, int]:
 
 
 def _after_backward(config: Config, world_size: int, place: RankPlace, size: int) -> Traffic:
-    """Once a step: gradients and parameters of the distributed optimizer, and of what several ranks hold."""
-    parallel, model = config.parallel, config.model
+    """Once a step: gradients and parameters of the optimizer, what Muon gathers, and what several ranks hold."""
+    parallel, model, train = config.parallel, config.model, config.train
+    layers = "".join(stages_at(config, place.pipeline))
     share = _ring(data_parallel_size(config, world_size) * parallel.context) * parameters_at(config, place.pipeline)
-    sent = {Kind.GRADIENTS: share * 4, Kind.PARAMETERS: share * size}
+    if train.optimizer == "adamw" or train.muon_layer_wise:
+        sent = {Kind.GRADIENTS: share * 4, Kind.PARAMETERS: share * size}
+    else:
+        sent = {Kind.GRADIENT_SUM: 2 * share * 4}
+    updates = [update_of(config, symbol, bf16=size == 2) for symbol in layers]
+    updated = share_of_update(config, world_size)
+    sent[Kind.TENSOR_GATHER] = updated * sum(update.gathered for update in updates)
+    sent[Kind.TENSOR_SUM] = updated * sum(update.summed for update in updates)
     last = parallel.pipeline - 1
     if parallel.sequence:
         # Each rank saw other tokens.
-        layers = "".join(stages_at(config, place.pipeline))
         held = sum(replicated_parameters(config, symbol) for symbol in layers)
         held += model.hidden_size if place.pipeline == last else 0
-        sent[Kind.TENSOR_SUM] = 2 * _ring(parallel.tensor) * held * 4
+        sent[Kind.TENSOR_SUM] += 2 * _ring(parallel.tensor) * held * 4
     if model.tied_embeddings and last > 0 and place.pipeline in (0, last):
         sent[Kind.EMBEDDING] = 4.0 * model.vocab_size * model.hidden_size / parallel.tensor
     return sent

@@ -14,7 +14,7 @@ from torch import Tensor
 from atlas_kernels.attention import banded_attention, causal_attention, persistent_of, rotary, rotate
 from atlas_megatron.config import Config
 from atlas_megatron.mixers.base import Mixer
-from atlas_megatron.mixers.costs import Halo
+from atlas_megatron.mixers.costs import Halo, Matrix, fused
 from atlas_megatron.mixers.linears import MixerLinears
 
 
@@ -57,6 +57,10 @@ class SlidingWindowAttention(Mixer):
         attention = settings.attention
         width = attention.heads * attention.head_dim
         return 4 * settings.model.hidden_size * width + 2 * attention.persistent * width
+
+    @classmethod
+    def matrices(cls, settings: Config) -> tuple[Matrix, ...]:
+        return fused("linear_qkv", 3, settings.attention, settings.model.hidden_size)
 
     @classmethod
     def flops_per_token(cls, settings: Config) -> tuple[float, float]:

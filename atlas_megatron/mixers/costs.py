@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from atlas_megatron.config import Config
+from atlas_megatron.config import AttentionConfig, Config, DeltaConfig, MemoryConfig
 
 FLOAT = 4  # bytes of float32
 
@@ -17,6 +17,31 @@ class Halo:
     of: Literal["convolution", "attention"]  # what sees them
     reach: int | None  # positions; None: all of them
     numbers: int  # of one position, of all heads
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A parameter of a layer that is a matrix, whole: what Muon moves."""
+
+    name: str  # in the layer's module
+    rows: int
+    columns: int
+    split: int  # what tensor-parallel ranks share: 0 rows (of one matrix a head: the heads), 1 columns
+    parts: tuple[int, ...] = ()  # rows of one head's query, key, value, ..., which are matrices of their own
+    heads: int = 0  # matrices, one a head, of a parameter of three dimensions; 0: a single one
+
+    @property
+    def numbers(self) -> int:
+        return max(1, self.heads) * self.rows * self.columns
+
+
+def fused(
+    name: str, parts: int, section: AttentionConfig | DeltaConfig | MemoryConfig, hidden: int
+) -> tuple[Matrix, Matrix]:
+    """A mixer's fused linear, whose rows lie by head and in a head by part, and its output projection."""
+    width = section.heads * section.head_dim
+    rows = Matrix(f"{name}.weight", parts * width, hidden, 0, (section.head_dim,) * parts)
+    return rows, Matrix("linear_out.weight", hidden, width, 1)
 
 
 class Costs:
@@ -35,6 +60,11 @@ class Costs:
     def replicated_params(cls, settings: Config) -> int:
         """Those of `num_params` that every tensor-parallel rank holds whole."""
         return 0
+
+    @classmethod
+    def matrices(cls, settings: Config) -> tuple[Matrix, ...]:
+        """Weights of linears, and with `train.muon_memories` start weights: what Muon moves. The rest is not its."""
+        return ()
 
     @classmethod
     def flops_per_token(cls, settings: Config) -> tuple[float, float]:
@@ -109,6 +139,11 @@ class MLP(Costs):
     @classmethod
     def num_params(cls, settings: Config) -> int:
         return 3 * settings.model.hidden_size * settings.model.ffn_hidden_size
+
+    @classmethod
+    def matrices(cls, settings: Config) -> tuple[Matrix, ...]:
+        hidden, inner = settings.model.hidden_size, settings.model.ffn_hidden_size
+        return Matrix("linear_fc1.weight", 2 * inner, hidden, 0), Matrix("linear_fc2.weight", hidden, inner, 1)
 
     @classmethod
     def flops_per_token(cls, settings: Config) -> tuple[float, float]:

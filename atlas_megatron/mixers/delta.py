@@ -25,7 +25,7 @@ from atlas_megatron.config.memory_flops import memory_flops
 from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.mixers.base import Mixer
 from atlas_megatron.mixers.convolution import convolved, start_edges
-from atlas_megatron.mixers.costs import FLOAT, Halo
+from atlas_megatron.mixers.costs import FLOAT, Halo, Matrix, fused
 from atlas_megatron.mixers.linears import MixerLinears
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,10 @@ class DeltaNet(Mixer):
         width = delta.heads * delta.head_dim
         edges = width * (3 * delta.conv_size + (2 if delta.open_gate else 1))  # taps, norm after, output gate's bias
         return hidden * (5 * width + delta.heads * cls.gates) + edges
+
+    @classmethod
+    def matrices(cls, settings: Config) -> tuple[Matrix, ...]:
+        return fused("linear_qkvg", 4, settings.delta, settings.model.hidden_size)
 
     @classmethod
     def flops_per_token(cls, settings: Config) -> tuple[float, float]:

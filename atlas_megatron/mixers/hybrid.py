@@ -6,7 +6,7 @@ segment.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from atlas_kernels.layer_start import weight_shapes
 from atlas_megatron.config import Config
 from atlas_megatron.mixers.attention import AttentionState, SlidingWindowAttention
 from atlas_megatron.mixers.base import Mixer
-from atlas_megatron.mixers.costs import FLOAT, Halo
+from atlas_megatron.mixers.costs import FLOAT, Halo, Matrix
 from atlas_megatron.mixers.linears import MixerLinears
 from atlas_megatron.mixers.memory import AtlasMixer, AtlasState
 from atlas_megatron.mixers.reach import ended
@@ -44,6 +44,15 @@ class _Joined(Mixer):
     def num_params(cls, settings: Config) -> int:
         joined = AtlasMixer.num_params(settings) + SlidingWindowAttention.num_params(settings)
         return joined + 2 * settings.model.hidden_size
+
+    @classmethod
+    def matrices(cls, settings: Config) -> tuple[Matrix, ...]:
+        parts = {"memory": AtlasMixer, "attention": SlidingWindowAttention}
+        return tuple(
+            replace(matrix, name=f"{name}.{matrix.name}")
+            for name, part in parts.items()
+            for matrix in part.matrices(settings)
+        )
 
     @classmethod
     def replicated_params(cls, settings: Config) -> int:
@@ -183,6 +192,13 @@ class MemoryAsContext(_Joined):
     def num_params(cls, settings: Config) -> int:
         width = settings.memory.heads * settings.memory.head_dim
         return super().num_params(settings) + 2 * settings.model.hidden_size * width + width
+
+    @classmethod
+    def matrices(cls, settings: Config) -> tuple[Matrix, ...]:
+        """Those of memory and attention; its queries, and the read's projection."""
+        width, hidden = settings.memory.heads * settings.memory.head_dim, settings.model.hidden_size
+        own = Matrix("linear_query.weight", width, hidden, 0), Matrix("linear_read.weight", hidden, width, 1)
+        return (*super().matrices(settings), *own)
 
     @classmethod
     def flops_per_token(cls, settings: Config) -> tuple[float, float]:

@@ -8,7 +8,9 @@ from atlas_kernels.layer_start import coefficient_count, gate_count, lifted, wei
 from atlas_kernels.local_memories import groups_of, locals_of
 from atlas_megatron.config import Config
 from atlas_megatron.config.memory_flops import anchor_flops, lift_flops, memory_flops, projection_flops
-from atlas_megatron.mixers.costs import FLOAT, Costs, Halo
+from atlas_megatron.mixers.costs import FLOAT, Costs, Halo, Matrix, fused
+
+START_WEIGHTS = ("start_first", "start_second", "start_gate")  # of a layer, in the order of `weight_shapes`
 
 
 class MemoryCosts(Costs):
@@ -29,6 +31,16 @@ class MemoryCosts(Costs):
             + width * (2 if memory.open_gate else 1)  # norm after; the output gate's bias
             + heads * all_of_them * _matrix_numbers(settings)
         )
+
+    @classmethod
+    def matrices(cls, settings: Config) -> tuple[Matrix, ...]:
+        """q, k, v and output gate; output projection; the start weights where they are asked for. Gates are none."""
+        memory = settings.memory
+        linears = fused("linear_qkvg", 4, memory, settings.model.hidden_size)
+        if not settings.train.muon_memories:
+            return linears
+        shapes = zip(START_WEIGHTS, weight_shapes(memory), strict=False)
+        return (*linears, *(Matrix(name, *shape, 0, heads=memory.heads) for name, shape in shapes))
 
     @classmethod
     def replicated_params(cls, settings: Config) -> int:

@@ -23,7 +23,7 @@ from atlas_kernels.cells import (
 )
 from atlas_megatron.config import Config
 from atlas_megatron.mixers.base import Mixer
-from atlas_megatron.mixers.costs import FLOAT
+from atlas_megatron.mixers.costs import FLOAT, Matrix
 from atlas_megatron.mixers.linears import MixerLinears
 
 
@@ -57,6 +57,14 @@ class Recurrent(Mixer):
         recurrent = settings.recurrent
         width = recurrent.heads * recurrent.head_dim
         return width * ((cls.gates + 2) * settings.model.hidden_size + cls.gates * recurrent.head_dim + BIASES)
+
+    @classmethod
+    def matrices(cls, settings: Config) -> tuple[Matrix, ...]:
+        """The way in, its gates apart, and the way out; recurrent products are no linears."""
+        recurrent, hidden = settings.recurrent, settings.model.hidden_size
+        width, parts = recurrent.heads * recurrent.head_dim, cls.gates + 1
+        way_in = Matrix("linear_in.weight", parts * width, hidden, 0, (recurrent.head_dim,) * parts)
+        return way_in, Matrix("linear_out.weight", hidden, width, 1)
 
     @classmethod
     def flops_per_token(cls, settings: Config) -> tuple[float, float]:

@@ -18,6 +18,8 @@ from atlas_megatron.config import Config, uses
 from atlas_megatron.data.batches import blend, check_tokenizer, check_tokenizer_of, sources
 from atlas_megatron.data.tokenizer import load_tokenizer
 from atlas_megatron.files.scratch import refusal
+from atlas_megatron.model.build import parameter_dtype
+from atlas_megatron.training import muon
 from atlas_megatron.training.resuming import going_on, said_of, start_seen
 
 
@@ -72,6 +74,8 @@ def wrong_with_devices(config: Config) -> list[str]:
         found.append("model.transformer_engine=true wants a GPU and transformer-engine, which are not here")
     if config.train.cuda_graph and not on_gpu:
         found.append("train.cuda_graph=true wants a GPU, and none is seen here; set it false")
+    if config.train.optimizer == "muon":
+        found += filter(None, [muon.wrong_here(config.train, bf16=parameter_dtype(config).itemsize == 2)])
     return found
 
 

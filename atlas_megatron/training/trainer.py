@@ -309,7 +309,7 @@ def _build(config: Config) -> TrainState:
     chunks: list[MegatronModule] = []
     for model in build_chunks(config):
         core = get_model_config(model)
-        chunk = wrap(Float16Module(core, model) if core.bf16 else model, core, first=not chunks)
+        chunk = wrap(Float16Module(core, model) if core.bf16 else model, core, config, first=not chunks)
         # Replicas start from replica 0's parameters, whatever each drew.
         chunk.broadcast_params()
         chunks.append(chunk)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from atlas_megatron.config import (
     TrainConfig,
 )
 from atlas_megatron.config.presets import PRESETS
-from atlas_megatron.estimate.memory import parameters_at
+from atlas_megatron.estimate.memory import footprint, parameters_at, stages_at
+from atlas_megatron.estimate.optimizer import moved_by_muon
 from atlas_megatron.estimate.traffic import Kind, bytes_sent
 from tests.support import processes
 from tests.support import recorded_traffic as traffic
@@ -48,6 +50,19 @@ def context(ranks: int, mode: str, **keys: Any) -> dict[str, Any]:
 
 INTERLEAVED = {"pipeline": 2, "virtual": 2}
 HALF = {"precision": "bfloat16"}
+MUON = {"optimizer": "muon"}
+EVERY = "M-*-A-C-F-R-L-D-G-"
+MUONS = {
+    "Muon, data": (2, case(EVERY, train=MUON)),
+    "Muon, tensor": (2, case(EVERY, train=MUON, parallel={"tensor": 2})),
+    "Muon, whole linears": (2, case("M-*-", train=MUON | {"muon_split_qkv": False}, parallel={"tensor": 2})),
+    "Muon, products summed": (
+        2, case("M-*-", train=MUON | {"muon_tp_mode": "distributed"}, parallel={"tensor": 2, "sequence": True}),
+    ),
+    "Muon, every rank its own": (2, case(train=MUON | {"muon_tp_mode": "blockwise"}, parallel={"tensor": 2})),
+    "Muon, memories": (2, case("M-A-", train=MUON | {"muon_memories": True}, parallel={"tensor": 2})),
+    "Muon, by layer": (2, case("M-*-" * 4, train=MUON | HALF | {"muon_layer_wise": True})),
+}  # fmt: skip
 NODES = {"devices_per_node": 2}
 LOCALS = {"locals": ("4/24", "2/8", "4/24"), "projection": True, "read": "chunk"}
 # By name: processes, and what is trained on them.
@@ -86,7 +101,7 @@ CASES: dict[str, tuple[int, Config]] = {
     "heads and handed on": (4, case("M-*-", parallel=context(4, "heads+handoff", **NODES))),
     "handed on to three": (4, case("M-*-F-", parallel=context(4, "handoff"))),
     "tensor, pipeline, context": (8, case("M-|*-", parallel={"tensor": 2, "pipeline": 2, **context(2, "heads")})),
-}
+} | (MUONS if find_spec("emerging_optimizers") else {})
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +119,17 @@ def found() -> dict[str, list[traffic.Counted]]:
 def test_parameters_are_those_of_built_models(name: str, found: dict[str, list[traffic.Counted]]) -> None:
     for rank in found[name]:
         assert parameters_at(CASES[name][1], rank.place.pipeline) == rank.parameters
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_states_are_those_of_built_optimizers(name: str, found: dict[str, list[traffic.Counted]]) -> None:
+    size, config = CASES[name]
+    for rank in found[name]:
+        layers = "".join(stages_at(config, rank.place.pipeline))
+        assert moved_by_muon(config, layers) // config.parallel.tensor == rank.muons
+        told = footprint(config, size, rank.place.pipeline, bf16=config.train.precision == "bfloat16").optimizer
+        # Sharded states follow the buffers, whose padding they have; a layer-wise Muon's, whole matrices.
+        assert told == pytest.approx(rank.states, rel=2 * LEFT_OUT)
 
 
 @pytest.mark.parametrize("name", CASES)

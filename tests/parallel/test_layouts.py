@@ -10,6 +10,7 @@ float32 gradients no further than one rounding of the start does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
@@ -25,10 +26,13 @@ TOLERANCE = 1e-4
 EXACT = 1e-6  # of float64; core sums gradient norms in float32
 STEPS = 10
 SHORT = ("memory", "tensor")  # the layout that `make test` tries
-CASES = [(base, layout) for base in ("memory", "hybrid") for layout in LAYOUTS if fits(base, layout)]
+# Muon's own Newton-Schulz sees gradients of which the layouts agree to rounding.
+WITH = ("memory", "hybrid", *(("muon",) if find_spec("emerging_optimizers") else ()))
+CASES = [(base, layout) for base in WITH for layout in LAYOUTS if fits(base, layout)]
 MARKED = [case if case == SHORT else pytest.param(*case, marks=pytest.mark.parallel) for case in CASES]
 WORDS = {
     "memory": ["memory.preset=omeganet", "model.pattern=M-*-M-"],
+    "muon": ["memory.preset=omeganet", "model.pattern=M-*-M-", "train.optimizer=muon", "train.muon_memories=true"],
     "hybrid": ["memory.preset=dot", "model.pattern=A-C-F-", "attention.persistent=2", "attention.segment=8"],
 }
 
@@ -62,7 +66,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], li
             return done[base, name]
         folder = root / f"{base} {name}"
         words = [*WORDS[base], "train.micro_batch=1", "train.validate_every=0", "memory.heads=4"]
-        words += ["attention.heads=4", "model.tied_embeddings=" + str(base == "memory").lower()]
+        words += ["attention.heads=4", "model.tied_embeddings=" + str(base != "hybrid").lower()]
         layout = ONE if name == "one" else LAYOUTS[name]
         pattern = WORDS[base][1].partition("=")[2]
         words += [*layout.words(pattern), f"run.directory={folder}", f"train.steps={STEPS}"]

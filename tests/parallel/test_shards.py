@@ -44,7 +44,8 @@ def found() -> dict[int, dict[int, Any]]:
     together: dict[int, Any] = {}
     for ranks in (2, 4):
         own = [number for number, c in enumerate(CASES) if c[3] == ranks]
-        together |= zip(own, processes.run(ranks, models.losses_and_gradients, [spread(CASES[n]) for n in own])[0], strict=True)
+        measured = processes.run(ranks, models.losses_and_gradients, [spread(CASES[n]) for n in own])[0]
+        together |= zip(own, measured, strict=True)
     return {1: dict(enumerate(alone)), 2: together}
 
 

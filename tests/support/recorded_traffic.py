@@ -22,13 +22,14 @@ from atlas_megatron.estimate.memory import micro_batches
 from atlas_megatron.estimate.traffic import Kind, RankPlace
 from atlas_megatron.parallel import world
 from atlas_megatron.parallel.context import settle
-from atlas_megatron.training import trainer
+from atlas_megatron.training import muon, trainer
 
 OTHER = "other"
 # (how the group is called, the call) -> what is sent; messages of the context group differ by their dimensions.
 KINDS: dict[tuple[str, str], Kind] = {
     ("tensor", "all_reduce"): Kind.TENSOR_SUM,
     ("tensor", "all_gather_into_tensor"): Kind.TENSOR_GATHER,
+    ("tensor", "all_gather"): Kind.TENSOR_GATHER,
     ("tensor", "reduce_scatter_tensor"): Kind.TENSOR_SCATTER,
     ("pipeline", "isend"): Kind.PIPELINE,
     # Of two pipeline ranks, core sends one way through the group of everyone.
@@ -38,6 +39,7 @@ KINDS: dict[tuple[str, str], Kind] = {
     ("far", "isend"): Kind.STATE,
     ("data", "reduce_scatter_tensor"): Kind.GRADIENTS,
     ("data", "all_gather_into_tensor"): Kind.PARAMETERS,
+    ("data", "all_reduce"): Kind.GRADIENT_SUM,
     ("embedding", "all_reduce"): Kind.EMBEDDING,
 }
 MESSAGES = {5: Kind.ATTENTION, 3: Kind.CONVOLUTION, 1: Kind.STATE}
@@ -62,6 +64,8 @@ class Counted:
     place: RankPlace
     parameters: int
     sent: dict[str, float]  # bytes, by Kind or OTHER
+    muons: int  # parameters that Muon moves
+    states: int  # bytes of the optimizer's states and master weights
 
 
 def steps(rank: int, cases: list[Config]) -> list[Counted]:
@@ -97,7 +101,20 @@ def _step(config: Config) -> Counted:
         RankPlace(parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_context_parallel_rank()),
         sum(p.numel() for chunk in trained.chunks for p in chunk.parameters()),
         {kind: sent[kind] for kind in sent if sent[kind]},
+        sum(p.numel() for chunk in trained.chunks for p in chunk.parameters() if getattr(p, muon.MARK, False)),
+        sum(_states(trained.optimizer, masters=config.train.precision == "bfloat16")),
     )
+
+
+def _states(optimizer: Any, *, masters: bool) -> Iterator[int]:
+    """Bytes of each tensor that an optimizer, or a chain of them, keeps besides parameters and gradients."""
+    for part in getattr(optimizer, "chained_optimizers", []):
+        yield from _states(part, masters=masters)
+    if not hasattr(optimizer, "chained_optimizers"):
+        for state in optimizer.optimizer.state.values():
+            yield from (value.nbytes for value in state.values() if torch.is_tensor(value) and value.dim())
+        if masters:
+            yield from (p.nbytes for group in optimizer.optimizer.param_groups for p in group["params"])
 
 
 def _batch(config: Config) -> dict[str, torch.Tensor]:
