@@ -220,7 +220,7 @@ def test_a_dry_run_says_what_it_would_begin_with(
     assert "eta_start = 0.04" in said and "cannot train yet" not in said
     assert main([*asked, "train.steps=3"]) == 0
     assert main([*asked, "--dry-run"]) == 0
-    assert f"goes on from {tmp_path}/two/checkpoints/step_00000003" in capsys.readouterr().out
+    assert f"resumed from {tmp_path}/two/checkpoints/step_00000003" in capsys.readouterr().out
 
 
 def test_damaged_weights_and_another_tokenizer_are_named(
