@@ -17,7 +17,7 @@ HAS_PIP := $(RUN) -m pip --version >/dev/null 2>&1 || \
 	  $(RUN) -m pip --version >/dev/null 2>&1; } || \
 	{ echo "$(VENV) has no pip and could not get it: remove $(VENV) and run make setup again" >&2; exit 2; }
 
-.PHONY: help setup quickstart test test-parallel test-slurm lint bench-memory bench-presets bench-trainers gpu-check gpu-bundle
+.PHONY: help setup quickstart test test-parallel test-slurm lint bench-memory bench-presets bench-shards bench-trainers gpu-check gpu-bundle
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -47,6 +47,9 @@ bench-memory: setup $(BENCH) ## time the memory beside titans-pytorch's; prints 
 
 bench-presets: setup ## time every preset beside omeganet, and packed documents beside one
 	@$(RUN) -m benchmarks.presets $(ARGS)
+
+bench-shards: setup ## time memories that begin anew beside plain ones
+	@$(RUN) -m benchmarks.shards $(ARGS)
 
 bench-trainers: setup ## time the quickstart's trainer with each mixer, at 512, 2,048 and 8,192 tokens
 	@$(RUN) -m benchmarks.trainers $(ARGS)

@@ -36,6 +36,7 @@ COMMANDS = [
     (f"{TOOLS}.ladder", "_ladder", ["show"], "ladder"),
     ("benchmarks.memory", "_bench", [], "benchmarks.memory"),
     ("benchmarks.presets", "_bench", [], "benchmarks.presets"),
+    ("benchmarks.shards", "_bench", [], "benchmarks.shards"),
     ("benchmarks.kernel_resources", "_measure", [], "benchmarks.kernel_resources"),
     ("benchmarks.launches", "_count", [], "benchmarks.launches"),
     ("benchmarks.static_times", "_bound", [], "benchmarks.static_times"),
