@@ -101,6 +101,18 @@ def continued(config: Config, before: Config) -> Config:
     return config
 
 
+def as_trained(config: Config, before: Config) -> Config:
+    """`config` for a run that goes on from a checkpoint of `before`, at its chunks, with the steps that it was trained
+    with: those that a second stage took over are not derived again. All else stays."""
+    memory, trained = config.memory, before.memory
+    if not uses(config.model.pattern, "memory") or memory.chunk != trained.chunk:
+        return config
+    ours, theirs = ([(local.chunk, local.shard) for local in locals_of(m)] for m in (memory, trained))
+    step = memory.eta_start or trained.eta_start
+    words = trained.locals if ours == theirs else memory.locals
+    return replace(config, memory=replace(memory, eta_start=step, locals=words))
+
+
 def _refuse(found: list[str], at: str) -> None:
     if not found:
         return

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from atlas_megatron.checkpoint import branching, checkpoint, step_folders
 from atlas_megatron.config import Config, load_saved, uses
+from atlas_megatron.config.chunks import as_trained
 from atlas_megatron.config.differences import differences
 from atlas_megatron.training import start_from
 from atlas_megatron.training.schedule import learning_rate
@@ -70,6 +71,7 @@ def _checked(config: Config, folder: Path | None, wrong: list[str]) -> Start:
     own = folder.parent == checkpoint.folder_of(config.run.directory)
     if own:
         config = start_from.resumed(config, before)
+    config = as_trained(config, before)
     checkpoint.check_same_model(folder, config)
     if not step:
         return Start(folder, wrong, before, config)

@@ -63,9 +63,7 @@ def resumed(config: Config, before: Config) -> Config:
             f"train.start_from={ours}, but {config.run.directory} {began} and has checkpoints; name another "
             f"run.directory, or set train.start_from={theirs!r} to go on"
         )
-    if not theirs:
-        return config
-    return continued(replace(config, train=replace(config.train, start_from=theirs)), before)
+    return replace(config, train=replace(config.train, start_from=theirs))
 
 
 def check_tokenizer(config: Config, source: Path) -> None:

@@ -12,7 +12,7 @@ from atlas_kernels import Gates
 from atlas_kernels.layer_start import eta_start, gate_count, gate_starts, gates_of
 from atlas_kernels.local_memories import locals_of
 from atlas_megatron.config import Config, MemoryConfig, at_chunk, continued
-from atlas_megatron.config.chunks import chunk_of, said
+from atlas_megatron.config.chunks import as_trained, chunk_of, said
 from atlas_megatron.config.presets import PRESETS
 
 CHUNKS = (1, 4, 8, 32, 128)
@@ -102,6 +102,19 @@ def test_a_run_goes_on_with_the_trained_steps() -> None:
     atlas = of(member("atlas", ns_period=32))
     assert continued(of(member("atlas", chunk=8, ns_period=8)), atlas).memory == at_chunk(atlas.memory, 8)
     assert continued(of(member("titans"), "F-"), of(member("titans"), "F-")) == of(member("titans"), "F-")
+
+
+def test_a_run_that_goes_on_steps_as_its_checkpoint_whatever_its_words_would_derive() -> None:
+    words, second = of(member("titans", chunk=8)), continued(of(member("titans", chunk=8)), of(member("titans")))
+    assert as_trained(words, second) == second != words
+    assert as_trained(words, words) == words
+    # Given in words, or at another chunk, or without a memory, it is left for the comparison to refuse.
+    for other in (member("titans", chunk=8, eta_start=1.0), member("titans", chunk=4)):
+        assert as_trained(of(other), second) == of(other)
+    assert as_trained(of(member("titans", chunk=8), "F-"), second).memory.eta_start == 0
+    local = hierarchy("2/64", "4/32")
+    assert as_trained(of(local), of(hierarchy("2/64/8", "4/32/16"))).memory == hierarchy("2/64/8", "4/32/16")
+    assert as_trained(of(local), of(hierarchy("2/64/8"))).memory == local
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,20 @@ def test_a_stopped_second_stage_goes_on_as_ever(
     assert f"train.start_from={run}, but {tmp_path}/broken began with the weights of {source}" in said
 
 
+def test_a_decay_branches_off_a_second_stage_with_its_steps(stages: Any, tmp_path: Path) -> None:
+    config, run = stages(TITANS)
+    words = [*at(4, TITANS), "train.validate_every=0", "checkpoint.every=2"]
+    assert main(second(config, tmp_path / "two", run, *words, "train.schedule=constant", "train.steps=3")) == 0
+    decay = [str(config), *words, "train.schedule=wsd", "train.decay_steps=2", f"run.directory={tmp_path}/decay"]
+    decay += [f"train.decay_from={tmp_path}/two:2", "train.steps=4"]
+    assert main(decay) == 0
+    # The same weights and data at the step behind it, so the same loss; and again with the same words.
+    assert read(tmp_path / "decay")[0]["loss"] == read(tmp_path / "two")[2]["loss"]
+    steps = [load_saved(tmp_path / name / "config.toml").memory.eta_start for name in ("two", "decay")]
+    assert steps[0] == steps[1] > 0
+    assert main(decay) == 0
+
+
 def test_optimizer_schedule_and_data_begin_anew(stages: Any, tmp_path: Path) -> None:
     """As a run that draws its weights begins, but for these: the same texts, at the same rates."""
     config, run = stages(TITANS)
