@@ -47,10 +47,13 @@ class Local:
 def locals_of(section: Any) -> tuple[Local, ...]:
     """The sections of a layer's local memories, from "chunk/shard" each. Raises ValueError for other words."""
     found = []
-    for word in section.locals:
+    for number, word in enumerate(section.locals):
         chunk, _, shard = word.partition("/")
         if not (chunk.isdecimal() and shard.isdecimal() and int(chunk) > 0 and int(shard) > 0):
-            raise ValueError(f'locals holds {word!r}; write "chunk/shard" in tokens, for example "16/2048"')
+            raise ValueError(
+                f'memory.locals[{number}]={word!r} is no local memory; write "chunk/shard" in tokens, for example '
+                '"16/2048"'
+            )
         found.append(Local(section, int(chunk), int(shard)))
     return tuple(found)
 
