@@ -56,10 +56,13 @@ def locals_of(section: Any) -> tuple[Local, ...]:
     Raises ValueError for other words.
     """
     found = []
-    for word in section.locals:
+    for number, word in enumerate(section.locals):
         numbers = word.split("/")
         if len(numbers) not in (2, 3) or not all(n.isdecimal() and int(n) > 0 for n in numbers):
-            raise ValueError(f'locals holds {word!r}; write "chunk/shard" in tokens, for example "16/2048"')
+            raise ValueError(
+                f'memory.locals[{number}]={word!r} is no local memory; write "chunk/shard" in tokens, for example '
+                '"16/2048"'
+            )
         found.append(Local(section, *map(int, numbers)))
     return tuple(found)
 

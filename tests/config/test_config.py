@@ -158,6 +158,26 @@ def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
         (["attention.persistent=-1"], 1, "attention.persistent=-1 must be 0 or more"),
         (["model.pattern=F-", "train.validate_silenced=true"], 1, "has no memory to silence"),
         (["model.pattern=C-", "parallel.tensor=2", "parallel.sequence=true"], 2, "C layers, which read segment after"),
+        (["memory.shard=96"], 1, r"\[memory\] shard=96 must be 0 .* or a multiple of chunk=64; nearest: 128"),
+        (["memory.shard=320"], 1, r"=512 ends inside a shard of 320 tokens \(memory.shard\); nearest: 640"),
+        (["memory.read=late"], 1, r"\[memory\] read='late' is unknown; choose one of token, chunk"),
+        (["memory.projection=true"], 1, r'without local memories, .*=false, or memory.locals=\["16/2048"\]'),
+        (['memory.locals=["16/40"]'], 1, r"memory.locals\[0\]='16/40': shard=40 must be .* multiple of chunk=16"),
+        (['memory.locals=["8/64", "16/384"]'], 1, r"inside a shard of 384 tokens \(memory.locals\[1\]\); nearest: 384"),
+        (['memory.locals=["16/1024"]'], 1, r"=512 ends inside a shard of 1024 tokens .*; nearest: 1024"),
+        (["memory.ns_period=8", 'memory.locals=["12/48"]'], 1, r"'12/48': ns_period=8 must divide chunk=12; nearest"),
+        (["memory.preset=dot", "memory.shard=64"], 1, r"\[memory\] kernel='exponential' came with shard=64"),
+        (["memory.preset=dot", "memory.read=chunk"], 1, r"read='chunk'; its dual form keeps all sources"),
+        (["memory.preset=dot", 'memory.locals=["16/64"]'], 1, r"memory.locals\[0\]='16/64': kernel='exponential' came"),
+        (["model.pattern=C-", 'memory.locals=["16/64"]'], 1, r"memory.locals\[0\] with C layers, which .* use M or A"),
+        (["model.pattern=M-C-", "memory.shard=128"], 1, "memory.shard with C layers, which read the memory of the"),
+        (["parallel.context=2", "memory.shard=512"], 2, r"=2 cuts a shard of 512 tokens \(memory.shard\): each"),
+        (["parallel.context=4", 'memory.locals=["16/256"]'], 4, r"a shard of 256 tokens \(memory.locals\[0\].* = 128;"),
+        (
+            ["parallel.context=2", 'memory.locals=["16/64"]', "data.packed=true"],
+            2,
+            r"data.packed=true with parallel.context=2 and memory.locals\[0\]: .* set data.packed=false, or",
+        ),
         (["memory.ns_period=7"], 1, r"\[memory\] ns_period=7 must divide chunk=64; nearest that does: 8"),
         (["memory.window=1024"], 1, "memory.window=1024 is longer than model.seq_length=512"),
         (["model.seq_length=500"], 1, "nearest: 512"),
@@ -185,6 +205,32 @@ def test_contradictions_are_refused(empty: Path, words: list[str], world_size: i
         validate(load(empty, words), world_size)
 
 
+@pytest.mark.parametrize("word", ["16", "16/", "/64", "16:64", "16/64/2", "0/64", "16/-64", "a/b", "16.0/64", ""])
+def test_other_words_for_a_local_memory_are_refused(empty: Path, word: str) -> None:
+    said = r'memory.locals\[1\]=.*; write "chunk/shard" in tokens, for example "16/2048"'
+    with pytest.raises(ValueError, match=said) as refused:
+        validate(load(empty, [f'memory.locals=["8/64", "{word}"]']), 1)
+    assert repr(word) in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "world_size"),
+    [
+        (["memory.shard=128", "memory.read=chunk"], 1),
+        (['memory.locals=["8/64", "16/512"]', "memory.projection=true", "model.pattern=M-A-*-"], 1),
+        (['memory.locals=["8/64"]', "memory.preset=delta"], 1),
+        (['memory.locals=["8/128"]', "memory.shard=128", "parallel.context=4"], 4),
+        (['memory.locals=["8/64"]', "data.packed=true"], 1),
+        (["memory.read=chunk", "model.pattern=C-"], 1),
+    ],
+)
+def test_hierarchies_that_fit_are_taken(empty: Path, tmp_path: Path, words: list[str], world_size: int) -> None:
+    config = load(empty, words)
+    validate(config, world_size)
+    (tmp_path / "again.toml").write_text(to_toml(config))
+    assert load(tmp_path / "again.toml") == config
+
+
 def test_every_field_is_explained() -> None:
     text = describe()
     for section, values in vars(Config()).items():
@@ -195,7 +241,7 @@ def test_every_field_is_explained() -> None:
 
 def test_a_saved_configuration_of_before_is_the_model_that_it_was(tmp_path: Path, empty: Path) -> None:
     """A checkpoint lists all keys of its time. Keys that came later mean what was done then."""
-    later = ("ns_step", "write_gate", "write_budget", "open_gate", "copy_start")
+    later = ("ns_step", "write_gate", "write_budget", "open_gate", "copy_start", "shard", "read", "locals", "project")
     saved = to_toml(load(empty, ["memory.preset=atlas", "memory.norm=layer", "memory.ns_period=16"]))
     kept = [line for line in saved.splitlines() if not line.startswith(later)]
     (tmp_path / "config.toml").write_text("\n".join(kept))
@@ -203,6 +249,7 @@ def test_a_saved_configuration_of_before_is_the_model_that_it_was(tmp_path: Path
     assert (before.memory.open_gate, before.memory.copy_start) == (False, False)
     assert load(tmp_path / "config.toml").memory.open_gate
     assert (before.memory.ns_step, before.memory.write_gate, before.train.write_budget) == ("last", False, 0.0)
+    assert (before.memory.shard, before.memory.read, before.memory.locals) == (0, "token", ())
     assert (before.memory.norm, before.memory.preset) == ("layer", "atlas")
 
 
@@ -238,6 +285,14 @@ def test_another_model_is_told_by_its_fields(empty: Path) -> None:
     ours = load(empty)
     same = load(empty, ["memory.impl=reference", "model.pattern=M-M-|*-M-", "parallel.pipeline=2", "train.lr=1e-4"])
     assert model_differences(ours, same) == []
+    keys = ['memory.locals=["8/64"]', "memory.projection=true", "memory.shard=128", "memory.read=chunk"]
+    hierarchy = load(empty, keys)
+    assert model_differences(hierarchy, ours) == [
+        "memory.shard: 128, the checkpoint has 0",
+        "memory.read: 'chunk', the checkpoint has 'token'",
+        "memory.locals: ('8/64',), the checkpoint has ()",
+        "memory.projection: True, the checkpoint has False",
+    ]
     other = load(empty, ["memory.window=8", "model.hidden_size=128"])
     assert model_differences(ours, other) == [
         "model.hidden_size: 256, the checkpoint has 128",

@@ -18,11 +18,14 @@ TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
 CUTS = {"halves": [25, 20], "in and between chunks": [1, 7, 8, 13, 16], "token by token": [1] * 45}
 EVERY = settings("M-*-F-A-C-R-L-D-G-", **CALM)
 EXPONENTIAL = settings("M-C-", preset="dot", window=5)
+HIERARCHY = settings("M-A-", locals=("4/8", "2/16", "4/8"), projection=True, read="chunk", **CALM)
 APART = {
     "*-F-": settings("*-F-"),
     "R-L-D-G-": settings("R-L-D-G-"),
     "A-M-": settings("A-M-", omega_gates="source", **CALM),
     "taylor": settings("M-", feature_map="taylor"),
+    "shards": settings("M-", shard=8),
+    "locals": HIERARCHY,
 } | {name: settings("M-", preset=name) for name, keys in PRESETS.items() if keys["kernel"] == "lifted"}
 
 
@@ -35,10 +38,11 @@ def read(model: Any, whole: Tensor, lengths: list[int], **given: Any) -> Tensor:
     return torch.cat(pieces, 1)
 
 
+@pytest.mark.parametrize("config", [EVERY, HIERARCHY], ids=["every layer", "locals"])
 @pytest.mark.parametrize("lengths", CUTS.values(), ids=CUTS)
 @torch.inference_mode()
-def test_pieces_give_the_logits_of_the_whole(lengths: list[int]) -> None:
-    model, whole = moved(EVERY), tokens()
+def test_pieces_give_the_logits_of_the_whole(lengths: list[int], config: Config) -> None:
+    model, whole = moved(config), tokens()
     torch.testing.assert_close(read(model, whole, lengths), model(whole).logits, **TOLERANCE)
 
 
@@ -51,7 +55,7 @@ def test_so_for_every_preset(preset: str) -> None:
 
 @torch.no_grad()
 def test_its_size_does_not_depend_on_what_was_read(tmp_path: Path) -> None:
-    model, sizes = moved(settings("M-*-A-R-L-D-G-", **CALM)), []
+    model, sizes = moved(settings("M-*-A-R-L-D-G-", locals=("4/8", "2/16"), projection=True, **CALM)), []
     for length in (16, 48):
         model(tokens(length=length)).past_key_values.save_memory(tmp_path / "memory")
         sizes.append((tmp_path / "memory").stat().st_size)
@@ -139,9 +143,10 @@ def test_beam_search_is_beam_search() -> None:
         assert torch.equal(held[0][1], expected)
 
 
+@pytest.mark.parametrize("config", [EVERY, HIERARCHY], ids=["every layer", "locals"])
 @torch.no_grad()
-def test_rows_are_chosen_and_repeated() -> None:
-    model, whole = moved(EVERY), tokens(3, 20)
+def test_rows_are_chosen_and_repeated(config: Config) -> None:
+    model, whole = moved(config), tokens(3, 20)
     expected = model(whole).logits[:, 15:]
     cache = model(whole[:, :15]).past_key_values
     cache.reorder_cache(torch.tensor([2, 0, 0]))
@@ -155,7 +160,7 @@ def test_rows_are_chosen_and_repeated() -> None:
         cache.crop(-1)
 
 
-@pytest.mark.parametrize("config", [EVERY, EXPONENTIAL], ids=["every layer", "exponential"])
+@pytest.mark.parametrize("config", [EVERY, EXPONENTIAL, HIERARCHY], ids=["every layer", "exponential", "locals"])
 @torch.no_grad()
 def test_a_memory_goes_on_from_a_file(config: Config, tmp_path: Path) -> None:
     model, whole = moved(config), tokens(2, 30)
@@ -172,7 +177,7 @@ def test_a_memory_goes_on_from_a_file(config: Config, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_a_padded_memory_goes_on_from_a_file(tmp_path: Path) -> None:
-    model, whole = moved(settings("M-*-", **CALM)), tokens(2, 30)
+    model, whole = moved(settings("M-*-", locals=("4/8",), projection=True, **CALM)), tokens(2, 30)
     mask = torch.ones(2, 19, dtype=torch.int64)
     mask[1, :5] = 0
     model(whole[:, :19], attention_mask=mask).past_key_values.save_memory(tmp_path / "memory")
@@ -189,6 +194,15 @@ def test_another_models_memory_is_refused(tmp_path: Path) -> None:
     other = moved(settings("M-F-", **{**CALM, "window": 4}))
     with pytest.raises(ValueError, match="another model: model.pattern: 'M-F-', not 'M-\\*-'; memory.window: 4, not 5"):
         other.load_memory(tmp_path / "memory")
+    other = moved(settings("M-*-", locals=("4/8",), **CALM))
+    with pytest.raises(ValueError, match=r"another model: memory.locals: \('4/8',\), not \[\]"):
+        other.load_memory(tmp_path / "memory")
+    other(tokens(1, 9)).past_key_values.save_memory(tmp_path / "hierarchy")
+    same = moved(settings("M-*-", locals=("4/8",), **CALM))
+    assert same.load_memory(tmp_path / "hierarchy").position == 9
+    for keys, said in (({"shard": 8}, "memory.shard: 8, not 0"), ({"read": "chunk"}, "memory.read: 'chunk'")):
+        with pytest.raises(ValueError, match=f"another model: {said}"):
+            moved(settings("M-*-", **keys, **CALM)).load_memory(tmp_path / "memory")
     save_file({"x": torch.zeros(1)}, tmp_path / "weights")
     with pytest.raises(ValueError, match="holds no memory"):
         model.load_memory(tmp_path / "weights")

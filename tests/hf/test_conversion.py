@@ -33,6 +33,7 @@ PATTERN = "M-*-A-C-F-R-L-D-G-"
 # Every kind of tensor; a tied embedding, which a pipeline's last stage holds too.
 EVERY = settings(PATTERN, **CALM)
 UNTIED = settings("M-*-", tied=False)
+HIERARCHY = settings("M-A-", locals=("4/8", "2/16", "4/8"), projection=True, read="chunk", write_gate=True, **CALM)
 CUT = replace(EVERY, model=replace(EVERY.model, pattern="M-*-A-|C-F-R-L-D-G-"))
 LAYOUTS = {
     "tensor": replace(EVERY, parallel=ParallelConfig(tensor=2)),
@@ -42,11 +43,12 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the checkpoints `every`, `untied` and `bfloat16`."""
+    """A folder with the checkpoints `every`, `untied`, `hierarchy` and `bfloat16`."""
     root = tmp_path_factory.mktemp("saved")
     with checkpoints.one_process():
         checkpoints.save(EVERY, root / "every")
         checkpoints.save(UNTIED, root / "untied")
+        checkpoints.save(HIERARCHY, root / "hierarchy")
         checkpoints.save(UNTIED, root / "bfloat16", dtype=torch.bfloat16)
     return root
 
@@ -69,7 +71,7 @@ def parameters(folder: Path) -> dict[str, Tensor]:
     return source.read([name.megatron for name, _ in source.parameters])
 
 
-@pytest.mark.parametrize("name", ["every", "untied", "bfloat16"])
+@pytest.mark.parametrize("name", ["every", "untied", "hierarchy", "bfloat16"])
 def test_the_way_there_and_back_changes_no_byte(saved: Path, tmp_path: Path, name: str) -> None:
     folder = export.export(saved / name, tmp_path / "model", shard_size=20_000)
     files = list(folder.glob("*.safetensors"))
@@ -266,6 +268,7 @@ def test_mistakes_are_named_in_one_line(saved: Path, tmp_path: Path, capsys: pyt
         ("import", str(saved / "untied"), target): "is no Hugging Face folder",
         ("import", str(other), target): "model.embed_tokens.weight is [64, 32], not [64, 16]",
         ("import", str(folder), target, "memory.window=4"): "overrides change the model: memory.window: 4",
+        ("import", str(folder), target, 'memory.locals=["4/8"]'): "overrides change the model: memory.locals: ('4/8',)",
         ("import", str(folder), target, "train.stps=4"): "unknown config key 'train.stps'",
         ("import", str(folder), str(folder)): "exists; choose another target",
     }

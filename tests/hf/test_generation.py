@@ -11,13 +11,15 @@ from torch import Tensor
 from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM
 from tests.support.hf_and_megatron import CALM, moved, settings, tokens
 
-PATTERNS = ("M-", "M-*-", "A-", "C-", "D-G-", "R-", "F-")
+PATTERNS = ("M-", "M-*-", "A-", "C-", "D-G-", "R-", "F-", "M-A- locals")
+LOCALS = {"locals": ("4/8", "2/4", "4/8"), "projection": True, "read": "chunk"}
 NEW = 5
 
 
 @pytest.fixture(scope="module", params=PATTERNS)
 def model(request: pytest.FixtureRequest) -> AtlasForCausalLM:
-    return moved(settings(request.param, **CALM))
+    pattern, *hierarchy = request.param.split()
+    return moved(settings(pattern, **CALM, **(LOCALS if hierarchy else {})))
 
 
 def continued(model: AtlasForCausalLM, prompt: Tensor | None, **options: Any) -> Tensor:

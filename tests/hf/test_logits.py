@@ -14,7 +14,7 @@ from atlas_kernels import op
 from atlas_kernels.chunked import TORCH
 from atlas_megatron.config import Config
 from atlas_megatron.config.presets import PRESETS
-from atlas_megatron.hf.configuration_atlas import MODEL, SECTIONS, AtlasConfig
+from atlas_megatron.hf.configuration_atlas import MODEL, SECTIONS, AtlasConfig, differences
 from atlas_megatron.hf.export import described
 from atlas_megatron.hf.modeling_atlas import AtlasModel
 from tests.support.hf_and_megatron import CALM, settings, tokens, twins
@@ -34,6 +34,9 @@ PATTERNS = {
     "write gate": settings("M-A-", write_gate=True, ns_step="sum"),
     "write gate, titans": settings("M-", preset="titans", write_gate=True),
     "softmax": settings("M-C-", preset="dot", window=5, kernel="softmax"),
+    "shards": settings("M-A-", shard=16),
+    "locals": settings("M-A-", locals=("4/8", "2/16", "4/8"), projection=True, read="chunk", **CALM),
+    "locals, write gates": settings("M-", locals=("2/4",), shard=8, write_gate=True, ns_step="sum"),
 }
 PATTERNS |= {preset: settings("M-", preset=preset) for preset in PRESETS}
 PATTERNS |= {f"{preset} in A and C": settings("A-C-", preset=preset) for preset in ("titans", "delta", "swdt")}
@@ -126,6 +129,26 @@ def test_an_exported_configuration_of_before_is_the_model_that_it_was() -> None:
     before = AtlasConfig.from_dict({"architectures": ["AtlasForCausalLM"], "memory": memory})
     assert (before.memory["open_gate"], before.memory["copy_start"]) == (False, False)
     assert AtlasConfig(memory=memory).memory["open_gate"] is True
+
+
+def test_a_configuration_without_a_hierarchys_keys_is_a_memory_alone() -> None:
+    """As folders of before have it; and one that has them comes back as it was."""
+    new = ("shard", "read", "locals", "projection")
+    own = described(settings("M-"))
+    before = {**json.loads(own.to_json_string()), "memory": {k: v for k, v in own.memory.items() if k not in new}}
+    again = AtlasConfig.from_dict(before)
+    assert {key: again.memory[key] for key in new} == {"shard": 0, "read": "token", "locals": (), "projection": False}
+    assert AtlasModel(again).layers[0].mixer.local_bias is None
+    assert not differences(own.sections(), again.sections())
+    hierarchy = described(PATTERNS["locals"])
+    again = AtlasConfig.from_dict(json.loads(hierarchy.to_json_string()))
+    assert again.memory["locals"] == ("4/8", "2/16", "4/8")
+    assert not differences(hierarchy.sections(), again.sections())
+    # JSON has lists where a configuration has tuples; another order is another model.
+    other = again.sections() | {"memory": {**again.memory, "locals": ["4/8", "2/16", "4/8"]}}
+    assert not differences(hierarchy.sections(), other)
+    other["memory"]["locals"] = ["2/16", "4/8", "4/8"]
+    assert len(found := differences(hierarchy.sections(), other)) == 1 and found[0].startswith("memory.locals: ")
 
 
 def test_a_configuration_comes_back_from_json() -> None:

@@ -6,17 +6,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from atlas_megatron.config import Config
 from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.hf.modeling_atlas import AtlasForCausalLM
 from tests.support.hf_and_megatron import CALM, moved, settings, tokens
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
-APART = ("M-", "M-*-", "A-", "D-G-", "R-L-", "F-")
+APART = ("M-", "M-*-", "A-", "D-G-", "R-L-", "F-", "M- locals")
+LOCALS = {"locals": ("4/8", "2/4", "4/8"), "projection": True, "read": "chunk", "shard": 16}
+
+
+def of(name: str) -> Config:
+    pattern, *hierarchy = name.split()
+    return settings(pattern, **CALM, **(LOCALS if hierarchy else {}))
 
 
 @pytest.fixture(scope="module", params=(*APART, "C-"))
 def model(request: pytest.FixtureRequest) -> AtlasForCausalLM:
-    return moved(settings(request.param, **CALM))
+    return moved(of(request.param))
 
 
 def left_padded(pads: tuple[int, ...] = (0, 3, 21), length: int = 30) -> Tensor:
@@ -70,7 +77,7 @@ def test_packed_documents_are_read_apart(pattern: str) -> None:
     from transformers import DataCollatorWithFlattening
 
     exponential = {"preset": "dot", "window": 5, "kernel": pattern}
-    config = settings(pattern, **CALM) if pattern.endswith("-") else settings("M-C-", **exponential)
+    config = of(pattern) if pattern in (*APART, "C-") else settings("M-C-", **exponential)
     model, whole = moved(config), tokens(1, 40)[0]
     texts = whole.split([13, 1, 26])
     batch = DataCollatorWithFlattening()([{"input_ids": text.tolist(), "labels": text.tolist()} for text in texts])

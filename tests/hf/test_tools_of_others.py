@@ -189,9 +189,14 @@ def without_redirection() -> AbstractContextManager[object]:
     return overrides._pop_mode_temporarily() if overrides._get_current_function_mode() else nullcontext()
 
 
-@pytest.mark.parametrize("pattern", [pytest.param("M-", marks=pytest.mark.slow), "D-*-"])
-def test_a_strictly_traced_graph_is_the_same(pattern: str) -> None:
-    model = moved(settings(pattern, **CALM), torch.float32)
+STRICT = [pytest.param("M-", marks=pytest.mark.slow), "D-*-", pytest.param("M- locals", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name", STRICT)
+def test_a_strictly_traced_graph_is_the_same(name: str) -> None:
+    pattern, *hierarchy = name.split()
+    own = {"locals": ("4/8", "2/4"), "projection": True, "read": "chunk"} if hierarchy else {}
+    model = moved(settings(pattern, **CALM, **own), torch.float32)
     read, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.int64)
     mask[1, :5] = 0
     given = {"input_ids": read, "attention_mask": mask}
@@ -221,9 +226,10 @@ def test_a_graph_reads_any_batch_and_any_length_where_nothing_is_unrolled() -> N
         torch.export.export(model, (), given, dynamic_shapes={"input_ids": {1: length}})
 
 
+@pytest.mark.parametrize("locals", [(), ("4/8", "2/4")], ids=["alone", "locals"])
 @pytest.mark.slow
-def test_a_compiled_model_gives_the_same() -> None:
-    model = moved(settings("M-*-", **CALM), torch.float32)
+def test_a_compiled_model_gives_the_same(locals: tuple[str, ...]) -> None:
+    model = moved(settings("M-*-", locals=locals, projection=bool(locals), **CALM), torch.float32)
     compiled, read = torch.compile(model, backend="eager"), tokens(2, 12)
     mask = torch.ones_like(read)
     mask[1, :5] = 0

@@ -296,5 +296,5 @@ def test_what_they_begin_with():
 
 @pytest.mark.parametrize("word", ["16", "16/", "/2048", "16/2048/3/4", "-4/8", "0/8", "4/0", "a/b", "", "4 / 8", "²/8"])
 def test_other_words_are_refused(word):
-    with pytest.raises(ValueError, match=r'locals holds .*write "chunk/shard" in tokens, for example "16/2048"'):
+    with pytest.raises(ValueError, match=r'memory.locals\[1\]=.* is no local memory; write "chunk/shard" in tokens'):
         locals_of(section("atlas", locals=("4/8", word)))

@@ -28,9 +28,7 @@ MEMORIES = {
     "write gate": replace(SMALL.memory, write_gate=True, ns_step="sum"),
     "linear": replace(SMALL.memory, network="linear", norm="none", feature_map="identity"),
     "shards": replace(SMALL.memory, shard=8),
-    "locals": replace(
-        SMALL.memory, locals=("4/8", "2/4"), projection=True, read="chunk", write_gate=True, ns_step="sum"
-    ),
+    "locals": replace(SMALL.memory, locals=("4/8", "2/4"), projection=True, write_gate=True, ns_step="sum"),
 }
 
 

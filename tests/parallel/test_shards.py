@@ -1,4 +1,4 @@
-"""Memories that begin anew every shard, over ranks: whole shards wait for none. Against one process, float64."""
+"""Memories that begin anew every shard, over ranks, against one process in float64: whole shards wait for no one."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def found() -> dict[int, dict[int, Any]]:
     together: dict[int, Any] = {}
     for ranks in (2, 4):
         own = [number for number, c in enumerate(CASES) if c[3] == ranks]
-        measured = processes.run(ranks, models.losses_and_gradients, [spread(CASES[n]) for n in own])[0]
-        together |= zip(own, measured, strict=True)
+        answers = processes.run(ranks, models.losses_and_gradients, [spread(CASES[n]) for n in own])[0]
+        together |= zip(own, answers, strict=True)
     return {1: dict(enumerate(alone)), 2: together}
 
 
