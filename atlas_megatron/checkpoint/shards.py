@@ -46,7 +46,9 @@ class ShardWriting:
         self._thread.start()
 
     def _write(self, arguments: list[Any], folder: Path) -> None:
-        self._request.async_fn(*arguments, **self._request.async_fn_kwargs)
+        # A process whose every part is another's copy has nothing to write.
+        if self._request.async_fn is not None:
+            self._request.async_fn(*arguments, **self._request.async_fn_kwargs)
         try:
             self.checksums = checksums_of_own(folder)
         except OSError as error:

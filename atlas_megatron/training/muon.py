@@ -76,13 +76,14 @@ def layout(model: nn.Module, options: DistributedDataParallelConfig, *, first: b
 
     first: the rank's first model chunk; the others have one bucket each.
     """
-    size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-    # As core's own: fewer and larger ones for many ranks, and one where nothing overlaps with them.
-    bucket = max(40_000_000, 1_000_000 * size) if options.overlap_grad_reduce else None
+    replicas = parallel_state.get_data_parallel_world_size()
+    # Buckets as core's own: larger for many replicas, and a single one where nothing overlaps with them.
+    bucket = max(40_000_000, 1_000_000 * replicas) if options.overlap_grad_reduce else None
     if not first or parallel_state.get_pipeline_model_parallel_rank() > 0:
         bucket = None
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return LayerWiseDistributedOptimizer.compute_full_param_layout(parameters, bucket, size, options)
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    return LayerWiseDistributedOptimizer.compute_full_param_layout(parameters, bucket, ranks, options)
 
 
 def options(train: TrainConfig) -> dict[str, Any]:

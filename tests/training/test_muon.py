@@ -288,3 +288,11 @@ def test_lion_moves_the_rest(config: Path) -> None:
         assert main([str(config), *given]) == 0
     found = losses(config.parent / "lion")
     assert len(found) == LAST and found[0] == losses(trained(config, "one", []))[0] and found[-1] < found[0]
+
+
+@needs_package
+@pytest.mark.parallel
+def test_a_replica_with_nothing_to_write_ends_its_writing(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = trained(config, "data", ["checkpoint.async_save=true"], "written beside")
+    assert "Exception in thread" not in capfd.readouterr().err
+    assert checkpoint.is_whole(checkpoint.folder_of(folder) / f"step_{LAST:08d}")
