@@ -52,6 +52,7 @@ import .mlp_once
 import .mlp_scan
 import .mlp_sources
 import .newton_schulz
+import .one_token
 import .op
 import .packing
 import .place_atlas
