@@ -6,6 +6,7 @@ Its size does not depend on the length read, but for full attention and the expo
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -22,6 +23,8 @@ from .place_atlas import Position
 from .registry_atlas import MIXERS
 
 FORMAT = "atlas-memory"
+# What tells the weights of a model from others of its shape: `AtlasPreTrainedModel.weights_print`.
+PrintOf = Callable[[], str]
 
 
 class AtlasCache:
@@ -40,6 +43,7 @@ class AtlasCache:
         self.position: Position = 0
         self.columns = 0
         self.begun = True  # every row has text, and no column that follows is padding
+        self.model: PrintOf | None = None  # the print of the weights that read; None: nothing was read yet
 
     @property
     def rows(self) -> int | None:
@@ -101,13 +105,21 @@ class AtlasCache:
         layers = [_described(state, f"layers.{number}", tensors) for number, state in enumerate(self.states)]
         memory = {"layers": layers, "position": _described(self.position, "position", tensors)}
         described = {"format": FORMAT, "memory": json.dumps(memory), "model": json.dumps(self.config.sections())}
+        described |= {"sha256": _digest(tensors)} | ({"weights": self.model()} if self.model is not None else {})
         save_file(tensors, str(path), described)
 
     @classmethod
-    def load_memory(cls, path: str | Path, config: AtlasConfig, device: torch.device | str = "cpu") -> AtlasCache:
-        """What `save_memory` wrote. Raises ValueError where the file is none, or of another model.
+    def load_memory(
+        cls,
+        path: str | Path,
+        config: AtlasConfig,
+        device: torch.device | str = "cpu",
+        weights: str | None = None,
+    ) -> AtlasCache:
+        """What `save_memory` wrote. Raises ValueError where the file is none, damaged, or of another model.
 
-        `generate` then takes its input_ids as the continuation of what the memory has read.
+        weights: the print of the model's; None: any of this configuration. `generate` then takes its input_ids as the
+        continuation of what the memory has read.
         """
         cache = cls(config)
         try:
@@ -115,12 +127,14 @@ class AtlasCache:
                 said = file.metadata() or {}
                 if said.get("format") != FORMAT:
                     raise ValueError(f"{path} holds no memory; give a file that save_memory wrote")
-                found = differences(config.sections(), json.loads(said["model"]))
-                if found:
-                    raise ValueError(f"{path} is the memory of another model: {'; '.join(found)}; load it into its own")
+                _check_model(path, said, config, weights)
                 memory = json.loads(said["memory"])
                 if len(memory["layers"]) != len(config.pattern):
                     raise ValueError(f"{path} has {len(memory['layers'])} layers, the model {len(config.pattern)}")
+                # Files from before digests were written have none.
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+                if "sha256" in said and said["sha256"] != _digest(tensors):
+                    raise ValueError(f"{path} is damaged: its tensors are not those that were written; give a copy")
                 cache.states = [_restored(state, file.get_tensor) for state in memory["layers"]]
                 cache.position = _restored(memory["position"], file.get_tensor)
         except (OSError, SafetensorError) as error:
@@ -128,6 +142,28 @@ class AtlasCache:
         except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged ({error!r}); give a file that save_memory wrote") from error
         return cache
+
+
+def _check_model(path: str | Path, said: dict[str, str], config: AtlasConfig, weights: str | None) -> None:
+    """Raise ValueError where what a file says of its model is another one."""
+    found = differences(config.sections(), json.loads(said["model"]))
+    if found:
+        raise ValueError(f"{path} is the memory of another model: {'; '.join(found)}; load it into its own")
+    if weights is not None and said.get("weights", weights) != weights:
+        raise ValueError(
+            f"{path} is the memory of another model: of this shape, with other weights; load it into its own, or read "
+            "the text again"
+        )
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors with their names."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -5,6 +5,7 @@ Dims: B batch, T tokens.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ import .writes
 """
 logger = logging.get_logger(__name__)
 
+PRINTED = 64  # numbers of each parameter in `weights_print`
 # Linears back to the hidden width: they start the smaller the deeper the model is, as Megatron's do.
 BACK_TO_HIDDEN = ("linear_out", "linear_read", "linear_down")
 
@@ -108,9 +110,21 @@ class AtlasPreTrainedModel(PreTrainedModel):
     def load_memory(self, path: str | Path) -> AtlasCache:
         """A memory that `AtlasCache.save_memory` wrote, for this model's `past_key_values`.
 
-        Raises ValueError where the file is none, or of another model.
+        Raises ValueError where the file is none, damaged, or of another model.
         """
-        return AtlasCache.load_memory(path, self.config, self.device)
+        return AtlasCache.load_memory(path, self.config, self.device, self.weights_print())
+
+    def weights_print(self) -> str:
+        """SHA-256 of the first numbers of every parameter, in bfloat16: equal weights have one print in any precision.
+
+        Only the base model's parameters count. Another training gives another print; a change of few numbers may not.
+        """
+        found = hashlib.sha256()
+        for name, parameter in sorted(self.base_model.named_parameters()):
+            first = parameter.detach().flatten()[:PRINTED].to("cpu", torch.bfloat16)
+            found.update(f"{name} {tuple(parameter.shape)}\n".encode())
+            found.update(first.contiguous().view(torch.uint8).numpy())
+        return found.hexdigest()
 
 
 class AtlasModel(AtlasPreTrainedModel):
@@ -188,6 +202,7 @@ class AtlasModel(AtlasPreTrainedModel):
         if keeps and not aligned and not alone:
             past_key_values = AtlasCache(self.config) if past_key_values is None else past_key_values
             past_key_values.advance(states, place.after, tokens, padding is None or padding.begun)
+            past_key_values.model = self.weights_print
         return BaseModelOutputWithPast(
             last_hidden_state=x, past_key_values=past_key_values, hidden_states=tuple(seen) if seen else None
         )
