@@ -48,7 +48,7 @@ class AtlasCache:
     @property
     def rows(self) -> int | None:
         """Of the batch; None: nothing was read yet."""
-        return next((t.shape[0] for state in self.states for t in _tensors(state)), None)
+        return next((t.shape[0] for state in self.states for t in tensors_of(state)), None)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the batch read since the cache was made, or loaded: what `generate` need not read again."""
@@ -96,8 +96,8 @@ class AtlasCache:
         return self
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
-        self.states = [_mapped(state, fn) for state in self.states]
-        self.position = _mapped(self.position, fn)
+        self.states = [mapped(state, fn) for state in self.states]
+        self.position = mapped(self.position, fn)
 
     def save_memory(self, path: str | Path) -> None:
         """Write it all to one safetensors file, with a description of the model that it belongs to."""
@@ -166,26 +166,26 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
     """The tensors of a state."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors_of(part)
     elif is_dataclass(value):
         for f in fields(value):
-            yield from _tensors(getattr(value, f.name))
+            yield from tensors_of(getattr(value, f.name))
 
 
-def _mapped(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     """A state with `fn` applied to every tensor in it."""
     if isinstance(value, Tensor):
         return fn(value)
     if isinstance(value, tuple):
-        return tuple(_mapped(part, fn) for part in value)
+        return tuple(mapped(part, fn) for part in value)
     if is_dataclass(value) and not isinstance(value, type):
-        return type(value)(**{f.name: _mapped(getattr(value, f.name), fn) for f in fields(value)})
+        return type(value)(**{f.name: mapped(getattr(value, f.name), fn) for f in fields(value)})
     return value
 
 

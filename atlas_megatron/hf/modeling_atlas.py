@@ -87,6 +87,15 @@ class AtlasLayer(GradientCheckpointingLayer):
         return x + y, after
 
 
+def print_of(parameters: dict[str, tuple[tuple[int, ...], Tensor]]) -> str:
+    """See `AtlasPreTrainedModel.weights_print`. parameters: shape and first PRINTED numbers, by name."""
+    found = hashlib.sha256()
+    for name, (shape, first) in sorted(parameters.items()):
+        found.update(f"{name} {shape}\n".encode())
+        found.update(first.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 class AtlasPreTrainedModel(PreTrainedModel):
     config_class = AtlasConfig
     base_model_prefix = "model"
@@ -119,12 +128,8 @@ class AtlasPreTrainedModel(PreTrainedModel):
 
         Only the base model's parameters count. Another training gives another print; a change of few numbers may not.
         """
-        found = hashlib.sha256()
-        for name, parameter in sorted(self.base_model.named_parameters()):
-            first = parameter.detach().flatten()[:PRINTED].to("cpu", torch.bfloat16)
-            found.update(f"{name} {tuple(parameter.shape)}\n".encode())
-            found.update(first.contiguous().view(torch.uint8).numpy())
-        return found.hexdigest()
+        named = self.base_model.named_parameters()
+        return print_of({name: (tuple(p.shape), p.detach().flatten()[:PRINTED]) for name, p in named})
 
 
 class AtlasModel(AtlasPreTrainedModel):
