@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,14 +81,15 @@ def _by_group(
         states.append(after)
         order += rows
     back = torch.tensor(order, device=inputs.q.device).argsort()
-    whole = iter([torch.cat(parts).index_select(0, back) for parts in zip(*(s.tensors() for s in states), strict=True)])
-    # The tensors of a state come in the order in which `tensors` gives them.
-    first = states[0]
-    matrices = [tuple(next(whole) for _ in ms) for ms in first.matrices()]
-    halo = [None if t is None else next(whole) for t in (first.keys, first.values, first.residuals, first.gamma)]
-    pending = None if first.pending is None else next(whole)
-    after = MemoryState(*matrices, *halo, first.position, pending)  # type: ignore[arg-type]
-    return torch.cat(outputs).index_select(0, back), after
+    together = lambda parts: torch.cat(parts).index_select(0, back)  # noqa: E731
+    fields: dict[str, Any] = {}
+    for name, first in vars(states[0]).items():
+        parts = [getattr(state, name) for state in states]
+        if isinstance(first, tuple):
+            fields[name] = tuple(together(matrices) for matrices in zip(*parts, strict=True))
+        else:
+            fields[name] = together(parts) if isinstance(first, Tensor) else first
+    return together(outputs), MemoryState(**fields)
 
 
 def _where(rows: Tensor, yes: tuple[Tensor, ...], no: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
