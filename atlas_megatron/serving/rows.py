@@ -4,8 +4,8 @@ A cache holds one batch whose rows advance together. A server takes rows in and 
 row stands at a position of its own. A row here has one size whatever it has read: the keys of an attention layer are
 filled up with zeros on the left, which no query sees, and positions are the server's.
 
-Bytes of a row: the weights, momenta and anchors of every memory, W-1 keys and values of every window, and `room` of
-every full attention.
+Bytes of a row: the weights of every memory, its momenta where the rule has them and its anchor where a chunk has more
+than one token; W-1 keys and values of every window, and `room` of every full attention.
 
 Dims: B rows of a call, T tokens.
 """
@@ -13,17 +13,20 @@ Dims: B rows of a call, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from atlas_megatron.hf.attention_atlas import AttentionState, FullAttention
+from atlas_megatron.hf.baselines_atlas import DeltaNet
 from atlas_megatron.hf.cache_atlas import AtlasCache, mapped, tensors_of
 from atlas_megatron.hf.configuration_atlas import AtlasConfig
-from atlas_megatron.hf.kernels_atlas import MemoryState
+from atlas_megatron.hf.hybrid_atlas import MemoryAsGate
+from atlas_megatron.hf.kernels_atlas import MemoryRule, MemoryState, gated_delta
+from atlas_megatron.hf.memory_atlas import AtlasMemory
 from atlas_megatron.hf.modeling_atlas import AtlasModel
 from atlas_megatron.hf.registry_atlas import MIXERS
 
@@ -39,6 +42,19 @@ def check_servable(config: AtlasConfig) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Form:
+    """What is kept of a layer's state. room: keys of an attention; rule: of its memory, if it has one."""
+
+    room: int
+    rule: MemoryRule | None
+
+    @property
+    def follows(self) -> tuple[bool, bool]:
+        """Whether momentum and anchor need not be kept: there is none; a chunk of one token starts at its weights."""
+        return (False, False) if self.rule is None else (not self.rule.momentum, self.rule.chunk == 1)
+
+
 class Rows:
     """How the state of one text of a model lies in a row.
 
@@ -51,7 +67,10 @@ class Rows:
         self.model = model
         window = model.config.section("attention").window
         full = [isinstance(layer.mixer, FullAttention) for layer in model.layers]
-        self._rooms = [room if whole else window - 1 for whole in full]
+        self._forms = [
+            Form(room if whole else window - 1, _rule_of(layer.mixer))
+            for whole, layer in zip(full, model.layers, strict=True)
+        ]
         token = torch.zeros(1, 1, dtype=torch.int64, device=model.embed_tokens.weight.device)
         with torch.no_grad():
             cache = model(input_ids=token, use_cache=True).past_key_values
@@ -84,16 +103,16 @@ class Rows:
         return [leaf for state in self._widened(cache.states) for leaf in tensors_of(state)]
 
     def _widened(self, states: Sequence[Any]) -> list[Any]:
-        return [_with_room(state, room) for state, room in zip(states, self._rooms, strict=True)]
+        return [_widened(state, form) for state, form in zip(states, self._forms, strict=True)]
 
     def _narrowed(self, leaves: Sequence[Tensor], positions: Sequence[int]) -> list[Any]:
         """The layers' states of rows: attention with as many keys as the longest row has."""
         remaining, longest = iter(leaves), max(positions)
         position = self._position(positions, leaves[0].device)
         states = []
-        for state, room in zip(self._template, self._rooms, strict=True):
+        for state, form in zip(self._template, self._forms, strict=True):
             state = mapped(state, lambda _: next(remaining))
-            states.append(_at(state, position, min(longest, room)))
+            states.append(_narrowed(state, position, replace(form, room=min(longest, form.room))))
         return states
 
     @staticmethod
@@ -103,26 +122,41 @@ class Rows:
         return positions[0] if alike else torch.tensor(positions, dtype=torch.int64, device=device)
 
 
-def _with_room(state: Any, room: int) -> Any:
+def _rule_of(mixer: nn.Module) -> MemoryRule | None:
+    """How a layer's memory learns; None: it has none that is known here, and all of its state is kept."""
+    if isinstance(mixer, DeltaNet):
+        return gated_delta.RULE
+    memory = mixer.memory if isinstance(mixer, MemoryAsGate) else mixer
+    return memory.rule if isinstance(memory, AtlasMemory) else None
+
+
+def _widened(state: Any, form: Form) -> Any:
     """A state whose attention has `room` keys, zeros on the left, and whose memory stands at no position."""
     if isinstance(state, AttentionState):
-        short = room - state.keys.shape[2]
+        short = form.room - state.keys.shape[2]
         if short < 0:
-            raise ValueError(f"{state.keys.shape[2]} tokens were read, and attention holds {room}; give fewer")
+            raise ValueError(f"{state.keys.shape[2]} tokens were read, and attention holds {form.room}; give fewer")
         return AttentionState(*(F.pad(t, (0, 0, short, 0)) for t in (state.keys, state.values)))
     if isinstance(state, MemoryState):
-        return state.at(0)
-    return _each(state, lambda part: _with_room(part, room))
+        momentum, anchor = form.follows
+        return replace(state.at(0), momentum=() if momentum else state.momentum, anchor=() if anchor else state.anchor)
+    return _each(state, lambda part: _widened(part, form))
 
 
-def _at(state: Any, position: int | Tensor, keys: int) -> Any:
-    """A state whose attention has the last `keys` keys, and whose memory stands at `position`."""
+def _narrowed(state: Any, position: int | Tensor, form: Form) -> Any:
+    """A state whose attention has the last `room` keys, and whose memory is whole and stands at `position`."""
     if isinstance(state, AttentionState):
-        first = state.keys.shape[2] - keys
+        first = state.keys.shape[2] - form.room
         return AttentionState(state.keys[:, :, first:], state.values[:, :, first:])
     if isinstance(state, MemoryState):
-        return state.at(position)
-    return _each(state, lambda part: _at(part, position, keys))
+        weights, (momentum, anchor) = state.weights, form.follows
+        nothing = tuple(w.new_zeros(()).expand_as(w) for w in weights)
+        return replace(
+            state.at(position),
+            momentum=nothing if momentum else state.momentum,
+            anchor=weights if anchor else state.anchor,
+        )
+    return _each(state, lambda part: _narrowed(part, position, form))
 
 
 def _each(state: Any, fn: Any) -> Any:

@@ -23,6 +23,7 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree
 
 from atlas_megatron.hf.modeling_atlas import AtlasModel
+from atlas_megatron.parallel.device import flush_denormals
 from atlas_megatron.serving.memory_files import MemoryFiles
 from atlas_megatron.serving.rows import Rows
 from atlas_megatron.serving.vllm_batch import Step, backend
@@ -90,6 +91,7 @@ class AtlasForVLLM(nn.Module, HasInnerState, IsAttentionFree):  # type: ignore[m
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
+        flush_denormals()  # as the other readers; vLLM calls the model from this thread
         described = vllm_config.model_config
         self.config = config = described.hf_config
         self.model = AtlasModel(config).eval()

@@ -41,6 +41,7 @@ COMMANDS = [
     ("benchmarks.launches", "_count", [], "benchmarks.launches"),
     ("benchmarks.static_times", "_bound", [], "benchmarks.static_times"),
     ("benchmarks.trainers", "_bench", [], "benchmarks.trainers"),
+    ("benchmarks.serving", "_bench", [], "benchmarks.serving"),
     ("benchmarks.gpu.check", "_check", [], "benchmarks.gpu"),
     ("benchmarks.gpu.bundle", "_bundle", [], "benchmarks.gpu.bundle"),
 ]

@@ -36,8 +36,9 @@ def test_it_becomes_vllm_with_the_folders_own_numbers(
 ) -> None:
     main([str(folders["M-"]), "--memories", str(tmp_path), "--max-length", "99", "--requests", "5", "--port", "7"])
     program, words, environment = as_if_installed
-    assert program == sys.executable and words[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", str(folders["M-"])]
-    given = dict(zip(words[5:-1:2], words[6:-1:2], strict=True))
+    assert program == sys.executable and words[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+    given = dict(zip(words[3:-1:2], words[4:-1:2], strict=True))
+    assert given["--model"] == str(folders["M-"])
     assert given["--dtype"] == "float32" and given["--served-model-name"] == "model" and given["--host"] == "127.0.0.1"
     assert (given["--max-model-len"], given["--max-num-seqs"], given["--port"]) == ("99", "5", "7")
     assert json.loads(given["--additional-config"]) == {"memories": str(tmp_path)}

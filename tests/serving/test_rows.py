@@ -17,6 +17,7 @@ CONFIGS: dict[str, Config] = {
     "every layer": settings("M-*-F-A-R-L-D-G-", **CALM),
     "persistent tokens": settings("*-A-", **CALM),
     "a write a period": settings("M-", preset="atlas"),
+    "no momentum": settings("M-A-", preset="omeganet"),
     "titans": settings("M-", preset="titans"),
     "gates by source": settings("M-", omega_gates="source", **CALM),
 }
@@ -75,6 +76,20 @@ def test_a_row_has_one_size_whatever_it_has_read() -> None:
         leaves = rows.leaves_of(model(input_ids=tokens(1, length), use_cache=True).past_key_values)
         assert [tuple(leaf.shape[1:]) for leaf in leaves] == rows.shapes
         assert sum(leaf.nbytes for leaf in leaves) == rows.bytes
+
+
+@torch.no_grad()
+def test_a_row_keeps_no_more_than_the_rule_needs() -> None:
+    """Of a Gated DeltaNet one matrix a head; of a memory without momentum its weights and its anchor."""
+    config = settings("G-", **CALM)
+    heads, size, taps = config.delta.heads, config.delta.head_dim, config.delta.conv_size
+    numbers = heads * size * size + 3 * heads * size * (taps - 1)
+    assert Rows(moved(config, torch.float32).model, ROOM).bytes == 4 * numbers
+    with_momentum, without = (
+        Rows(moved(settings("M-", momentum=momentum, **CALM), torch.float32).model, ROOM) for momentum in (True, False)
+    )
+    matrices = sum(t.numel() for t in with_momentum.model.layers[0].mixer.start_weights())
+    assert with_momentum.bytes - without.bytes == 4 * matrices
 
 
 def test_what_cannot_be_served_is_refused_by_name() -> None:

@@ -197,6 +197,6 @@ def test_a_bad_request_is_told_so_and_others_go_on(server: Server) -> None:
     ],
 )
 def test_what_vllm_cannot_do_with_it_is_refused(root: Path, options: list[str], said: str) -> None:
-    words = [str(PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", str(root / "memory/model"), *options]
+    words = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(root / "memory/model"), *options]
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode != 0 and said in done.stdout + done.stderr
