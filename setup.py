@@ -48,7 +48,10 @@ setup(
             "atlas-eval=atlas_megatron.evaluate.command:main",
             "atlas-doctor=atlas_megatron.doctor:main",
             "atlas-generate=atlas_megatron.generate:main",
+            "atlas-serve=atlas_megatron.serving.command:main",
             "atlas-train=atlas_megatron.train:main",
-        ]
+        ],
+        # vLLM is no extra: it wants another torch, and has an environment of its own (make setup-vllm).
+        "vllm.general_plugins": ["atlas=atlas_megatron.serving.vllm_plugin:register"],
     },
 )

@@ -27,7 +27,7 @@ EXAMPLES = """examples:
   atlas-generate runs/quickstart --interactive
   atlas-generate runs/quickstart --prompt 'class ' --samples 3 --top-k 40 --stop '\\n\\n'
   atlas-generate exported/atlas-340m --prompt-file book.txt --tokens 1 --save-memory book.memory
-  atlas-generate exported/atlas-340m --load-memory book.memory --prompt 'In the end, '
+  atlas-generate exported/atlas-340m --memory book.memory --prompt 'In the end, '
 """
 FORGET, QUIT = "/forget", "/quit"
 NOTHING = "the prompt holds no token; give at least one character"
@@ -156,7 +156,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
     parser.add_argument("--segment", type=int, default=2048, help="prompt tokens read at once (default 2048)")
     parser.add_argument("--save-memory", type=Path, metavar="FILE", help="write what was read (an exported model's)")
-    parser.add_argument("--load-memory", type=Path, metavar="FILE", help="go on from what --save-memory wrote")
+    parser.add_argument(
+        "--memory", "--load-memory", dest="load_memory", type=Path, metavar="FILE",
+        help="go on from what --save-memory wrote",
+    )  # fmt: skip
     return parser
 
 
@@ -232,7 +235,7 @@ def _check_memories(asked: argparse.Namespace) -> None:
     if saved and saved.exists() and not saved.is_file():
         raise ValueError(f"--save-memory {saved} is no file that can be replaced; name another one")
     if loaded and not loaded.is_file():
-        raise ValueError(f"--load-memory {loaded} is no file; give one that --save-memory wrote")
+        raise ValueError(f"--memory {loaded} is no file; give one that --save-memory wrote")
 
 
 def _check_segment(tokens: int) -> None:

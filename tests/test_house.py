@@ -24,7 +24,8 @@ LAYER_FUNCTIONS = ("layer_start", "short_conv", "gated_norm", "gated_delta", "at
 # Each room imports only rooms that stand left of it; the last four are commands.
 MEGATRON_ARROW = (
     "cli", "files", "config", "parallel", "data", "mixers", "model", "estimate", "resilience", "checkpoint", "training",
-    "hf", "inference", "reports", "scaling", "evaluate", "finetune", "train", "generate", "doctor", "commands",
+    "hf", "inference", "serving", "reports", "scaling", "evaluate", "finetune", "train", "generate", "doctor",
+    "commands",
 )  # fmt: skip
 # Where symbols of model.pattern are told apart; everyone else asks these tables, or the classes in them.
 SYMBOL_TABLES = ("config/", "mixers/", "hf/registry_atlas.py")

@@ -71,6 +71,15 @@ def own_tokenizer(checkpoint: Path) -> Tokenizer | None:
     return load_tokenizer(checkpoint) if any((checkpoint / name).is_file() for name in TOKENIZER_FILES) else None
 
 
+def digests(checkpoint: Path) -> dict[str, str]:
+    """What a checkpoint notes of its training data: the digest of each set, by its prefix; empty where it notes none.
+
+    Raises ValueError for a broken `data.json`.
+    """
+    sets = _read(checkpoint).get("train", [])
+    return {one["prefix"]: one["digest"] for one in sets if {"prefix", "digest"} <= one.keys()}
+
+
 def refusal(checkpoint: Path, config: Config, changes: list[str]) -> str:
     """One line: what differs from what the checkpoint was trained with, and what to do."""
     lines = {

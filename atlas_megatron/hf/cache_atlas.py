@@ -6,6 +6,7 @@ Its size does not depend on the length read, but for full attention and the expo
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -22,6 +23,8 @@ from .place_atlas import Position
 from .registry_atlas import MIXERS
 
 FORMAT = "atlas-memory"
+# What tells the weights of a model from others of its shape: `AtlasPreTrainedModel.weights_print`.
+PrintOf = Callable[[], str]
 
 
 class AtlasCache:
@@ -40,11 +43,12 @@ class AtlasCache:
         self.position: Position = 0
         self.columns = 0
         self.begun = True  # every row has text, and no column that follows is padding
+        self.model: PrintOf | None = None  # the print of the weights that read; None: nothing was read yet
 
     @property
     def rows(self) -> int | None:
         """Of the batch; None: nothing was read yet."""
-        return next((t.shape[0] for state in self.states for t in _tensors(state)), None)
+        return next((t.shape[0] for state in self.states for t in tensors_of(state)), None)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the batch read since the cache was made, or loaded: what `generate` need not read again."""
@@ -92,8 +96,8 @@ class AtlasCache:
         return self
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
-        self.states = [_mapped(state, fn) for state in self.states]
-        self.position = _mapped(self.position, fn)
+        self.states = [mapped(state, fn) for state in self.states]
+        self.position = mapped(self.position, fn)
 
     def save_memory(self, path: str | Path) -> None:
         """Write it all to one safetensors file, with a description of the model that it belongs to."""
@@ -101,13 +105,21 @@ class AtlasCache:
         layers = [_described(state, f"layers.{number}", tensors) for number, state in enumerate(self.states)]
         memory = {"layers": layers, "position": _described(self.position, "position", tensors)}
         described = {"format": FORMAT, "memory": json.dumps(memory), "model": json.dumps(self.config.sections())}
+        described |= {"sha256": _digest(tensors)} | ({"weights": self.model()} if self.model is not None else {})
         save_file(tensors, str(path), described)
 
     @classmethod
-    def load_memory(cls, path: str | Path, config: AtlasConfig, device: torch.device | str = "cpu") -> AtlasCache:
-        """What `save_memory` wrote. Raises ValueError where the file is none, or of another model.
+    def load_memory(
+        cls,
+        path: str | Path,
+        config: AtlasConfig,
+        device: torch.device | str = "cpu",
+        weights: str | None = None,
+    ) -> AtlasCache:
+        """What `save_memory` wrote. Raises ValueError where the file is none, damaged, or of another model.
 
-        `generate` then takes its input_ids as the continuation of what the memory has read.
+        weights: the print of the model's; None: any of this configuration. `generate` then takes its input_ids as the
+        continuation of what the memory has read.
         """
         cache = cls(config)
         try:
@@ -115,12 +127,14 @@ class AtlasCache:
                 said = file.metadata() or {}
                 if said.get("format") != FORMAT:
                     raise ValueError(f"{path} holds no memory; give a file that save_memory wrote")
-                found = differences(config.sections(), json.loads(said["model"]))
-                if found:
-                    raise ValueError(f"{path} is the memory of another model: {'; '.join(found)}; load it into its own")
+                _check_model(path, said, config, weights)
                 memory = json.loads(said["memory"])
                 if len(memory["layers"]) != len(config.pattern):
                     raise ValueError(f"{path} has {len(memory['layers'])} layers, the model {len(config.pattern)}")
+                # Files from before digests were written have none.
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+                if "sha256" in said and said["sha256"] != _digest(tensors):
+                    raise ValueError(f"{path} is damaged: its tensors are not those that were written; give a copy")
                 cache.states = [_restored(state, file.get_tensor) for state in memory["layers"]]
                 cache.position = _restored(memory["position"], file.get_tensor)
         except (OSError, SafetensorError) as error:
@@ -130,26 +144,48 @@ class AtlasCache:
         return cache
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _check_model(path: str | Path, said: dict[str, str], config: AtlasConfig, weights: str | None) -> None:
+    """Raise ValueError where what a file says of its model is another one."""
+    found = differences(config.sections(), json.loads(said["model"]))
+    if found:
+        raise ValueError(f"{path} is the memory of another model: {'; '.join(found)}; load it into its own")
+    if weights is not None and said.get("weights", weights) != weights:
+        raise ValueError(
+            f"{path} is the memory of another model: of this shape, with other weights; load it into its own, or read "
+            "the text again"
+        )
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors with their names."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
     """The tensors of a state."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors_of(part)
     elif is_dataclass(value):
         for f in fields(value):
-            yield from _tensors(getattr(value, f.name))
+            yield from tensors_of(getattr(value, f.name))
 
 
-def _mapped(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     """A state with `fn` applied to every tensor in it."""
     if isinstance(value, Tensor):
         return fn(value)
     if isinstance(value, tuple):
-        return tuple(_mapped(part, fn) for part in value)
+        return tuple(mapped(part, fn) for part in value)
     if is_dataclass(value) and not isinstance(value, type):
-        return type(value)(**{f.name: _mapped(getattr(value, f.name), fn) for f in fields(value)})
+        return type(value)(**{f.name: mapped(getattr(value, f.name), fn) for f in fields(value)})
     return value
 
 

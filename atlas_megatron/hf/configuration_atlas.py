@@ -57,6 +57,7 @@ import .mlp_scan
 import .mlp_sources
 import .modeling_atlas
 import .newton_schulz
+import .one_token
 import .op
 import .packing
 import .place_atlas

@@ -1,4 +1,4 @@
-"""From a Megatron checkpoint of any layout to a folder that transformers loads: weights, configuration, code."""
+"""From a Megatron checkpoint of any layout to a folder that transformers loads: weights, configuration, code, card."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from atlas_megatron.files.scratch import new_folder
 from atlas_megatron.hf import configuration_atlas, modeling_atlas, registry_atlas
 from atlas_megatron.hf.configuration_atlas import SECTIONS, AtlasConfig
 from atlas_megatron.hf.folders import check_shapes, listing
+from atlas_megatron.hf.model_card import write_card
 from atlas_megatron.hf.names import EMBEDDING, OUTPUT, Name, parameters_of
 from atlas_megatron.hf.tokenizer_files import Specials, export_tokenizer
 from atlas_megatron.hf.weights import INDEX, WEIGHTS, note_sums
@@ -78,6 +79,8 @@ def _export(read: Source, target: Path, shard_size: int) -> Path:
         _write_weights(read, folder, shard_size)
         note_sums(folder)
         _write_code(folder, read.config.pattern)
+        count = sum(prod(shape) for _, shape in read.parameters)
+        write_card(folder, target.name, read.folder, read.config, count)
     return target
 
 

@@ -5,6 +5,7 @@ Dims: B batch, T tokens.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ import .mlp_once
 import .mlp_scan
 import .mlp_sources
 import .newton_schulz
+import .one_token
 import .op
 import .packing
 import .place_atlas
@@ -71,6 +73,7 @@ import .writes
 """
 logger = logging.get_logger(__name__)
 
+PRINTED = 64  # numbers of each parameter in `weights_print`
 # Linears back to the hidden width: they start the smaller the deeper the model is, as Megatron's do.
 BACK_TO_HIDDEN = ("linear_out", "linear_read", "linear_down")
 
@@ -86,6 +89,15 @@ class AtlasLayer(GradientCheckpointingLayer):
     def forward(self, x: Tensor, state: Any, place: TokenPositions) -> tuple[Tensor, Any]:
         y, after = self.mixer(self.norm(x), state, place)
         return x + y, after
+
+
+def print_of(parameters: dict[str, tuple[tuple[int, ...], Tensor]]) -> str:
+    """See `AtlasPreTrainedModel.weights_print`. parameters: shape and first PRINTED numbers, by name."""
+    found = hashlib.sha256()
+    for name, (shape, first) in sorted(parameters.items()):
+        found.update(f"{name} {shape}\n".encode())
+        found.update(first.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 class AtlasPreTrainedModel(PreTrainedModel):
@@ -111,9 +123,17 @@ class AtlasPreTrainedModel(PreTrainedModel):
     def load_memory(self, path: str | Path) -> AtlasCache:
         """A memory that `AtlasCache.save_memory` wrote, for this model's `past_key_values`.
 
-        Raises ValueError where the file is none, or of another model.
+        Raises ValueError where the file is none, damaged, or of another model.
         """
-        return AtlasCache.load_memory(path, self.config, self.device)
+        return AtlasCache.load_memory(path, self.config, self.device, self.weights_print())
+
+    def weights_print(self) -> str:
+        """SHA-256 of the first numbers of every parameter, in bfloat16: equal weights have one print in any precision.
+
+        Only the base model's parameters count. Another training gives another print; a change of few numbers may not.
+        """
+        named = self.base_model.named_parameters()
+        return print_of({name: (tuple(p.shape), p.detach().flatten()[:PRINTED]) for name, p in named})
 
 
 class AtlasModel(AtlasPreTrainedModel):
@@ -191,6 +211,7 @@ class AtlasModel(AtlasPreTrainedModel):
         if keeps and not aligned and not alone:
             past_key_values = AtlasCache(self.config) if past_key_values is None else past_key_values
             past_key_values.advance(states, place.after, tokens, padding is None or padding.begun)
+            past_key_values.model = self.weights_print
         return BaseModelOutputWithPast(
             last_hidden_state=x, past_key_values=past_key_values, hidden_states=tuple(seen) if seen else None
         )

@@ -28,6 +28,7 @@ from .leaving import leaving_writes
 from .memories import Matrices, MatrixView, WeightView, memory_of, oriented
 from .mlp_once import mlp_once, once_coefficients, writes_once
 from .mlp_scan import mlp_scan
+from .one_token import one_token
 from .packing import Packing, pack
 from .room import may_hold
 from .rule import Gates, Inputs, MemoryRule, MemoryState
@@ -113,6 +114,8 @@ def omega_memory_packed(
     """As `omega_memory_chunked`, at the `start` weights [H, rows, cols] where a document or a shard of it begins."""
     if rule.delta:
         return delta_rule_packed(rule, state, inputs, start, positions)
+    if positions.shape[1] == 1:
+        return _one_token(rule, state, inputs, start, positions, kernels)
     packing, before, window = pack(positions, rule.chunk, rule.shard), rule.window - 1, rule.window
     sources = [packing.placed_after(halo, t) for halo, t in ((state.keys, inputs.k), (state.values, inputs.v))]
     residual = inputs.residual
@@ -147,6 +150,23 @@ def omega_memory_packed(
         pending=pending,
     )
     return packing.taken(y), after
+
+
+def _one_token(
+    rule: MemoryRule,
+    state: MemoryState,
+    inputs: Inputs,
+    start: tuple[Tensor, ...],
+    positions: Tensor,
+    kernels: Kernels,
+) -> tuple[Tensor, MemoryState[Tensor]]:
+    """As `omega_memory_packed`, of one token a row."""
+    pending = state.pending
+    if pending is not None:
+        inputs, pending = _with_summed_steps(rule, inputs, pending, positions)
+    step = lambda at, own: _by_segment(rule, at, own, kernels=kernels)  # noqa: E731
+    y, after = one_token(rule, replace(state, pending=None), inputs, start, positions, step)
+    return y, replace(after, pending=pending)
 
 
 def _with_summed_steps(rule: MemoryRule, inputs: Inputs, pending: Tensor, places: Tensor) -> tuple[Inputs, Tensor]:

@@ -25,6 +25,7 @@ COMMANDS = [
     ("atlas_megatron.train", "_dry_run", [str(ROOT / "configs/quickstart.toml"), "--dry-run"], "atlas-train"),
     ("atlas_megatron.generate", "_run", ["model", "--prompt", "a"], "atlas-generate"),
     ("atlas_megatron.evaluate.command", "_run", ["mqar", "model"], "atlas-eval"),
+    ("atlas_megatron.serving.command", "_run", ["model"], "atlas-serve"),
     ("atlas_megatron.doctor", "_look", [], "atlas-doctor"),
     (f"{TOOLS}.prepare_data", "_prepare", ["a.txt", "--out", "x", "--train-tokenizer", "300"], "prepare_data"),
     (f"{TOOLS}.quickstart", "_quickstart", [], "quickstart"),
@@ -41,6 +42,7 @@ COMMANDS = [
     ("benchmarks.launches", "_count", [], "benchmarks.launches"),
     ("benchmarks.static_times", "_bound", [], "benchmarks.static_times"),
     ("benchmarks.trainers", "_bench", [], "benchmarks.trainers"),
+    ("benchmarks.serving", "_bench", [], "benchmarks.serving"),
     ("benchmarks.gpu.check", "_check", [], "benchmarks.gpu"),
     ("benchmarks.gpu.bundle", "_bundle", [], "benchmarks.gpu.bundle"),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from atlas_megatron.config import Config
 from atlas_megatron.config.presets import PRESETS
+from atlas_megatron.hf.cache_atlas import AtlasCache
 from tests.support.hf_and_megatron import CALM, moved, settings, tokens
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
@@ -208,6 +210,33 @@ def test_another_models_memory_is_refused(tmp_path: Path) -> None:
         model.load_memory(tmp_path / "weights")
     with pytest.raises(ValueError, match="nothing cannot be read"):
         model.load_memory(tmp_path / "nothing")
+
+
+@torch.no_grad()
+def test_a_memory_of_other_weights_is_refused(tmp_path: Path) -> None:
+    """Of one shape, from another training; the same weights in another precision are the same model."""
+    model = moved(settings("M-*-", **CALM), torch.float32)
+    cache = model(tokens(1, 9)).past_key_values
+    copy.deepcopy(cache).detach().save_memory(tmp_path / "memory")
+    again = copy.deepcopy(model).bfloat16()
+    assert again.load_memory(tmp_path / "memory").position == 9
+    assert AtlasCache.load_memory(tmp_path / "memory", model.config).position == 9
+    again.get_parameter("model.layers.2.norm.weight")[0] += 1
+    with pytest.raises(ValueError, match="memory is the memory of another model: of this shape, with other weights"):
+        again.load_memory(tmp_path / "memory")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_damaged_memory_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = moved(settings("M-*-", **CALM), dtype)
+    model(tokens(1, 9)).past_key_values.save_memory(tmp_path / "memory")
+    assert model.load_memory(tmp_path / "memory").position == 9
+    raw = bytearray((tmp_path / "memory").read_bytes())
+    raw[-5] ^= 1
+    (tmp_path / "memory").write_bytes(raw)
+    with pytest.raises(ValueError, match="memory is damaged: its tensors are not those that were written"):
+        model.load_memory(tmp_path / "memory")
 
 
 @torch.no_grad()

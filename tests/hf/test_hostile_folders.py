@@ -143,6 +143,7 @@ def test_a_memory_of_another_form_is_refused(folder: Path, tmp_path: Path, chang
     with safe_open(str(tmp_path / "kept"), "pt") as file:
         said = file.metadata()
     reader.load_memory(tmp_path / "kept")
+    del said["sha256"]  # as files of before: it would tell before the form is looked at
     save_file({"x": torch.zeros(2, 2)}, str(tmp_path / "other"), said | changed)
     with pytest.raises(ValueError, match=str(tmp_path / "other")) as refused:
         reader.load_memory(tmp_path / "other")

@@ -153,8 +153,10 @@ def test_a_memory_is_saved_and_gone_on_from(
     words = ["--tokens", "8", "--temperature", "0"]
     assert main([str(model), "--prompt", "the memory learns at", *words, "--save-memory", str(memory)]) == 0
     capsys.readouterr()
-    assert main([str(model), "--prompt", " test time", *words, "--load-memory", str(memory)]) == 0
+    assert main([str(model), "--prompt", " test time", *words, "--memory", str(memory)]) == 0
     gone_on = capsys.readouterr().out
+    assert main([str(model), "--prompt", " test time", *words, "--load-memory", str(memory)]) == 0
+    assert capsys.readouterr().out == gone_on  # its name of before
     assert main([str(model), "--prompt", "the memory learns at test time", *words]) == 0
     assert gone_on == capsys.readouterr().out.removeprefix("the memory learns at")
     memory.write_bytes(b"none")
@@ -209,7 +211,7 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
         (["--prompt", "a", "--seed", "99999999999999999999"], "--seed 99999999999999999999 is out of range"),
         (["--prompt", "a", "--save-memory", "/dev/null"], "/dev/null is no file that can be replaced"),
         (["--prompt", "a", "--save-memory", "/"], "/ is no file that can be replaced"),
-        (["--prompt", "a", "--load-memory", "missing"], "--load-memory missing is no file"),
+        (["--prompt", "a", "--memory", "missing"], "--memory missing is no file"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -159,3 +159,39 @@ def test_what_was_packed_goes_with_its_positions():
     del positions
     gc.collect()
     assert gone() is None and made() is None
+
+
+ONE_TOKEN = RULES | {
+    "a chunk of one period": MemoryRule("mlp", window=3, chunk=2, ns_steps=3, ns_period=2),
+    "periods of two": MemoryRule("mlp", window=3, chunk=6, ns_steps=3, ns_period=2, ns_step="sum"),
+    "a chunk a token": MemoryRule("gated_mlp", window=3, chunk=1, ns_steps=0, norm="layer"),
+    "shards": MemoryRule("mlp", window=3, chunk=4, shard=8, ns_steps=3, ns_period=2),
+    "read at the chunk's start": MemoryRule("mlp", window=3, chunk=4, shard=8, ns_steps=0, norm="layer", read="chunk"),
+}
+
+
+@pytest.mark.parametrize("pair,residual", [(True, False), (False, True)])
+@pytest.mark.parametrize("rule", ONE_TOKEN.values(), ids=ONE_TOKEN)
+def test_token_by_token_is_the_whole(rule, pair, residual):
+    """Every row at a position of its own, over the borders of chunks, periods and documents; gradients too."""
+    p = problem(rule, 19, pair=pair, residual=residual and rule.memory != "linear")
+    positions = torch.stack([torch.cat([torch.arange(5), torch.arange(14)]), torch.arange(19) + 3])
+    expected, after = run(p, "reference", positions)
+    outputs = {"y": expected, **state_tensors(after)}
+    whole = outputs | gradients(list(outputs.values()), p.leaves())
+    pieces, state = [], None
+    for place in range(19):
+        y, state = run(p, "chunked", positions, state, slice(place, place + 1))
+        pieces.append(y)
+        assert state.position.tolist() == (positions[:, place] + 1).tolist()
+    outputs = {"y": torch.cat(pieces, 1), **state_tensors(state)}
+    assert_close(outputs | gradients(list(outputs.values()), p.leaves()), whole)
+
+
+def test_one_token_a_row_takes_no_whole_chunk(monkeypatch):
+    """Rows at several positions are not filled up to a chunk each."""
+    rule = MemoryRule("mlp", window=5, chunk=64, momentum=False, ns_steps=0, norm="layer")
+    p, positions = problem(rule, 9), torch.stack([torch.arange(9) + 7, torch.arange(9) + 60])
+    _, state = run(p, "chunked", positions, None, slice(0, 5))
+    monkeypatch.setattr(packing, "_pack", None)
+    run(p, "chunked", positions, state, slice(5, 6))
