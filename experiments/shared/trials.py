@@ -20,18 +20,12 @@ from torch import Tensor
 import atlas_kernels
 from atlas_kernels import chunked, layer_start, memories, op
 from atlas_kernels.chunked import Kernels
+from atlas_kernels.decays import decay_matrix
 from atlas_kernels.layer_norm import layer_norm
 from atlas_kernels.memories import Factors, Matrices, Mlp, WeightView, memory_of, oriented
 from atlas_kernels.newton_schulz import direct_form, newton_schulz, schedule
 from atlas_kernels.rule import MemoryRule, MemoryState
-from atlas_kernels.writes import (
-    Leave,
-    OrthogonalWrites,
-    SourceReader,
-    Writes,
-    decay_matrix,
-    orthogonal_coefficients_of,
-)
+from atlas_kernels.writes import Leave, OrthogonalWrites, SourceReader, Writes, orthogonal_coefficients_of
 from atlas_megatron.mixers import memory as mixer
 from atlas_megatron.mixers.memory import AtlasMixer
 

@@ -61,6 +61,26 @@ def leaving_writes(rule: MemoryRule, offset: int, gates: Gates, tokens: int, sou
     )
 
 
+class _Unread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, *unread):
+        ctx.shapes = [t.shape for t in unread]
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *(grad.new_zeros(()).expand(shape) for shape in ctx.shapes)
+
+
+def with_unread(y: Tensor, unread: tuple[Tensor, ...]) -> Tensor:
+    """The same y, which gives zeros to the gradients of `unread`, tensors of y's dtype or another.
+
+    No token of a call reads what its last chunk writes: of a call of one chunk, keys, values and gates would have no
+    gradient, and data parallelism waits for one of every parameter.
+    """
+    return _Unread.apply(y, *unread) if torch.is_grad_enabled() else y
+
+
 def _orthogonal(
     rule: MemoryRule,
     writes: range,

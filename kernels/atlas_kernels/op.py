@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .chunked import TORCH, Kernels, omega_memory_chunked, omega_memory_packed
 from .dual import DualState, initial_dual_state, omega_memory_dual
+from .leaving import with_unread
 from .memories import MatrixView, memory_of, oriented
 from .packing import documents, of_rows, row_of
 from .reference import omega_memory_reference
@@ -88,7 +89,8 @@ def omega_memory(
     else:
         packed = _by_document if impl == "reference" else partial(omega_memory_packed, kernels=kernels)
         y, after = packed(rule, state, inputs, start, positions)
-    return y.to(q.dtype), after
+    y = y.to(q.dtype)
+    return with_unread(y, (k, v, *vars(gates).values())) if rule.read == "chunk" else y, after
 
 
 def _by_document(

@@ -151,6 +151,18 @@ def test_nothing_as_large_as_a_chunks_square_is_made(ns_steps):
     assert max(sizes) < 1.1 * chunk**1.5
 
 
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_what_nobody_reads_has_a_gradient_of_zero(impl):
+    """One chunk is written and never read: data parallelism waits for a gradient of every parameter."""
+    p = problem(STALE, CHUNK, batch=1, heads=1)
+    y, _ = p.run(impl)
+    given = {name: leaf for name, leaf in p.leaves().items() if name in ("k", "v", *vars(p.gates))}
+    grads = torch.autograd.grad(y.sum(), list(given.values()))
+    assert len(grads) == 6 and not any(grad.any() for grad in grads)
+    with torch.no_grad():
+        assert torch.equal(p.run(impl)[0], y)
+
+
 def test_the_gpus_kernels_refuse_it_by_name():
     p = problem(replace(STALE, chunk=16), 16, key=16, value=16, hidden=16, dtype=torch.float32)
     with pytest.raises(ValueError, match="read='chunk'.*take impl='chunked'"):

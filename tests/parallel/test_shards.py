@@ -26,6 +26,8 @@ CASES: list[tuple[str, str, dict[str, Any], int, str]] = [
     *[("M-", "atlas", STALE, 4, mode) for mode in ("heads", "handoff", "heads+handoff")],
     *[("M-", preset, BESIDE, 4, "handoff") for preset in ("atlas++", "omeganet", "titans", "ttt", "dla", "swla")],
     ("A-*-", "titans", STALE, 4, "handoff"),
+    # What the last rank's only chunk writes is read by no one, and has a gradient of zero there.
+    ("M-", "titans", {**STALE, "chunk": 12}, 4, "handoff"),
     ("M-", "atlas", {**STALE, "write_gate": True, "ns_step": "sum", "projection": False}, 2, "handoff"),
     ("M-", "titans", {**ANEW, **BESIDE}, 2, "heads"),
     ("M-", "omeganet", {**ANEW, **BESIDE, "anchor_gradient": 0.5}, 4, "handoff"),
