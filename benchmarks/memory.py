@@ -39,7 +39,11 @@ DIM, HEADS, HEAD_DIM, HIDDEN, CHUNK, WINDOW = 384, 6, 64, 256, 64, 16
 SHAPES = {"T=1024 B=1": (1, 1024), "T=4096 B=4": (4, 4096)}
 # With the trainer's outer gradients.
 MEMORY = MemoryConfig(heads=HEADS, head_dim=HEAD_DIM, expansion=HIDDEN // HEAD_DIM, window=WINDOW, chunk=CHUNK)
-MEMORIES = {"k=0": replace(MEMORY, ns_steps=0), "k=5, ns_period=64": replace(MEMORY, ns_steps=5, ns_period=CHUNK)}
+MEMORIES = {
+    "k=0": replace(MEMORY, ns_steps=0),
+    "k=0, read=chunk": replace(MEMORY, ns_steps=0, read="chunk"),  # what titans-pytorch computes: the chunk's start
+    "k=5, ns_period=64": replace(MEMORY, ns_steps=5, ns_period=CHUNK),
+}
 RULES = {name: memory.rule() for name, memory in MEMORIES.items()}
 MEMORY_LENGTHS = (4096, 16384)
 # torch's counter knows baddbmm, but not in place.
