@@ -46,6 +46,7 @@ setup(
             "atlas-eval=atlas_megatron.evaluate.command:main",
             "atlas-doctor=atlas_megatron.doctor:main",
             "atlas-generate=atlas_megatron.generate:main",
+            "atlas-sweep=atlas_megatron.commands.sweep:main",
             "atlas-train=atlas_megatron.train:main",
         ]
     },
