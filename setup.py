@@ -49,6 +49,7 @@ setup(
             "atlas-doctor=atlas_megatron.doctor:main",
             "atlas-generate=atlas_megatron.generate:main",
             "atlas-serve=atlas_megatron.serving.command:main",
+            "atlas-sweep=atlas_megatron.commands.sweep:main",
             "atlas-train=atlas_megatron.train:main",
         ],
         # vLLM is no extra: it wants another torch, and has an environment of its own (make setup-vllm).

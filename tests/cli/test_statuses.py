@@ -35,6 +35,7 @@ COMMANDS = [
     (f"{TOOLS}.make_babilong", "_make", "qa1 --tokenizer a --filler b --lengths 9 99 --out c".split(), "make_babilong"),
     (f"{TOOLS}.scaling", "_fit", ["run"], "scaling"),
     (f"{TOOLS}.ladder", "_ladder", ["show"], "ladder"),
+    (f"{TOOLS}.sweep", "_sweep", ["configs/quickstart.toml", "--lr", "1e-3"], "atlas-sweep"),
     ("benchmarks.memory", "_bench", [], "benchmarks.memory"),
     ("benchmarks.presets", "_bench", [], "benchmarks.presets"),
     ("benchmarks.shards", "_bench", [], "benchmarks.shards"),

@@ -121,3 +121,17 @@ def test_data_of_another_order_are_refused_until_that_is_allowed(
     assert [record["step"] for record in metrics.read(root / "seeds")] == [1, 2, 3]
     assert main([*other, "data.allow_change=true"]) == 0
     assert "run.seed=5 (was 1234)" in capsys.readouterr().out
+
+
+def test_another_batch_and_rate_hold_from_the_next_step_on(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(root / "tiny.toml"), f"run.directory={root}/changed", "train.validate_every=0"]
+    assert main([*words, "train.steps=3"]) == 0
+    capsys.readouterr()
+    assert main([*words, "train.steps=5", "train.global_batch=8", "train.schedule=constant", "train.lr=2e-3"]) == 0
+    said = capsys.readouterr().out
+    changed = "train.steps=5 (was 3), train.global_batch=8 (was 4), train.lr=0.002 (was 0.003), train.schedule="
+    assert changed in said and "where the learning rate goes from 1.00e-04 to 2.00e-03" in said
+    assert said.index("these keys differ") < said.index("step 4/5")
+    records = metrics.read(root / "changed")
+    assert [record["tokens"] for record in records] == [128, 256, 384, 640, 896]
+    assert [record["lr"] for record in records[3:]] == [2e-3, 2e-3]
