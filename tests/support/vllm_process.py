@@ -1,4 +1,4 @@
-"""In vLLM's own environment: `python vllm_process.py WHAT JOB OUT`. JOB and OUT: files of JSON; WHAT: a function here."""
+"""In vLLM's own environment: `python vllm_process.py WHAT JOB OUT`. WHAT: a function here; JOB, OUT: files of JSON."""
 
 from __future__ import annotations
 
