@@ -86,6 +86,16 @@ class Blocks(nn.Module, MambaBase):  # type: ignore[misc]
         self.kv_cache[0].index_fill_(0, block, before)
 
 
+def _rows_of(model: AtlasModel, room: int) -> Rows:
+    """The rows as they are when requests come: torch's default type is then float32, and the model's while it loads."""
+    loading = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        return Rows(model, room)
+    finally:
+        torch.set_default_dtype(loading)
+
+
 class AtlasForVLLM(nn.Module, HasInnerState, IsAttentionFree):  # type: ignore[misc]
     """AtlasModel and its output layer under vLLM's names."""
 
@@ -98,7 +108,7 @@ class AtlasForVLLM(nn.Module, HasInnerState, IsAttentionFree):  # type: ignore[m
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.rows = Rows(self.model, described.max_model_len)
+        self.rows = _rows_of(self.model, described.max_model_len)
         self.blocks = Blocks(vllm_config, self.rows, f"{prefix}.{BLOCKS}" if prefix else BLOCKS)
         folder = vllm_config.additional_config.get(MEMORIES)
         self.files = MemoryFiles(Path(folder), Path(described.model), config) if folder else None

@@ -1,19 +1,21 @@
-"""In vLLM's own environment: `python vllm_process.py JOB OUT`. JOB: prompts by folder; OUT: what follows."""
+"""In vLLM's own environment: `python vllm_process.py WHAT JOB OUT`. WHAT: a function here; JOB, OUT: files of JSON."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 LENGTH, TOKENS = 160, 12
 
 
-def main(job: str, out: str) -> None:
+def texts(job: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+    """The greedy continuations of prompts, by folder."""
     from vllm import LLM, SamplingParams
 
     greedy, said = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True), {}
-    for folder, prompts in json.loads(Path(job).read_text()).items():
+    for folder, prompts in job.items():
         # Eight tokens a step: prompts are read in pieces while others are continued.
         model = LLM(
             folder, dtype="float32", max_model_len=LENGTH, max_num_seqs=3, max_num_batched_tokens=8,
@@ -22,7 +24,26 @@ def main(job: str, out: str) -> None:
         found = model.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy)
         said[folder] = [list(one.outputs[0].token_ids) for one in found]
         model.llm_engine.engine_core.shutdown()
-    Path(out).write_text(json.dumps(said))
+    return said
+
+
+def refusals(job: list[dict[str, Any]]) -> list[str]:
+    """What vLLM says to each set of options before it builds a model; empty: it takes them."""
+    from vllm import EngineArgs
+
+    said = []
+    for options in job:
+        try:
+            EngineArgs(**options).create_engine_config()
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def main(what: str, job: str, out: str) -> None:
+    found = {"texts": texts, "refusals": refusals}[what](json.loads(Path(job).read_text()))
+    Path(out).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
