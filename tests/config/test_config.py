@@ -205,7 +205,7 @@ def test_contradictions_are_refused(empty: Path, words: list[str], world_size: i
         validate(load(empty, words), world_size)
 
 
-@pytest.mark.parametrize("word", ["16", "16/", "/64", "16:64", "16/64/2", "0/64", "16/-64", "a/b", "16.0/64", ""])
+@pytest.mark.parametrize("word", ["16", "16/", "/64", "16:64", "16/64/2/2", "0/64", "16/-64", "a/b", "16.0/64", ""])
 def test_other_words_for_a_local_memory_are_refused(empty: Path, word: str) -> None:
     said = r'memory.locals\[1\]=.*; write "chunk/shard" in tokens, for example "16/2048"'
     with pytest.raises(ValueError, match=said) as refused:
