@@ -195,7 +195,6 @@ def test_a_bad_request_is_told_so_and_others_go_on(server: Server) -> None:
 def test_what_vllm_cannot_do_with_it_is_refused(root: Path, tmp_path: Path) -> None:
     refused = (
         ({"enable_prefix_caching": True}, "prefix caching keeps states at the ends of blocks"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2, and the plug-in keeps a model on one device"),
         ({"additional_config": {"memories": "/nowhere"}}, "memories=/nowhere is no folder"),
         ({"model": str(root / "context/model")}, "cannot be served in batches: C layers"),
     )
