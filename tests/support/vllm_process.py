@@ -1,11 +1,10 @@
-"""In vLLM's own environment: `python vllm_process.py WHAT JOB OUT`. WHAT: a function here; JOB, OUT: files of JSON."""
+"""In vLLM's own environment: `python vllm_process.py JOB OUT`, both files of JSON."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 LENGTH, TOKENS = 160, 12
 
@@ -27,23 +26,8 @@ def texts(job: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
     return said
 
 
-def refusals(job: list[dict[str, Any]]) -> list[str]:
-    """What vLLM says to each set of options before it builds a model; empty: it takes them."""
-    from vllm import EngineArgs
-
-    said = []
-    for options in job:
-        try:
-            EngineArgs(**options).create_engine_config()
-            said.append("")
-        except ValueError as error:
-            said.append(str(error))
-    return said
-
-
-def main(what: str, job: str, out: str) -> None:
-    found = {"texts": texts, "refusals": refusals}[what](json.loads(Path(job).read_text()))
-    Path(out).write_text(json.dumps(found))
+def main(job: str, out: str) -> None:
+    Path(out).write_text(json.dumps(texts(json.loads(Path(job).read_text()))))
 
 
 if __name__ == "__main__":
