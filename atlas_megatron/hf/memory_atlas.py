@@ -71,7 +71,7 @@ class AtlasMemory(Mixer):
     def __init__(self, config: AtlasConfig) -> None:
         super().__init__()
         self.memory = memory = config.section("memory")
-        self.rule = MemoryRule.of(memory)
+        self.rule, self.local_rules = MemoryRule.of(memory), local_memories.rules_of(memory)
         # Longer calls end their gradients; where a reach is given, all calls do.
         self.trained = config.seq_length if config.gradient_reach is None else 0
         self.gradient_reach = reach_of(config)
@@ -133,7 +133,7 @@ class AtlasMemory(Mixer):
         with unrounded(x):
             y, after = self.scanned(q, k, v, gates, held, place.documents, qkv.dtype)
             if local_gates:
-                local = LocalMemories(self.memory, self.local_parameters(), self.lifted, qkv.dtype)
+                local = LocalMemories(self.memory, self.local_rules, self.local_parameters(), self.lifted, qkv.dtype)
                 more, beside = read_locals(local, q, k, v, local_gates, beside, place.documents)
                 y = y + more
             branch = branch.squeeze(-2) if self.branch_bias is None else branch.squeeze(-2) + self.branch_bias

@@ -42,7 +42,7 @@ from atlas_kernels.layer_start import (
     own_residual,
     start_coefficients,
 )
-from atlas_kernels.local_memories import gates_of_all, groups_of, local_gate_starts, local_weights
+from atlas_kernels.local_memories import gates_of_all, groups_of, local_gate_starts, local_weights, rules_of
 from atlas_kernels.short_conv import initial_taps
 from atlas_megatron.config import Config
 from atlas_megatron.mixers.base import Mixer
@@ -81,7 +81,7 @@ class AtlasMixer(MemoryCosts, Mixer):
         self.write_budget = 0.0  # of the loss, for each token's write gate; the trainer sets it
         # An exponential kernel keeps its sources as they are: there is nothing to end.
         self.gradient_reach = settings.train.gradient_reach if memory.kernel == "lifted" else 0
-        self.rule = memory.rule()
+        self.rule, self.local_rules = memory.rule(), rules_of(memory)
         width = memory.heads * memory.head_dim
         self.linear_qkvg = linears.column(hidden, 4 * width, self.config, self.tp_group)
         gates = memory.heads * (1 + len(memory.locals)) * gate_count(memory)
@@ -168,7 +168,9 @@ class AtlasMixer(MemoryCosts, Mixer):
         return LocalParameters(self.local_bias, self.local_view, tuple(s for s in starts if s is not None))
 
     def _locals(self) -> LocalMemories:
-        return LocalMemories(self.memory, self._local_parameters(), self._lifted, self.config.params_dtype)
+        return LocalMemories(
+            self.memory, self.local_rules, self._local_parameters(), self._lifted, self.config.params_dtype
+        )
 
     def _first_token(self, held: State | None, tokens: Tensor) -> int:
         """The position of this rank's first token. Raises ValueError where ranks have no whole shards of a memory.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .decays import decay_matrix
 from .layout import Layout
-from .rule import Gates, MemoryRule
+from .rule import Gates, Inputs, MemoryRule
 from .writes import (
     Coefficients,
     OrthogonalCoefficients,
@@ -72,13 +72,15 @@ class _Unread(torch.autograd.Function):
         return grad, *(grad.new_zeros(()).expand(shape) for shape in ctx.shapes)
 
 
-def with_unread(y: Tensor, unread: tuple[Tensor, ...]) -> Tensor:
-    """The same y, which gives zeros to the gradients of `unread`, tensors of y's dtype or another.
+def with_unread(y: Tensor, given: Inputs) -> Tensor:
+    """The same y, which gives zeros to the gradients of the keys, values and gates of `given`.
 
-    No token of a call reads what its last chunk writes: of a call of one chunk, keys, values and gates would have no
-    gradient, and data parallelism waits for one of every parameter.
+    No token of a call reads what its last chunk writes: of a call of one chunk they would have no gradient, and data
+    parallelism waits for one of every parameter. A traced graph has none, and goes without.
     """
-    return _Unread.apply(y, *unread) if torch.is_grad_enabled() else y
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return y
+    return _Unread.apply(y, given.k, given.v, *vars(given.gates).values())
 
 
 def _orthogonal(

@@ -75,6 +75,11 @@ def groups_of(section: Any) -> dict[tuple[int, int], list[int]]:
     return found
 
 
+def rules_of(section: Any) -> tuple[MemoryRule, ...]:
+    """The rule of each group of `groups_of`, in its order."""
+    return tuple(MemoryRule.of(Local(section, chunk, shard)) for chunk, shard in groups_of(section))
+
+
 def local_gate_starts(section: Any) -> Tensor:
     """Start logits of the gates of each local memory of a head, float32 [N, G]."""
     return torch.tensor([gate_starts(local, local.shard) for local in locals_of(section)])
@@ -137,10 +142,12 @@ class LocalState:
 class LocalMemories:
     """How a layer's local memories are read and written.
 
-    section: as `MemorySection`, with `locals` and `projection`; lift: the layer's phi; products: see `omega_memory`.
+    section: as `MemorySection`, with `locals` and `projection`; rules: its `rules_of`, made once, for a traced graph
+    cannot make them; lift: the layer's phi; products: see `omega_memory`.
     """
 
     section: Any
+    rules: tuple[MemoryRule, ...]
     parameters: LocalParameters
     lift: Lift
     products: torch.dtype
@@ -161,15 +168,14 @@ class LocalMemories:
         first token where there is no state; it begins a shard of every memory.
         """
         memories, spans, total = [], [], None
-        for number, ((chunk, shard), own) in enumerate(groups_of(self.section).items()):
+        for number, (rule, own) in enumerate(zip(self.rules, groups_of(self.section).values(), strict=True)):
             held = None if state is None else state.memories[number]
             asked = q
             if self.section.projection:
-                begins = self._begins(q, shard, position if held is None else held.position, positions)
+                begins = self._begins(q, rule.shard, position if held is None else held.position, positions)
                 asked, span = self._projected(q, k, begins, None if state is None else state.spans[number])
                 spans.append(span)
-            local = Local(self.section, chunk, shard)
-            start = held if held is not None else self._empty(local, own, k, v, position)
+            start = self._empty(rule, own, k, v, position) if held is None and position else held
             joined = Gates(*(self._heads([getattr(gates[i], name) for i in own]) for name in vars(gates[own[0]])))
             keys = self._copies(k, len(own))
             queries = self._copies(asked, len(own))
@@ -179,7 +185,7 @@ class LocalMemories:
                 self._copies(v, len(own)),
                 joined,
                 self._starts(own),
-                MemoryRule.of(local),
+                rule,
                 state=start,
                 residual=(queries, keys) if own_residual(self.section) else None,
                 impl=self.section.impl,
@@ -196,10 +202,9 @@ class LocalMemories:
     def at_start(self, q: Tensor) -> Tensor:
         """What they answer to q [B, T, H, K] where nothing was written, the queries as they are: [B, T, H, V]."""
         own = list(range(len(locals_of(self.section))))
-        rule = MemoryRule.of(locals_of(self.section)[0])
         queries = self._copies(q, len(own))
         residual = queries if own_residual(self.section) else None
-        y = read_memory(self._copies(self.lift(q), len(own)), self._starts(own), rule, None, residual)
+        y = read_memory(self._copies(self.lift(q), len(own)), self._starts(own), self.rules[0], None, residual)
         return y.unflatten(2, (len(own), -1)).sum(2)
 
     def _projected(self, q: Tensor, k: Tensor, begins: Tensor, span: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -215,10 +220,10 @@ class LocalMemories:
             positions = reach + (position[:, None] if isinstance(position, Tensor) else position)
         return (positions % shard == 0).expand(q.shape[0], -1)
 
-    def _empty(self, local: Local, own: list[int], k: Tensor, v: Tensor, position: int) -> MemoryState:
+    def _empty(self, rule: MemoryRule, own: list[int], k: Tensor, v: Tensor, position: int) -> MemoryState:
         keys, values = self._copies(self.lift(k[:, :1], key=True), len(own)), self._copies(v[:, :1], len(own))
         kept = {"residuals": own_residual(self.section), "source_gates": self.section.omega_gates != "pair"}
-        return initial_state(MemoryRule.of(local), self._starts(own), keys, values, **kept).at(position)
+        return initial_state(rule, self._starts(own), keys, values, **kept).at(position)
 
     def _starts(self, own: list[int]) -> tuple[Tensor, ...]:
         """[n H, rows, cols] a matrix."""

@@ -90,7 +90,7 @@ def omega_memory(
         packed = _by_document if impl == "reference" else partial(omega_memory_packed, kernels=kernels)
         y, after = packed(rule, state, inputs, start, positions)
     y = y.to(q.dtype)
-    return with_unread(y, (k, v, *vars(gates).values())) if rule.read == "chunk" else y, after
+    return with_unread(y, given) if rule.read == "chunk" else y, after
 
 
 def _by_document(

@@ -27,6 +27,7 @@ from atlas_kernels.local_memories import (
     local_gate_starts,
     local_weights,
     locals_of,
+    rules_of,
 )
 from atlas_kernels.reference import inner_gradient, memory, momentum, write
 from atlas_megatron.config import MemoryConfig
@@ -119,7 +120,8 @@ class Layer:
             (q, k) if own_residual(own) else None, "chunked", where,
         )  # fmt: skip
         assert isinstance(after, MemoryState)
-        more, beside = LocalMemories(own, local, self.lift, torch.float64)(q, k, v, theirs, beside, where)
+        memories = LocalMemories(own, rules_of(own), local, self.lift, torch.float64)
+        more, beside = memories(q, k, v, theirs, beside, where)
         return y + more, (after, beside)
 
     def by_token(self) -> Tensor:
@@ -240,7 +242,7 @@ def test_a_sequence_goes_on_from_any_whole_shard_without_a_state():
     """As a context-parallel rank begins: what came before a shard says nothing."""
     layer = Layer.drawn(section("atlas"), 3 * CHUNK)
     local = LocalParameters(layer.leaves["local_bias"], None, layer.matrices("starts"))
-    memories = LocalMemories(layer.section, local, layer.lift, torch.float64)
+    memories = LocalMemories(layer.section, rules_of(layer.section), local, layer.lift, torch.float64)
     q, k, v = layer.tokens()
     _, gates = gates_of_all(layer.section, layer.leaves["logits"], layer.leaves["bias"], k, v, None, local)
     whole, state = memories(q, k, v, gates)
@@ -265,7 +267,7 @@ def test_at_the_start_they_answer_as_they_were_drawn():
     layer = Layer.drawn(section("omeganet", locals=THREE), 5)
     local = LocalParameters(layer.leaves["local_bias"], None, layer.matrices("starts"))
     q, _, _ = layer.tokens()
-    ours = LocalMemories(layer.section, local, layer.lift, torch.float64).at_start(q)
+    ours = LocalMemories(layer.section, rules_of(layer.section), local, layer.lift, torch.float64).at_start(q)
     rule, asked = MemoryRule.of(layer.section), layer.lift(q)
     each = [memory(rule, tuple(w[:, i].unsqueeze(0) for w in local.starts), asked, asked) for i in range(3)]
     assert_close({"y": ours}, {"y": sum(each)})
