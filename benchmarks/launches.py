@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from atlas_kernels.local_memories import groups_of
 from atlas_megatron.cli.ending import command
 from atlas_megatron.cli.version import add_version
 from atlas_megatron.config import MemoryConfig, load, uses
@@ -71,6 +72,10 @@ def of_config(name: str) -> dict[str, dict[str, Any]]:
         found[f"{name}: memory"] = counted(memory_op(memory, batch, tokens))
     except ValueError as refused:
         found[f"{name}: memory"] = {"refused": str(refused)}
+    for (chunk, shard), numbers in groups_of(memory).items():
+        alone = {"read": "token", "locals": (), "projection": False, "heads": memory.heads * len(numbers)}
+        local = replace(memory, chunk=chunk, shard=shard, ns_period=min(memory.ns_period, chunk), **alone)  # type: ignore[arg-type]
+        found[f"{name}: local {chunk}/{shard}"] = counted(memory_op(local, batch, tokens))
     shape = (batch, tokens, memory.heads, memory.head_dim)
     for edge, (call, _) in edges_of(shape, DEVICE).items():
         found[f"{name}: {edge}"] = counted(lambda call=call: call("triton"))  # type: ignore[misc]
