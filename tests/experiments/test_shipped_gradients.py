@@ -19,8 +19,8 @@ TOKENS = 8  # of a chunk
 def test_every_configuration_that_pretrains_a_memory_is_a_row() -> None:
     shipped = {path for path in experiment.CONFIGS.rglob("*.toml") if "M-" in path.read_text(encoding="utf-8")}
     rows = experiment.rows()
-    # Those of other experiments: a screen's, and the quickstart's model once more.
-    others = {experiment.CONFIGS / f"experiments/{name}.toml" for name in ("recipe_screen", "language_model")}
+    # Those of other experiments: two small models, and the quickstart's model once more.
+    others = {experiment.CONFIGS / f"experiments/{name}.toml" for name in ("recipe_screen", "tnt", "language_model")}
     assert shipped == {row.base for row in rows.values()} | others
     assert {name.split(", ")[1] for name in rows if name.startswith("quickstart, ")} == set(PRESETS)
 

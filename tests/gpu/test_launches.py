@@ -30,7 +30,9 @@ def test_what_is_shipped_and_trained_is_in_the_table() -> None:
     table = kept()
     assert set(launches.SHAPES) <= set(table)
     assert {"configs/atlas-170m: memory", "configs/atlas-340m: memory", "configs/quickstart: output"} <= set(table)
-    assert not any("refused" in of for of in table.values())
+    # A read of the chunk's start and chunks of 256 are large products, which torch has.
+    torchs = {"configs/atlas-340m-tnt: memory", "configs/experiments/tnt: memory"}
+    assert {name for name, of in table.items() if "refused" in of} == torchs
 
 
 def test_what_grew_is_named() -> None:
