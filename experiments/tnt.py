@@ -202,10 +202,19 @@ def describe(results: record.Record, names: Sequence[str], comparison: Protocol)
         f"chunk 8 that begins anew every {SHARD:,} tokens. *From*: the row's bits less those of the base at chunk 256, "
         "and of TNT {8}; less than zero is better, and a difference counts where it has one sign in every seed. "
         "*Damped*: memory.anchor_gradient=0.3, without which the outer gradient overflows. *s to one "
-        f"loss*: seconds of training until {bits or 0:.3f} bits, which all timed models reach. A run has one core.",
+        f"loss*: seconds of training until {bits or 0:.3f} bits, which all timed models reach. A run has one core. "
+        f"{_missing(results, names, comparison.seeds)}",
         [table(results, names, comparison.seeds)],
         seen(results, comparison.seeds),
     )
+
+
+def _missing(results: record.Record, names: Sequence[str], seeds: Sequence[int]) -> str:
+    wanted = [protocol.seed_cell(STAGE, name, seed) for name in all_names(names) for seed in seeds]
+    missing = [cell for cell in wanted if cell not in results.cells]
+    if not missing:
+        return ""
+    return f"{len(missing)} of {len(wanted)} runs are not trained yet: not all means are of the same seeds."
 
 
 def seen(results: record.Record, seeds: Sequence[int]) -> list[str]:
