@@ -64,12 +64,15 @@ QUICK = ("base, chunk 256", "TNT {8}")
 OBSERVED = (
     "A memory of chunk 8 that begins anew every 1,024 tokens (*without global*) is level with the base at chunk 8. It "
     "takes half the time a step and needs no damping: its outer gradient ends with its shard.",
+    "Step times are not all of a quiet machine: other work ran beside seed 2 at chunk 8 and TNT {8}, and TNT {16} is one "
+    "seed. So read the times as rough.",
     "Unlike in TNT's Table 3 the global memory adds nothing to it, and with one seed harms. The likeliest reason: a "
     "chunk of 256 writes with steps that sum to a tenth, so that it holds little, and the sum of both reads is noisier "
-    "than one. Steps eight times as large made the base at chunk 256 worse (one seed, 100 steps).",
+    "than one. Steps eight times as large made the base at chunk 256 worse (a trial of one "
+    "seed and 100 steps, not in the JSON).",
     "The projection costs a tenth to a quarter of a bit, where it helped TNT. Keys start here as the queries of the "
     "token before, so queries lie in the keys' span already, and Pi turns them towards its commonest directions. "
-    "Shards of 256 tokens were 0.05 bits behind shards of 1,024 (one seed, 100 steps).",
+    "Shards of 256 tokens were 0.05 bits behind shards of 1,024 (a trial of one seed and 100 steps, not in the JSON).",
 )
 SLOWEST = "base, chunk 8, damped"
 TIMED = (SLOWEST, "base, chunk 16, damped", "base, chunk 64", "TNT {8}", "TNT {16}")
