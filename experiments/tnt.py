@@ -72,7 +72,7 @@ OBSERVED = (
     "seed and 100 steps, not in the JSON).",
     "The projection costs a tenth to a quarter of a bit, where it helped TNT. Keys start here as the queries of the "
     "token before, so queries lie in the keys' span already, and Pi turns them towards its commonest directions. "
-    "Shards of 256 tokens were 0.05 bits behind shards of 1,024 (a trial of one seed and 100 steps, not in the JSON).",
+    "Shards of 256 tokens were 0.05 bits behind shards of 1,024 (such a trial too).",
 )
 SLOWEST = "base, chunk 8, damped"
 TIMED = (SLOWEST, "base, chunk 16, damped", "base, chunk 64", "TNT {8}", "TNT {16}")
