@@ -64,7 +64,7 @@ QUICK = ("base, chunk 256", "TNT {8}")
 OBSERVED = (
     "A memory of chunk 8 that begins anew every 1,024 tokens (*without global*) is level with the base at chunk 8. It "
     "takes half the time a step and needs no damping: its outer gradient ends with its shard.",
-    "Step times are not all of a quiet machine: other work ran beside seed 2 at chunk 8 and TNT {8}, and TNT {16} is one "
+    "Step times are not all of a quiet machine: others ran beside seed 2 at chunk 8 and TNT {8}, and TNT {16} is one "
     "seed. So read the times as rough.",
     "Unlike in TNT's Table 3 the global memory adds nothing to it, and with one seed harms. The likeliest reason: a "
     "chunk of 256 writes with steps that sum to a tenth, so that it holds little, and the sum of both reads is noisier "
