@@ -33,7 +33,7 @@ COMMON = ("log.tensorboard=false", "train.stats_every=1000000")
 
 @dataclass(frozen=True)
 class Grid:
-    """How much is trained and read. second_rate: the learning rate of the second stage, which begins anew."""
+    """How much is trained and read, and where. second_rate: the learning rate of a second stage, which begins anew."""
 
     tokens: int = 512  # of a sequence
     batch: int = 4  # sequences a step
@@ -44,6 +44,12 @@ class Grid:
     chunks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
     seeds: tuple[int, ...] = (1, 2, 3)
     second: tuple[int, ...] = SECOND
+    base: Path = BASE
+    runs: Path = RUNS
+
+    def directory(self, member: str, seed: int, chunk: int) -> Path:
+        """Of the first stage (chunk 0), or of the second one at a chunk."""
+        return self.runs / f"{MEMBERS[member]}_{seed}{f'_then_{chunk}' if chunk else ''}"
 
 
 FULL = Grid()
@@ -60,7 +66,7 @@ def second_cell(member: str, seed: int, chunk: int) -> str:
 
 def words_of(member: str, seed: int, grid: Grid, chunk: int) -> list[str]:
     """Of a run of either stage. ATLAS writes once a chunk, as the base has it."""
-    period = chunk if load(BASE, [f"memory.preset={MEMBERS[member]}"]).memory.ns_steps else 1
+    period = chunk if load(grid.base, [f"memory.preset={MEMBERS[member]}"]).memory.ns_steps else 1
     words = [f"memory.preset={MEMBERS[member]}", f"memory.chunk={chunk}", f"memory.ns_period={period}"]
     words += [f"model.seq_length={grid.tokens}", f"train.global_batch={grid.batch}", f"train.micro_batch={grid.batch}"]
     return [*words, *COMMON, f"train.validate_sequences={grid.sequences}", f"run.seed={seed}"]
@@ -74,24 +80,20 @@ def lasting(steps: int) -> list[str]:
 
 def first(member: str, seed: int, grid: Grid) -> record.Cell:
     """Train the first stage, and read it with every chunk."""
-    return _trained(_directory(member, seed, 0), [*words_of(member, seed, grid, CHUNK), *lasting(grid.steps)], grid)
+    return _trained(grid.directory(member, seed, 0), [*words_of(member, seed, grid, CHUNK), *lasting(grid.steps)], grid)
 
 
 def second(member: str, seed: int, chunk: int, grid: Grid) -> record.Cell:
     """Go on from the first stage, and read what comes of it with every chunk."""
-    source = _directory(member, seed, 0)
+    source = grid.directory(member, seed, 0)
     rate = [f"train.lr={grid.second_rate}", f"train.min_lr={grid.second_rate / 10}", f"train.start_from={source}"]
     words = [*words_of(member, seed, grid, chunk), *lasting(grid.second_steps), *rate]
-    return _trained(_directory(member, seed, chunk), words, grid)
-
-
-def _directory(member: str, seed: int, chunk: int) -> Path:
-    return RUNS / f"{MEMBERS[member]}_{seed}{f'_then_{chunk}' if chunk else ''}"
+    return _trained(grid.directory(member, seed, chunk), words, grid)
 
 
 def _trained(directory: Path, words: list[str], grid: Grid) -> record.Cell:
     """Bits per byte by chunk, and the words of the run; or what went wrong."""
-    status = record.train_quietly([str(BASE), *words, f"run.directory={directory}"], directory)
+    status = record.train_quietly([str(grid.base), *words, f"run.directory={directory}"], directory)
     if status:
         last = (directory / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1]
         return {"wrong": f"status {status}: {last}", "words": words}
@@ -201,7 +203,7 @@ def seen(results: record.Record, grid: Grid) -> list[str]:
 
 def describe(results: record.Record, grid: Grid) -> None:
     """The page, from the numbers."""
-    config = load(BASE, words_of("ATLAS", 1, grid, CHUNK))
+    config = load(grid.base, words_of("ATLAS", 1, grid, CHUNK))
     wrong = [f"{name} ({cell['wrong']})" for name, cell in results.cells.items() if "wrong" in cell]
     failed = f" Runs that did not train to their end: {'; '.join(wrong)}." if wrong else ""
     results.write_text(
@@ -223,9 +225,9 @@ def main(words: Sequence[str] | None = None) -> int:
     def experiment() -> None:
         asked = record.options("evaluation_chunk", __doc__ or "", words, reports=True)
         grid = QUICK if asked.quick else FULL
-        settings = {**vars(grid), "chunk": CHUNK, "base": BASE.read_text(encoding="utf-8")}
-        # Second stages at more chunks may come.
-        del settings["second"]
+        settings = {**vars(grid), "chunk": CHUNK, "base": grid.base.read_text(encoding="utf-8")}
+        # Second stages at more chunks may come, and runs may lie elsewhere.
+        del settings["second"], settings["runs"]
         results = record.Record("evaluation_chunk", asked, settings)
         if not asked.report:
             prepare_bytes()

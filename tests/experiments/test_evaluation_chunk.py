@@ -18,17 +18,17 @@ from tests.support import pages, tiny_run
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(evaluation_chunk, "BASE", tiny_run.write(tmp_path, "M-"))
-    monkeypatch.setattr(evaluation_chunk, "RUNS", tmp_path / "runs")
+    quick = replace(evaluation_chunk.QUICK, base=tiny_run.write(tmp_path, "M-"), runs=tmp_path / "runs")
+    monkeypatch.setattr(evaluation_chunk, "QUICK", quick)
     monkeypatch.setattr(evaluation_chunk, "prepare_bytes", lambda: None)
     return tmp_path
 
 
 @pytest.mark.parametrize("member", MEMBERS)
 def test_both_stages_are_valid_and_the_second_is_the_first_at_another_chunk(member: str) -> None:
-    first = load(evaluation_chunk.BASE, words_of(member, 1, FULL, CHUNK))
+    first = load(FULL.base, words_of(member, 1, FULL, CHUNK))
     for chunk in SECOND:
-        second = load(evaluation_chunk.BASE, words_of(member, 1, FULL, chunk))
+        second = load(FULL.base, words_of(member, 1, FULL, chunk))
         validate(second, world_size=1)
         trained = at_chunk(first.memory, chunk)
         assert replace(second.memory, eta_start=trained.eta_start) == replace(trained, eta_start=trained.eta_start)
