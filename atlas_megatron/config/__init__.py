@@ -10,6 +10,7 @@ from atlas_megatron.config.sections import (
     Config,
     DataConfig,
     DeltaConfig,
+    ExpertsConfig,
     LogConfig,
     MemoryConfig,
     ModelConfig,
@@ -23,8 +24,8 @@ from atlas_megatron.config.sections import (
 from atlas_megatron.config.toml import cut_evenly, describe, load, load_saved, to_toml
 
 __all__ = [
-    "LATER", "LAYERS", "AttentionConfig", "CheckpointConfig", "Config", "DataConfig", "DeltaConfig", "Layer",
-    "LogConfig", "MemoryConfig", "ModelConfig", "ParallelConfig", "RecurrentConfig", "ResilienceConfig", "RunConfig",
-    "TrainConfig", "add_layer", "at_chunk", "changed_toml", "continued", "cut_evenly", "describe", "differences",
-    "layers_of", "load", "load_saved", "model_differences", "to_toml", "uses",
+    "LATER", "LAYERS", "AttentionConfig", "CheckpointConfig", "Config", "DataConfig", "DeltaConfig",
+    "ExpertsConfig", "Layer", "LogConfig", "MemoryConfig", "ModelConfig", "ParallelConfig", "RecurrentConfig",
+    "ResilienceConfig", "RunConfig", "TrainConfig", "add_layer", "at_chunk", "changed_toml", "continued", "cut_evenly",
+    "describe", "differences", "layers_of", "load", "load_saved", "model_differences", "to_toml", "uses",
 ]  # fmt: skip

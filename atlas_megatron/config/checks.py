@@ -13,7 +13,8 @@ from atlas_megatron.config.batch_ramp import stages
 from atlas_megatron.config.context_levels import context_levels
 from atlas_megatron.config.layers import CUT, split_sections
 from atlas_megatron.config.optimizer_checks import check_optimizer
-from atlas_megatron.config.scale_checks import check_recompute
+from atlas_megatron.config.expert_checks import check_experts
+from atlas_megatron.config.scale_checks import check_depths, check_recompute
 from atlas_megatron.config.schedule_checks import check_schedule
 
 CONTEXT_MODES = ("auto", "heads", "handoff", "heads+handoff")
@@ -34,6 +35,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "memory.heads memory.head_dim memory.expansion memory.degree memory.conv_size memory.gate_rank memory.eta_sum "
         "attention.heads attention.head_dim attention.window attention.rotary_base attention.segment "
         "recurrent.heads recurrent.head_dim delta.heads delta.head_dim delta.conv_size "
+        "experts.count experts.top_k experts.ffn_hidden_size parallel.expert "
         "train.steps train.global_batch train.micro_batch train.lr train.adam_eps train.log_every train.stats_every "
         "train.muon_num_ns_steps train.muon_extra_scale_factor "
         "checkpoint.every checkpoint.keep resilience.skips_in_a_row "
@@ -45,7 +47,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "train.warmup_steps train.decay_steps train.weight_decay train.clip_grad train.validate_every "
         "train.validate_sequences train.min_lr train.write_budget train.late_write_budget train.gradient_reach "
         "resilience.hang_minutes resilience.straggler_every resilience.most_skipped resilience.most_returns "
-        "attention.persistent train.recompute_layers",
+        "attention.persistent train.recompute_layers train.aux_loss experts.shared_ffn_hidden_size",
         lambda value: value >= 0,
         "be 0 or more",
     ),
@@ -95,6 +97,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_cuda_graph(config)
     check_optimizer(config)
     check_recompute(config)
+    check_experts(config, world_size)
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
@@ -214,6 +217,7 @@ def _check_context(config: Config) -> None:
 def _check_model(config: Config) -> None:
     pattern = config.model.pattern
     unknown = sorted(set(pattern) - set(LAYERS) - {CUT})
+    check_depths(pattern)
     if unknown:
         raise ValueError(
             f"model.pattern={pattern!r} has unknown symbols "

@@ -56,7 +56,7 @@ def model_differences(ours: Config, theirs: Config) -> list[str]:
     of what it is, nor is how long its sequences are: ours may be longer.
     """
     found = []
-    for section in ("model", "memory", "attention", "recurrent", "delta"):
+    for section in ("model", "memory", "attention", "recurrent", "delta", "experts"):
         a, b = getattr(ours, section), getattr(theirs, section)
         for f in fields(a):
             mine, other = getattr(a, f.name), getattr(b, f.name)

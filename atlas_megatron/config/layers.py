@@ -35,7 +35,9 @@ LAYERS: dict[str, Layer] = {
     "D": Layer("DeltaNet", ("delta",), exchanges_heads=True),
     "G": Layer("Gated DeltaNet", ("delta",), exchanges_heads=True),
     "-": Layer("MLP"),
+    "E": Layer("experts"),
 }
+EXPERTS = "E"
 
 
 def add_layer(symbol: str, layer: Layer) -> None:

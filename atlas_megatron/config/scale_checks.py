@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from atlas_megatron.config.layers import CUT
+from atlas_megatron.config.layers import CUT, LAYERS
 from atlas_megatron.config.sections import Config
 
 # Parts of core's layers that can be recomputed, and the symbols that have them. Mixers are not core's.
-MODULES = {"mlp": "-", "layernorm": "-"}
+MODULES = {"mlp": "-", "moe": "E", "shared_experts": "E", "layernorm": "-E"}
 
 
 def recomputed_layers(config: Config, stage: str) -> int:
@@ -18,8 +18,17 @@ def recomputed_layers(config: Config, stage: str) -> int:
 
 def forwards_again(config: Config, stage: str) -> str:
     """The layers of a pipeline stage whose products the backward computes a second time."""
-    parts = "".join(MODULES["mlp"] if "mlp" in config.train.recompute_modules else "")
+    parts = "".join(MODULES[name] for name in ("mlp", "moe") if name in config.train.recompute_modules)
     return stage[: recomputed_layers(config, stage)] + "".join(symbol for symbol in stage if symbol in parts)
+
+
+def check_depths(pattern: str) -> None:
+    """Raise ValueError for the depths of multi-token prediction, which core writes behind `/`."""
+    if "/" in pattern and "/" not in LAYERS:
+        raise ValueError(
+            f"model.pattern={pattern!r} asks by '/' for multi-token prediction, which is not built here: core shifts "
+            "its labels over zig-zag shards, and ours are contiguous (docs/scale.md); leave '/' and what follows out"
+        )
 
 
 def check_recompute(config: Config) -> None:
@@ -40,7 +49,7 @@ def check_recompute(config: Config) -> None:
 
 
 def _check_modules(config: Config) -> None:
-    train, pattern = config.train, config.model.pattern
+    train, pattern, shared = config.train, config.model.pattern, config.experts.shared_ffn_hidden_size
     for name in train.recompute_modules:
         if name not in MODULES:
             raise ValueError(
@@ -51,6 +60,12 @@ def _check_modules(config: Config) -> None:
                 f"train.recompute_modules has {name!r} but model.pattern={pattern!r} has no "
                 f"{' or '.join(MODULES[name])} layer; leave it out"
             )
+    if "shared_experts" in train.recompute_modules and ("moe" in train.recompute_modules or not shared):
+        raise ValueError(
+            "train.recompute_modules has 'shared_experts' "
+            + ("beside 'moe', which holds them" if shared else "with experts.shared_ffn_hidden_size=0, which has none")
+            + "; leave it out"
+        )
     if train.recompute_modules and train.recompute:
         raise ValueError(
             f"train.recompute_modules={list(train.recompute_modules)} with train.recompute=true, which recomputes "

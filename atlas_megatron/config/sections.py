@@ -30,8 +30,8 @@ class ModelConfig:
     """The stack around the mixers (Llama-style: pre-RMSNorm, SwiGLU)."""
 
     # One symbol a layer: M memory, * sliding-window attention, F full attention, A memory as a gate of sliding-window
-    # attention (MAG), C memory as a context of attention (MAC), - SwiGLU MLP; | pipeline cut (without any, the blocks
-    # are dealt out evenly). M-*- is MAL.
+    # attention (MAG), C memory as a context of attention (MAC), - SwiGLU MLP, E experts in its place; | pipeline cut
+    # (without any, the blocks are dealt out evenly). M-*- is MAL.
     # Baselines: R GRU, L LSTM, D DeltaNet, G Gated DeltaNet; F-F- is a Transformer++.
     pattern: str = "M-M-*-M-"
     hidden_size: int = 256
@@ -158,6 +158,16 @@ class DeltaConfig:
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """The SwiGLU MLPs of every `E` layer, of which a router chooses some for each token (Megatron-Core's MoE)."""
+
+    count: int = 8
+    top_k: int = 2  # experts of a token; their outputs are weighted by the router's softmax
+    ffn_hidden_size: int = 256  # of one expert
+    shared_ffn_hidden_size: int = 0  # of one MLP more, which every token passes; 0: none
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """AdamW or Muon, a linear warm-up, and a learning rate that then follows `schedule`."""
 
@@ -212,6 +222,9 @@ class TrainConfig:
     # and updates these; the states of the rest are cut as AdamW's always are. False: each rank holds all states.
     muon_layer_wise: bool = False
     clip_grad: float = 1.0
+    # Of E layers: how much an uneven load of the experts counts beside the loss, which is reported without it. The load
+    # is a micro-batch's: another micro_batch is another loss. 0: it does not count.
+    aux_loss: float = 0.01
     precision: str = "auto"  # auto: bfloat16 with float32 master weights on a GPU, float32 on a CPU
     # "": off. hybrid | e4m3: the linears of mixers, attention and MLPs multiply in FP8 (Transformer Engine, from
     # sm_89); the memory's gates, its inner loop and its state never do.
@@ -228,8 +241,9 @@ class TrainConfig:
     recompute: bool = False  # recompute each layer's activations in the backward
     # With recompute: only of the first so many layers of each pipeline stage, each symbol of model.pattern one; 0: all.
     recompute_layers: int = 0
-    # Without it, recompute parts of layers that core builds, as ["mlp"]: mlp (each `-`, but for its norm) | layernorm
-    # (the norm before each `-`; needs model.transformer_engine).
+    # Without it, recompute parts of layers that core builds, as ["mlp", "moe"]: mlp (each `-`, but for its norm) | moe
+    # (each `E`, likewise) | shared_experts (of each `E`) | layernorm (the norm before each `-` and `E`; needs
+    # model.transformer_engine).
     recompute_modules: tuple[str, ...] = ()
     # Capture forward and backward of a step in one CUDA graph, after three eager steps: no kernel then waits for the
     # host. Validation, and steps that measure (stats_every), stay eager.
@@ -291,6 +305,9 @@ class ParallelConfig:
     sequence: bool = False  # Megatron sequence parallel inside the tensor group
     pipeline: int = 1
     virtual: int = 1  # stages of model.pattern a pipeline rank: every `pipeline`-th one (interleaved schedule)
+    # Ranks that share out the experts of each E layer, whole ones. They are those of tensor, context and data: no
+    # devices besides, each with tokens of its own.
+    expert: int = 1
     # Ranks that hold equal contiguous shards of each sequence.
     context: int = 1
     # How a memory crosses them. heads: all-to-all, all tokens of a share of the heads. handoff: the state, from rank
@@ -320,6 +337,7 @@ class Config:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     recurrent: RecurrentConfig = field(default_factory=RecurrentConfig)
     delta: DeltaConfig = field(default_factory=DeltaConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)

@@ -77,9 +77,9 @@ def _under_new_names(section: str, table: Any) -> Any:
 def cut_evenly(pattern: str, stages: int) -> str:
     """The pattern with cuts into so many pipeline stages of about as many blocks each, unless it has cuts of its own.
 
-    A block is a mixer with the MLP behind it. A pattern of fewer blocks than stages stays as it is.
+    A block is a mixer with the MLP or the experts behind it. A pattern of fewer blocks than stages stays as it is.
     """
-    blocks = re.findall("[^-]-?|-", pattern)
+    blocks = re.findall("[^-E][-E]?|[-E]", pattern)
     if "|" in pattern or not 1 < stages <= len(blocks):
         return pattern
     ends = [round(len(blocks) * stage / stages) for stage in range(stages + 1)]

@@ -16,7 +16,7 @@ from atlas_megatron.estimate.machine import MEMORY, SIZES, Machine
 from atlas_megatron.estimate.memory import Footprint, footprint, fullest, micro_batches, parameters_at, stages_at
 from atlas_megatron.estimate.optimizer import moved_by_muon, share_of_update, update_of
 from atlas_megatron.estimate.traffic import busiest, hand_off_bubble, pipeline_bubble
-from atlas_megatron.model.build import flops_per_token, num_params
+from atlas_megatron.model.build import active_params, flops_per_token, num_params
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,9 @@ class DryRun:
         replicas, tokens = data_parallel_size(config, world_size), train.global_batch * model.seq_length
         table = _table(f"dry run: {config.run.directory}")
         table.add_row("parameters", f"{num_params(config):,}")
+        if active_params(config) < num_params(config):
+            table.add_row("parameters that a token meets", f"{active_params(config):,}")
+            table.add_row("experts a device, of each layer", f"{config.experts.count // parallel.expert}")
         counts = [(layer.kind, model.pattern.count(symbol)) for symbol, layer in LAYERS.items()]
         table.add_row("layers", ", ".join(f"{count} {kind}" for kind, count in counts if count))
         table.add_row("forward FLOPs a token", f"{flops.forward:.3e}")

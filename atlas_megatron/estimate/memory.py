@@ -12,7 +12,7 @@ from atlas_megatron.config.checks import data_parallel_size
 from atlas_megatron.config.context_levels import context_levels
 from atlas_megatron.config.layers import CUT
 from atlas_megatron.config.scale_checks import MODULES, recomputed_layers
-from atlas_megatron.estimate.optimizer import state_bytes
+from atlas_megatron.estimate.optimizer import expert_state_bytes, state_bytes
 from atlas_megatron.mixers import costs_of
 
 
@@ -39,12 +39,13 @@ def footprint(config: Config, world_size: int, rank: int, *, bf16: bool) -> Foot
     Muon without train.muon_layer_wise.
     """
     layers = "".join(stages_at(config, rank))
-    size, own = 2 if bf16 else 4, parameters_at(config, rank)
+    size, own, experts = 2 if bf16 else 4, parameters_at(config, rank), expert_parameters_at(config, rank)
     passes = _passes_held(config, rank, micro_batches(config, world_size))
     return Footprint(
         parameters=own * size,
         gradients=own * 4,
-        optimizer=state_bytes(config, world_size, own, layers, bf16=bf16),
+        optimizer=state_bytes(config, world_size, own - experts, layers, bf16=bf16)
+        + expert_state_bytes(experts, expert_replicas(config, world_size), bf16=bf16),
         activations=_activations(config, rank, passes, size),
         memory_state=_memory_state(config, rank, passes),
     )
@@ -85,10 +86,21 @@ def replicated_parameters(config: Config, symbol: str) -> int:
     return config.model.hidden_size + costs_of(symbol).replicated_params(config)
 
 
+def expert_parameters_at(config: Config, rank: int) -> int:
+    """Those of `parameters_at` that belong to experts."""
+    layers = "".join(stages_at(config, rank))
+    return sum(costs_of(symbol).expert_params(config) for symbol in layers) // config.parallel.expert
+
+
+def expert_replicas(config: Config, world_size: int) -> int:
+    """Ranks that hold the same experts; each has tokens of its own."""
+    return world_size // (config.parallel.pipeline * config.parallel.expert)
+
+
 def _layer_parameters(config: Config, symbol: str) -> int:
     whole = config.model.hidden_size + costs_of(symbol).num_params(config)
-    replicated = replicated_parameters(config, symbol)
-    return replicated + (whole - replicated) // config.parallel.tensor
+    replicated, experts = replicated_parameters(config, symbol), costs_of(symbol).expert_params(config)
+    return replicated + (whole - replicated - experts) // config.parallel.tensor + experts // config.parallel.expert
 
 
 def _passes_held(config: Config, rank: int, count: int) -> float:
@@ -114,17 +126,22 @@ def _activations(config: Config, rank: int, passes: float, size: int) -> float:
         first = recomputed_layers(config, stage)
         for place, symbol in enumerate(stage):
             whole = inside[symbol] + around
-            stays = around / 2 if place < first else whole - _parts_recomputed(config, symbol, inside[symbol], around)
-            kept, again = kept + passes * stays, max(again, whole - stays + (around / 2 if place < first else 0.0))
+            if place < first:
+                stays, left_out = around / 2, whole
+            else:
+                left_out = _parts_recomputed(config, symbol, inside[symbol], around, size)
+                stays = whole - left_out
+            kept, again = kept + passes * stays, max(again, left_out)
     kept += again
     if rank == parallel.pipeline - 1:
         kept += (size + 4 + 4) * model.vocab_size / parallel.tensor
     return config.train.micro_batch * model.seq_length / parallel.context * kept
 
 
-def _parts_recomputed(config: Config, symbol: str, inside: float, around: float) -> float:
+def _parts_recomputed(config: Config, symbol: str, inside: float, around: float, size: int) -> float:
     """Bytes of a token that train.recompute_modules leaves out of a layer."""
-    parts = {"mlp": inside, "layernorm": around / 2}
+    shared = 3 * config.experts.shared_ffn_hidden_size * size / config.parallel.tensor
+    parts = {"mlp": inside, "moe": inside, "shared_experts": shared, "layernorm": around / 2}
     return sum(parts[name] for name in config.train.recompute_modules if symbol in MODULES[name])
 
 

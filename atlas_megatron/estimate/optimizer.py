@@ -49,6 +49,11 @@ def state_bytes(config: Config, world_size: int, own: int, layers: str, *, bf16:
     return max(moved / shards, largest) * (STATE + master) + scalars / shards
 
 
+def expert_state_bytes(own: int, replicas: int, *, bf16: bool) -> float:
+    """Bytes of AdamW's states and master weights of so many parameters of experts, shared out over their replicas."""
+    return own * (2 * STATE + (STATE if bf16 else 0)) / replicas
+
+
 def update_of(config: Config, symbol: str, *, bf16: bool) -> Update:
     """One layer's; nothing for AdamW, whose element-wise work is not counted, and which sends nothing for it."""
     if config.train.optimizer != "muon":

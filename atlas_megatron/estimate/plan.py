@@ -13,13 +13,14 @@ latencies, kernels that are less well used by smaller shards, and other jobs on 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from atlas_megatron.config import Config, layers_of
 from atlas_megatron.config.checks import data_parallel_size, validate
-from atlas_megatron.config.layers import CUT
+from atlas_megatron.config.layers import CUT, EXPERTS
 from atlas_megatron.config.scale_checks import forwards_again
 from atlas_megatron.config.toml import cut_evenly
 from atlas_megatron.estimate.machine import DEVICES_PER_NODE, Machine
@@ -32,13 +33,14 @@ from atlas_megatron.model.build import flops_per_token
 # What the planner chooses, but for those that the command line gives.
 CHOSEN = (
     *("parallel.tensor", "parallel.sequence", "parallel.pipeline", "parallel.virtual", "parallel.context"),
+    "parallel.expert",
     *("train.micro_batch", "train.recompute", "train.recompute_layers"),
 )
 Sizes = tuple[int, int, int, int]  # tensor, pipeline, context, data
 VIRTUAL = (1, 2, 4, 8)
 PIPELINE, STATES = "waiting in the pipeline", "waiting for states"
 # Reduced while the backward of the last micro-batch still runs.
-BESIDE = (Kind.GRADIENTS, Kind.GRADIENT_SUM)
+BESIDE = (Kind.GRADIENTS, Kind.GRADIENT_SUM, Kind.EXPERT_GRADIENTS)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,8 @@ class Planner:
                     break
                 least = min(least or memory, memory)
             # Without a pipeline a smaller micro-batch saves memory alone.
-            if best and sizes[1] == 1 and not (best.config.train.recompute or best.config.parallel.sequence):
+            lean = best and (best.config.train.recompute or best.config.parallel.sequence)
+            if best and sizes[1] == 1 and not lean and EXPERTS not in self.config.model.pattern:
                 break
         if best:
             return best
@@ -202,6 +205,7 @@ class Planner:
         span = {
             "tensor": parallel.tensor,
             "context": parallel.tensor * parallel.context,
+            "experts": parallel.expert,
             "data": self.world_size // parallel.pipeline,
         }.get(group, self.world_size)
         return links.inside if span <= (parallel.devices_per_node or DEVICES_PER_NODE) else links.between
@@ -222,8 +226,10 @@ def _check_stages(config: Config) -> None:
 
 
 def _variants(config: Config, sizes: Sizes, held: frozenset[str]) -> Iterator[list[Config]]:
-    """Of a layout, for each interleaving and micro-batch, the larger first: variants that hold less and take longer."""
-    tensor, pipeline, context, _ = sizes
+    """Of a layout, for each interleaving, micro-batch and number of ranks that share experts out, the larger batch
+    first: variants that hold less and take longer."""
+    tensor, pipeline, context, data = sizes
+    shares = _divisors(tensor * context * data) if EXPERTS in config.model.pattern else [1]
     pattern, own = layers_of(config), config.model.pattern.count("|") + 1
     batches = [config.train.micro_batch >> halved for halved in range(config.train.micro_batch.bit_length())]
     for virtual in VIRTUAL if pipeline > 1 else (1,):
@@ -233,13 +239,13 @@ def _variants(config: Config, sizes: Sizes, held: frozenset[str]) -> Iterator[li
             break
         model = replace(config.model, pattern=cut)
         shape = replace(config.parallel, tensor=tensor, pipeline=pipeline, virtual=virtual, context=context)
-        for batch in batches:
+        for batch, expert in itertools.product(batches, shares):
             changed = [
                 replace(
                     config,
                     model=model,
                     train=replace(config.train, micro_batch=batch, **recompute),
-                    parallel=replace(shape, sequence=sequence),
+                    parallel=replace(shape, sequence=sequence, expert=expert),
                 )
                 for recompute in _recomputations(cut)
                 for sequence in ((False, True) if tensor > 1 else (False,))

@@ -55,7 +55,8 @@ def _best(planner: Planner, plan: Plan) -> Table:
         tensor, pipeline, context, data = map(str, one.sizes)
         stages = f"{pipeline} of {parallel.virtual} stages" if parallel.virtual > 1 else pipeline
         some = f" {train.recompute_layers} layers" if train.recompute_layers else ""
-        besides = [name for name, on in (("sequence", parallel.sequence), (f"recompute{some}", train.recompute)) if on]
+        marks = {"sequence": parallel.sequence, f"experts on {parallel.expert}": parallel.expert > 1}
+        besides = [name for name, on in (marks | {f"recompute{some}": train.recompute}).items() if on]
         table.add_row(
             *(str(place), tensor, stages, context, data, str(train.micro_batch), ", ".join(besides)),
             *(_gib(one.memory), f"{one.waiting:.1%}", _gib(one.sent), f"{one.seconds:.3g}", f"{one.mfu:.1%}"),

@@ -19,7 +19,14 @@ from atlas_megatron.config.checks import data_parallel_size
 from atlas_megatron.config.context_levels import context_levels
 from atlas_megatron.config.layers import heads_of
 from atlas_megatron.config.scale_checks import forwards_again
-from atlas_megatron.estimate.memory import micro_batches, parameters_at, replicated_parameters, stages_at
+from atlas_megatron.estimate.memory import (
+    expert_parameters_at,
+    expert_replicas,
+    micro_batches,
+    parameters_at,
+    replicated_parameters,
+    stages_at,
+)
 from atlas_megatron.estimate.optimizer import share_of_update, update_of
 from atlas_megatron.mixers import costs_of
 from atlas_megatron.mixers.costs import Halo
@@ -40,6 +47,9 @@ class Kind(StrEnum):
     GRADIENTS = "data: gradient reduce-scatter"
     PARAMETERS = "data: parameter all-gather"
     GRADIENT_SUM = "data: gradient all-reduce"
+    EXPERTS = "experts: all-to-all"
+    EXPERT_GRADIENTS = "data: expert gradient reduce-scatter"
+    EXPERT_PARAMETERS = "data: expert parameter all-gather"
     EMBEDDING = "tied embeddings: gradient all-reduce"
 
 
@@ -66,7 +76,8 @@ def bytes_sent(config: Config, world_size: int, place: RankPlace, *, bf16: bool)
         ends.append(_stage_ends(config, place.pipeline + number * config.parallel.pipeline, size))
         each = {
             symbol: _together([
-                _linears(config, *costs_of(symbol).linears(config), size), _layer_context(config, symbol, place, size)
+                _linears(config, *costs_of(symbol).linears(config), size), _dispatch(config, symbol, size),
+                _layer_context(config, symbol, place, size),
             ])
             for symbol in set(stage)
         }  # fmt: skip
@@ -118,6 +129,14 @@ def _linears(config: Config, columns: int, rows: int, size: int) -> Both:
         return {Kind.TENSOR_SUM: 2 * outputs}, {Kind.TENSOR_SUM: 2 * inputs}
     forward = {Kind.TENSOR_GATHER: inputs, Kind.TENSOR_SCATTER: outputs}
     return forward, {Kind.TENSOR_GATHER: inputs + outputs, Kind.TENSOR_SCATTER: inputs}
+
+
+def _dispatch(config: Config, symbol: str, size: int) -> Both:
+    """Tokens to the ranks of their experts with their weights, and what comes back; the same of the gradients."""
+    ranks, tensor = config.parallel.expert, config.parallel.tensor
+    own, floats = costs_of(symbol).dispatched_numbers(config)
+    sent = _ring(ranks) * _shard_tokens(config) / tensor * (2 * own * size + floats * WIDE)
+    return ({Kind.EXPERTS: sent}, {Kind.EXPERTS: sent}) if sent else NOTHING
 
 
 def _stage_ends(config: Config, stage: int, size: int) -> Both:
@@ -195,11 +214,16 @@ def _after_backward(config: Config, world_size: int, place: RankPlace, size: int
     """Once a step: gradients and parameters of the optimizer, what Muon gathers, and what several ranks hold."""
     parallel, model, train = config.parallel, config.model, config.train
     layers = "".join(stages_at(config, place.pipeline))
-    share = _ring(data_parallel_size(config, world_size) * parallel.context) * parameters_at(config, place.pipeline)
+    experts = expert_parameters_at(config, place.pipeline)
+    own = parameters_at(config, place.pipeline) - experts
+    share = _ring(data_parallel_size(config, world_size) * parallel.context) * own
     if train.optimizer == "adamw" or train.muon_layer_wise:
         sent = {Kind.GRADIENTS: share * 4, Kind.PARAMETERS: share * size}
     else:
         sent = {Kind.GRADIENT_SUM: 2 * share * 4}
+    if experts:
+        ring = _ring(expert_replicas(config, world_size))
+        sent |= {Kind.EXPERT_GRADIENTS: ring * experts * 4, Kind.EXPERT_PARAMETERS: ring * experts * size}
     updates = [update_of(config, symbol, bf16=size == 2) for symbol in layers]
     updated = share_of_update(config, world_size)
     sent[Kind.TENSOR_GATHER] = updated * sum(update.gathered for update in updates)

@@ -154,7 +154,14 @@ def _source_at(folder: Path) -> Source:
 
 
 def described(config: megatron.Config) -> AtlasConfig:
-    """The description of the model in a run's configuration."""
+    """The description of the model in a run's configuration. Raises ValueError for layers that no exported model has.
+    """
+    missing = sorted(set(megatron.layers_of(config)) - set(registry_atlas.MIXERS))
+    if missing:
+        raise ValueError(
+            f"model.pattern={config.model.pattern!r} has {', '.join(missing)} layers, which exported models do not "
+            "have; keep the run as it is: atlas-eval and atlas-generate read its checkpoints"
+        )
     sections = {name: asdict(getattr(config, name)) for name in SECTIONS}
     for section in sections.values():
         if "impl" in section:

@@ -5,11 +5,14 @@ from atlas_megatron.mixers.attention import FullAttention, SlidingWindowAttentio
 from atlas_megatron.mixers.base import Mixer
 from atlas_megatron.mixers.costs import MLP, Costs
 from atlas_megatron.mixers.delta import DeltaNet, GatedDeltaNet
+from atlas_megatron.mixers.experts import Experts
 from atlas_megatron.mixers.hybrid import MemoryAsContext, MemoryAsGate
 from atlas_megatron.mixers.memory import AtlasMixer
 from atlas_megatron.mixers.recurrent import GRU, LSTM
 
-# The class behind each symbol of `config.LAYERS`, but for the MLP, which core builds.
+# What the layers cost that core builds, by their symbol.
+CORES: dict[str, type[Costs]] = {"-": MLP, "E": Experts}
+# The class behind each other symbol of `config.LAYERS`.
 MIXERS: dict[str, type[Mixer]] = {
     "M": AtlasMixer,
     "*": SlidingWindowAttention,
@@ -35,4 +38,4 @@ def register(symbol: str, mixer: type[Mixer], layer: Layer) -> None:
 
 def costs_of(symbol: str) -> type[Costs]:
     """The class that says what a layer costs."""
-    return MIXERS.get(symbol, MLP)
+    return MIXERS.get(symbol) or CORES[symbol]

@@ -62,6 +62,21 @@ class Costs:
         return 0
 
     @classmethod
+    def expert_params(cls, settings: Config) -> int:
+        """Those of `num_params` that `parallel.expert` ranks share out, whole experts each."""
+        return 0
+
+    @classmethod
+    def idle_params(cls, settings: Config) -> int:
+        """Those of `num_params` that a token does not meet."""
+        return 0
+
+    @classmethod
+    def dispatched_numbers(cls, settings: Config) -> tuple[int, int]:
+        """Of a token, numbers in the model's dtype and float32 ones that go to the ranks of its experts."""
+        return 0, 0
+
+    @classmethod
     def matrices(cls, settings: Config) -> tuple[Matrix, ...]:
         """Weights of linears, and with `train.muon_memories` start weights: what Muon moves. The rest is not its."""
         return ()

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from atlas_megatron.config import Config, TrainConfig, layers_of
+from atlas_megatron.config.layers import EXPERTS
 from atlas_megatron.mixers import costs_of
 from atlas_megatron.model.layer_specs import core_pattern, stack_spec
 from atlas_megatron.parallel import world
@@ -75,7 +76,29 @@ def transformer_config(config: Config) -> TransformerConfig:
         deterministic_mode=config.train.deterministic,
         cuda_graph_impl="full_iteration" if config.train.cuda_graph else "none",
         **_recomputed(config.train),
+        **_experts(config),
     )
+
+
+def _experts(config: Config) -> dict[str, Any]:
+    """What core is told of E layers, where there are any."""
+    experts = config.experts
+    if EXPERTS not in config.model.pattern:
+        return {}
+    return {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size or None,
+        "moe_router_topk": experts.top_k,
+        # Of a single expert the softmax over the chosen ones is one, which would teach the router nothing.
+        "moe_router_pre_softmax": experts.top_k == 1,
+        "moe_router_dtype": "fp32",
+        "moe_aux_loss_coeff": config.train.aux_loss,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": config.model.transformer_engine,
+        "expert_model_parallel_size": config.parallel.expert,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def _recomputed(train: TrainConfig) -> dict[str, Any]:
@@ -147,6 +170,11 @@ def num_params(config: Config) -> int:
     return embeddings + layers + norms
 
 
+def active_params(config: Config) -> int:
+    """Those of `num_params` that a token meets: of E layers, the experts that the router chooses for it."""
+    return num_params(config) - sum(costs_of(symbol).idle_params(config) for symbol in layers_of(config))
+
+
 @dataclass(frozen=True)
 class Flops:
     """Floating-point operations a token, over all ranks."""
@@ -159,11 +187,12 @@ class Flops:
 def flops_per_token(config: Config) -> Flops:
     """Matrix-product FLOPs of one token of a sequence of `seq_length`, two a multiply-add.
 
-    Linears, in x out: 2 in out. Mixers: as each says of itself. MLP: three products with ffn_hidden_size. Then the
-    logits. Elementwise work (norms, activations, gates, the optimizer) is left out, as is custom for MFU, and so is
-    what an implementation adds: attention computes whole blocks, about twice the keys seen, and the memory
-    recomputes its forward in the backward. training: the backward of a product is two products, so 3 x forward; with
-    memory.anchor_gradient = 0 one for those with the weights at which the memory takes its gradients.
+    Linears, in x out: 2 in out. Mixers: as each says of itself. MLP: three products with ffn_hidden_size. E: the
+    experts that a token is sent to. Then the logits. Elementwise work (norms, activations, gates, the optimizer) is
+    left out, as is custom for MFU, and so is what an implementation adds: attention computes whole blocks, about twice the
+    keys seen, and the memory recomputes its forward in the backward. training: the backward of a product is two
+    products, so 3 x forward; with memory.anchor_gradient = 0 one for those with the weights at which the memory takes
+    its gradients.
     """
     model = config.model
     costs = [costs_of(symbol) for symbol in layers_of(config)]

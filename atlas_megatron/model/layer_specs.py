@@ -21,6 +21,7 @@ from torch import Tensor
 from atlas_megatron.config import Config, layers_of
 from atlas_megatron.mixers import MIXERS
 from atlas_megatron.mixers.linears import MixerLinears
+from atlas_megatron.model.experts import DrawnExperts
 from atlas_megatron.parallel.world import own_stream
 
 # Compute capability from which Transformer Engine has a recipe.
@@ -101,6 +102,10 @@ def stack_spec(config: Config) -> ModuleSpec:
                 mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
                 mlp_bda=get_bias_dropout_add,
             ),
+        ),
+        moe_layer=ModuleSpec(
+            module=DrawnExperts,
+            params={"backend": backend, "norm": norm, "bda": get_bias_dropout_add, "seed": seed},
         ),
     )
     return ModuleSpec(module=AtlasStack, submodules=layers, params={"norm": norm})

@@ -32,9 +32,12 @@ def install() -> bool:
         keep_freed_memory()
         # Core compiles functions when it is imported, and torch's compiler wants to find torch.cuda untouched.
         from megatron.core.tensor_parallel import random as core_random
+        from megatron.core.transformer.moe import token_dispatcher
 
         _replace_devices_and_streams()
         _replace_random_state(core_random)
+        # Of tensors on a GPU alone core makes the plain numbers that an all-to-all of uneven parts wants.
+        token_dispatcher.maybe_move_tensor_to_cpu = _as_numbers
         _installed = _CudaMeansCpu()
         _installed.__enter__()  # never left: it holds for the life of the process
         logger.info("no GPU found: Megatron-Core runs on CPU tensors")
@@ -95,6 +98,10 @@ class _NoStream:
 def _nothing() -> Callable[..., None]:
     # One function a name: torch's compiler keeps a rule for each and refuses an object found under two.
     return lambda *args, **kwargs: None
+
+
+def _as_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _replace_devices_and_streams() -> None:

@@ -19,6 +19,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from atlas_megatron.config import Config
 from atlas_megatron.config.context_levels import context_levels
+from atlas_megatron.config.layers import EXPERTS
 from atlas_megatron.parallel import alone, cpu, determinism
 from atlas_megatron.parallel.device import backend
 
@@ -88,6 +89,9 @@ def form_groups(config: Config) -> None:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        # Whole experts: the ranks of a tensor group take other ones, or other tokens.
+        expert_tensor_parallel_size=1 if EXPERTS in config.model.pattern else None,
         distributed_timeout_minutes=parallel.timeout_minutes,
         # The ranks that exchange heads, next to each other, and the ranks that hand the memory on between those.
         hierarchical_context_parallel_sizes=list(levels) if levels else None,

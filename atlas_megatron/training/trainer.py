@@ -38,6 +38,7 @@ from atlas_megatron.resilience.stop_signals import StopSignals
 from atlas_megatron.resilience.stragglers import Stragglers
 from atlas_megatron.resilience.watchdog import Watchdog
 from atlas_megatron.training.capture import captured_schedule
+from atlas_megatron.training.expert_balance import expert_balance
 from atlas_megatron.training.measuring import LayerMeasurements
 from atlas_megatron.training.metrics import Record, RunLog, Speed
 from atlas_megatron.training.optimizer import build_optimizer, gradient_norm, wrap
@@ -189,6 +190,7 @@ class Trainer:
         with in_mode(*trained.chunks, measure=measures):
             # What a measuring step notes, a graph would not.
             outputs = self._run(batches, forward_only=False, eager=measures)
+        balance = expert_balance(self.config, len(batches))
         loss, stop = self._agree([output["loss"] for output in outputs])
         # Also where this stage has no memory: all processes gather.
         layers = self._measurements.gathered() if measures else {}
@@ -213,6 +215,7 @@ class Trainer:
             "grad_norm": float(grad_norm),
             "lr": trained.optimizer.param_groups[0]["lr"],
             "tokens": self.progress.tokens,
+            **balance,
             **self._speed.after(step, time.perf_counter() - start, read, self.progress.tokens),
         }
         if train.batch_ramp:

@@ -13,7 +13,7 @@ from atlas_megatron.config.checks import validate
 from atlas_megatron.estimate.machine import Machine, in_nodes, is_machine_word
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("README.md", "atlas_megatron/train.py", "launch/local.sh", "launch/slurm.sh")
+SOURCES = ("README.md", "atlas_megatron/train.py", "launch/local.sh", "launch/slurm.sh", "docs/scale.md")
 STARTS = (r"\S*atlas-train", r"launch/local\.sh", r"launch/slurm\.sh", r"torchrun .* atlas_megatron\.train")
 COMMAND = re.compile(rf"^ +((?:{'|'.join(STARTS)}) configs/.*)$", re.MULTILINE)
 

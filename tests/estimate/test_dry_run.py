@@ -64,6 +64,21 @@ MUONS = {
     "Muon, by layer": (2, case("M-*-" * 4, train=MUON | HALF | {"muon_layer_wise": True})),
 }  # fmt: skip
 NODES = {"devices_per_node": 2}
+ROUTED = {"count": 4, "ffn_hidden_size": 48, "shared_ffn_hidden_size": 32}
+EXPERTS = {
+    "experts, data": (2, case("ME-E", experts=ROUTED)),
+    "experts, shared out": (2, case("ME-E", experts=ROUTED, parallel={"expert": 2})),
+    "experts, sequence": (2, case("ME*E", experts=ROUTED, parallel={"tensor": 2, "sequence": True})),
+    "experts, sequence, shared out": (
+        2, case("ME", experts=ROUTED, parallel={"tensor": 2, "sequence": True, "expert": 2}),
+    ),
+    "experts alone, recomputed": (
+        2, case("ME", experts={"count": 4, "top_k": 1}, parallel={"expert": 2}, train={"recompute_modules": ("moe",)}),
+    ),
+    "experts, pipeline, context": (
+        4, case("ME|*E", experts=ROUTED, parallel=context(2, "handoff", pipeline=2, expert=2), train=HALF),
+    ),
+}  # fmt: skip
 LOCALS = {"locals": ("4/24", "2/8", "4/24"), "projection": True, "read": "chunk"}
 # By name: processes, and what is trained on them.
 CASES: dict[str, tuple[int, Config]] = {
@@ -116,7 +131,7 @@ CASES: dict[str, tuple[int, Config]] = {
     "heads and handed on": (4, case("M-*-", parallel=context(4, "heads+handoff", **NODES))),
     "handed on to three": (4, case("M-*-F-", parallel=context(4, "handoff"))),
     "tensor, pipeline, context": (8, case("M-|*-", parallel={"tensor": 2, "pipeline": 2, **context(2, "heads")})),
-} | (MUONS if find_spec("emerging_optimizers") else {})
+} | EXPERTS | (MUONS if find_spec("emerging_optimizers") else {})
 
 
 @pytest.fixture(scope="module")
@@ -157,5 +172,9 @@ def test_bytes_are_those_sent(name: str, found: dict[str, list[traffic.Counted]]
         assert told.keys() == counted.keys()
         for kind in told:
             # Only the buffers of data parallelism are padded.
-            padded = kind in (Kind.GRADIENTS, Kind.PARAMETERS)
+            padded = kind in (Kind.GRADIENTS, Kind.PARAMETERS, Kind.EXPERT_GRADIENTS, Kind.EXPERT_PARAMETERS)
+            if kind is Kind.EXPERTS:
+                # Which rank gets how much back is the router's choice.
+                alike = [other.sent[kind] for other in found[name] if other.place.pipeline == rank.place.pipeline]
+                counted[kind] = sum(alike) / len(alike)
             assert told[kind] == pytest.approx(counted[kind], rel=LEFT_OUT if padded else 1e-9), (kind, rank.place)

@@ -37,6 +37,9 @@ KINDS: dict[tuple[str, str], Kind] = {
     ("near", "all_to_all_single"): Kind.HEADS,
     ("near", "all_gather"): Kind.HEADS,
     ("far", "isend"): Kind.STATE,
+    ("experts", "all_to_all_single"): Kind.EXPERTS,
+    ("replicas", "reduce_scatter_tensor"): Kind.EXPERT_GRADIENTS,
+    ("replicas", "all_gather_into_tensor"): Kind.EXPERT_PARAMETERS,
     ("data", "reduce_scatter_tensor"): Kind.GRADIENTS,
     ("data", "all_gather_into_tensor"): Kind.PARAMETERS,
     ("data", "all_reduce"): Kind.GRADIENT_SUM,
@@ -189,6 +192,9 @@ def _groups() -> dict[str, str]:
         "embedding": parallel_state.get_embedding_group(check_initialized=False),
         "context": parallel_state.get_context_parallel_group(),
     }
+    if parallel_state.get_expert_model_parallel_world_size() > 1:
+        own["experts"] = parallel_state.get_expert_model_parallel_group()
+    own["replicas"] = parallel_state.get_expert_data_parallel_group()
     if parallel_state.get_context_parallel_world_size() > 1:
         own["near"], own["far"] = parallel_state.get_hierarchical_context_parallel_groups()
     for name, group in own.items():
