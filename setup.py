@@ -30,6 +30,7 @@ setup(
         "eval": ["lm-eval"],
         "deepspeed": ["deepspeed==0.19.8"],
         "bench": ["titans-pytorch==0.5.5"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "dev": [
             "accelerate",
             "deepspeed",
