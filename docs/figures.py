@@ -123,7 +123,8 @@ def main(words: Sequence[str] | None = None) -> int:
         elif text != right:
             lines = [line for line in right.splitlines() if line not in text.splitlines()]
             wrong.append(f"{page.relative_to(ROOT)} does not say what docs/results has: {lines[0]}")
-    print("\n".join([*wrong, "run python docs/figures.py --write"] if wrong else ["figures: all as docs/results has them"]))
+    said = [*wrong, "run python docs/figures.py --write"] if wrong else ["figures: all as docs/results has them"]
+    print("\n".join(said))
     return 2 if wrong else 0
 
 

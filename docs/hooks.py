@@ -96,8 +96,8 @@ def configuration() -> str:
 
     said = [
         "# Configuration",
-        "A run is one TOML file. A word `section.key=value` on the command line wins over it. `atlas-train --help` prints "
-        "this page, and unknown keys are refused with the nearest match.",
+        "A run is one TOML file. A word `section.key=value` on the command line wins over it. `atlas-train --help` "
+        "prints this page. An unknown key is refused, and the nearest known one is named.",
     ]
     for block in describe().split("\n\n"):
         title, *lines = block.splitlines()
