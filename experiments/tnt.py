@@ -97,8 +97,8 @@ def trained(base: Path, words: list[str], directory: Path, keep: bool = False) -
 def timed(base: Path, words: list[str], directory: Path) -> record.Cell:
     """The seconds of each step of a short run, but for the first, which compiles and allocates."""
     shutil.rmtree(directory, ignore_errors=True)
-    short = [f"train.steps={TIMED_STEPS}", f"train.validate_every={TIMED_STEPS}", "train.validate_sequences=1"]
-    found = protocol.trained(base, [*words, *short], directory, keep=True)
+    short = [f"train.steps={TIMED_STEPS}", "train.warmup_steps=1", f"train.validate_every={TIMED_STEPS}"]
+    found = protocol.trained(base, [*words, *short, "train.validate_sequences=1"], directory, keep=True)
     if "wrong" not in found:
         found = {"step_seconds": [round(r["step_seconds"], 4) for r in read(directory)[1:]]}
     shutil.rmtree(directory, ignore_errors=True)
