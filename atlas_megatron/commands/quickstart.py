@@ -24,12 +24,13 @@ from atlas_megatron.cli.ending import command
 from atlas_megatron.cli.version import add_version, versions
 from atlas_megatron.commands import prepare_data
 from atlas_megatron.config import Config, load, uses
+from atlas_megatron.config.shipped import CONFIGS
 from atlas_megatron.data.corpus import standard_library
 from atlas_megatron.files.scratch import write_whole
 from atlas_megatron.reports.runs import plot_run
 from atlas_megatron.resilience.stop_signals import SIGNALS
 
-CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.toml"
+CONFIG = CONFIGS / "quickstart.toml"
 CORPUS_BYTES = 10_000_000
 HELD_OUT = 0.04  # share of files
 PROMPT_TOKENS = 128
