@@ -103,7 +103,26 @@ def serving() -> str:
     return made(rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"memory": memory, "trainers": trainers, "presets": presets, "serving": serving}
+def shards() -> str:
+    """benchmarks.shards: tokens a second, and beside the plain memory of the same chunk."""
+    shapes = read("shards_cpu.json")["shapes"]
+    rows = [["tokens/s (times the plain memory's)", *shapes]]
+    for name in next(iter(shapes.values())):
+        cells = []
+        for shape in shapes.values():
+            times = shape[name].get("times_the_plain")
+            cells.append(f"{shape[name]['tokens_per_second']:,}" + (f" ({times:.2f})" if times else ""))
+        rows.append([name, *cells])
+    return made(rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "memory": memory,
+    "trainers": trainers,
+    "presets": presets,
+    "shards": shards,
+    "serving": serving,
+}
 
 
 def put_right(text: str) -> str:
