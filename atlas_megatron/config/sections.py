@@ -71,7 +71,7 @@ class MemoryConfig:
     # Tokens after which the memory begins anew at its start weights, a multiple of chunk; 0: never. Shards are computed
     # side by side.
     shard: int = 0
-    # token: each token reads after its own write. chunk: each token reads the weights of its chunk's start (TNT's global
+    # token: each token reads after its own write. chunk: it reads the weights of its chunk's start (TNT's global
     # memory), which makes a chunk of 2,048 tokens cheap.
     read: str = "token"
     # Local memories beside this one, "chunk/shard" in tokens each, as ["8/2048", "16/2048"] (TNT, arXiv 2511.07343).
@@ -95,7 +95,7 @@ class MemoryConfig:
     # At the start a key is the query of the token before it. A memory then answers with what followed its query, and
     # learns to recall sooner (docs/results/mqar.md). False: keys are drawn independently.
     late_keys: bool = True
-    # The output gate has a bias that starts where SiLU is one. Without it a read starts scaled by a small random number.
+    # The output gate has a bias that starts where SiLU is one. Without it reads start scaled by small random numbers.
     open_gate: bool = True
     # Values start as the token alone, and the output matrix as the transpose of the values' matrix. With late_keys and
     # open_gate a memory starts by saying the token that followed what it is asked for (docs/results/recipe.md).
