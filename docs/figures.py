@@ -103,6 +103,15 @@ def serving() -> str:
     return made(rows)
 
 
+def sessions() -> str:
+    """benchmarks.serving: bytes of a session by the tokens that it has read."""
+    found = read("serving_cpu.json")["session_bytes"]
+    said = {"model": "this model", "full attention": "the same with full attention for every mixer"}
+    lengths = list(found["model"])
+    rows = [["", *(f"after {int(length):,} tokens" for length in lengths)]]
+    return made(rows + [[said[kind], *(f"{by[length]:,}" for length in lengths)] for kind, by in found.items()])
+
+
 def shards() -> str:
     """benchmarks.shards: tokens a second, and beside the plain memory of the same chunk."""
     shapes = read("shards_cpu.json")["shapes"]
@@ -122,6 +131,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "shards": shards,
     "serving": serving,
+    "sessions": sessions,
 }
 
 
