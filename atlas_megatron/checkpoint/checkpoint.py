@@ -343,7 +343,7 @@ def save_weights(model: MegatronModule, config: Config) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     # Under one name, as an import has it: parameters are found by their own.
-    write_shards({"model": model.sharded_state_dict(metadata=_sharding())} | WEIGHTS_ONLY, temporary)
+    write_shards({"model": model.sharded_state_dict(metadata=sharding_metadata())} | WEIGHTS_ONLY, temporary)
     complete(temporary, config, 0)
     step_folders.make_room(folder)
     os.rename(temporary, folder)
@@ -352,7 +352,7 @@ def save_weights(model: MegatronModule, config: Config) -> Path:
 
 def _load_parameters(folder: Path, chunks: dict[str, MegatronModule]) -> None:
     """The parameters of these stages. Raises ValueError where the checkpoint has not all of them."""
-    state = {name: chunk.sharded_state_dict(metadata=_sharding()) for name, chunk in chunks.items()}
+    state = {name: chunk.sharded_state_dict(metadata=sharding_metadata()) for name, chunk in chunks.items()}
     loaded = load_sharded(state, folder, StrictHandling.IGNORE_ALL)
     for name, chunk in chunks.items():
         # Beside its weight a linear keeps a state of its own (FP8's scales), which weights from elsewhere come without.
@@ -362,7 +362,7 @@ def _load_parameters(folder: Path, chunks: dict[str, MegatronModule]) -> None:
             raise ValueError(f"checkpoint {folder} lacks {', '.join(lost + found.unexpected_keys)}; restore its files")
 
 
-def _sharding() -> dict[str, Any]:
+def sharding_metadata() -> dict[str, Any]:
     """How core shards what it saves; a new dict each time, as core notes the run's process groups in it."""
     # The distributed optimizer's default cannot be saved by this Megatron; this one reshards over any layout. Without a
     # prefix a state's name is its parameter's, whichever optimizer of a chain holds it.
@@ -379,7 +379,7 @@ def _named(chunks: list[MegatronModule]) -> dict[str, MegatronModule]:
 
 
 def _state(trained: TrainState, parallel: ParallelConfig, *, loading: bool) -> dict[str, Any]:
-    sharding = _sharding()
+    sharding = sharding_metadata()
     model = {name: chunk.sharded_state_dict(metadata=sharding) for name, chunk in _named(trained.chunks).items()}
     # is_loading allocates the moments to load into; without it they would be left out silently.
     with true_offsets(trained.optimizer):
