@@ -7,7 +7,6 @@ file's size and checksum, is on the disk. Sharding is Megatron's (`dist_checkpoi
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -16,9 +15,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
@@ -40,6 +38,7 @@ from atlas_megatron.files.integrity import MARKER
 from atlas_megatron.model.build import build_model
 from atlas_megatron.parallel import world
 from atlas_megatron.parallel.device import device
+from atlas_megatron.parallel.random_state import random_state, set_random_state
 
 CONFIG = "config.toml"
 SET_ASIDE = "damaged.json"  # the marker of a checkpoint that was found damaged; named back, it counts again
@@ -262,7 +261,7 @@ def restore(folder: Path, config: Config, trained: TrainState) -> Progress:
     trained.scheduler.num_steps = 0
     trained.scheduler.load_state_dict(loaded["scheduler"])
     if same_layout:
-        _set_random_state(loaded["random"])
+        set_random_state(loaded["random"])
     # Runs from before batches could be skipped, or tokens were counted, have not saved all of it.
     found = {f.name: loaded.get(f.name, f.default) for f in fields(Progress)}
     found["tokens"] = found["tokens"] or found["step"] * before.train.global_batch * before.model.seq_length
@@ -386,27 +385,8 @@ def _state(trained: TrainState, parallel: ParallelConfig, *, loading: bool) -> d
         optimizer = trained.optimizer.sharded_state_dict(model, is_loading=loading, metadata=sharding)
     shard = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank())
     replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    generators = ShardedObject("random", _random_state(), tuple(_layout(parallel)), shard, replica)
+    generators = ShardedObject("random", random_state(), tuple(_layout(parallel)), shard, replica)
     return {"model": model, "optimizer": optimizer, "scheduler": trained.scheduler.state_dict(), "random": generators}
-
-
-def _random_state() -> dict[str, Any]:
-    kind, keys, *rest = numpy.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(),
-        "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    numpy.random.set_state(state["numpy"])
-    torch.cuda.set_rng_state(state["cuda"])
-    torch.set_rng_state(state["torch"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
 
 
 def complete(
