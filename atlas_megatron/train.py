@@ -177,7 +177,7 @@ def _dry_run(config: Config, machine: Machine) -> int:
 
     config, world_size = in_nodes(config), machine.world_size(config)
     validate(config, world_size)
-    wrong = wrong_with_data(config) or wrong_with_tasks(config, world_size)
+    wrong = wrong_with_data(config) or wrong_with_tasks(config)
     config, kept_from, said = (config, [], []) if wrong else how_it_goes_on(config)
     print(changed_toml(config))
     for line in said:

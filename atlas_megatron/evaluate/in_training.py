@@ -58,10 +58,11 @@ class _Task:
 class InTraining:
     """The evaluations and samples of a run; every process builds one and makes the same calls."""
 
-    def __init__(self, config: Config, world_size: int) -> None:
-        """Raises ValueError for a task that cannot be run here, by its name, and where a copy would not fit."""
+    def __init__(self, config: Config) -> None:
+        """Raises ValueError for a task that cannot be run here, by its name."""
         train = config.train
-        self._config, self._model = config, WholeModel(config)
+        self._config = config
+        self._model: WholeModel | None = None
         self._tokenizer = load_tokenizer(config.data.tokenizer)
         if train.sample_prompt and not self._tokenizer.encode(train.sample_prompt):
             raise ValueError(f"train.sample_prompt={train.sample_prompt!r} holds no token; give another one")
@@ -72,17 +73,16 @@ class InTraining:
         self._tasks = {}
         if train.evaluate_every:
             self._tasks = {name: _task(name, config, self._tokenizer) for name in dict.fromkeys(train.evaluate_tasks)}
-        if is_split(config):
-            _check_room(config, world_size)
 
     def is_due(self, step: int) -> bool:
         return self._evaluates(step) or self._samples(step)
 
-    def after(self, step: int, chunks: list[MegatronModule]) -> tuple[Record, list[str]]:
+    def after(self, step: int, config: Config, chunks: list[MegatronModule]) -> tuple[Record, list[str]]:
         """evaluation: by task, length and measure, with the seconds that all took; sample: what the model wrote."""
         started = time.perf_counter()
-        model = self._model.of(chunks)
-        reader = MegatronReader(model, self._model.config, self._tokenizer)
+        if self._model is None:
+            self._model = WholeModel(config)
+        reader = MegatronReader(self._model.of(chunks), self._model.config, self._tokenizer)
         record: Record = {}
         left_out: list[str] = []
         if self._evaluates(step):
@@ -144,19 +144,28 @@ class InTraining:
         return train.sample_prompt + "".join(text for _, text in speaker.speak(train.sample_tokens))
 
 
-def wrong_with_tasks(config: Config, world_size: int) -> list[str]:
-    """What keeps a run from evaluating and sampling on the way, found before its first step."""
+def wrong_with_tasks(config: Config) -> list[str]:
+    """What keeps a run from evaluating and sampling on the way, found before its first step on any machine."""
     try:
-        watcher_of(config, world_size)
+        _watcher_of(config)
     except (ValueError, OSError) as error:
         return [str(error)]
     return []
 
 
 def watcher_of(config: Config, world_size: int) -> InTraining | None:
-    """None where a configuration asks for neither evaluations nor samples. Raises ValueError as InTraining."""
-    wanted = config.train.evaluate_every or config.train.sample_every
-    return InTraining(config, world_size) if wanted else None
+    """None where a configuration asks for neither evaluations nor samples.
+
+    Raises ValueError as InTraining, and where a copy of the model would not fit on this machine.
+    """
+    watcher = _watcher_of(config)
+    if watcher and is_split(config):
+        _check_room(config, world_size)
+    return watcher
+
+
+def _watcher_of(config: Config) -> InTraining | None:
+    return InTraining(config) if config.train.evaluate_every or config.train.sample_every else None
 
 
 def _is_due(every: int, step: int, config: Config) -> bool:

@@ -182,7 +182,7 @@ class Trainer:
     def _watched(self, watcher: Watcher, step: int) -> Record:
         try:
             with self._watchdog.patient(), unchanged(self.trained.chunks):
-                found, lines = watcher.after(step, self.trained.chunks)
+                found, lines = watcher.after(step, self.config, self.trained.chunks)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"step {step}: memory does not suffice to evaluate or sample beside the training; set shorter "

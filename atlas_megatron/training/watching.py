@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from megatron.core.transformer import MegatronModule
 
+from atlas_megatron.config import Config
 from atlas_megatron.parallel.random_state import kept
 from atlas_megatron.training.metrics import Record
 
@@ -19,8 +20,12 @@ class Watcher(Protocol):
     def is_due(self, step: int) -> bool:
         """Whether it looks after this step."""
 
-    def after(self, step: int, chunks: list[MegatronModule]) -> tuple[Record, list[str]]:
-        """Its entries of the step's record, and lines for people. chunks: this process's stages."""
+    def after(self, step: int, config: Config, chunks: list[MegatronModule]) -> tuple[Record, list[str]]:
+        """Its entries of the step's record, and lines for people.
+
+        config: what the model trains with, which may differ from the given one where it goes on from a checkpoint.
+        chunks: this process's stages.
+        """
 
 
 @contextmanager

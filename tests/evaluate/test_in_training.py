@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from atlas_megatron.checkpoint import checkpoint
-from atlas_megatron.evaluate import command
+from atlas_megatron.config import load
+from atlas_megatron.evaluate import command, in_training, symbolic
 from atlas_megatron.train import main
 from atlas_megatron.training import metrics
 from tests.support import tiny_run
@@ -147,6 +148,62 @@ def test_two_processes_find_what_one_finds_and_train_on_the_same(root: Path, lay
     found = means(evaluations(runs["watched"])[4])
     assert read_afterwards(runs["watched"]) == {n: pytest.approx(v, abs=1e-6) for n, v in found.items()}
     assert metrics.read(runs["watched"])[2]["sample"].startswith("the memory")
+
+
+@pytest.mark.parallel
+def test_a_second_stage_is_evaluated_with_the_steps_that_it_trains_with(root: Path) -> None:
+    # At another chunk the steps of a memory without Newton-Schulz would be derived anew, but for its checkpoint.
+    preset = ["memory.preset=omeganet", "train.steps=2", "train.warmup_steps=1"]
+    assert main([str(root / "tiny.toml"), *preset, f"run.directory={root}/first", "checkpoint.every=2"]) == 0
+    words = [*preset, f"run.directory={root}/second", f"train.start_from={root}/first", "memory.chunk=16"]
+    tiny_run.train_in(2, root / "tiny.toml", [[*words, *LAYOUTS["sequence"], *WATCHED, "checkpoint.every=2"]])
+    found = means(evaluations(root / "second")[2])
+    assert read_afterwards(root / "second") == {n: pytest.approx(v, abs=1e-6) for n, v in found.items()}
+
+
+def test_the_dry_run_says_what_cannot_be_evaluated(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--dry-run", "train.evaluate_every=2", "train.evaluate_tasks=hellaswag"]
+    assert main([str(root / "tiny.toml"), *words]) == 0
+    assert "cannot train yet: train.evaluate_tasks: 'hellaswag' is none of" in capsys.readouterr().out
+
+
+def test_an_evaluation_is_drawn(watched: Path) -> None:
+    from atlas_megatron.reports import evaluations as drawing
+    from atlas_megatron.reports.runs import plot_run
+
+    drawn = plot_run(watched)
+    assert drawn[-1].name == "evaluation.png" and drawn[-1].read_bytes().startswith(b"\x89PNG")
+    axes = {axes.get_title(): axes for axes in drawing.figure(metrics.read(watched), "run").axes if axes.get_title()}
+    assert list(axes) == ["perplexity", "mqar", "mad_in_context_recall", "perplexity: loss by position"]
+    assert [line.get_label() for line in axes["mqar"].lines] == ["48 tokens", "64 tokens"]
+    found = [evaluation["mqar"]["64"]["accuracy"] for evaluation in evaluations(watched).values()]
+    assert list(axes["mqar"].lines[1].get_ydata()) == found
+    assert [line.get_label() for line in axes["perplexity"].lines] == ["no context", "48 tokens", "64 tokens"]
+
+
+def test_a_copy_that_does_not_fit_is_refused_before_the_first_step(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_training, "memory_of_a_process", lambda: 1000)
+    config = load(root / "tiny.toml", [*WATCHED, *LAYOUTS["sequence"]])
+    with pytest.raises(ValueError, match="train.evaluate_every=2 and sample_every=0 read a copy of the whole model, .*"):
+        in_training.watcher_of(config, 2)
+    assert not in_training.wrong_with_tasks(config), "a dry run asks for other machines"
+    assert in_training.watcher_of(load(root / "tiny.toml", WATCHED), 2), "one process holds all of it, without a copy"
+    assert in_training.watcher_of(load(root / "tiny.toml"), 2) is None
+
+
+def test_what_does_not_fit_on_the_way_is_left_out_by_name(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> Any:
+        raise ValueError("a state would take 9 GiB")
+
+    monkeypatch.setattr(symbolic, "measured", refused)
+    words = ["train.steps=1", "train.warmup_steps=0", *WATCHED, f"run.directory={tmp_path}/run"]
+    assert main([str(root / "tiny.toml"), *words]) == 0
+    assert evaluations(tmp_path / "run")[1].keys() == {"perplexity"}
+    assert "step 1: mqar was left out: a state would take 9 GiB" in (tmp_path / "run/log.txt").read_text()
 
 
 @pytest.mark.parametrize(
