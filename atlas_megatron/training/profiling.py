@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from atlas_megatron.config import Config
@@ -22,7 +23,7 @@ ROWS = 20  # operators of the table
 
 
 class Profile:
-    """Of a run: `begin` stands before each step, `written` behind it, `close` at the end."""
+    """Of a run: `begin` stands before each step, `is_complete` behind it, `close` at the end."""
 
     def __init__(self, config: Config) -> None:
         self._folder = Path(config.run.directory, FOLDER)
@@ -41,21 +42,22 @@ class Profile:
             self._profiler.start()
         self._recorded.append(step)
 
-    def written(self, step: int, *, ends: bool) -> str:
-        """Write what was recorded up to this step, where it is the last one or the run ends here; a line of where.
+    def is_complete(self, step: int, *, ends: bool) -> bool:
+        """Whether this process has something to write after this step: its last one, or the run ends here."""
+        return self._profiler is not None and (ends or step + 1 not in self.steps)
 
-        Empty where there is nothing to write.
-        """
-        if self._profiler is None or not (ends or step + 1 not in self.steps):
-            return ""
+    def write(self) -> str:
+        """Write what was recorded, and record no more; a line of where it is."""
+        assert self._profiler is not None
         profiler = self._profiler
         self.close()
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"steps_{self._recorded[0]}-{step}_rank_{world.rank()}.json"
+        first, last = self._recorded[0], self._recorded[-1]
+        path = self._folder / f"steps_{first}-{last}_rank_{world.rank()}.json"
         with file_beside(path) as scratch:
             profiler.export_chrome_trace(str(scratch))
         write_whole(path.with_suffix(".txt"), "\n".join(table(profiler, len(self._recorded))) + "\n")
-        return f"steps {self._recorded[0]} to {step} are profiled: {path}, their operators in {path.stem}.txt"
+        return f"steps {first} to {last} are profiled: {path}, their operators in {path.stem}.txt"
 
     def close(self) -> None:
         """Record no more."""
@@ -67,17 +69,23 @@ class Profile:
 
 
 def table(profiler: profile, steps: int) -> list[str]:
-    """The operators with the most time of their own, of the GPU where there is one, else of the CPU."""
+    """Where most time goes: the GPU's kernels where there is one, else the CPU's operators, without what they call."""
     on_gpu = torch.cuda.is_available()
-    name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    found = sorted(profiler.key_averages(), key=lambda event: getattr(event, name), reverse=True)
-    whole = sum(getattr(event, name) for event in found)
-    lines = [f"{'ms a step':>12}  {'share':>6}  {'calls':>8}  operator ({'GPU' if on_gpu else 'CPU'} time of its own)"]
-    for event in found[:ROWS]:
-        own = getattr(event, name)
-        share = own / whole if whole else 0.0
-        lines.append(f"{own / 1000 / steps:>12.3f}  {share:>6.1%}  {event.count:>8,}  {event.key[:80]}")
-    rest = sum(getattr(event, name) for event in found[ROWS:])
-    lines.append(f"{rest / 1000 / steps:>12.3f}  {rest / whole if whole else 0.0:>6.1%}  {'':>8}  all others")
-    lines.append(f"{whole / 1000 / steps:>12.3f}  {1:>6.0%}  {'':>8}  in all, of {steps} steps")
+    # An operator's GPU time is that of the kernels it starts, which are events of their own; so are named stretches.
+    counted = [
+        (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event)
+        for event in profiler.key_averages()
+        if not on_gpu or (event.device_type == DeviceType.CUDA and not event.is_user_annotation)
+    ]
+    counted.sort(key=lambda pair: pair[0], reverse=True)
+    whole = sum(own for own, _ in counted)
+
+    def line(microseconds: float, calls: str, name: str) -> str:
+        share = microseconds / whole if whole else 0.0
+        return f"{microseconds / 1000 / steps:>12.3f}  {share:>6.1%}  {calls:>8}  {name}"
+
+    lines = [f"{'ms a step':>12}  {'share':>6}  {'calls':>8}  {'kernel' if on_gpu else 'operator'}"]
+    lines += [line(own, f"{event.count:,}", event.key[:80]) for own, event in counted[:ROWS]]
+    lines.append(line(sum(own for own, _ in counted[ROWS:]), "", "all others"))
+    lines.append(line(whole, "", f"in all, of {steps} steps"))
     return lines

@@ -159,8 +159,9 @@ class Trainer:
             # A batch passed over: whoever asked to stop is heard again after the next.
             if record is None:
                 continue
-            if line := self._profile.written(step, ends=stop or step == last):
-                self._say(line)
+            if self._profile.is_complete(step, ends=stop or step == last):
+                with self._watchdog.patient():
+                    self._say(self._profile.write())
             self._saver.poll()
             if self._validation.is_due(step):
                 with self._watchdog.patient():

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.autograd import DeviceType
 
 from atlas_megatron.config import load
 from atlas_megatron.config.checks import validate
 from atlas_megatron.config.watching_checks import profiled_steps
 from atlas_megatron.train import main
-from atlas_megatron.training import metrics
+from atlas_megatron.training import metrics, profiling
 from tests.support import tiny_run
 
 
@@ -66,6 +69,25 @@ def test_each_process_of_one_replica_writes_its_own(root: Path) -> None:
     tiny_run.train_in(2, root / "tiny.toml", [words, [f"run.directory={root}/data", "train.profile=1:2"]])
     assert len(list((root / "pipeline/profile").glob("steps_1-1_rank_[01].json"))) == 2
     assert [path.name for path in (root / "data/profile").glob("*.json")] == ["steps_1-1_rank_0.json"]
+
+
+def test_on_a_gpu_kernels_count_and_not_the_operators_that_start_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def event(key: str, kind: DeviceType, microseconds: float, annotation: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(
+            key=key, device_type=kind, self_device_time_total=microseconds, self_cpu_time_total=1.0, count=3,
+            is_user_annotation=annotation,
+        )  # fmt: skip
+
+    events = [
+        event("aten::mm", DeviceType.CPU, 3000.0), event("gemm", DeviceType.CUDA, 3000.0),
+        event("scan", DeviceType.CUDA, 1000.0), event("a step", DeviceType.CUDA, 4000.0, annotation=True),
+    ]  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    lines = profiling.table(SimpleNamespace(key_averages=lambda: events), 2)
+    assert [line.split() for line in lines[1:]] == [
+        ["1.500", "75.0%", "3", "gemm"], ["0.500", "25.0%", "3", "scan"], ["0.000", "0.0%", "all", "others"],
+        ["2.000", "100.0%", "in", "all,", "of", "2", "steps"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
