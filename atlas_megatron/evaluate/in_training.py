@@ -51,7 +51,7 @@ class _Task:
 
     lengths: tuple[int, ...]
     compute: Callable[[Reader, int, range], Cell]
-    score: Callable[[list[Cell], int], dict[str, float]]
+    score: Callable[[list[Cell], int], dict[str, Any]]
     besides: dict[str, Callable[[Reader], Cell]]
 
 
@@ -70,7 +70,7 @@ class InTraining:
             range(first, min(first + BATCH, train.evaluate_samples))
             for first in range(0, train.evaluate_samples, BATCH)
         ]
-        self._tasks = {}
+        self._tasks: dict[str, _Task] = {}
         if train.evaluate_every:
             self._tasks = {name: _task(name, config, self._tokenizer) for name in dict.fromkeys(train.evaluate_tasks)}
 
@@ -100,7 +100,8 @@ class InTraining:
 
     def _evaluated(self, reader: Reader) -> tuple[dict[str, Any], list[str]]:
         """Measures by task and length; what could not be measured, by name, with the reason."""
-        own, wrong = {}, []
+        own: dict[tuple[str, Any], Cell] = {}
+        wrong: list[str] = []
         mine = list(self._work())[world.rank() :: world.size()]
         with unseen():
             for name, part, compute in mine:
@@ -127,7 +128,8 @@ class InTraining:
                     yield name, (length, indices[0]), _computing(task, length, indices)
 
     def _scored(self, name: str, cells: dict[tuple[str, Any], Cell]) -> dict[str, Any]:
-        task, found = self._tasks[name], {}
+        task = self._tasks[name]
+        found: dict[str, Any] = {}
         for length in task.lengths:
             found[str(length)] = task.score([cells[name, (length, rows[0])] for rows in self._batches], length)
         return found | {part: cells[name, part] for part in task.besides}
@@ -212,7 +214,7 @@ def _perplexity(config: Config, tokenizer: Tokenizer, lengths: tuple[int, ...]) 
     def compute(reader: Reader, length: int, indices: range) -> Cell:
         return perplexity.after_context(reader, text, [starts[index] for index in indices], length)
 
-    def score(cells: list[Cell], length: int) -> dict[str, float]:
+    def score(cells: list[Cell], length: int) -> dict[str, Any]:
         whole = perplexity.summary(cells)
         return {measure: whole[measure] for measure in ("loss", "bits_per_byte")}
 

@@ -6,6 +6,7 @@ import re
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,10 +45,11 @@ def remedies(config: Config, world_size: int) -> list[str]:
         found.append(("train.recompute=true (is false)", _with(config, "train", recompute=True)))
     for axis in ("tensor", "context"):
         now = getattr(parallel, axis)
-        changed = {axis: 2 * now} | ({"sequence": True} if axis == "tensor" else {})
+        changed: dict[str, Any] = {axis: 2 * now} | ({"sequence": True} if axis == "tensor" else {})
         said_so = f"parallel.{axis}={2 * now}" + (" with parallel.sequence=true" if axis == "tensor" else "")
         found.append((f"{said_so} (is {now})", _with(config, "parallel", **changed)))
-    before, lines = _held(config, world_size), []
+    before = _held(config, world_size)
+    lines: list[str] = []
     for line, other in found:
         # More devices than there are, where an axis asks for them.
         size = max(world_size, other.parallel.tensor * other.parallel.context * other.parallel.pipeline)
@@ -71,7 +73,7 @@ def written(config: Config, step: int) -> Path | None:
     return path
 
 
-def _with(config: Config, section: str, **changed: object) -> Config:
+def _with(config: Config, section: str, **changed: Any) -> Config:
     return replace(config, **{section: replace(getattr(config, section), **changed)})
 
 
