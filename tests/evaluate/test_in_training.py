@@ -186,7 +186,7 @@ def test_a_copy_that_does_not_fit_is_refused_before_the_first_step(
 ) -> None:
     monkeypatch.setattr(in_training, "memory_of_a_process", lambda: 1000)
     config = load(root / "tiny.toml", [*WATCHED, *LAYOUTS["sequence"]])
-    with pytest.raises(ValueError, match="train.evaluate_every=2 and sample_every=0 read a copy of the whole model, .*"):
+    with pytest.raises(ValueError, match="train.evaluate_every=2 and sample_every=0 read a copy of the whole"):
         in_training.watcher_of(config, 2)
     assert not in_training.wrong_with_tasks(config), "a dry run asks for other machines"
     assert in_training.watcher_of(load(root / "tiny.toml", WATCHED), 2), "one process holds all of it, without a copy"
