@@ -14,6 +14,7 @@ from atlas_megatron.config.context_levels import context_levels
 from atlas_megatron.config.layers import CUT, split_sections
 from atlas_megatron.config.optimizer_checks import check_optimizer
 from atlas_megatron.config.schedule_checks import check_schedule
+from atlas_megatron.config.watching_checks import check_watching
 
 CONTEXT_MODES = ("auto", "heads", "handoff", "heads+handoff")
 # Sizes of FP8 products.
@@ -34,7 +35,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "attention.heads attention.head_dim attention.window attention.rotary_base attention.segment "
         "recurrent.heads recurrent.head_dim delta.heads delta.head_dim delta.conv_size "
         "train.steps train.global_batch train.micro_batch train.lr train.adam_eps train.log_every train.stats_every "
-        "train.muon_num_ns_steps train.muon_extra_scale_factor "
+        "train.muon_num_ns_steps train.muon_extra_scale_factor train.evaluate_samples train.sample_tokens "
         "checkpoint.every checkpoint.keep resilience.skips_in_a_row "
         "parallel.tensor parallel.pipeline parallel.virtual parallel.context parallel.timeout_minutes",
         lambda value: value > 0,
@@ -44,7 +45,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "train.warmup_steps train.decay_steps train.weight_decay train.clip_grad train.validate_every "
         "train.validate_sequences train.min_lr train.write_budget train.late_write_budget train.gradient_reach "
         "resilience.hang_minutes resilience.straggler_every resilience.most_skipped resilience.most_returns "
-        "attention.persistent",
+        "attention.persistent train.evaluate_every train.sample_every",
         lambda value: value >= 0,
         "be 0 or more",
     ),
@@ -87,6 +88,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_choices(config)
     _check_together(config)
     check_schedule(config.train)
+    check_watching(config)
     _check_parallel(config, world_size)
     _check_model(config)
     _check_batches(config, world_size)

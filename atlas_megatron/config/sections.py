@@ -238,6 +238,17 @@ class TrainConfig:
     validate_silenced: bool = False  # also validate with every memory held at its start weights: what it contributes
     log_every: int = 1  # steps between progress lines; metrics.jsonl has every step
     stats_every: int = 10  # steps between measurements of gates, norms, surprise, spectra and memory share
+    # Steps between readings of the live model by tasks of atlas-eval (docs/watching.md), the last step too; 0 never.
+    evaluate_every: int = 0
+    evaluate_tasks: tuple[str, ...] = ("perplexity", "mqar", "niah_single_1")  # of atlas-eval, those of its own
+    evaluate_lengths: str = ""  # tokens of context and question, as "1K,4K" (K is 1,024); "": model.seq_length
+    evaluate_samples: int = 16  # examples of a task at each length
+    sample_every: int = 0  # steps between texts that the live model writes, the last step too; 0 never
+    sample_prompt: str = ""  # what such a text begins with; "": it begins as a document does
+    sample_tokens: int = 100  # most tokens that it is continued by
+    # START:STOP: a torch.profiler trace of the steps from START up to before STOP, and a table of their operators, in
+    # the run's directory. "": none.
+    profile: str = ""
 
 
 @dataclass(frozen=True)
