@@ -168,6 +168,7 @@ def _dry_run(config: Config, machine: Machine) -> int:
     from atlas_megatron.estimate.machine import in_nodes
     from atlas_megatron.model.build import parameter_dtype
     from atlas_megatron.training.readiness import (
+        epochs_read,
         how_it_goes_on,
         wrong_with_data,
         wrong_with_devices,
@@ -178,6 +179,7 @@ def _dry_run(config: Config, machine: Machine) -> int:
     validate(config, world_size)
     wrong = wrong_with_data(config)
     config, kept_from, said = (config, [], []) if wrong else how_it_goes_on(config)
+    said += [] if wrong else epochs_read(config)
     print(changed_toml(config))
     for line in said:
         print(f"{line}\n")

@@ -49,7 +49,9 @@ class Source:
     weight: float
 
 
-def build_datasets(config: Config, train_samples: int, validation_samples: int) -> tuple[SampleSet, SampleSet | None]:
+def build_datasets(
+    config: Config, train_samples: int, validation_samples: int
+) -> tuple[TrainingOrder, SampleSet | None]:
     """Build the train and validation sets through Megatron-Core; call it on every rank.
 
     Sequences hold `model.seq_length` tokens and one more for the last label. The sets repeat their
@@ -66,7 +68,7 @@ def build_datasets(config: Config, train_samples: int, validation_samples: int) 
 
 def _build(
     config: Config, train: tuple[Source, ...], train_samples: int, validation_samples: int
-) -> tuple[SampleSet, SampleSet | None]:
+) -> tuple[TrainingOrder, SampleSet | None]:
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_tokenizer(config, tokenizer)
     validation = sources(config, config.data.validation) if validation_samples else ()
