@@ -169,6 +169,7 @@ def _dry_run(config: Config, machine: Machine) -> int:
     from atlas_megatron.evaluate.in_training import wrong_with_tasks
     from atlas_megatron.model.build import parameter_dtype
     from atlas_megatron.training.readiness import (
+        epochs_read,
         how_it_goes_on,
         wrong_with_data,
         wrong_with_devices,
@@ -179,6 +180,7 @@ def _dry_run(config: Config, machine: Machine) -> int:
     validate(config, world_size)
     wrong = wrong_with_data(config) or wrong_with_tasks(config)
     config, kept_from, said = (config, [], []) if wrong else how_it_goes_on(config)
+    said += [] if wrong else epochs_read(config)
     print(changed_toml(config))
     for line in said:
         print(f"{line}\n")

@@ -281,6 +281,9 @@ class ResilienceConfig:
 class DataConfig:
     """Megatron .bin/.idx prefixes; a blend is a list of ``"weight prefix"``."""
 
+    # The sets to read, in proportion to weights ("0.7 data/books/train"), to counts of tokens ("20B data/web/train"
+    # with K, M, B or T), or, without either, to their sizes. A set that ends begins anew in another order: how often
+    # each is read is said before the first step.
     train: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
     tokenizer: str = ""  # folder with tokenizer.json

@@ -24,6 +24,7 @@ from atlas_megatron.cli.ending import NonFiniteError, line_of
 from atlas_megatron.config import Config, to_toml
 from atlas_megatron.config.batch_ramp import schedule_of
 from atlas_megatron.config.checks import data_parallel_size
+from atlas_megatron.data import epochs
 from atlas_megatron.data.batches import Batch, Batches, build_datasets, trained_bytes_per_token
 from atlas_megatron.files.scratch import write_whole
 from atlas_megatron.mixers.base import Documents, in_mode
@@ -106,7 +107,9 @@ class Trainer:
             # What a finished run was trained with stays; whoever reads it finds all of it or what was there.
             if self.progress.step < config.train.steps or not (directory / checkpoint.CONFIG).is_file():
                 write_whole(directory / checkpoint.CONFIG, to_toml(config))
-        for line in said_of(start, config, self.progress.step):
+        held = [samples * config.model.seq_length for samples in train_set.passes]
+        of_data = epochs.lines(config, epochs.drawn(config, train_set.weights, held))
+        for line in (*said_of(start, config, self.progress.step), *of_data):
             self._say(line)
         if changes:
             self._say(f"another {' and other '.join(changes)} than before, as data.allow_change=true allows")
