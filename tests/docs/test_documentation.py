@@ -135,7 +135,7 @@ def test_a_documented_command_has_its_options(line: Line) -> None:
             for option in options:
                 assert option.partition("=")[0] in help_of(name), f"{name} has no {option}"
         else:
-            assert words[0] in ("git", "cd", "source", "pip", "curl", "-d", "python"), line
+            assert words[0] in ("git", "cd", "source", "pip", "curl", "docker", "srun"), line
 
 
 def named(words: list[str]) -> str | None:
