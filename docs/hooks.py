@@ -85,6 +85,8 @@ def linked(text: str, source: Path, place: Path) -> str:
         if leads.is_relative_to(DOCS) and leads.suffix != ".py":
             return f"{mark}[{words}]({os.path.relpath(leads, place.parent)}{anchor or ''})"
         path = str(leads.relative_to(ROOT))
+        if words == leads.stem:
+            return f"`{words}`"
         return f"`{path}`" if words.strip("`") in (path, leads.name) else f"{words} (`{path}`)"
 
     return LINK.sub(one, text)
