@@ -150,8 +150,8 @@ def _parser() -> argparse.ArgumentParser:
         "--plan",
         action="store_true",
         help="rank the layouts of world=N devices by estimates (memory, waiting, bytes, MFU), say why the others fall "
-        "out, and train nothing; what is given of parallel.*, train.micro_batch and train.recompute stays. memory=, "
-        "device= and mfu= as for --dry-run",
+        "out, and train nothing; what is given of parallel.*, train.micro_batch, train.recompute and recompute_layers "
+        "stays. memory=, device= and mfu= as for --dry-run",
     )
     return parser
 

@@ -13,6 +13,7 @@ from atlas_megatron.config.batch_ramp import stages
 from atlas_megatron.config.context_levels import context_levels
 from atlas_megatron.config.layers import CUT, split_sections
 from atlas_megatron.config.optimizer_checks import check_optimizer
+from atlas_megatron.config.scale_checks import check_recompute
 from atlas_megatron.config.schedule_checks import check_schedule
 from atlas_megatron.config.watching_checks import check_watching
 
@@ -45,7 +46,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "train.warmup_steps train.decay_steps train.weight_decay train.clip_grad train.validate_every "
         "train.validate_sequences train.min_lr train.write_budget train.late_write_budget train.gradient_reach "
         "resilience.hang_minutes resilience.straggler_every resilience.most_skipped resilience.most_returns "
-        "attention.persistent train.evaluate_every train.sample_every",
+        "attention.persistent train.evaluate_every train.sample_every train.recompute_layers",
         lambda value: value >= 0,
         "be 0 or more",
     ),
@@ -95,6 +96,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_fp8(config)
     _check_cuda_graph(config)
     check_optimizer(config)
+    check_recompute(config)
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
@@ -436,6 +438,7 @@ def _check_cuda_graph(config: Config) -> None:
         (train.batch_ramp != "", f"train.batch_ramp={train.batch_ramp!r}", "a graph has one number of micro-batches"),
         (train.write_budget != 0, f"train.write_budget={train.write_budget}", "its weight is another in every step"),
         (train.recompute, "train.recompute=true", "the host keeps the random state of what is recomputed"),
+        (train.recompute_modules != (), "train.recompute_modules", "the host keeps their random state"),
         (train.fp8 != "", f"train.fp8={train.fp8!r}", "the host updates its scales"),
         (parallel.pipeline > 1, f"parallel.pipeline={parallel.pipeline}", "stages wait for each other on the host"),
         (parallel.context > 1, f"parallel.context={parallel.context}", "shards wait for each other on the host"),

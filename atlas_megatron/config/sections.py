@@ -229,6 +229,11 @@ class TrainConfig:
     # model.seq_length has grown takes a quarter of the length that it began with, as exported models do.
     gradient_reach: int = 0
     recompute: bool = False  # recompute each layer's activations in the backward
+    # With recompute: only of the first so many layers of each pipeline stage, each symbol of model.pattern one; 0: all.
+    recompute_layers: int = 0
+    # Without it, recompute parts of layers that core builds, as ["mlp"]: mlp (each `-`, but for its norm) | layernorm
+    # (the norm before each `-`; needs model.transformer_engine).
+    recompute_modules: tuple[str, ...] = ()
     # Capture forward and backward of a step in one CUDA graph, after three eager steps: no kernel then waits for the
     # host. Validation, and steps that measure (stats_every), stay eager.
     cuda_graph: bool = False

@@ -85,7 +85,9 @@ class DryRun:
         """Single changes that this world allows, and the bytes of the fullest rank with each."""
         train, parallel = self.config.train, self.config.parallel
         changes = {
-            "train.recompute=true": replace(self.config, train=replace(train, recompute=True)),
+            "train.recompute_layers=0" if train.recompute_layers else "train.recompute=true": replace(
+                self.config, train=replace(train, recompute=True, recompute_layers=0)
+            ),
             f"train.micro_batch={train.micro_batch // 2}": replace(
                 self.config, train=replace(train, micro_batch=train.micro_batch // 2)
             ),
@@ -123,6 +125,8 @@ class DryRun:
         table.add_row("learning rate", f"{train.lr:g} after {train.warmup_steps:,} steps")
         table.add_row("learning rate, then", _schedule(train))
         table.add_row("micro-batches a step", f"{micro_batches(config, world_size)}")
+        if train.recompute or train.recompute_modules:
+            table.add_row("recomputed in the backward", _recomputed(train))
         self._optimizer(table)
         table.add_row("precision", "bfloat16, float32 master weights" if self.bf16 else "float32")
         layout = (parallel.tensor, parallel.pipeline, parallel.context, replicas)
@@ -225,6 +229,12 @@ def _schedule(train: TrainConfig) -> str:
         "constant": "constant",
         "inverse_sqrt": f"inverse square root, {low} at least",
     }[train.schedule]
+
+
+def _recomputed(train: TrainConfig) -> str:
+    if train.recompute_modules:
+        return f"{', '.join(train.recompute_modules)} of core's layers"
+    return f"the first {train.recompute_layers} layers of each stage" if train.recompute_layers else "every layer"
 
 
 def _ramp(config: Config) -> str:

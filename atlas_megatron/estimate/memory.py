@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from atlas_megatron.config import LAYERS, Config
 from atlas_megatron.config.checks import data_parallel_size
 from atlas_megatron.config.context_levels import context_levels
+from atlas_megatron.config.layers import CUT
+from atlas_megatron.config.scale_checks import MODULES, recomputed_layers
 from atlas_megatron.estimate.optimizer import state_bytes
 from atlas_megatron.mixers import costs_of
 
@@ -101,28 +103,39 @@ def _passes_held(config: Config, rank: int, count: int) -> float:
 def _activations(config: Config, rank: int, passes: float, size: int) -> float:
     """What the backward of so many micro-batches keeps: each layer's inputs and products, and the logits of one.
 
-    A layer's input counts twice, for the residual and for the norm. With train.recompute only that input stays, and one
-    layer at a time is whole.
+    A layer's input counts twice, for the residual and for the norm. Of a layer that is recomputed only the input stays,
+    of one whose parts are what is not theirs; and one layer at a time is whole.
     """
     model, parallel = config.model, config.parallel
-    layers = "".join(stages_at(config, rank))
     around = 2 * model.hidden_size * size / (parallel.tensor if parallel.sequence else 1)
-    inside = {symbol: costs_of(symbol).activation_bytes(config, size) for symbol in set(layers)}
-    if config.train.recompute:
-        kept = passes * len(layers) * around / 2 + max(inside.values()) + around
-    else:
-        kept = passes * sum(inside[symbol] + around for symbol in layers)
+    inside = {symbol: costs_of(symbol).activation_bytes(config, size) for symbol in set(config.model.pattern) - {CUT}}
+    kept, again = 0.0, 0.0
+    for stage in stages_at(config, rank):
+        first = recomputed_layers(config, stage)
+        for place, symbol in enumerate(stage):
+            whole = inside[symbol] + around
+            stays = around / 2 if place < first else whole - _parts_recomputed(config, symbol, inside[symbol], around)
+            kept, again = kept + passes * stays, max(again, whole - stays + (around / 2 if place < first else 0.0))
+    kept += again
     if rank == parallel.pipeline - 1:
         kept += (size + 4 + 4) * model.vocab_size / parallel.tensor
     return config.train.micro_batch * model.seq_length / parallel.context * kept
 
 
+def _parts_recomputed(config: Config, symbol: str, inside: float, around: float) -> float:
+    """Bytes of a token that train.recompute_modules leaves out of a layer."""
+    parts = {"mlp": inside, "layernorm": around / 2}
+    return sum(parts[name] for name in config.train.recompute_modules if symbol in MODULES[name])
+
+
 def _memory_state(config: Config, rank: int, passes: float) -> float:
-    """What the backward of the memories keeps of them, in float32; with train.recompute of one layer at a time."""
-    parallel, near, kept = config.parallel, context_levels(config)[0], []
-    for symbol in "".join(stages_at(config, rank)):
-        shared = near if LAYERS[symbol].exchanges_heads else 1
-        tokens = config.model.seq_length * shared // parallel.context
-        kept.append(costs_of(symbol).kept_numbers(config, tokens) / (parallel.tensor * shared))
-    held = max(kept, default=0.0) if config.train.recompute else passes * sum(kept)
-    return config.train.micro_batch * held * 4
+    """What the backward of the memories keeps of them, in float32; of layers that are recomputed, one at a time."""
+    parallel, near, kept, again = config.parallel, context_levels(config)[0], 0.0, 0.0
+    for stage in stages_at(config, rank):
+        first = recomputed_layers(config, stage)
+        for place, symbol in enumerate(stage):
+            shared = near if LAYERS[symbol].exchanges_heads else 1
+            tokens = config.model.seq_length * shared // parallel.context
+            numbers = costs_of(symbol).kept_numbers(config, tokens) / (parallel.tensor * shared)
+            kept, again = (kept, max(again, numbers)) if place < first else (kept + passes * numbers, again)
+    return config.train.micro_batch * (kept + again) * 4

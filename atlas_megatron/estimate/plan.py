@@ -2,7 +2,7 @@
 
 A step of a rank takes, with m micro-batches of f FLOPs each (the rank of most FLOPs) at a rate r that is a guess:
 
-    m f / r                    its products; with train.recompute a forward more
+    m f / r                    its products; of layers that are recomputed a forward more
     x 1 / (1 - bubble)         of the pipeline, and likewise of states that are handed on
     + u / r                    Muon's Newton-Schulz, once
     + bytes / link             of every message but the gradients', which go beside the last micro-batch's backward
@@ -15,9 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from atlas_megatron.config import Config, layers_of
 from atlas_megatron.config.checks import data_parallel_size, validate
+from atlas_megatron.config.layers import CUT
+from atlas_megatron.config.scale_checks import forwards_again
 from atlas_megatron.config.toml import cut_evenly
 from atlas_megatron.estimate.machine import DEVICES_PER_NODE, Machine
 from atlas_megatron.estimate.memory import footprint, fullest, micro_batches, stages_at
@@ -29,7 +32,7 @@ from atlas_megatron.model.build import flops_per_token
 # What the planner chooses, but for those that the command line gives.
 CHOSEN = (
     *("parallel.tensor", "parallel.sequence", "parallel.pipeline", "parallel.virtual", "parallel.context"),
-    *("train.micro_batch", "train.recompute"),
+    *("train.micro_batch", "train.recompute", "train.recompute_layers"),
 )
 Sizes = tuple[int, int, int, int]  # tensor, pipeline, context, data
 VIRTUAL = (1, 2, 4, 8)
@@ -144,7 +147,7 @@ class Planner:
         longest = max(self._forward(config, rank) for rank in ranks) / model.forward
         products = count * tokens * model.training * longest / self.rate
         even = products / longest / parallel.pipeline
-        again = count * tokens * model.forward * longest / self.rate if config.train.recompute else 0.0
+        again = count * tokens * max(self._again(config, rank) for rank in ranks) / self.rate
         bubble = pipeline_bubble(config, self.world_size) if parallel.pipeline > 1 else 0.0
         worked = products + again
         piped = worked / (1 - bubble)
@@ -170,6 +173,11 @@ class Planner:
         logits = 2.0 * config.model.hidden_size * config.model.vocab_size
         layers = sum(self.forward[symbol] for stage in stages_at(config, rank) for symbol in stage)
         return layers + (logits if rank == config.parallel.pipeline - 1 else 0.0)
+
+    def _again(self, config: Config, rank: int) -> float:
+        """Forward FLOPs a token that a pipeline rank's backward computes a second time."""
+        stages = stages_at(config, rank)
+        return sum(self.forward[symbol] for stage in stages for symbol in forwards_again(config, stage))
 
     def _update(self, config: Config) -> float:
         """FLOPs of Newton-Schulz of the rank that has most."""
@@ -230,13 +238,21 @@ def _variants(config: Config, sizes: Sizes, held: frozenset[str]) -> Iterator[li
                 replace(
                     config,
                     model=model,
-                    train=replace(config.train, micro_batch=batch, recompute=recompute),
+                    train=replace(config.train, micro_batch=batch, **recompute),
                     parallel=replace(shape, sequence=sequence),
                 )
-                for recompute in (False, True)
+                for recompute in _recomputations(cut)
                 for sequence in ((False, True) if tensor > 1 else (False,))
             ]
             yield [one for one in changed if all(value_of(one, name) == value_of(config, name) for name in held)]
+
+
+def _recomputations(pattern: str) -> list[dict[str, Any]]:
+    """Values of train.recompute and train.recompute_layers, the least recomputation first: none, quarters, all."""
+    longest = max(map(len, pattern.split(CUT)))
+    some = sorted({longest * quarters // 4 for quarters in (1, 2, 3)} - {0})
+    counted = [{"recompute": True, "recompute_layers": layers} for layers in (*some, 0)]
+    return [{"recompute": False, "recompute_layers": 0}, *counted]
 
 
 def value_of(config: Config, name: str) -> object:

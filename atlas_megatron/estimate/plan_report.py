@@ -54,7 +54,8 @@ def _best(planner: Planner, plan: Plan) -> Table:
         parallel, train = one.config.parallel, one.config.train
         tensor, pipeline, context, data = map(str, one.sizes)
         stages = f"{pipeline} of {parallel.virtual} stages" if parallel.virtual > 1 else pipeline
-        besides = [name for name, on in (("sequence", parallel.sequence), ("recompute", train.recompute)) if on]
+        some = f" {train.recompute_layers} layers" if train.recompute_layers else ""
+        besides = [name for name, on in (("sequence", parallel.sequence), (f"recompute{some}", train.recompute)) if on]
         table.add_row(
             *(str(place), tensor, stages, context, data, str(train.micro_batch), ", ".join(besides)),
             *(_gib(one.memory), f"{one.waiting:.1%}", _gib(one.sent), f"{one.seconds:.3g}", f"{one.mfu:.1%}"),

@@ -18,6 +18,7 @@ from atlas_megatron.config import LAYERS, Config, layers_of
 from atlas_megatron.config.checks import data_parallel_size
 from atlas_megatron.config.context_levels import context_levels
 from atlas_megatron.config.layers import heads_of
+from atlas_megatron.config.scale_checks import forwards_again
 from atlas_megatron.estimate.memory import micro_batches, parameters_at, replicated_parameters, stages_at
 from atlas_megatron.estimate.optimizer import share_of_update, update_of
 from atlas_megatron.mixers import costs_of
@@ -60,7 +61,7 @@ POSITION = 8  # bytes of a token's place in its packed document
 
 def bytes_sent(config: Config, world_size: int, place: RankPlace, *, bf16: bool) -> dict[Kind, float]:
     """Bytes that a rank sends in one step, by kind; without the kinds of which it sends none."""
-    size, layers, ends = 2 if bf16 else 4, [], []
+    size, layers, ends, again = 2 if bf16 else 4, [], [], []
     for number, stage in enumerate(stages_at(config, place.pipeline)):
         ends.append(_stage_ends(config, place.pipeline + number * config.parallel.pipeline, size))
         each = {
@@ -70,9 +71,9 @@ def bytes_sent(config: Config, world_size: int, place: RankPlace, *, bf16: bool)
             for symbol in set(stage)
         }  # fmt: skip
         layers += [each[symbol] for symbol in stage]
+        again += [each[symbol][0] for symbol in forwards_again(config, stage)]
     forward, backward = _together(layers)
-    once = [forward] if config.train.recompute else []
-    passes = _sum(*_together(ends), forward, *once, backward)
+    passes = _sum(*_together(ends), forward, *again, backward)
     count = micro_batches(config, world_size)
     step = _sum({kind: count * sent for kind, sent in passes.items()}, _after_backward(config, world_size, place, size))
     return {kind: step[kind] for kind in Kind if step.get(kind)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from atlas_megatron.config import Config, layers_of
+from atlas_megatron.config import Config, TrainConfig, layers_of
 from atlas_megatron.mixers import costs_of
 from atlas_megatron.model.layer_specs import core_pattern, stack_spec
 from atlas_megatron.parallel import world
@@ -73,10 +74,18 @@ def transformer_config(config: Config) -> TransformerConfig:
         fp8_amax_compute_algo="max",
         deterministic_mode=config.train.deterministic,
         cuda_graph_impl="full_iteration" if config.train.cuda_graph else "none",
-        recompute_granularity="full" if config.train.recompute else None,
-        recompute_method="uniform" if config.train.recompute else None,
-        recompute_num_layers=1 if config.train.recompute else None,
+        **_recomputed(config.train),
     )
+
+
+def _recomputed(train: TrainConfig) -> dict[str, Any]:
+    """What core is told of `train.recompute` and its keys."""
+    if train.recompute_modules:
+        return {"recompute_granularity": "selective", "recompute_modules": list(train.recompute_modules)}
+    if not train.recompute:
+        return {}
+    method, layers = ("block", train.recompute_layers) if train.recompute_layers else ("uniform", 1)
+    return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
 
 
 def _draw_embedding(config: Config, weight: Tensor) -> Tensor:

@@ -71,6 +71,18 @@ CASES: dict[str, tuple[int, Config]] = {
     "tensor": (2, case(parallel={"tensor": 2})),
     "tensor, every layer": (2, case("A-C-D-G-R-L-F-", parallel={"tensor": 2})),
     "tensor, recomputed": (2, case(parallel={"tensor": 2}, train={"recompute": True})),
+    "tensor, first layers recomputed": (
+        4, case("M-*-|*-", parallel={"tensor": 2, "pipeline": 2}, train={"recompute": True, "recompute_layers": 3}),
+    ),
+    "tensor, MLPs recomputed": (
+        2, case(parallel={"tensor": 2}, train={"recompute_modules": ("mlp",)}),
+    ),
+    "sequence, first layers recomputed": (
+        2, case(parallel={"tensor": 2, "sequence": True}, train={"recompute": True, "recompute_layers": 3}),
+    ),
+    "sequence, MLPs recomputed": (
+        2, case(parallel={"tensor": 2, "sequence": True}, train={"recompute_modules": ("mlp",)}),
+    ),
     "sequence": (2, case("M-*-A-D-", parallel={"tensor": 2, "sequence": True})),
     "pipeline": (2, case("M-*|-", parallel={"pipeline": 2})),
     "pipeline, untied": (2, case("M-*|-", model={"tied_embeddings": False}, parallel={"pipeline": 2})),
@@ -87,6 +99,9 @@ CASES: dict[str, tuple[int, Config]] = {
     "locals, tensor": (2, case("M-", memory=LOCALS, parallel={"tensor": 2})),
     "handed on, other layers": (2, case("R-L-C-", parallel=context(2, "handoff"))),
     "handed on, recomputed": (2, case(train={"recompute": True}, parallel=context(2, "handoff"))),
+    "handed on, first layers recomputed": (
+        2, case(train={"recompute": True, "recompute_layers": 2}, parallel=context(2, "handoff")),
+    ),
     "inside a chunk": (2, case("M-", model={"seq_length": 40}, parallel=context(2, "handoff"))),
     "source gates, no momentum": (
         2,

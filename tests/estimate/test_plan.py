@@ -13,6 +13,7 @@ from atlas_megatron.estimate.memory import footprint, fullest
 from atlas_megatron.estimate.plan import Estimate, Plan, Planner, layouts
 from atlas_megatron.estimate.plan_report import words
 from atlas_megatron.estimate.traffic import Kind, RankPlace, bytes_sent, pipeline_bubble
+from atlas_megatron.model.build import flops_per_token
 from atlas_megatron.train import main
 from tests.estimate.test_dry_run_report import LARGE, no_launcher  # noqa: F401
 
@@ -56,9 +57,17 @@ def test_a_device_alone_waits_for_nobody() -> None:
 
 def test_what_does_not_fit_is_recomputed_or_falls_out() -> None:
     plain = of(planned(SMALL, 1, 2**40, "train.micro_batch"), 1, 1, 1, 1)
-    tight = planned(SMALL, 1, 0.999 * plain.memory, "train.micro_batch").fitting[0]
+    held = ("train.micro_batch", "train.recompute_layers")
+    tight = planned(SMALL, 1, 0.999 * plain.memory, *held).fitting[0]
     assert tight.config.train.recompute and not plain.config.train.recompute
-    assert tight.spent["recomputation"] == pytest.approx(plain.spent["products"] / 3)
+    # Every product is computed again, but the logits', which are no layer's.
+    logits = 2 * SMALL.model.hidden_size * SMALL.model.vocab_size / flops_per_token(SMALL).forward
+    assert tight.spent["recomputation"] == pytest.approx(plain.spent["products"] / 3 * (1 - logits))
+    # Of eight layers the first two are enough.
+    some = planned(SMALL, 1, 0.999 * plain.memory, "train.micro_batch").fitting[0]
+    assert some.config.train.recompute and some.config.train.recompute_layers == 2
+    assert some.spent["recomputation"] == pytest.approx(tight.spent["recomputation"] / 4)
+    assert tight.memory < some.memory < plain.memory
     # Where the micro-batch may be smaller, that costs nothing.
     smaller = planned(SMALL, 1, 0.999 * plain.memory).fitting[0]
     assert smaller.config.train.micro_batch == 2 and not smaller.config.train.recompute

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -47,17 +49,31 @@ def build(config: Config) -> torch.nn.Module:
     return build_model(config)
 
 
+RECOMPUTED: list[tuple[dict[str, Any], dict[str, int]]] = [
+    ({"recompute": True}, {"M": 4, "*": 2, "-": 6}),
+    ({"recompute": True, "recompute_layers": 3}, {"M": 3, "*": 2, "-": 4}),
+    ({"recompute_modules": ("mlp",)}, {"M": 2, "*": 1, "-": 6}),
+]
+
+
+@pytest.mark.parametrize(("keys", "times"), RECOMPUTED, ids=lambda given: ", ".join(map(str, given)))
 @pytest.mark.usefixtures("single_process_megatron")
-def test_recomputing_activations_changes_no_gradient() -> None:
+def test_recomputing_activations_changes_no_gradient(keys: dict[str, Any], times: dict[str, int]) -> None:
+    """And each layer's products are made once or twice."""
     model = build(SMALL)
-    again = build(replace(SMALL, train=replace(SMALL.train, recompute=True)))
+    again = build(replace(SMALL, train=replace(SMALL.train, **keys)))
     again.load_state_dict(model.state_dict())
+    made = Counter[str]()
+    for symbol, layer in zip(SMALL.model.pattern, again.decoder.layers, strict=True):
+        part = layer.mlp if symbol == "-" else layer.mixer
+        part.register_forward_hook(lambda *_, symbol=symbol: made.update(symbol))
     tokens = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(2))
     for m in (model, again):
         m(tokens, None, None, labels=tokens.roll(-1, 1)).mean().backward()
     theirs = dict(again.named_parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, theirs[name].grad), name
+    assert made == times
 
 
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
