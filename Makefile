@@ -9,6 +9,7 @@ ARGS ?=
 PINS := $(shell { cat constraints.txt setup.py pyproject.toml; echo "$(CURDIR)"; } | cksum | cut -d ' ' -f 1)
 INSTALLED := $(VENV)/installed-$(PINS)
 BENCH := $(VENV)/bench-$(PINS)
+DOCS := $(VENV)/docs-$(PINS)
 IS_3_12 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null
 
 # `python -m venv` makes its python first and pip seconds later: interrupted in between, it is made up for here.
@@ -17,7 +18,7 @@ HAS_PIP := $(RUN) -m pip --version >/dev/null 2>&1 || \
 	  $(RUN) -m pip --version >/dev/null 2>&1; } || \
 	{ echo "$(VENV) has no pip and could not get it: remove $(VENV) and run make setup again" >&2; exit 2; }
 
-.PHONY: help setup setup-vllm quickstart test test-parallel test-slurm lint bench-memory bench-presets bench-shards bench-trainers gpu-check gpu-bundle
+.PHONY: help setup setup-vllm quickstart test test-parallel test-slurm lint docs docs-serve bench-memory bench-presets bench-shards bench-trainers gpu-check gpu-bundle
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -52,6 +53,13 @@ lint: setup ## ruff and mypy
 	@$(RUN) -m ruff check .
 	@$(RUN) -m mypy
 
+docs: setup $(DOCS) ## build the documentation into site/; a broken link or figure fails it
+	@$(RUN) docs/figures.py
+	@$(RUN) -m mkdocs build --strict --quiet
+
+docs-serve: setup $(DOCS) ## build it, and show it at http://localhost:8000
+	@$(RUN) -m mkdocs serve
+
 bench-memory: setup $(BENCH) ## time the memory beside titans-pytorch's; prints a table and JSON
 	@$(RUN) -m benchmarks.memory $(ARGS)
 
@@ -84,6 +92,11 @@ $(BENCH):
 	@$(HAS_PIP)
 	$(RUN) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[bench]'
 	@rm -f $(VENV)/bench-* && touch $@
+
+$(DOCS):
+	@$(HAS_PIP)
+	$(RUN) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[docs]'
+	@rm -f $(VENV)/docs-* && touch $@
 
 # A python3.12 on PATH may be a pyenv shim that runs nothing, so every candidate is tried.
 $(RUN):

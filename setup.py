@@ -9,8 +9,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12,<3.13",
     # kernels/ itself is no package: a package of that name would shadow Hugging Face's `kernels`.
-    package_dir={"atlas_kernels": "kernels/atlas_kernels"},
-    packages=find_packages(include=["atlas_megatron", "atlas_megatron.*"]) + find_packages("kernels"),
+    # The shipped configurations go along: config/shipped.py finds them.
+    package_dir={"atlas_kernels": "kernels/atlas_kernels", "atlas_megatron.configs": "configs"},
+    packages=[
+        *find_packages(include=["atlas_megatron", "atlas_megatron.*"]),
+        *find_packages("kernels"),
+        "atlas_megatron.configs",
+    ],
+    package_data={"atlas_megatron.configs": ["*.toml", "*/*.toml", "*/*.list", "*/*.json"]},
     install_requires=[
         "einops",  # Megatron-Core forms the two levels of context-parallel groups with it, without declaring it
         "matplotlib",
@@ -30,6 +36,7 @@ setup(
         "eval": ["lm-eval"],
         "deepspeed": ["deepspeed==0.19.8"],
         "bench": ["titans-pytorch==0.5.5"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "dev": [
             "accelerate",
             "deepspeed",

@@ -7,18 +7,15 @@ import io
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from atlas_megatron.cli.ending import command
 from atlas_megatron.cli.options import add_trust_remote_code
 from atlas_megatron.cli.version import add_version
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from atlas_megatron.inference.reader import Reader
+    from atlas_megatron.inference.speaker import Speaker
 
 EXAMPLES = """examples:
   atlas-generate runs/quickstart --prompt 'def main('
@@ -31,88 +28,6 @@ EXAMPLES = """examples:
 """
 FORGET, QUIT = "/forget", "/quit"
 NOTHING = "the prompt holds no token; give at least one character"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn; see `streaming.generate`."""
-
-    temperature: float
-    top_p: float
-    seed: int
-    top_k: int = 0
-
-
-class Speaker:
-    """Reads text and continues it, one sequence."""
-
-    def __init__(self, reader: Reader, sampling: Sampling, segment: int) -> None:
-        """segment: tokens that are read at once. Raises ValueError for arguments out of range."""
-        import torch
-
-        from atlas_megatron.inference.streaming import check_sampling
-
-        check_sampling(sampling.temperature, sampling.top_p, sampling.top_k)
-        _check_segment(segment)
-        self.reader, self.sampling, self.segment = reader, sampling, segment
-        self._generator = torch.Generator(reader.device).manual_seed(sampling.seed)
-        self._logits: Tensor | None = None  # of the token after all that was read, [1, vocabulary]
-
-    def read(self, file: TextIO) -> int:
-        """Read a text to its end, in constant memory; the number of its tokens."""
-        from atlas_megatron.data.pieces import pieces
-
-        waiting: list[int] = []
-        count = 0
-        for piece in pieces(file, self.reader.tokenizer.encode):
-            waiting += self.reader.tokenizer.encode(piece)
-            while len(waiting) >= self.segment:
-                self._take(waiting[: self.segment])
-                waiting, count = waiting[self.segment :], count + self.segment
-        if waiting:
-            self._take(waiting)
-        return count + len(waiting)
-
-    def speak(self, tokens: int) -> Iterator[tuple[int, str]]:
-        """Up to `tokens` (id, text) of the continuation; ends with the end of the document."""
-        from atlas_megatron.data.pieces import Spoken
-        from atlas_megatron.inference.streaming import sample
-
-        spoken, sampling = Spoken(self.reader.tokenizer), self.sampling
-        for left in reversed(range(tokens)):
-            assert self._logits is not None
-            drawn = sample(self._logits, sampling.temperature, sampling.top_p, self._generator, sampling.top_k)
-            token = int(drawn)
-            self._take([token])
-            if token == self.reader.tokenizer.eod:
-                # What was held back is no character any more.
-                if rest := spoken.rest():
-                    yield token, rest
-                return
-            yield token, spoken.add(token) + ("" if left else spoken.rest())
-
-    def continuations(self, count: int) -> Iterator[int]:
-        """The numbers of so many samples; at each, what was read so far is taken up again, with a seed of its own."""
-        if count == 1:
-            yield 0
-            return
-        mark, logits = self.reader.mark(), self._logits
-        for number in range(count):
-            self.reader.back(mark)
-            self._logits = logits
-            self._generator.manual_seed(self.sampling.seed + number)
-            yield number
-
-    def forget(self) -> None:
-        self.reader.forget()
-        self._logits = None
-
-    def _take(self, tokens: list[int]) -> None:
-        import torch
-
-        batch = torch.tensor([tokens], device=self.reader.device)
-        # Rows of the embedding beyond the tokenizer's vocabulary are never text.
-        self._logits = self.reader.read(batch, keep=1)[:, -1, : self.reader.tokenizer.vocab_size].float()
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -174,6 +89,7 @@ def _run(asked: argparse.Namespace) -> int:
         raise ValueError(f"--prompt-file {asked.prompt_file} is no file; give one, or - for standard input")
     from atlas_megatron.data.text_files import opened, standard_input
     from atlas_megatron.inference.reader import open_reader
+    from atlas_megatron.inference.speaker import Sampling, Speaker
 
     reader = open_reader(asked.model, trust_remote_code=asked.trust_remote_code)
     sampling = Sampling(asked.temperature, asked.top_p, asked.seed, asked.top_k)
@@ -208,10 +124,11 @@ def _run(asked: argparse.Namespace) -> int:
 
 def _check(asked: argparse.Namespace) -> None:
     """Raise ValueError for options that cannot be, or do not go together: before a model is loaded."""
+    from atlas_megatron.inference.speaker import check_segment
     from atlas_megatron.inference.streaming import check_sampling
 
     check_sampling(asked.temperature, asked.top_p, asked.top_k)
-    _check_segment(asked.segment)
+    check_segment(asked.segment)
     if asked.samples < 1:
         raise ValueError(f"--samples {asked.samples} must be at least 1")
     if not 0 <= asked.seed < 2**63 - asked.samples:
@@ -236,11 +153,6 @@ def _check_memories(asked: argparse.Namespace) -> None:
         raise ValueError(f"--save-memory {saved} is no file that can be replaced; name another one")
     if loaded and not loaded.is_file():
         raise ValueError(f"--memory {loaded} is no file; give one that --save-memory wrote")
-
-
-def _check_segment(tokens: int) -> None:
-    if tokens < 1:
-        raise ValueError(f"--segment {tokens} must be at least 1 token")
 
 
 def until(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:

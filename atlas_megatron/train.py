@@ -166,8 +166,10 @@ def _dry_run(config: Config, machine: Machine) -> int:
     from atlas_megatron.config.differences import changed_toml
     from atlas_megatron.estimate.dry_run import DryRun
     from atlas_megatron.estimate.machine import in_nodes
+    from atlas_megatron.evaluate.in_training import wrong_with_tasks
     from atlas_megatron.model.build import parameter_dtype
     from atlas_megatron.training.readiness import (
+        epochs_read,
         how_it_goes_on,
         wrong_with_data,
         wrong_with_devices,
@@ -176,8 +178,9 @@ def _dry_run(config: Config, machine: Machine) -> int:
 
     config, world_size = in_nodes(config), machine.world_size(config)
     validate(config, world_size)
-    wrong = wrong_with_data(config)
+    wrong = wrong_with_data(config) or wrong_with_tasks(config)
     config, kept_from, said = (config, [], []) if wrong else how_it_goes_on(config)
+    said += [] if wrong else epochs_read(config)
     print(changed_toml(config))
     for line in said:
         print(f"{line}\n")
@@ -215,6 +218,7 @@ def _train(config: Config, signals: StopSignals) -> int:
     from atlas_megatron.config.checks import validate
     from atlas_megatron.config.differences import changed_toml
     from atlas_megatron.estimate import room
+    from atlas_megatron.evaluate.in_training import watcher_of
     from atlas_megatron.model.build import num_params
     from atlas_megatron.parallel import world
     from atlas_megatron.resilience import run_lock
@@ -226,6 +230,7 @@ def _train(config: Config, signals: StopSignals) -> int:
     room.check_training(config, world.size())
     for line in wrong_with_directory(config):
         raise ValueError(line)
+    watcher = watcher_of(config, world.size())
     first = world.rank() == 0
     world.join(config)
     try:
@@ -233,7 +238,7 @@ def _train(config: Config, signals: StopSignals) -> int:
             print(f"{changed_toml(config)}# every key: {Path(config.run.directory, checkpoint.CONFIG)}\n")
         with leaving_nothing_empty(config), world.naming_the_lost(config):
             with run_lock.held(config.run.directory, print) as lock:
-                trainer = Trainer(config, signals, lock)
+                trainer = Trainer(config, signals, lock, watcher)
                 done = trainer.progress.step >= config.train.steps
                 finished = trainer.train()
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:

@@ -7,8 +7,6 @@ over rounds. Refuses to print while the kernels' tests are red.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -33,7 +31,7 @@ from atlas_megatron.cli.ending import command
 from atlas_megatron.cli.version import add_version
 from atlas_megatron.config import MemoryConfig
 from atlas_megatron.parallel.device import flush_denormals, keep_freed_memory
-from atlas_megatron.reports.results import commit
+from benchmarks.report import made_by, write
 
 DIM, HEADS, HEAD_DIM, HIDDEN, CHUNK, WINDOW = 384, 6, 64, 256, 64, 16
 SHAPES = {"T=1024 B=1": (1, 1024), "T=4096 B=4": (4, 4096)}
@@ -240,10 +238,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         print("benchmarks.memory: the kernels' tests are red; no figure is printed before they pass", file=sys.stderr)
         return 1
     report = {
-        "command": " ".join(["python", "-m", "benchmarks.memory", *sys.argv[1:]]),
-        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "commit": commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **made_by("memory"),
         "shapes": {
             name: bench_shape(batch, tokens, arguments.rounds, with_reference=tokens == 1024)
             for name, (batch, tokens) in SHAPES.items()
@@ -253,9 +248,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         },
     }
     print_tables(report)
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written: {arguments.json}")
+    write(arguments.json, report)
     return 0
 
 

@@ -8,8 +8,6 @@ a round. Documents: few and many in a sequence; each one's last chunk is filled 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
@@ -25,9 +23,9 @@ from atlas_megatron.cli.version import add_version
 from atlas_megatron.config import MemoryConfig
 from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.parallel.device import flush_denormals, keep_freed_memory
-from atlas_megatron.reports.results import commit
 from benchmarks.contenders import contender
 from benchmarks.memory import timed
+from benchmarks.report import made_by, write
 
 HEADS, HEAD_DIM, TOKENS, BATCH = 6, 64, 1024, 1
 # Lengths in a sequence of 1,024 tokens, and four times as long.
@@ -97,17 +95,12 @@ def _bench(arguments: argparse.Namespace) -> int:
         table.add_row(name, f"{1e3 * seconds:,.0f}", f"{measured['of_omeganet'][name]:.2f}", *cost)
     Console(width=120).print(table)
     report = {
-        "command": " ".join(["python", "-m", "benchmarks.presets", *sys.argv[1:]]),
-        "commit": commit(),
-        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **made_by("presets"),
         "shape": shape,
         "documents": DOCUMENTS,
         **measured,
     }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written: {arguments.json}")
+    write(arguments.json, report)
     return 0
 
 

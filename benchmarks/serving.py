@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -25,8 +24,8 @@ from rich.table import Table
 
 from atlas_megatron.cli.ending import command
 from atlas_megatron.cli.version import add_version
-from atlas_megatron.reports.results import commit
 from atlas_megatron.reports.style import STYLE, save
+from benchmarks.report import made_by, write
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"vllm": "vLLM with the plug-in", "generate": "transformers' generate", "atlas": "atlas-generate"}
@@ -143,18 +142,14 @@ def _bench(arguments: argparse.Namespace) -> int:
             print(f"asking {NAMES[way]}", flush=True)
             ways[way] = asked(way, python.absolute(), arguments.model.resolve(), job)
     report = {
-        "command": " ".join(["python", "-m", "benchmarks.serving", *sys.argv[1:]]),
-        "commit": commit(),
-        "device": f"{platform.processor() or platform.machine()}, one thread; seconds of CPU time",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **made_by("serving", "one thread; seconds of CPU time"),
         "model": {"pattern": config.pattern, "hidden_size": config.hidden_size},
         "prompt_tokens": [SHORTEST, LONGEST],
         "new_tokens": arguments.new,
         "ways": ways,
         "session_bytes": session_bytes(arguments.model, arguments.lengths),
     }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    write(arguments.json, report)
     _print(report, arguments)
     picture = draw(json.loads(arguments.json.read_text()), arguments.json.with_suffix(".png"))
     print(f"written: {arguments.json} and {picture}")

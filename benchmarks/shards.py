@@ -7,8 +7,6 @@ keep a CPU busier. Figures are medians over rounds, ratios those within a round.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
@@ -16,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -25,10 +22,10 @@ from atlas_megatron.cli.version import add_version
 from atlas_megatron.config import MemoryConfig
 from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.parallel.device import flush_denormals, keep_freed_memory
-from atlas_megatron.reports.results import commit
 from benchmarks.contenders import contender
 from benchmarks.memory import timed
 from benchmarks.presets import ratio
+from benchmarks.report import made_by, write
 
 HEADS, HEAD_DIM, TOKENS = 4, 64, 4096
 BATCHES = (1, 4)
@@ -96,15 +93,10 @@ def _bench(arguments: argparse.Namespace) -> int:
             table.add_row(name, f"{of['tokens_per_second']:,}", str(of.get("times_the_plain", "")))
         Console(width=100).print(table)
     report = {
-        "command": " ".join(["python", "-m", "benchmarks.shards", *sys.argv[1:]]),
-        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "commit": commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **made_by("shards"),
         "shapes": shapes,
     }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written: {arguments.json}")
+    write(arguments.json, report)
     return 0
 
 

@@ -9,8 +9,6 @@ data.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,15 +16,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from atlas_megatron.cli.ending import command
 from atlas_megatron.cli.version import add_version
 from atlas_megatron.config import load
-from atlas_megatron.reports.results import commit
 from atlas_megatron.training.metrics import read
+from benchmarks.report import made_by, write
 from experiments.shared.protocol import Contender, Protocol, parameters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,17 +110,12 @@ def _bench(arguments: argparse.Namespace) -> int:
         table.add_row(name, *(f"{speed:,.0f}" for speed in by.values()), f"{sizes[name]:,}")
     Console(width=120).print(table)
     report = {
-        "command": " ".join(["python", "-m", "benchmarks.trainers", *sys.argv[1:]]),
-        "commit": commit(),
-        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **made_by("trainers"),
         "tokens_a_step": TOKENS,
         "parameters": sizes,
         "tokens_per_second": speeds,
     }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written: {arguments.json}")
+    write(arguments.json, report)
     return 0
 
 

@@ -11,7 +11,7 @@ import pytest
 from atlas_megatron.config import LAYERS
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("kernels", "atlas_megatron", "experiments", "benchmarks", "tools", "tests")
+ROOMS = ("kernels", "atlas_megatron", "experiments", "benchmarks", "tools", "docs", "tests")
 SOURCES = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))
 KERNELS = [file for file in SOURCES if file.is_relative_to(ROOT / "kernels")]
 HF = ROOT / "atlas_megatron/hf"

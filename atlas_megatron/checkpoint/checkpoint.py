@@ -7,7 +7,6 @@ file's size and checksum, is on the disk. Sharding is Megatron's (`dist_checkpoi
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -16,9 +15,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
@@ -40,6 +38,7 @@ from atlas_megatron.files.integrity import MARKER
 from atlas_megatron.model.build import build_model
 from atlas_megatron.parallel import world
 from atlas_megatron.parallel.device import device
+from atlas_megatron.parallel.random_state import random_state, set_random_state
 
 CONFIG = "config.toml"
 SET_ASIDE = "damaged.json"  # the marker of a checkpoint that was found damaged; named back, it counts again
@@ -262,7 +261,7 @@ def restore(folder: Path, config: Config, trained: TrainState) -> Progress:
     trained.scheduler.num_steps = 0
     trained.scheduler.load_state_dict(loaded["scheduler"])
     if same_layout:
-        _set_random_state(loaded["random"])
+        set_random_state(loaded["random"])
     # Runs from before batches could be skipped, or tokens were counted, have not saved all of it.
     found = {f.name: loaded.get(f.name, f.default) for f in fields(Progress)}
     found["tokens"] = found["tokens"] or found["step"] * before.train.global_batch * before.model.seq_length
@@ -343,7 +342,7 @@ def save_weights(model: MegatronModule, config: Config) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     # Under one name, as an import has it: parameters are found by their own.
-    write_shards({"model": model.sharded_state_dict(metadata=_sharding())} | WEIGHTS_ONLY, temporary)
+    write_shards({"model": model.sharded_state_dict(metadata=sharding_metadata())} | WEIGHTS_ONLY, temporary)
     complete(temporary, config, 0)
     step_folders.make_room(folder)
     os.rename(temporary, folder)
@@ -352,7 +351,7 @@ def save_weights(model: MegatronModule, config: Config) -> Path:
 
 def _load_parameters(folder: Path, chunks: dict[str, MegatronModule]) -> None:
     """The parameters of these stages. Raises ValueError where the checkpoint has not all of them."""
-    state = {name: chunk.sharded_state_dict(metadata=_sharding()) for name, chunk in chunks.items()}
+    state = {name: chunk.sharded_state_dict(metadata=sharding_metadata()) for name, chunk in chunks.items()}
     loaded = load_sharded(state, folder, StrictHandling.IGNORE_ALL)
     for name, chunk in chunks.items():
         # Beside its weight a linear keeps a state of its own (FP8's scales), which weights from elsewhere come without.
@@ -362,7 +361,7 @@ def _load_parameters(folder: Path, chunks: dict[str, MegatronModule]) -> None:
             raise ValueError(f"checkpoint {folder} lacks {', '.join(lost + found.unexpected_keys)}; restore its files")
 
 
-def _sharding() -> dict[str, Any]:
+def sharding_metadata() -> dict[str, Any]:
     """How core shards what it saves; a new dict each time, as core notes the run's process groups in it."""
     # The distributed optimizer's default cannot be saved by this Megatron; this one reshards over any layout. Without a
     # prefix a state's name is its parameter's, whichever optimizer of a chain holds it.
@@ -379,34 +378,15 @@ def _named(chunks: list[MegatronModule]) -> dict[str, MegatronModule]:
 
 
 def _state(trained: TrainState, parallel: ParallelConfig, *, loading: bool) -> dict[str, Any]:
-    sharding = _sharding()
+    sharding = sharding_metadata()
     model = {name: chunk.sharded_state_dict(metadata=sharding) for name, chunk in _named(trained.chunks).items()}
     # is_loading allocates the moments to load into; without it they would be left out silently.
     with true_offsets(trained.optimizer):
         optimizer = trained.optimizer.sharded_state_dict(model, is_loading=loading, metadata=sharding)
     shard = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank())
     replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    generators = ShardedObject("random", _random_state(), tuple(_layout(parallel)), shard, replica)
+    generators = ShardedObject("random", random_state(), tuple(_layout(parallel)), shard, replica)
     return {"model": model, "optimizer": optimizer, "scheduler": trained.scheduler.state_dict(), "random": generators}
-
-
-def _random_state() -> dict[str, Any]:
-    kind, keys, *rest = numpy.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(),
-        "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    numpy.random.set_state(state["numpy"])
-    torch.cuda.set_rng_state(state["cuda"])
-    torch.set_rng_state(state["torch"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
 
 
 def complete(

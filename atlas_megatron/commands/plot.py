@@ -1,5 +1,6 @@
-"""Draw runs: of each loss.png (training and validation loss), position_loss.png (loss against position in the context)
-and diagnostics.png (what its memory layers measured); of several also compare.png, side by side."""
+"""Draw runs: of each loss.png (training and validation loss), position_loss.png (loss against position in the context),
+diagnostics.png (what its memory layers measured) and evaluation.png (what train.evaluate_tasks scored); of several also
+compare.png, side by side."""
 
 from __future__ import annotations
 

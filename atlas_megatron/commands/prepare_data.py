@@ -6,14 +6,21 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from atlas_megatron.cli.ending import command
 from atlas_megatron.cli.version import add_version
+from atlas_megatron.data.shards import Shard
+from atlas_megatron.files.resumable import folder_beside
+
+if TYPE_CHECKING:
+    from atlas_megatron.data.corpus import Summary
 
 EXAMPLES = """\
 examples:
@@ -24,6 +31,10 @@ examples:
   Parquet, nothing held out; JSON lines as they are published, the text under "meta" and there "text"
     python tools/prepare_data.py code.parquet --out data/code --tokenizer data/books/tokenizer --validation 0
     python tools/prepare_data.py 'crawl/*.jsonl.zst' --key meta.text --skip-bad --out data/crawl --train-tokenizer 32000
+  four nodes, each with its share of the files, then one that joins them; copies of a text are left out
+    python tools/prepare_data.py 'crawl/*.jsonl.zst' --dedup --tokenizer models/llama --out data/crawl --shard 0/4
+    ... --shard 1/4, 2/4, 3/4 on the others; when all are done, the same words with --merge in its place:
+    python tools/prepare_data.py 'crawl/*.jsonl.zst' --dedup --tokenizer models/llama --out data/crawl --merge 4
   a validation split out of data that are tokens already
     python tools/prepare_data.py data/old/train --out data/new --tokenizer models/llama --validation 0.01
 
@@ -76,6 +87,16 @@ def _parser() -> argparse.ArgumentParser:
         help="share of documents held out, chosen by a hash of their text; 0 for none (default: %(default)s)",
     )
     parser.add_argument(
+        "--dedup", action="store_true", help="leave out all but the first of equal texts (by SHA-256), and count them"
+    )
+    several = parser.add_mutually_exclusive_group()
+    several.add_argument(
+        "--shard", default="", metavar="I/N", help="prepare the I-th of N shares of the files, from 0/N on"
+    )
+    several.add_argument(
+        "--merge", type=int, default=0, metavar="N", help="join N shards that were prepared with these same words"
+    )
+    parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes that encode (default: %(default)s)"
     )
     return parser
@@ -85,37 +106,73 @@ def _prepare(arguments: argparse.Namespace) -> int:
     # Writing token files uses no accelerator, so what core says of absent ones is noise here.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     # Here, not at the top: Megatron loads torch, and --help and the worker processes do without.
+    from atlas_megatron.data.merging import merge
     from atlas_megatron.data.prepare import Options, input_files, prepare
     from atlas_megatron.data.records import Skipped
 
     options = Options(
-        arguments.tokenizer, arguments.train_tokenizer, arguments.key, arguments.validation, arguments.workers
+        arguments.tokenizer,
+        arguments.train_tokenizer,
+        arguments.key,
+        arguments.validation,
+        arguments.workers,
+        arguments.dedup,
     )
+    shard = Shard.parse(arguments.shard) if arguments.shard else None
     skipped = Skipped() if arguments.skip_bad else None
-    total = sum(file.stat().st_size for file in input_files(arguments.inputs) if file.is_file())
+    files = [file for file in input_files(arguments.inputs) if file.is_file()]
+    total = sum(file.stat().st_size for file in (shard.of(files) if shard else files))
+    unfinished = None if arguments.merge else shard.folder(arguments.out) if shard else arguments.out
     columns = (TextColumn("{task.description:>9}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        stages = {name: progress.add_task(name, total=total, visible=False) for name in ("tokenizer", "tokens")}
+    with _saying_what_is_kept(unfinished), Progress(*columns, console=Console(stderr=True)) as progress:
+        # How much is copied into files in the end hangs on the copies that are left out.
+        stages = {
+            name: progress.add_task(name, total=size, visible=False)
+            for name, size in (("tokenizer", total), ("tokens", total), ("files", None))
+        }
 
         def advance(stage: str, size: int) -> None:
             progress.update(stages[stage], advance=size, visible=True)
 
-        out, overwrite = arguments.out, arguments.overwrite
-        summary, written = prepare(arguments.inputs, out, options, advance, skipped, overwrite)
+        inputs, out, overwrite = arguments.inputs, arguments.out, arguments.overwrite
+        if arguments.merge:
+            summary, written = merge(inputs, out, options, advance, arguments.merge, overwrite)
+        else:
+            summary, written = prepare(inputs, out, options, advance, skipped, overwrite, shard)
     if skipped and skipped.count:
         print(skipped, file=sys.stderr)
     elif summary.skipped:
         print(f"left out {summary.skipped:,} bad records when it was prepared", file=sys.stderr)
+    _say(arguments, summary, written, shard)
+    return 0
+
+
+def _say(arguments: argparse.Namespace, summary: Summary, written: bool, shard: Shard | None) -> None:
     for name, split in summary.splits.items():
         print(f"{name:>10}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes")
-    if not arguments.train_tokenizer and Path(summary.tokenizer) == arguments.out / "tokenizer":
+    if arguments.dedup and not shard:
+        print(f"left out {summary.duplicates:,} copies of documents that are there already")
+    out: Path = shard.folder(arguments.out) if shard else arguments.out
+    if not arguments.train_tokenizer and Path(summary.tokenizer) == out / "tokenizer":
         print(f"{arguments.tokenizer} has no tokenizer.json; converted, it is {summary.tokenizer}")
-    print(f"{arguments.out} " + (f"written; vocabulary {summary.vocab_size:,}" if written else "is up to date"))
-    return 0
+    print(f"{out} " + (f"written; vocabulary {summary.vocab_size:,}" if written else "is up to date"))
+    if shard:
+        print(f"when all {shard.count} are there: the same words, with --merge {shard.count} in the place of --shard")
+
+
+@contextmanager
+def _saying_what_is_kept(out: Path | None) -> Iterator[None]:
+    """Where work on `out` ends early and another start goes on with it, a line says so."""
+    try:
+        yield
+    except BaseException:
+        if out is not None and folder_beside(out).is_dir():
+            print(f"{folder_beside(out)} keeps what is done; the same command goes on from there", file=sys.stderr)
+        raise
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Prepare what the command line asks for; its exit status."""
     remedy = "give fewer --workers, or leave out the documents that are too large"
     work = lambda: _prepare(_parser().parse_args(words))  # noqa: E731
-    return command("prepare_data", work, on_memory=remedy, left="nothing was written")
+    return command("prepare_data", work, on_memory=remedy, left="no data were written")

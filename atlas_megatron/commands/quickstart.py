@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.multiprocessing
@@ -19,14 +21,16 @@ from rich.table import Table
 
 from atlas_megatron import train
 from atlas_megatron.cli.ending import command
-from atlas_megatron.cli.version import add_version
+from atlas_megatron.cli.version import add_version, versions
 from atlas_megatron.commands import prepare_data
 from atlas_megatron.config import Config, load, uses
+from atlas_megatron.config.shipped import CONFIGS
 from atlas_megatron.data.corpus import standard_library
+from atlas_megatron.files.scratch import write_whole
 from atlas_megatron.reports.runs import plot_run
 from atlas_megatron.resilience.stop_signals import SIGNALS
 
-CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.toml"
+CONFIG = CONFIGS / "quickstart.toml"
 CORPUS_BYTES = 10_000_000
 HELD_OUT = 0.04  # share of files
 PROMPT_TOKENS = 128
@@ -130,7 +134,8 @@ def _write_sample(directory: Path) -> Path:
     return sample
 
 
-def _table(config: Config) -> Table:
+def summary(config: Config) -> dict[str, Any]:
+    """What came out of a run that has ended, by name; also what each measurement of the memory layers was at last."""
     from atlas_megatron.model.build import num_params
     from atlas_megatron.reports.baselines import baselines
     from atlas_megatron.training.metrics import mean_measurements, read, silenced_difference
@@ -138,19 +143,35 @@ def _table(config: Config) -> Table:
     records = read(config.run.directory)
     validated = next(record for record in reversed(records) if "validation_bits_per_byte" in record)
     against = baselines(config)
-    table = Table("quickstart", "value", title=config.run.directory)
-    table.columns[1].justify = "right"
-    table.add_row("parameters", f"{num_params(config):,}")
-    table.add_row("tokens seen", f"{records[-1]['tokens']:,}")
     tokens = config.train.global_batch * config.model.seq_length
-    table.add_row("tokens/s, median", f"{median(tokens / record['step_seconds'] for record in records):,.0f}")
-    table.add_row("validation bits per byte: this model", f"{validated['validation_bits_per_byte']:.3f}")
-    table.add_row("  on the same bytes: unigram model of its tokens", f"{against.unigram:.3f}")
-    table.add_row("  on the same bytes: gzip -9", f"{against.gzip:.3f}")
-    contributes = silenced_difference(validated)
-    if contributes is not None:
-        table.add_row("  with the memories silenced, change in nats a token", f"{contributes:+.4f}")
-    for name, value in mean_measurements(records).items():
+    return {
+        "command": "make quickstart",
+        "versions": versions(),
+        "parameters": num_params(config),
+        "tokens": records[-1]["tokens"],
+        "tokens_per_second": round(median(tokens / record["step_seconds"] for record in records)),
+        "bits_per_byte": validated["validation_bits_per_byte"],
+        "unigram_bits_per_byte": against.unigram,
+        "gzip_bits_per_byte": against.gzip,
+        # None for a model without a memory.
+        "ablated_nats": silenced_difference(validated),
+        "largest_gradient_norm": max(record["grad_norm"] for record in records),
+        "memory_layers": mean_measurements(records),
+    }
+
+
+def _table(directory: str, found: dict[str, Any]) -> Table:
+    table = Table("quickstart", "value", title=directory)
+    table.columns[1].justify = "right"
+    table.add_row("parameters", f"{found['parameters']:,}")
+    table.add_row("tokens seen", f"{found['tokens']:,}")
+    table.add_row("tokens/s, median", f"{found['tokens_per_second']:,}")
+    table.add_row("validation bits per byte: this model", f"{found['bits_per_byte']:.3f}")
+    table.add_row("  on the same bytes: unigram model of its tokens", f"{found['unigram_bits_per_byte']:.3f}")
+    table.add_row("  on the same bytes: gzip -9", f"{found['gzip_bits_per_byte']:.3f}")
+    if found["ablated_nats"] is not None:
+        table.add_row("  with the memories ablated, change in nats a token", f"{found['ablated_nats']:+.4f}")
+    for name, value in found["memory_layers"].items():
         if name.endswith(("_mean", "_norm")):
             table.add_row(f"{name.replace('_', ' ')} over the memory layers", f"{value:.4g}")
     return table
@@ -193,7 +214,9 @@ def _quickstart(overrides: Sequence[str]) -> int:
     directory = Path(config.run.directory)
     pictures = plot_run(directory)
     sample = _write_sample(directory)
-    Console(soft_wrap=True).print(_table(config))
+    found = summary(config)
+    write_whole(directory / "summary.json", f"{json.dumps(found, indent=1)}\n")
+    Console(soft_wrap=True).print(_table(config.run.directory, found))
     print(f"{sample}\n\n{sample.read_text(encoding='utf-8')}")
     print(f"pictures: {', '.join(picture.name for picture in pictures)} in {directory}")
     print(f"curves: tensorboard --logdir {directory}")

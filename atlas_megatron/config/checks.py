@@ -12,14 +12,14 @@ from atlas_megatron.config import LAYERS, Config, uses
 from atlas_megatron.config.batch_ramp import stages
 from atlas_megatron.config.context_levels import context_levels
 from atlas_megatron.config.layers import CUT, split_sections
-from atlas_megatron.config.optimizer_checks import check_optimizer
 from atlas_megatron.config.expert_checks import check_experts
+from atlas_megatron.config.gpu_checks import check_cuda_graph, check_fp8
+from atlas_megatron.config.optimizer_checks import check_optimizer
 from atlas_megatron.config.scale_checks import check_depths, check_recompute
 from atlas_megatron.config.schedule_checks import check_schedule
+from atlas_megatron.config.watching_checks import check_watching
 
 CONTEXT_MODES = ("auto", "heads", "handoff", "heads+handoff")
-# Sizes of FP8 products.
-FP8_MULTIPLE = 16
 # Of one process: each is a process more.
 MOST_WORKERS = 1024
 LONGEST_MINUTES = 365 * 24 * 60
@@ -37,7 +37,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "recurrent.heads recurrent.head_dim delta.heads delta.head_dim delta.conv_size "
         "experts.count experts.top_k experts.ffn_hidden_size parallel.expert "
         "train.steps train.global_batch train.micro_batch train.lr train.adam_eps train.log_every train.stats_every "
-        "train.muon_num_ns_steps train.muon_extra_scale_factor "
+        "train.muon_num_ns_steps train.muon_extra_scale_factor train.evaluate_samples train.sample_tokens "
         "checkpoint.every checkpoint.keep resilience.skips_in_a_row "
         "parallel.tensor parallel.pipeline parallel.virtual parallel.context parallel.timeout_minutes",
         lambda value: value > 0,
@@ -47,7 +47,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "train.warmup_steps train.decay_steps train.weight_decay train.clip_grad train.validate_every "
         "train.validate_sequences train.min_lr train.write_budget train.late_write_budget train.gradient_reach "
         "resilience.hang_minutes resilience.straggler_every resilience.most_skipped resilience.most_returns "
-        "attention.persistent train.recompute_layers train.aux_loss experts.shared_ffn_hidden_size",
+        "attention.persistent train.evaluate_every train.sample_every train.recompute_layers train.aux_loss "
+        "experts.shared_ffn_hidden_size",
         lambda value: value >= 0,
         "be 0 or more",
     ),
@@ -90,11 +91,12 @@ def validate(config: Config, world_size: int) -> None:
     _check_choices(config)
     _check_together(config)
     check_schedule(config.train)
+    check_watching(config)
     _check_parallel(config, world_size)
     _check_model(config)
     _check_batches(config, world_size)
-    _check_fp8(config)
-    _check_cuda_graph(config)
+    check_fp8(config)
+    check_cuda_graph(config)
     check_optimizer(config)
     check_recompute(config)
     check_experts(config, world_size)
@@ -396,55 +398,3 @@ def _check_batches(config: Config, world_size: int) -> None:
                 f"{said} is not a multiple of train.micro_batch={train.micro_batch} x {replicas} data-parallel "
                 f"replicas{interleaved} = {together}; nearest: {max(1, round(size / together)) * together}"
             )
-
-
-def _check_fp8(config: Config) -> None:
-    """Raise ValueError where `train.fp8` asks for what Transformer Engine's FP8 products cannot take."""
-    if not config.train.fp8:
-        return
-    if not config.model.transformer_engine:
-        raise ValueError(
-            f"train.fp8={config.train.fp8!r} with model.transformer_engine=false, whose linears know no FP8; set "
-            "model.transformer_engine=true, or train.fp8=''"
-        )
-    if config.train.precision == "float32":
-        raise ValueError(f"train.fp8={config.train.fp8!r} with train.precision='float32'; set precision='bfloat16'")
-    model, parallel, pattern = config.model, config.parallel, config.model.pattern
-    shards = parallel.context * (parallel.tensor if parallel.sequence else 1)
-    sizes = {
-        "model.hidden_size": model.hidden_size,
-        f"model.ffn_hidden_size / tensor={parallel.tensor}": model.ffn_hidden_size // parallel.tensor,
-        f"train.micro_batch x model.seq_length / {shards} shards": config.train.micro_batch
-        * model.seq_length
-        // shards,
-    }
-    for name in split_sections(pattern):
-        section = getattr(config, name)
-        width = section.heads * section.head_dim // parallel.tensor
-        sizes[f"{name}.heads x head_dim / tensor={parallel.tensor}"] = width
-    for name, size in sizes.items():
-        if size % FP8_MULTIPLE:
-            raise ValueError(
-                f"{name} = {size} is no multiple of {FP8_MULTIPLE}, which train.fp8 needs; nearest: "
-                f"{max(1, round(size / FP8_MULTIPLE)) * FP8_MULTIPLE}"
-            )
-
-
-def _check_cuda_graph(config: Config) -> None:
-    """Raise ValueError where a step does what a CUDA graph cannot hold, or what none has been captured with."""
-    if not config.train.cuda_graph:
-        return
-    parallel, train = config.parallel, config.train
-    hindrances = (
-        (config.data.packed, "data.packed=true", "the host reads where documents begin"),
-        (train.batch_ramp != "", f"train.batch_ramp={train.batch_ramp!r}", "a graph has one number of micro-batches"),
-        (train.write_budget != 0, f"train.write_budget={train.write_budget}", "its weight is another in every step"),
-        (train.recompute, "train.recompute=true", "the host keeps the random state of what is recomputed"),
-        (train.recompute_modules != (), "train.recompute_modules", "the host keeps their random state"),
-        (train.fp8 != "", f"train.fp8={train.fp8!r}", "the host updates its scales"),
-        (parallel.pipeline > 1, f"parallel.pipeline={parallel.pipeline}", "stages wait for each other on the host"),
-        (parallel.context > 1, f"parallel.context={parallel.context}", "shards wait for each other on the host"),
-    )
-    for hinders, given, why in hindrances:
-        if hinders:
-            raise ValueError(f"train.cuda_graph=true with {given}: {why}; set train.cuda_graph=false")

@@ -11,7 +11,7 @@ from atlas_megatron.config.values import toml_value
 # Where a run lies, and how it is watched and repaired, make nothing of what it learns another.
 ASIDE = (
     "run.directory", "data.workers", "data.allow_change", "log.", "resilience.", "parallel.", "checkpoint.",
-    "train.log_every", "train.stats_every",
+    "train.log_every", "train.stats_every", "train.evaluate_", "train.sample_", "train.profile",
 )  # fmt: skip
 
 

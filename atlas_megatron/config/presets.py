@@ -1,7 +1,7 @@
-"""The members of the family by name: what `memory.preset` sets. One row of the definition's table each.
+"""What `memory.preset` sets: the members of the family by name.
 
-A preset names only what makes the member; widths, heads and starts stay as they are. It is applied before the other
-keys of its source, so that a key beside it wins, and a preset on the command line wins over the file.
+A preset sets only the keys that make the member. Widths, heads and starts stay as they are. It is applied before the
+other keys of its file or command line, so a key beside it wins. A preset on the command line wins over the file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _ONLINE = {"window": 1, "omega_gates": "none"}
 _NEWTON_SCHULZ = {"momentum": True, "ns_steps": 5}
 _MOMENTUM = {"momentum": True, "ns_steps": 0, "ns_period": 1}
 _PLAIN = {"momentum": False, "ns_steps": 0, "ns_period": 1}
-# With Newton-Schulz as the paper prints it; what writes raw gradients needs the norm.
+# Memories that write raw gradients diverge without the output norm. With Newton-Schulz the paper's form needs none.
 _DEEP = {"network": "mlp", "norm": "layer"}
 _PLAIN_DEEP = {"network": "mlp", "norm": "none"}
 _LINEAR = {"network": "linear", "norm": "none"}
@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "omeganet": {**_DEEP, **_L2, **_OMEGA, **_PLAIN, **_POLYNOMIAL},
     "titans": {**_DEEP, **_L2, **_ONLINE, **_MOMENTUM, **_IDENTITY, "step_in_momentum": True},
     "ttt": {**_DEEP, **_KEEPS_ALL, **_ONLINE, **_PLAIN, **_IDENTITY},
-    # Steps between 0 and 1: with keys of length 1, the whole error at most.
+    # Steps lie between 0 and 1: with keys of length 1, a step of 1 removes the whole error.
     "delta": {**_LINEAR, **_KEEPS_ALL, **_ONLINE, **_PLAIN, **_IDENTITY, "chunk": 1, "eta_start": 0.1},
     "dla": {**_DEEP, **_DOT, **_ONLINE, **_PLAIN, **_POLYNOMIAL},
     "swla": {**_LINEAR, **_DOT, **_OMEGA, **_PLAIN, **_POLYNOMIAL},

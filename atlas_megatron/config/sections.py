@@ -46,74 +46,77 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """The neural memory of every `M` layer; the letters of the paper in brackets."""
+    """The neural memory of every `M` layer, with the letters of the paper."""
 
     # Sets the keys that make a member of the family: atlas, atlas++, omeganet, titans, ttt, delta, dla, swla,
-    # deep_transformer, swdt, dot. A key beside it wins; on the command line it wins over the file.
+    # deep_transformer, swdt, dot. A key beside the preset wins. A preset on the command line wins over the file.
     preset: str = ""
     network: str = "mlp"  # linear | mlp | gated_mlp: what answers a key with a value
     loss: str = "l2"  # l2 | dot
-    # none | layer: LayerNorm on the memory's output. Deep memories without Newton-Schulz diverge without it; with
-    # Newton-Schulz it costs bits and makes outer gradients explode (docs/results/recipe.md).
+    # none | layer: a LayerNorm on the memory's output. Deep memories that write raw gradients diverge without the norm.
+    # With Newton-Schulz the norm costs bits, and makes outer gradients explode (docs/results/recipe.md).
     norm: str = "none"
     activation: str = "gelu"
     heads: int = 4
     head_dim: int = 64  # K = V
     expansion: int = 4  # F / V of a deep memory
-    kernel: str = "lifted"  # lifted (by feature_map) | exponential | softmax (divided by its sum): a growing cache
+    # lifted: keys pass through feature_map. exponential | softmax (divided by its sum): no finite features, and a cache
+    # that grows with the context.
+    kernel: str = "lifted"
     feature_map: str = "hadamard"  # identity | hadamard | taylor | sketch
     degree: int = 2  # p of the feature map
     sketch_width: int = 0  # features of each degree from 2 on of feature_map = "sketch"
     window: int = 16  # c of the Omega rule, tokens
     chunk: int = 64  # b, tokens that share one gradient anchor
-    # Tokens after which the memory is at its start weights again, in whole chunks; 0: never. Shards do not wait for
-    # each other.
+    # Tokens after which the memory begins anew at its start weights, a multiple of chunk; 0: never. Shards are computed
+    # side by side.
     shard: int = 0
-    # token: a token reads after its own write. chunk: it reads the weights of its chunk's start, which makes a chunk of
-    # 2,048 tokens cheap (TNT's global memory).
+    # token: each token reads after its own write. chunk: it reads the weights of its chunk's start (TNT's global
+    # memory), which makes a chunk of 2,048 tokens cheap.
     read: str = "token"
     # Local memories beside this one, "chunk/shard" in tokens each, as ["8/2048", "16/2048"] (TNT, arXiv 2511.07343).
-    # They write the same keys and values from learned starts of their own, and the layer reads the sum of all. Their
-    # steps start by their own chunks. A third number is the chunk that one was trained at, whose step it keeps.
+    # All write the same keys and values, from learned start weights of their own. The layer reads the sum of all reads.
+    # Step sizes start by each memory's own chunk. A third number is the chunk of training, whose step size is kept.
     locals: tuple[str, ...] = ()
     projection: bool = False  # local memories are read with queries moved into the span of their shard's keys
     omega_gates: str = "pair"  # gamma: pair (one a reader and source) | source | none (1)
-    momentum: bool = True
+    momentum: bool = True  # false: S_t = G_t
     step_in_momentum: bool = False  # Titans: eta scales the gradient that enters the momentum, not the write
     retention: bool = True  # false: alpha is 1, nothing decays
     ns_steps: int = 5  # k, Newton-Schulz steps; 0 writes the raw momentum
     ns_period: int = 1  # m, tokens between orthogonalised writes (1 is the paper); divides chunk
-    ns_step: str = "last"  # of a write: last (eta of its token) | sum (of the ns_period etas that it stands for)
+    ns_step: str = "last"  # step size of such a write. last: eta of its token. sum: the sum of eta over its m tokens
     ns_coefficients: str = "jordan"  # jordan | polar_express
-    # Writing and forgetting follow one gate w that can be exactly 0: eta is its bound times w, alpha its gate to the
-    # power w. What is not worth a write is not forgotten over; train.write_budget makes it ask for zeros.
+    # Writing and forgetting follow one gate w that can be exactly 0: the step size is eta's bound times w, and the
+    # retention is alpha's gate to the power w. A token that writes nothing forgets nothing. train.write_budget asks the
+    # model for zeros.
     write_gate: bool = False
     conv_size: int = 4  # taps of the short convolutions on q, k, v
-    # Keys start as the query of the token before them: a memory begins by answering what followed its query, and
-    # learns to recall sooner (docs/results/mqar.md). False: as they are drawn.
+    # At the start a key is the query of the token before it. A memory then answers with what followed its query, and
+    # learns to recall sooner (docs/results/mqar.md). False: keys are drawn independently.
     late_keys: bool = True
-    # The output gate has a bias, which starts where SiLU is one. Without it a read begins times a small random sign.
+    # The output gate has a bias that starts where SiLU is one. Without it reads start scaled by small random numbers.
     open_gate: bool = True
-    # Values start as their token alone and the output matrix as the transpose of theirs: with the two above a memory
-    # begins by saying the token that followed what it is asked for (docs/results/recipe.md).
+    # Values start as the token alone, and the output matrix as the transpose of the values' matrix. With late_keys and
+    # open_gate a memory starts by saying the token that followed what it is asked for (docs/results/recipe.md).
     copy_start: bool = True
-    gate_rank: int = 32  # of the low-rank pairs behind alpha, eta, theta, gamma
-    # Retention of one token at initialisation. 0 derives it. Newton-Schulz: 0.99, which at its step keeps the outer
-    # gradient over any number of chunks near one. None: what was there first fades to a third over seq_length tokens,
-    # 100 at least; where it fades away the output norm divides by next to nothing, and gradients explode.
+    gate_rank: int = 32  # rank of the bottlenecks behind alpha, eta, theta, gamma
+    # Retention of one token at initialisation; 0 derives it. With Newton-Schulz: 0.99, which keeps the outer gradient
+    # over any number of chunks near one. Without: the start weights fade to a third over seq_length tokens (100 at
+    # least). If they faded away, the output norm would divide by almost nothing, and gradients would explode.
     alpha_start: float = 0.0
     theta_start: float = 0.9  # momentum decay at initialisation
     gamma_start: float = 0.5  # Omega gate at initialisation
-    # Step size at initialisation; a learned one stays below 10 times it. 0 derives it. Newton-Schulz: 0.01 a token
-    # (0.0015 for a gated memory).
-    # None: the steps of one chunk (eta x gamma x window / (1 - theta) x chunk, all at one anchor) sum to eta_sum, so
-    # that the largest sum to one: beyond, deep memories diverge. For a linear memory with the dot loss, which has no
-    # feedback, the steps of one token sum to it.
+    # Step size at initialisation; 0 derives it. A learned one stays below 10 times the start.
+    # With Newton-Schulz: 0.01 a token (0.0015 for a gated memory).
+    # Without: the steps of one chunk, eta x gamma x window / (1 - theta) x chunk, sum to eta_sum. Deep memories diverge
+    # where the largest sum passes one. A linear memory with the dot loss has no feedback: the steps of one token sum to
+    # eta_sum.
     eta_start: float = 0.0
-    eta_sum: float = 0.1
-    # Of a deep memory: the share of the outer gradient that passes through the weights at which inner gradients are
-    # taken. 1 is exact; where a recipe of one's own makes it explode, less of it damps each passage. 0 is first order,
-    # those weights are constants: cheaper, and learns recall less well. A linear memory's is always exact.
+    eta_sum: float = 0.1  # see eta_start
+    # Deep memories: the share of the outer gradient that passes through the weights at which inner gradients are taken.
+    # 1 is exact. Less damps each passage, where a recipe of your own explodes. 0 is first order: cheaper, and recall is
+    # learned less well. The gradient of a linear memory is always exact.
     anchor_gradient: float = 1.0
     impl: str = "auto"  # reference | chunked | triton (a GPU) | auto
 
@@ -169,7 +172,7 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """AdamW or Muon, a linear warm-up, and a learning rate that then follows `schedule`."""
+    """Optimizer, batches and steps. The learning rate rises linearly, then follows `schedule`."""
 
     steps: int = 1000
     # A run's directory, or one of its checkpoints: a new run takes its weights and nothing else, in any layout. Steps,
@@ -254,6 +257,17 @@ class TrainConfig:
     validate_silenced: bool = False  # also validate with every memory held at its start weights: what it contributes
     log_every: int = 1  # steps between progress lines; metrics.jsonl has every step
     stats_every: int = 10  # steps between measurements of gates, norms, surprise, spectra and memory share
+    # Steps between readings of the live model by tasks of atlas-eval (docs/watching.md), the last step too; 0 never.
+    evaluate_every: int = 0
+    evaluate_tasks: tuple[str, ...] = ("perplexity", "mqar", "niah_single_1")  # of atlas-eval, those of its own
+    evaluate_lengths: str = ""  # tokens of context and question, as "1K,4K" (K is 1,024); "": model.seq_length
+    evaluate_samples: int = 16  # examples of a task at each length
+    sample_every: int = 0  # steps between texts that the live model writes, the last step too; 0 never
+    sample_prompt: str = ""  # what such a text begins with; "": it begins as a document does
+    sample_tokens: int = 100  # most tokens that it is continued by
+    # START:STOP: a torch.profiler trace of the steps from START up to before STOP, and a table of their operators, in
+    # the run's directory. "": none.
+    profile: str = ""
 
 
 @dataclass(frozen=True)
@@ -286,6 +300,9 @@ class ResilienceConfig:
 class DataConfig:
     """Megatron .bin/.idx prefixes; a blend is a list of ``"weight prefix"``."""
 
+    # The sets to read, in proportion to weights ("0.7 data/books/train"), to counts of tokens ("20B data/web/train"
+    # with K, M, B or T), or, without either, to their sizes. A set that ends begins anew in another order: how often
+    # each is read is said before the first step.
     train: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
     tokenizer: str = ""  # folder with tokenizer.json

@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 
 from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.config.sections import LATER, RENAMED, Config
+from atlas_megatron.config.shipped import config_file
 from atlas_megatron.config.values import parse_word, toml_value, typed
 
 
@@ -28,11 +29,12 @@ def load(
 ) -> Config:
     """Read a TOML file, then apply ``section.key=value`` words to it, last word winning.
 
-    A value is written as in TOML; a bare word is taken as a string. absent: keys of each section where the file does
-    not have them. Raises ValueError for an unknown section or key (the nearest known one is named), a value of another
-    type, a word of another form, or a file that is not TOML.
+    A shipped file is found as configs/NAME.toml from anywhere. A value is written as in TOML; a bare word is a string.
+    absent: keys of each section where the file does not have them. Raises ValueError for an unknown section or key (the
+    nearest known one is named), a value of another type, a word of another form, or a file that is not TOML.
     """
-    if not Path(path).is_file():
+    path = config_file(path)
+    if not path.is_file():
         raise ValueError(f"{path} is no file; name a config, for example configs/quickstart.toml")
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))

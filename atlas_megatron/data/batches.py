@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader, default_collate
 from atlas_megatron.config import Config
 from atlas_megatron.data import index_cache
 from atlas_megatron.data.corpus import Summary
+from atlas_megatron.data.indexed_files import INDEX_HEADER, INDEX_MAGIC
 from atlas_megatron.data.order import TrainingOrder
 from atlas_megatron.data.prefixes import blend
 from atlas_megatron.data.tokenizer import Tokenizer, load_tokenizer
@@ -34,10 +34,6 @@ type Batch = dict[str, Tensor]
 VALIDATION_SEED = 1234
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
-# The .idx file, as megatron.core.datasets.indexed_dataset writes it: magic, version, dtype code,
-# sequence and document counts, then int32 lengths, int64 byte offsets, int64 document borders.
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
-INDEX_HEADER = struct.Struct("<9sQBQQ")
 # Token ids are checked against the vocabulary in full up to this much of a .bin, in evenly spaced
 # windows beyond it: a terabyte is not read before the first step.
 SCANNED_BYTES = 64 << 20
@@ -53,7 +49,9 @@ class Source:
     weight: float
 
 
-def build_datasets(config: Config, train_samples: int, validation_samples: int) -> tuple[SampleSet, SampleSet | None]:
+def build_datasets(
+    config: Config, train_samples: int, validation_samples: int
+) -> tuple[TrainingOrder, SampleSet | None]:
     """Build the train and validation sets through Megatron-Core; call it on every rank.
 
     Sequences hold `model.seq_length` tokens and one more for the last label. The sets repeat their
@@ -70,7 +68,7 @@ def build_datasets(config: Config, train_samples: int, validation_samples: int) 
 
 def _build(
     config: Config, train: tuple[Source, ...], train_samples: int, validation_samples: int
-) -> tuple[SampleSet, SampleSet | None]:
+) -> tuple[TrainingOrder, SampleSet | None]:
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_tokenizer(config, tokenizer)
     validation = sources(config, config.data.validation) if validation_samples else ()

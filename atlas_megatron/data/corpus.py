@@ -66,6 +66,7 @@ class Summary:
     # `Tokenizer.fingerprint` of it: data and models are of one tokenizer where theirs are equal. Empty: not known.
     tokenizer_fingerprint: str = ""
     skipped: int = 0  # bad records that were gone past
+    duplicates: int = 0  # documents that were left out as copies of an earlier one
 
     def write(self, folder: Path) -> None:
         (folder / SUMMARY).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")

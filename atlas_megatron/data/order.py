@@ -35,6 +35,16 @@ class TrainingOrder(Dataset):
     def __len__(self) -> int:
         return self._samples
 
+    @property
+    def passes(self) -> list[int]:
+        """How many samples one pass over each set holds."""
+        return [len(one) for one in self._sets]
+
+    @property
+    def weights(self) -> list[float]:
+        """The share of the samples that each set gives."""
+        return self._weights.tolist()
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         of, place = self._blended(index)
         number, within = divmod(place, len(self._sets[of]))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from atlas_megatron.config.batch_ramp import UNITS
+
 SUFFIXES = (".bin", ".idx")
+COUNT = re.compile(r"(\d+(?:\.\d+)?)([KMBT])")  # of tokens: 500M, 1.5B
 
 
 def is_indexed(prefix: str) -> bool:
@@ -40,25 +44,46 @@ def indexed_prefixes(inputs: Sequence[str]) -> list[str]:
 
 
 def blend(words: Sequence[str]) -> list[tuple[float | None, str]]:
-    """Split each ``"weight prefix"`` or ``"prefix"`` of a blend; either all carry a weight or none does.
+    """Split each ``"weight prefix"``, ``"20B prefix"`` (a count of tokens) or ``"prefix"`` of a blend.
 
-    What lies there by its whole name is a prefix, though it begins with a number: "2024 crawl/train". Raises
-    ValueError for weights that cannot be, and where some words have one and some have none.
+    A count is a weight too, as sets are drawn in proportion. What lies there by its whole name is a prefix, though it
+    begins with a number: "2024 crawl/train". Raises ValueError for weights that cannot be, and where the words are not
+    of one kind.
     """
-    pairs: list[tuple[float | None, str]] = []
-    for word in words:
-        whole = word.strip()
-        first, *rest = whole.split(maxsplit=1) or [""]
-        weight = None
-        if rest and not is_indexed(prefix_of(whole)):
-            try:
-                weight, whole = float(first), rest[0]
-            except ValueError:
-                pass  # a folder whose name holds a blank
-        pairs.append((weight, prefix_of(whole)))
+    asked_tokens(words)
+    pairs = [(None if amount is None else float(amount), prefix) for amount, prefix in map(_parted, words)]
     for weight, prefix in pairs:
         if weight is not None and not (weight > 0 and math.isfinite(weight)):
             raise ValueError(f"the weight of {prefix} is {weight}; give a number greater than 0")
     if len({weight is None for weight, _ in pairs}) > 1:
         raise ValueError(f"some sets of the blend {list(words)} carry a weight and some none; write one for each")
     return pairs
+
+
+def asked_tokens(words: Sequence[str]) -> list[int]:
+    """The counts of tokens in a blend that has counts for weights; an empty list where it has none.
+
+    Raises ValueError where some sets have a count and some a weight.
+    """
+    amounts = [amount for amount, _ in map(_parted, words)]
+    counts = [amount for amount in amounts if isinstance(amount, int)]
+    if counts and any(isinstance(amount, float) for amount in amounts):
+        raise ValueError(
+            f"some sets of the blend {list(words)} carry a count of tokens and some a weight; write one kind for all"
+        )
+    return counts
+
+
+def _parted(word: str) -> tuple[float | int | None, str]:
+    """A word's weight (a float), its count of tokens (an int) or neither, and its prefix."""
+    whole = word.strip()
+    first, *rest = whole.split(maxsplit=1) or [""]
+    if rest and not is_indexed(prefix_of(whole)):
+        count = COUNT.fullmatch(first)
+        if count:
+            return round(float(count[1]) * UNITS[count[2]]), prefix_of(rest[0])
+        try:
+            return float(first), prefix_of(rest[0])
+        except ValueError:
+            pass  # a folder whose name holds a blank
+    return None, prefix_of(whole)

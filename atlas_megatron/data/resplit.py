@@ -55,7 +55,8 @@ def _copy(tokens: np.ndarray, lengths: list[int], tokenizer: Tokenizer, writer: 
         digest.update(part.tobytes())
         text = tokenizer.decode(part[part != tokenizer.eod].tolist())
         size += len(text.encode(errors="replace"))
-    name = writer.split(digest.digest())
+    found = digest.digest()
+    name = writer.split(found)
     for start in range(0, len(tokens), TOKENS_A_READ):
         writer.add(name, tokens[start : start + TOKENS_A_READ])
-    writer.end(name, lengths, size)
+    writer.end(name, lengths, size, found)

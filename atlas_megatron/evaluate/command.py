@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import re
 import shlex
 import sys
 import sysconfig
@@ -12,14 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from atlas_megatron.cli.ending import command
-from atlas_megatron.cli.options import add_trust_remote_code
+from atlas_megatron.cli.options import add_trust_remote_code, lengths_of
 from atlas_megatron.cli.version import add_version
 from atlas_megatron.data.corpus import fingerprint
 from atlas_megatron.files.scratch import refusal
@@ -38,7 +36,6 @@ EXAMPLES = """examples:
   atlas-eval my_task runs/mine --tasks-folder my_tasks              # its own YAML format
   atlas-eval vt vt@2024-12-04 mqar@zoology runs/quickstart          # editions of a benchmark, named in the results
 """
-UNITS = {"": 1, "K": 1024, "M": 1024**2}
 # What a length is taken for where none is given.
 LENGTHS = "1K,4K,16K"
 SAMPLES = 16
@@ -140,17 +137,6 @@ def _editions() -> list[str]:
 
     of_text = [f"{name}@{edition}" for name, task in tasks.TASKS.items() for edition in task.others]
     return [*of_text, *(f"{name}@{edition}" for name, task in symbolic.TASKS.items() for edition in task.others)]
-
-
-def lengths_of(text: str, option: str = "--lengths") -> tuple[int, ...]:
-    """Tokens of a list as 1000,4K,10M, in rising order. Raises ValueError for another form."""
-    found = []
-    for word in text.split(","):
-        match = re.fullmatch(r"(\d+)([kKmM]?)", word.strip())
-        if not match:
-            raise ValueError(f"{option} {text!r}: {word.strip()!r} is no length; write for example 1000,4K,10M")
-        found.append(int(match[1]) * UNITS[match[2].upper()])
-    return tuple(sorted(set(found)))
 
 
 def _run(given: argparse.Namespace, words: tuple[str, ...]) -> int:
@@ -358,20 +344,16 @@ def _text(reader: Reader, asked: Asked, most: int) -> Text:
 
     Raises ValueError where nothing was named and the model is no run with data.
     """
-    from atlas_megatron.data.batches import blend, inspect
     from atlas_megatron.evaluate import perplexity
 
-    if asked.text:
-        prefix = asked.text.removesuffix(".bin").removesuffix(".idx")
-        if prefix == asked.text and Path(asked.text).is_file():
-            return perplexity.from_file(Path(asked.text), reader.tokenizer, most)
-    else:
-        sets = reader.config.data.validation
-        if not sets:
+    if not asked.text:
+        if not reader.config.data.validation:
             raise ValueError(f"{asked.model} names no validation data; give a text: --text FILE, or PREFIX of a .bin")
-        prefix = blend(sets)[0][1]
-    inspect(prefix, reader.tokenizer.vocab_size)
-    return perplexity.indexed(prefix)
+        return perplexity.of_validation(reader.config, reader.tokenizer)
+    prefix = asked.text.removesuffix(".bin").removesuffix(".idx")
+    if prefix == asked.text and Path(asked.text).is_file():
+        return perplexity.from_file(Path(asked.text), reader.tokenizer, most)
+    return perplexity.indexed(prefix, reader.tokenizer)
 
 
 def _symbolic(name: str, reader: Reader, asked: Asked) -> Table:
@@ -379,7 +361,7 @@ def _symbolic(name: str, reader: Reader, asked: Asked) -> Table:
 
     task = symbolic.find(name)
     results = _results(name, reader, asked, source=task.source)
-    longest = symbolic.longest(name, reader)
+    longest = symbolic.longest(name, reader.tokenizer.vocab_size)
     fits = tuple(length for length in asked.lengths if length <= longest)
     if fits != asked.lengths:
         said = f"{name}: a vocabulary of {reader.tokenizer.vocab_size:,} has ids for {longest:,} tokens"
@@ -389,10 +371,7 @@ def _symbolic(name: str, reader: Reader, asked: Asked) -> Table:
     asked = replace(asked, lengths=fits)
     seed, segment = asked.seed, asked.segment
     _fill(results, asked, lambda length, indices: symbolic.measured(task, reader, length, indices, seed, segment))
-    found = {}
-    for length in asked.lengths:
-        shares = [s for cell in _wanted(results, asked) if cell["length"] == length for s in cell["accuracy"]]
-        found[length] = (fmean(shares), stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else 0.0)
+    found = {length: symbolic.accuracy(_wanted(results, asked), length) for length in asked.lengths}
     guessed = {length: symbolic.chance(name, length) for length in asked.lengths}
     pictures.shares(results.path.with_suffix(".png"), f"{name}, {Path(asked.model).name}", found, guessed)
     table = Table("tokens", "accuracy", "any value", title=f"{name} ({task.source})")

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
+from atlas_megatron.config import Config
+from atlas_megatron.data.batches import blend, inspect
 from atlas_megatron.data.corpus import documents, fingerprint
 from atlas_megatron.data.pieces import pieces
 from atlas_megatron.data.records import holds_records
@@ -40,8 +42,17 @@ class Text:
     fingerprint: str = ""
 
 
-def indexed(prefix: str) -> Text:
-    """All documents of a Megatron .bin/.idx pair, one after the other, as they lie on the disk."""
+def of_validation(config: Config, tokenizer: Tokenizer) -> Text:
+    """The first of a run's validation sets, which must name one."""
+    return indexed(blend(config.data.validation)[0][1], tokenizer)
+
+
+def indexed(prefix: str, tokenizer: Tokenizer) -> Text:
+    """All documents of a Megatron .bin/.idx pair, one after the other, as they lie on the disk.
+
+    Raises ValueError where it is not whole, or has tokens that the tokenizer does not know.
+    """
+    inspect(prefix, tokenizer.vocab_size)
     dtype = IndexedDataset(prefix).index.dtype
     files = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
     return Text(prefix, np.memmap(files[0], dtype=dtype, mode="r"), fingerprint(files, ""))

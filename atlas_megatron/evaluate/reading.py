@@ -9,7 +9,8 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from atlas_megatron.inference.reader import Reader
 SEGMENT = 2048  # tokens of each context that are read at once
 PLAIN_LINE_SECONDS = 20.0  # between lines of progress where there is no terminal
 RESET_PEAK = "5"  # what Linux takes in clear_refs to begin the peak of a process anew
+_SHOWN = ContextVar("progress of a reading is shown", default=True)
 
 
 @dataclass(frozen=True)
@@ -140,11 +142,24 @@ def _restart_peak() -> bool:
     return True
 
 
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Within: readings show no progress, as where several processes read at once, or a run shows its own."""
+    before = _SHOWN.set(False)
+    try:
+        yield
+    finally:
+        _SHOWN.reset(before)
+
+
 def watched(
     name: str, pieces: Iterator[np.ndarray], length: int, rows: int, peak: PeakMemory
 ) -> Iterator[np.ndarray]:
     """The same pieces [rows, n], `length` tokens a row in all, with progress on standard error: a bar on a terminal,
     elsewhere a plain line now and then."""
+    if not _SHOWN.get():
+        yield from pieces
+        return
     started = said = time.perf_counter()
     done, console = 0, Console(stderr=True)
     columns = (BarColumn(24), TaskProgressColumn(), TextColumn("{task.description}"))

@@ -10,9 +10,10 @@ sequences' shares, where MAD has that of the classes'.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import fmean, stdev
 
 import torch
 
@@ -104,12 +105,13 @@ def pairs_of(tokens: int) -> int:
     return max(1, tokens // PAIRS_SHARE)
 
 
-def longest(name: str, reader: Reader) -> int:
-    """The most tokens of a sequence for which the vocabulary has ids; our MQAR takes every key and filler once.
+def longest(name: str, ids: int) -> int:
+    """The most tokens of a sequence for which a vocabulary has ids; our MQAR takes every key and filler once.
 
+    ids: tokens of the tokenizer.
     Raises ValueError where it has too few for any.
     """
-    ids, needed = reader.tokenizer.vocab_size, find(name).ids
+    needed = find(name).ids
     if ids < needed:
         raise ValueError(f"the tokenizer has {ids} tokens, and {name} takes {needed}; ask another model")
     if not name.startswith("mqar"):
@@ -139,6 +141,12 @@ def measured(task: Symbolic, reader: Reader, tokens: int, indices: range, seed: 
         "accuracy": [round(share, 6) for share in shares[asked.any(1)].tolist()],
         "asked": int(asked.sum()),
     }
+
+
+def accuracy(cells: Iterable[Cell], length: int) -> tuple[float, float]:
+    """Of the cells of one length: the mean of the sequences' shares, and its standard error."""
+    shares = [share for cell in cells if cell["length"] == length for share in cell["accuracy"]]
+    return fmean(shares), stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else 0.0
 
 
 def chance(task: str, tokens: int) -> float:

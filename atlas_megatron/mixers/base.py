@@ -1,4 +1,4 @@
-"""What every sequence mixer has in common: the slot it fits, the heads it splits, what it owes the model."""
+"""What all sequence mixers share: their place in a layer, heads over tensor-parallel ranks, state, checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from atlas_megatron.parallel.scan import Shards
 
 @dataclass(frozen=True)
 class Documents:
-    """Where documents begin in packed sequences; takes the place of core's PackedSeqParams on the way to the mixers."""
+    """Where documents begin in packed sequences. It reaches the mixers in place of core's PackedSeqParams."""
 
     positions: Tensor  # [B, T] int64, of each token in its own document
     qkv_format: str = "sbhd"  # core asks
@@ -37,19 +37,19 @@ class Documents:
 
 @dataclass(frozen=True)
 class Mode:
-    """What a mixer's forward does besides its output; `in_mode` changes it."""
+    """What a mixer's forward does besides computing its output. `in_mode` changes it."""
 
-    measure: bool = False  # it leaves its statistics in `measurements`
-    ablate: bool = False  # memories are read at their start weights and not written; for whole sequences
-    keep_state: bool = False  # it returns its final state
+    measure: bool = False  # leave statistics in `measurements`
+    ablate: bool = False  # read memories at their start weights and write nothing; for whole sequences
+    keep_state: bool = False  # return the final state
 
 
 class Mixer(Costs, MegatronModule):
-    """One layer's way to look back: [T, B, hidden] -> [T, B, hidden], and a state over any cut of T.
+    """The sequence mixer of one layer: [T, B, hidden] -> [T, B, hidden], with a state at any cut of T.
 
-    A subclass builds its modules in `build`, computes in `mix`, and says what it costs in the methods of `Costs`; of
-    those `num_params`, `flops_per_token` and `activation_bytes` have no default. Parameters of its own are split along
-    their first dimension, the heads, over the tensor-parallel group (`by_head`), unless `replicated` names them.
+    A subclass builds its modules in `build` and computes in `mix`. The methods of `Costs` say what it costs; three have
+    no default: `num_params`, `flops_per_token` and `activation_bytes`. Its own parameters are split along their first
+    dimension, the heads, over the tensor-parallel group (`by_head`). `replicated` names those that are not.
     """
 
     replicated: ClassVar[tuple[str, ...]] = ()
@@ -66,7 +66,7 @@ class Mixer(Costs, MegatronModule):
         name: str | None = None,
         shards: Shards | None = None,
     ) -> None:
-        """The arguments are those that core gives a layer's mixer. shards: None is the layout of `pg_collection`."""
+        """Takes the arguments that core gives a layer's mixer. shards: None takes the layout of `pg_collection`."""
         super().__init__(config)
         self.layer_number = layer_number
         self.tp_group = pg_collection.tp
@@ -80,11 +80,12 @@ class Mixer(Costs, MegatronModule):
         raise NotImplementedError
 
     def mix(self, hidden_states: Tensor, state: Any | None, positions: Tensor | None = None) -> tuple[Tensor, Any]:
-        """[T, B, hidden] and what `mix` left after the tokens before (None: there are none) -> (y, the state after).
+        """[T, B, hidden] and the state before -> (y [T, B, hidden], the state after).
 
-        Under context parallelism: this rank's tokens, the state before the whole sequence, which every rank is given,
-        and the state after this rank's tokens, or None where nobody asks for it.
-        positions [B, T]: of each token in its own document, where several are packed into a sequence.
+        state: what `mix` returned for the tokens before; None at the start of a sequence.
+        positions [B, T] int64: each token's position in its own document, where several are packed into a sequence.
+        Under context parallelism the tokens are this rank's. Every rank is given the state before the whole sequence.
+        It returns the state after its own tokens, or None where nobody asks for a state.
         """
         raise NotImplementedError
 
@@ -94,7 +95,7 @@ class Mixer(Costs, MegatronModule):
         inference_context: StreamContext | None = None,
         packed_seq_params: Documents | None = None,
     ) -> tuple[Tensor, None]:
-        """[T, B, hidden] -> [T, B, hidden]; continues from the context's state, if there is one, and leaves its own."""
+        """[T, B, hidden] -> [T, B, hidden]. With a context: goes on from its state, and leaves the new one there."""
         state = inference_context.states.get(self.layer_number) if inference_context is not None else None
         positions = () if packed_seq_params is None else (packed_seq_params.positions,)
         with in_mode(self, keep_state=inference_context is not None):
@@ -104,7 +105,7 @@ class Mixer(Costs, MegatronModule):
         return y, None
 
     def final_state(self, after: Any) -> Any:
-        """The state after the whole sequence, from those after each rank's tokens."""
+        """The state after the whole sequence, from the states after each rank's tokens."""
         return self.shards.tokens.from_last(after)
 
     def placed(self, tensor: Tensor) -> Tensor:
@@ -112,13 +113,13 @@ class Mixer(Costs, MegatronModule):
         return tensor.to(device=torch.cuda.current_device(), dtype=self.config.params_dtype)
 
     def by_head(self, whole: Tensor) -> nn.Parameter:
-        """This rank's heads of a [heads, ...] tensor: drawn whole, so that the start does not depend on the split."""
+        """This rank's heads of a [heads, ...] tensor. All are drawn, so the start does not depend on the split."""
         parameter = nn.Parameter(self.placed(whole.chunk(self.tp_group.size())[self.tp_group.rank()].clone()))
         set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
         return parameter
 
     def on_every_rank(self, tensor: Tensor) -> nn.Parameter:
-        """A parameter that all ranks hold; name it in `replicated`."""
+        """A parameter that every rank holds whole. Name it in `replicated`."""
         parameter = nn.Parameter(self.placed(tensor))
         # Under sequence parallelism each rank sees its own tokens only: core then sums the gradients.
         parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]

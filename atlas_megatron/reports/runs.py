@@ -12,7 +12,7 @@ import numpy
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from atlas_megatron.reports import diagnostics
+from atlas_megatron.reports import diagnostics, evaluations
 from atlas_megatron.reports import style as plotting
 from atlas_megatron.reports.style import plain, save
 from atlas_megatron.training.metrics import Record, read
@@ -46,6 +46,9 @@ def plot_run(directory: str | Path) -> list[Path]:
         measured = diagnostics.figure(records, name)
         if measured is not None:
             written.append(save(measured, folder / "diagnostics.png"))
+        evaluated = evaluations.figure(records, name)
+        if evaluated is not None:
+            written.append(save(evaluated, folder / "evaluation.png"))
     return written
 
 

@@ -1,9 +1,11 @@
 """What a run says of itself: one record a step, in a file, on the screen, in TensorBoard, at the end in a table.
 
-A record is a flat dict of numbers with `step` and `loss`, and on some steps more keys: `layers`, the measurements of
+A record is a dict of numbers with `step` and `loss`, and on some steps more keys: `layers`, the measurements of
 every memory layer by its number, and `validation_loss` with `validation_bits_per_byte`, where asked for also
 `validation_loss_silenced`, that with every memory held at its start weights; `slowest_rank`, its `slowest_seconds` and
 the `median_seconds` of all; and once batches were passed over for NaN or inf, `skipped` and `returns`, counts so far.
+`evaluation` holds measures by task and length, besides perplexity's losses by position (`along`), and took
+`evaluation_seconds`; `sample` is a text that the model wrote. A step that was `profiled` took longer than others.
 A layer's measurements are numbers, but for two kinds of lists: `*_histogram`, counts of a gate in equal bins, and
 `*_spectrum`, QUANTILES of singular values.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import textwrap
 from collections import deque
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
@@ -84,23 +87,29 @@ class Speed:
         self._world_size = world_size
         self._peak = peak_flops()
         self._recent: deque[float] = deque(maxlen=20)  # seconds a token
+        self._most_memory = 0
 
-    def after(self, step: int, seconds: float, tokens: int, trained: int) -> Record:
+    def after(self, step: int, seconds: float, tokens: int, trained: int, *, profiled: bool = False) -> Record:
         """The speed entries of this step's record; rates are those of one device.
 
-        tokens: of this step, which took `seconds`; trained: of the run, up to it.
+        tokens: of this step, which took `seconds`; trained: of the run, up to it. profiled: it took longer than others
+        do, and says nothing about the time left.
         """
-        self._recent.append(seconds / tokens)
+        if not profiled or not self._recent:
+            self._recent.append(seconds / tokens)
         rate = tokens / seconds / self._world_size
         achieved = rate * self._flops
+        if torch.cuda.is_available():
+            # An evaluation begins torch's own count anew.
+            self._most_memory = max(self._most_memory, torch.cuda.max_memory_allocated())
         return {
             "step_seconds": seconds,
             "tokens_per_second": rate,
             "tflops": achieved / 1e12,
             "mfu": achieved / self._peak if self._peak else None,
             "eta_seconds": tokens_of(self._config, self._config.train.steps - step, trained) * fmean(self._recent),
-            "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-        }
+            "peak_memory_bytes": self._most_memory or None,
+        } | ({"profiled": True} if profiled else {})
 
 
 class RunLog:
@@ -145,6 +154,9 @@ class RunLog:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, record["step"])
             _add_histograms(self._board, record, self._config)
+            if "sample" in record:
+                # TensorBoard reads markdown: indented by four, a text stands as it is.
+                self._board.add_text("sample", textwrap.indent(record["sample"], "    "), record["step"])
         if self._wandb:
             self._wandb.log(numbers, step=record["step"])
         self._show(record)
@@ -189,12 +201,28 @@ class RunLog:
             contributes = silenced_difference(record)
             silenced = "" if contributes is None else f"  memory silenced: {contributes:+.2f} nats"
             self.say(f"step {step}/{last}  validation loss {record['validation_loss']:.4f}{in_bits}{silenced}")
+        for task, by_length in record.get("evaluation", {}).items():
+            self.say(f"step {step}/{last}  {task}: {'; '.join(_measures_of(by_length))}")
+        if "sample" in record:
+            self.say(f"step {step}/{last}  sample: {_printable(record['sample'])}")
 
     def _in_other_words(self, loss: float) -> str:
         """A loss as it can be compared with that of other tokenizers, where the text behind a token is known."""
         if self._bytes_per_token:
             return f"{bits_per_byte(loss, self._bytes_per_token):.3f} bits/byte"
         return f"perplexity {math.exp(min(loss, 80.0)):,.1f}"
+
+
+def _measures_of(by_length: Mapping[str, Any]) -> Iterable[str]:
+    """An evaluated task's measures at each length, but for losses by position."""
+    for length, measures in by_length.items():
+        if length.isdigit():
+            yield f"{int(length):,} tokens " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
+
+
+def _printable(text: str) -> str:
+    """A model may write what a terminal takes for orders."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
 
 
 def _open_after(path: Path, resumed_step: int) -> Any:
@@ -233,6 +261,9 @@ def _add_histograms(board: Any, record: Record, config: Config) -> None:
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
     for name, value in record.items():
+        # A sample text is no number.
+        if isinstance(value, str):
+            continue
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}/")
         elif isinstance(value, list):
@@ -249,6 +280,13 @@ def silenced_difference(record: Record) -> float | None:
     return record["validation_loss_silenced"] - record["validation_loss"]
 
 
+def speeds_of(records: list[Record]) -> list[float]:
+    """Tokens a second of the steps that say it, but for profiled ones, unless there are no others."""
+    having = [record for record in records if "tokens_per_second" in record]
+    undisturbed = [record for record in having if not record.get("profiled")]
+    return [record["tokens_per_second"] for record in undisturbed or having]
+
+
 def mean_measurements(records: list[Record]) -> dict[str, float]:
     """Each measurement of the last measured step that is a number, averaged over the memory layers."""
     layers = next((list(r["layers"].values()) for r in reversed(records) if r.get("layers")), [])
@@ -263,7 +301,7 @@ def summary_table(records: list[Record], parameters: int) -> Table:
     table.add_row("parameters", f"{parameters:,}")
     table.add_row("tokens seen", f"{records[-1].get('tokens', 0):,}")
     # A record that somebody shortened has none.
-    speeds = [r["tokens_per_second"] for r in records if "tokens_per_second" in r]
+    speeds = speeds_of(records)
     table.add_row("tokens/s, median, a device", f"{median(speeds):,.0f}" if speeds else "unknown")
     table.add_row("training loss, nats a token", f"{records[-1]['loss']:.4f}")
     validated = [r for r in records if "validation_loss" in r]

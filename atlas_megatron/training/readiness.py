@@ -15,6 +15,7 @@ from atlas_megatron.checkpoint import step_folders
 from atlas_megatron.checkpoint.provenance import Provenance
 from atlas_megatron.checkpoint.provenance import refusal as refusal_of_data
 from atlas_megatron.config import Config, uses
+from atlas_megatron.data import epochs
 from atlas_megatron.data.batches import blend, check_tokenizer, check_tokenizer_of, sources
 from atlas_megatron.data.tokenizer import load_tokenizer
 from atlas_megatron.files.scratch import refusal
@@ -60,6 +61,13 @@ def how_it_goes_on(config: Config) -> tuple[Config, list[str], list[str]]:
         return going, [], said_of(start, going, 0)
     wrong = [refusal_of_data(start.folder, config, changes)] if changes and not config.data.allow_change else []
     return going, wrong, said_of(start, going, step_folders.step_of(start.folder))
+
+
+def epochs_read(config: Config) -> list[str]:
+    """How often the run will read each set, a line each, and what follows. The data are sound: `wrong_with_data`."""
+    drawn_from = sources(config, config.data.train)
+    held = [epochs.tokens_of_a_pass(source.tokens, config.model.seq_length) for source in drawn_from]
+    return epochs.lines(config, epochs.drawn(config, [source.weight for source in drawn_from], held))
 
 
 def wrong_with_devices(config: Config) -> list[str]:

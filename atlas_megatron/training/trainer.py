@@ -24,6 +24,7 @@ from atlas_megatron.cli.ending import NonFiniteError, line_of
 from atlas_megatron.config import Config, to_toml
 from atlas_megatron.config.batch_ramp import schedule_of
 from atlas_megatron.config.checks import data_parallel_size
+from atlas_megatron.data import epochs
 from atlas_megatron.data.batches import Batch, Batches, build_datasets, trained_bytes_per_token
 from atlas_megatron.files.scratch import write_whole
 from atlas_megatron.mixers.base import Documents, in_mode
@@ -31,7 +32,7 @@ from atlas_megatron.model.build import build_chunks, flops_per_token
 from atlas_megatron.parallel import world
 from atlas_megatron.parallel.context import settle
 from atlas_megatron.parallel.device import device
-from atlas_megatron.resilience import non_finite
+from atlas_megatron.resilience import non_finite, out_of_memory
 from atlas_megatron.resilience.non_finite import Action, Decision, Policy, Trouble
 from atlas_megatron.resilience.run_lock import RunLock
 from atlas_megatron.resilience.stop_signals import StopSignals
@@ -42,26 +43,36 @@ from atlas_megatron.training.expert_balance import expert_balance
 from atlas_megatron.training.measuring import LayerMeasurements
 from atlas_megatron.training.metrics import Record, RunLog, Speed
 from atlas_megatron.training.optimizer import build_optimizer, gradient_norm, wrap
+from atlas_megatron.training.profiling import Profile
 from atlas_megatron.training.resuming import Start, going_on, said_of, samples_as_long, start_of
 from atlas_megatron.training.validation import Validation
+from atlas_megatron.training.watching import Watcher, unchanged
 from atlas_megatron.training.write_budget import set_budget
 
 
 class Trainer:
     """One process's share of a run. `join` the world first; every process builds one and calls `train`."""
 
-    def __init__(self, config: Config, signals: StopSignals | None = None, lock: RunLock | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        signals: StopSignals | None = None,
+        lock: RunLock | None = None,
+        watcher: Watcher | None = None,
+    ) -> None:
         """Build data, model and optimizer, and load the checkpoint that the run goes on from or begins with, if any.
 
         signals: those that the caller already notes, so that none is lost while all this is built; None: from `train`
-        on. lock: the run's, looked at before anything is saved. Raises ValueError for data that cannot be trained on,
-        and as `start_of`.
+        on. lock: the run's, looked at before anything is saved. watcher: what looks at the model on the way. Raises
+        ValueError for data that cannot be trained on, and as `start_of`.
         """
         directory = Path(config.run.directory)
         start = start_of(config)
         resumed = start.folder
         self.config = config = going_on(start.config, start.before)
         train = config.train
+        if watcher is None and (train.evaluate_every or train.sample_every):
+            raise ValueError("train.evaluate_every and sample_every want a watcher; start the run by atlas-train")
         sequences = train.validate_sequences if train.validate_every else 0
         train_set, validation_set = build_datasets(config, train.steps * train.global_batch, sequences)
         provenance = Provenance.of(config)
@@ -85,9 +96,10 @@ class Trainer:
         self._speed = Speed(config, flops_per_token(config).training, torch.distributed.get_world_size())
         self._measurements = LayerMeasurements(config, self.trained.chunks, self._say)
         self._signals = signals or StopSignals()
-        self._lock = lock
+        self._lock, self._watcher = lock, watcher
         self._watchdog = Watchdog(config)
         self._stragglers = Stragglers(config.resilience.straggler_every)
+        self._profile = Profile(config)
         self._captured = captured_schedule() if train.cuda_graph else None
         counts = {"skipped": self.progress.skipped, "returns": self.progress.returns}
         self._policy = Policy(config.resilience, self._say, **counts)
@@ -96,7 +108,9 @@ class Trainer:
             # What a finished run was trained with stays; whoever reads it finds all of it or what was there.
             if self.progress.step < config.train.steps or not (directory / checkpoint.CONFIG).is_file():
                 write_whole(directory / checkpoint.CONFIG, to_toml(config))
-        for line in said_of(start, config, self.progress.step):
+        held = [samples * config.model.seq_length for samples in train_set.passes]
+        of_data = epochs.lines(config, epochs.drawn(config, train_set.weights, held))
+        for line in (*said_of(start, config, self.progress.step), *of_data):
             self._say(line)
         if changes:
             self._say(f"another {' and other '.join(changes)} than before, as data.allow_change=true allows")
@@ -131,7 +145,10 @@ class Trainer:
         try:
             with self._signals, world.naming_the_lost(self.config), self._watchdog:
                 return self._train()
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory.explained(error, self.config, self.progress.step + 1) from error
         finally:
+            self._profile.close()
             if self.log:
                 self.log.close()
 
@@ -140,15 +157,21 @@ class Trainer:
         self._signals.can_save = True
         while self.progress.step < last:
             step = self.progress.step + 1
+            self._profile.begin(step)
             record, stop = self._step(step)
             self._watchdog.beat()
             # A batch passed over: whoever asked to stop is heard again after the next.
             if record is None:
                 continue
+            if self._profile.is_complete(step, ends=stop or step == last):
+                with self._watchdog.patient():
+                    self._say(self._profile.write())
             self._saver.poll()
             if self._validation.is_due(step):
                 with self._watchdog.patient():
                     record |= self._validation.after(step)
+            if self._watcher and self._watcher.is_due(step):
+                record |= self._watched(self._watcher, step)
             if self.log:
                 self.log.write(record)
             if step % saving.every == 0 or (step == last and saving.last) or stop:
@@ -160,6 +183,20 @@ class Trainer:
         # Where no step was left to take: the one that an earlier one began.
         self._saver.finish()
         return True
+
+    def _watched(self, watcher: Watcher, step: int) -> Record:
+        try:
+            with self._watchdog.patient(), unchanged(self.trained.chunks):
+                found, lines = watcher.after(step, self.config, self.trained.chunks)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"step {step}: memory does not suffice to evaluate or sample beside the training; set shorter "
+                "train.evaluate_lengths, or train.evaluate_every=0 and sample_every=0, and run atlas-eval on a "
+                "checkpoint"
+            ) from error
+        for line in lines:
+            self._say(f"step {step}: {line}")
+        return found
 
     def _save(self, validation_loss: float | None, *, wait: bool) -> Path:
         """Save the progress, with the loss of this step's validation, if any; wait: until it is on the disk."""
@@ -216,7 +253,9 @@ class Trainer:
             "lr": trained.optimizer.param_groups[0]["lr"],
             "tokens": self.progress.tokens,
             **balance,
-            **self._speed.after(step, time.perf_counter() - start, read, self.progress.tokens),
+            **self._speed.after(
+                step, time.perf_counter() - start, read, self.progress.tokens, profiled=step in self._profile.steps
+            ),
         }
         if train.batch_ramp:
             record["sequences"] = sequences

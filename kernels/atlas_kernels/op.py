@@ -1,4 +1,4 @@
-"""`omega_memory`: the one door to the memory. Checks its arguments, chooses an implementation, says which."""
+"""`omega_memory`, the one function to call. It checks its arguments, chooses an implementation and says which."""
 
 from __future__ import annotations
 
@@ -41,24 +41,28 @@ def omega_memory(
     positions: Tensor | None = None,
     products: torch.dtype | None = None,
 ) -> tuple[Tensor, State]:
-    """Write every token into the memory and read it back with the token's query (paper Eqs 9, 32, 33).
+    """Write every token into the memory, then read it with the token's query (paper Eqs 9, 32, 33).
 
-    q, k [B, T, H, D] lifted (plain for the exponential kernels); v [B, T, H, V]; gates: see `Gates`. weights: the
-    start weights of each head, [H, V, D] (linear), [H, V, F], [H, F, D] (mlp) or [H, V, F] and twice [H, F, D]
-    (gated_mlp), shared by all sequences; not read when `state` is given.
-    state: where an earlier call stopped; op(prefix) then op(suffix, state) equals op(whole) at any cut.
-    residual: the r of a deep memory for queries and keys, [B, T, H, V] each; None is the lifted input itself (D = V).
-    impl: "reference" (token by token), "chunked" (matrix products), "triton" (the same in GPU kernels), "auto" (triton
-    where it covers the call, else chunked).
-    positions: [B, T] int64 where documents are packed: each token's position in its own document, 0 where one begins
-    and the memory is at its start weights again (`weights` is then read even with a state, as with `rule.shard`); None:
-    all is one document.
-    products: what the operands of the GPU kernels' products are rounded to, bfloat16, float16 or float32 (not at all);
-    None: q's dtype. A model in bfloat16 whose q is of float32, for it was normalised there, says bfloat16.
+    Sizes: B sequences, T tokens, H heads, D the lifted key, V the value, F the memory's hidden width.
 
-    Returns y [B, T, H, V] in q's dtype and the state after the last token. Inside, everything is float32, or float64
-    where the weights are; differentiable once in every tensor, the state's included.
-    Raises ValueError that names the argument, what came and what would do.
+    - `q`, `k`: [B, T, H, D], lifted by the feature map; plain for the exponential kernels. `v`: [B, T, H, V].
+    - `gates`: step, retention, momentum and window gates; see `Gates`.
+    - `weights`: the start weights of each head, shared by all sequences. linear: [H, V, D]. mlp: [H, V, F], [H, F, D].
+      gated_mlp: [H, V, F] and twice [H, F, D]. Not read when `state` is given.
+    - `rule`: what the memory is and how it learns; see `MemoryRule`.
+    - `state`: where an earlier call stopped. op(prefix), then op(suffix, state), equals op(whole) at any cut.
+    - `residual`: what a deep memory adds to its output, for queries and for keys, [B, T, H, V] each. None: the lifted
+      input itself, which needs D = V.
+    - `impl`: "reference" (token by token), "chunked" (matrix products), "triton" (the same in GPU kernels) or "auto"
+      (triton where it covers the call, else chunked).
+    - `positions`: [B, T] int64, each token's position in its own document, where documents are packed. At 0 a document
+      begins with the start weights; `weights` is then read even with a state, as with `rule.shard`. None: one document.
+    - `products`: the dtype to which the GPU kernels round what they multiply: bfloat16, float16 or float32. None: the
+      dtype of `q`. A bfloat16 model whose q was normalised in float32 says bfloat16.
+
+    Returns y, [B, T, H, V] in the dtype of `q`, and the state after the last token. Everything inside is float32, or
+    float64 where the weights are. Differentiable once in every tensor, the state's included.
+    Raises ValueError that names the argument, what was given and what to do.
     """
     given = Inputs(q, k, v, gates, residual)
     _check(impl, rule, weights, given, state, positions)

@@ -99,6 +99,11 @@ class MemoryRule:
                 f"shard={self.shard} must be 0 (the memory never begins anew) or a multiple of chunk={self.chunk}; "
                 f"nearest: {max(1, round(self.shard / self.chunk)) * self.chunk}"
             )
+        if self.read == "chunk" and self.shard == self.chunk:
+            raise ValueError(
+                f"read='chunk' came with shard={self.shard} and chunk={self.chunk}: every token would read the start "
+                f"weights, and nothing that is written; take shard={2 * self.chunk} or more, 0, or read='token'"
+            )
         if self.memory == "linear" and self.norm != "none":
             raise ValueError(f"norm={self.norm!r} belongs to deep memories; memory='linear' takes norm='none'")
         if not 0 <= self.anchor_gradient <= 1:

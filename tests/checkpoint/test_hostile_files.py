@@ -77,7 +77,7 @@ def test_a_payload_among_the_objects_is_refused(
     trained: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_random_state", Payload)
+        patch.setattr(checkpoint, "random_state", Payload)
         assert resumed(trained, run) == 0
     RAN.clear()
     words = [str(trained / "tiny.toml"), f"run.directory={run}", "train.steps=6", "train.validate_every=0"]

@@ -1,4 +1,4 @@
-"""Every command of the README and of the help texts that names a config: it loads, and fits the world it is given."""
+"""Every command of README, docs/ and the help texts that names a config: it loads, and fits the world it is given."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from atlas_megatron.config.checks import validate
 from atlas_megatron.estimate.machine import Machine, in_nodes, is_machine_word
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("README.md", "atlas_megatron/train.py", "launch/local.sh", "launch/slurm.sh", "docs/scale.md")
+PAGES = ("README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")))
+SOURCES = (*PAGES, "atlas_megatron/train.py", "launch/local.sh", "launch/slurm.sh")
 STARTS = (r"\S*atlas-train", r"launch/local\.sh", r"launch/slurm\.sh", r"torchrun .* atlas_megatron\.train")
-COMMAND = re.compile(rf"^ +((?:{'|'.join(STARTS)}) configs/.*)$", re.MULTILINE)
+COMMAND = re.compile(rf"^ *((?:{'|'.join(STARTS)}) configs/.*)$", re.MULTILINE)
 
 
 def documented() -> list[tuple[str, str]]:
@@ -44,7 +45,7 @@ def world_of(words: list[str]) -> int:
 
 def test_commands_are_found() -> None:
     assert len(documented()) >= 15
-    assert {source for source, _ in documented()} == set(SOURCES)
+    assert {source for source, _ in documented()} >= {*SOURCES} - {*PAGES} | {"README.md"}
 
 
 @pytest.mark.parametrize(("source", "command"), documented())

@@ -15,7 +15,7 @@ from atlas_megatron.data.tokenizer import Tokenizer
 from atlas_megatron.evaluate import perplexity
 from atlas_megatron.evaluate.babilong_files import Row, read_rows, read_stories
 from atlas_megatron.evaluate.filler import TextFolder
-from atlas_megatron.generate import Speaker
+from atlas_megatron.inference.speaker import Speaker
 
 TEXT = "Mary went home. John is here."
 

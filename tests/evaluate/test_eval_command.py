@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from atlas_megatron.checkpoint import checkpoint
+from atlas_megatron.cli.options import lengths_of
 from atlas_megatron.config import load
 from atlas_megatron.evaluate import command
-from atlas_megatron.evaluate.command import lengths_of, main
+from atlas_megatron.evaluate.command import main
 from atlas_megatron.hf.export import export
 from atlas_megatron.model.build import build_model
 from atlas_megatron.parallel import world

@@ -64,6 +64,11 @@ def test_a_committed_page_is_a_caption_a_picture_tables_and_short_paragraphs(nam
         assert f"({file})" in page and (RESULTS / file).is_file()
 
 
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.name)
+def test_no_result_names_a_place_of_the_machine_that_made_it(file: Path) -> None:
+    assert not re.search(r"=/\w|: \"/\w", file.read_text())
+
+
 def test_every_experiment_is_a_row_of_the_table_with_its_page() -> None:
     folder = ROOT / "experiments"
     table = (folder / "README.md").read_text()

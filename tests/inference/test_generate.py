@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from atlas_megatron.generate import Sampling, Speaker, main, until
+from atlas_megatron.generate import main, until
 from atlas_megatron.hf.export import export
 from atlas_megatron.inference import reader as readers
 from atlas_megatron.inference.reader import open_reader
+from atlas_megatron.inference.speaker import Sampling, Speaker
 from atlas_megatron.inference.streaming import sample
 from tests.support import tiny_run
 

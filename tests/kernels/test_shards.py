@@ -209,6 +209,8 @@ def test_gates_of_exactly_zero():
 def test_bad_shards_are_named():
     with pytest.raises(ValueError, match=r"shard=6 must be 0 .* or a multiple of chunk=4; nearest: 8"):
         replace(PLAIN, shard=6)
+    with pytest.raises(ValueError, match=r"every token would read the start weights.* take shard=16 or more"):
+        MemoryRule(chunk=8, shard=8, read="chunk")
     with pytest.raises(ValueError, match=r"shard=-8 must be 0"):
         replace(PLAIN, shard=-8)
     with pytest.raises(ValueError, match="read='late' is unknown; choose one of token, chunk"):

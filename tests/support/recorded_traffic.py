@@ -140,15 +140,14 @@ def _counting() -> Iterator[Counter[str]]:
     """Every module's torch.distributed calls, also those bound by their names, count what they send."""
     sent: Counter[str] = Counter()
     names = _groups()
+    counted = {id(getattr(dist, call)): _counted(call, getattr(dist, call), names, sent) for call in SENT}
     replaced = []
-    for call in SENT:
-        original = getattr(dist, call)
-        counted = _counted(call, original, names, sent)
-        for module in list(sys.modules.values()):
-            for attribute, value in list(getattr(module, "__dict__", {}).items()):
-                if value is original:
-                    replaced.append((module, attribute, original))
-                    setattr(module, attribute, counted)
+    # One pass over all modules, for it takes most of a case's time.
+    for module in list(sys.modules.values()):
+        for attribute, value in list(getattr(module, "__dict__", {}).items()):
+            if id(value) in counted:
+                replaced.append((module, attribute, value))
+                setattr(module, attribute, counted[id(value)])
     try:
         yield sent
     finally:
