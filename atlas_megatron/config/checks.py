@@ -11,9 +11,9 @@ from atlas_kernels.local_memories import locals_of
 from atlas_megatron.config import LAYERS, Config, uses
 from atlas_megatron.config.batch_ramp import stages
 from atlas_megatron.config.context_levels import context_levels
-from atlas_megatron.config.layers import CUT, split_sections
 from atlas_megatron.config.expert_checks import check_experts
 from atlas_megatron.config.gpu_checks import check_cuda_graph, check_fp8
+from atlas_megatron.config.layers import CUT, split_sections
 from atlas_megatron.config.optimizer_checks import check_optimizer
 from atlas_megatron.config.scale_checks import check_depths, check_recompute
 from atlas_megatron.config.schedule_checks import check_schedule

@@ -189,8 +189,8 @@ def flops_per_token(config: Config) -> Flops:
 
     Linears, in x out: 2 in out. Mixers: as each says of itself. MLP: three products with ffn_hidden_size. E: the
     experts that a token is sent to. Then the logits. Elementwise work (norms, activations, gates, the optimizer) is
-    left out, as is custom for MFU, and so is what an implementation adds: attention computes whole blocks, about twice the
-    keys seen, and the memory recomputes its forward in the backward. training: the backward of a product is two
+    left out, as is custom for MFU, and so is what an implementation adds: attention computes whole blocks, about twice
+    the keys seen, and the memory recomputes its forward in the backward. training: the backward of a product is two
     products, so 3 x forward; with memory.anchor_gradient = 0 one for those with the weights at which the memory takes
     its gradients.
     """

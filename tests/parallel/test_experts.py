@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from itertools import groupby
@@ -195,14 +196,20 @@ def test_an_interleaved_pipeline_needs_experts_on_each_rank() -> None:
         validate(LAYOUTS["interleaved"].of(BASE), 2)
 
 
-def test_a_dry_run_and_a_plan_count_experts(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_and_a_plan_count_experts(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
     given = words(config.parent / "dry", "expert")
     assert main([str(config), "--dry-run", *given, "world=4"]) == 0
     said = capsys.readouterr().out
     for line in ("parameters that a token meets", "experts: all-to-all", "data: expert gradient reduce-scatter"):
         assert line in said
-    assert "experts a device, of each layer" in said and "2 experts" in said
-    assert main([str(config), "--plan", *words(config.parent / "dry", "one"), "world=4"]) == 0
+    assert re.search("experts a device, of each layer +│ +2 ", said) and "2 experts" in said
+    free = [word for word in words(config.parent / "dry", "one") if not word.startswith("parallel.")]
+    # Eight experts of a wide inner size fill a device that holds a few of them.
+    wide = ["experts.count=8", "experts.ffn_hidden_size=4096", "memory=64MiB"]
+    assert main([str(config), "--plan", *free, *wide, "world=4"]) == 0
     assert "parallel.expert=" in capsys.readouterr().out
 
 
