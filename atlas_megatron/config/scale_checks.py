@@ -26,8 +26,9 @@ def check_depths(pattern: str) -> None:
     """Raise ValueError for the depths of multi-token prediction, which core writes behind `/`."""
     if "/" in pattern and "/" not in LAYERS:
         raise ValueError(
-            f"model.pattern={pattern!r} asks by '/' for multi-token prediction, which is not built here: core shifts "
-            "its labels over zig-zag shards, and ours are contiguous (docs/scale.md); leave '/' and what follows out"
+            f"model.pattern={pattern!r} asks by '/' for multi-token prediction, which is not built here: core "
+            "numbers its layers from 1 again, and a mixer is found by its number in the model (docs/scale.md); leave "
+            "'/' and what follows out"
         )
 
 

@@ -172,6 +172,8 @@ BAD: list[tuple[dict[str, dict[str, object]], int, str]] = [
     ({"experts": {"shared_ffn_hidden_size": 15}, "parallel": {"tensor": 2, "sequence": True}}, 2, "does not divide by"),
     ({"model": {"pattern": "M*-"}, "parallel": {"expert": 2}}, 2, "has no E layer; set parallel.expert=1"),
     ({"model": {"pattern": "M*|ME"}, "parallel": {"pipeline": 2}}, 2, "leaves pipeline rank 0 without an E layer"),
+    ({"model": {"pattern": "ME/M"}}, 1, "asks by '/' for multi-token prediction, which is not built here"),
+    ({"train": {"fp8": "hybrid"}, "model": {"transformer_engine": True}}, 1, "train.fp8='hybrid' with E layers"),
     ({"train": {"optimizer": "muon"}}, 1, "train.optimizer='muon' with E layers"),
     ({"train": {"cuda_graph": True}}, 1, "train.cuda_graph=true with E layers"),
     ({"train": {"recompute_modules": ("shared_experts", "moe")}}, 1, "beside 'moe', which holds them; leave it out"),
