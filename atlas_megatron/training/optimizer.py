@@ -10,6 +10,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from atlas_megatron.config import Config
+from atlas_megatron.config.layers import EXPERTS
 from atlas_megatron.training import muon
 from atlas_megatron.training.schedule import build_schedule
 
@@ -67,6 +68,10 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(options, chunks, {no_decay: ParamGroupOverride(wd_mult=0.0)})
     if train.optimizer == "muon":
         muon.mark_masters(chunks)
+    elif EXPERTS in config.model.pattern:
+        # Of core's two parts, experts and all else, each would gather the parameters of both: the last does it once.
+        for part in optimizer.chained_optimizers[:-1]:
+            part._defer_param_sync = True
     return optimizer, build_schedule(train, optimizer)
 
 
