@@ -88,7 +88,7 @@ def test_every_layout_trains_as_one_process_does(config: Path, name: str) -> Non
     assert len(ours) == STEPS
     for mine, other in zip(ours, theirs, strict=True):
         assert mine == pytest.approx(other, rel=TOLERANCE)
-    balance = [[record.get("expert_balance") for record in read(trained(config, own))] for own in (name, "one")]
+    balance = [[record.get(BALANCE) for record in read(trained(config, own))] for own in (name, "one")]
     assert balance[0] == pytest.approx(balance[1], rel=TOLERANCE) and balance[0][1] >= 1
 
 
@@ -124,10 +124,37 @@ def test_another_layout_takes_the_next_steps(config: Path, first: str, second: s
         assert mine == pytest.approx(other, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("part", ["moe", "shared_experts"])
-def test_recomputed_experts_change_no_bit(config: Path, part: str) -> None:
-    again = trained(config, "expert", f'train.recompute_modules=["{part}"]')
-    assert steps(again) == steps(trained(config, "expert"))
+BALANCE = "expert_balance"
+RECOMPUTED = ('train.recompute_modules=["moe"]', 'train.recompute_modules=["shared_experts"]', "train.recompute=true")
+
+
+@pytest.mark.parametrize("word", RECOMPUTED)
+def test_recomputed_experts_change_no_bit(config: Path, word: str) -> None:
+    again, once = trained(config, "expert", word), trained(config, "expert")
+    assert steps(again) == steps(once)
+    assert [record[BALANCE] for record in read(again)] == [record[BALANCE] for record in read(once)]
+
+
+def test_bfloat16_goes_on_to_the_bit(config: Path) -> None:
+    half = "train.precision=bfloat16"
+    whole, folder = trained(config, "expert", half), config.parent / "half, resumed"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(checkpoint.folder_of(folder) / f"step_{STEPS:08d}")
+    tiny_run.train_in(LAYOUTS["expert"].processes, config, [words(folder, "expert", half)])
+    assert len(steps(folder)) == STEPS and steps(folder) == steps(whole)
+    assert steps(whole) != steps(trained(config, "expert"))
+
+
+def test_another_layout_begins_with_a_runs_weights(config: Path) -> None:
+    """Loss and gradient norm of the first step are those of the same weights in the layout that trained them."""
+    begun: list[Path] = []
+    for name in ("one", "expert"):
+        begun.append(config.parent / f"begun in {name}")
+        start = [f"train.start_from={trained(config, 'expert')}", "train.steps=1", "train.warmup_steps=0"]
+        tiny_run.train_in(LAYOUTS[name].processes, config, [[*words(begun[-1], name), *start]])
+    ours, theirs = map(steps, begun)
+    assert ours[0] == pytest.approx(theirs[0], rel=TOLERANCE)
+    assert ours[0][0] < steps(trained(config, "one"))[0][0]
 
 
 @pytest.mark.usefixtures("single_process_megatron")
