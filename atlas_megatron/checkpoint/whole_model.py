@@ -24,13 +24,13 @@ from atlas_megatron.parallel import alone, world
 from atlas_megatron.parallel.device import backend, device
 
 # Of core's groups, those that a model asks for when it is built and read.
-GROUPS = ("tp", "pp", "cp", "embd", "dp", "dp_cp", "tp_cp", "ep", "expt_tp", "expt_dp", "tp_ep", "mp")
+GROUPS = ("tp", "pp", "cp", "embd", "dp", "dp_cp", "tp_cp", "tp_dp_cp", "ep", "expt_tp", "expt_dp", "tp_ep", "mp")
 
 
 def is_split(config: Config) -> bool:
     """Whether no process holds a model of this layout that it can read alone: a copy is made, without FP8."""
     parallel = config.parallel
-    return max(parallel.tensor, parallel.pipeline, parallel.context) > 1 or bool(config.train.fp8)
+    return max(parallel.tensor, parallel.pipeline, parallel.context, parallel.expert) > 1 or bool(config.train.fp8)
 
 
 def unsplit(config: Config) -> Config:
@@ -82,11 +82,12 @@ def _gather(live: list[HybridModel], whole: HybridModel) -> None:
     for place in _pieces(whole):
         places.setdefault(place.key, []).append(place)
     missing = sum(place.data.numel() for found in places.values() for place in found)
-    described = world.gathered([(p.key, p.global_offset, tuple(p.data.shape), p.data.dtype) for p in own])
+    described = world.gathered([(p.key, p.global_offset, tuple(_in_whole(p).shape), p.data.dtype) for p in own])
     for owner, pieces in enumerate(described):
         for number, (key, offset, shape, dtype) in enumerate(pieces):
             mine = owner == torch.distributed.get_rank()
-            part = own[number].data.detach().contiguous() if mine else torch.empty(shape, dtype=dtype, device=device())
+            own_part = _in_whole(own[number]).detach().contiguous() if mine else None
+            part = torch.empty(shape, dtype=dtype, device=device()) if own_part is None else own_part
             torch.distributed.broadcast(part, src=owner)
             missing -= sum(_put(part, offset, place) for place in places[key])
     if missing:
@@ -102,12 +103,17 @@ def _pieces(model: MegatronModule) -> list[ShardedTensor]:
 
 def _put(part: torch.Tensor, offset: Iterable[int], place: ShardedTensor) -> int:
     """Copy a part of a parameter, which begins at `offset` in it, to where it meets this place; how many numbers."""
-    given, taken = [], []
-    for at, size, start, length in zip(offset, part.shape, place.global_offset, place.data.shape, strict=True):
+    given, taken, data = [], [], _in_whole(place)
+    for at, size, start, length in zip(offset, part.shape, place.global_offset, data.shape, strict=True):
         first, last = max(at, start), min(at + size, start + length)
         if first >= last:
             return 0
         given.append(slice(first - at, last - at))
         taken.append(slice(first - start, last - start))
-    place.data[tuple(taken)].copy_(part[tuple(given)])
+    data[tuple(taken)].copy_(part[tuple(given)])
     return math.prod(piece.stop - piece.start for piece in given)
+
+
+def _in_whole(piece: ShardedTensor) -> torch.Tensor:
+    """A view of its tensor with all axes of the whole: experts lie along one more, of which each is one place."""
+    return piece.data[(None,) * piece.prepend_axis_num]

@@ -20,6 +20,7 @@ from atlas_megatron.mixers import costs_of
 from atlas_megatron.model.build import active_params, flops_per_token, num_params
 from atlas_megatron.train import main
 from atlas_megatron.training.metrics import read
+from tests.checkpoint.test_whole_model import wholes
 from tests.support import tiny_run
 from tests.support.layouts import MEMORY, Layout, other_starts, save_start
 from tests.support.processes import run
@@ -155,6 +156,26 @@ def test_another_layout_begins_with_a_runs_weights(config: Path) -> None:
     ours, theirs = map(steps, begun)
     assert ours[0] == pytest.approx(theirs[0], rel=TOLERANCE)
     assert ours[0][0] < steps(trained(config, "one"))[0][0]
+
+
+GATHERED = ("expert", "sequence, expert", "context, expert")
+
+
+def test_every_layout_gathers_the_whole_model() -> None:
+    """What evaluations and samples on the way read: the same weights, and the same logits, as one process has."""
+    ((wanted, logits),) = run(1, wholes, [BASE])[0]
+    for found in run(2, wholes, [LAYOUTS[name].of(BASE) for name in GATHERED]):
+        for name, (parameters, told) in zip(GATHERED, found, strict=True):
+            assert parameters.keys() == wanted.keys(), name
+            assert all(torch.equal(p, wanted[key]) for key, p in parameters.items()), name
+            assert torch.equal(told, logits), name
+
+
+def test_samples_on_the_way_are_those_of_one_process(config: Path) -> None:
+    more = ("train.sample_every=4", "train.sample_tokens=6")
+    ours, theirs = (read(trained(config, name, *more))[-1]["sample"] for name in ("expert", "one"))
+    assert ours == theirs
+    assert steps(trained(config, "expert", *more)) == steps(trained(config, "expert"))
 
 
 @pytest.mark.usefixtures("single_process_megatron")
