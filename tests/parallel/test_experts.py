@@ -40,7 +40,7 @@ LAYOUTS = {
     "pipeline, expert": Layout(4, ParallelConfig(pipeline=2, expert=2), (2,)),
     "tensor x data, expert": Layout(4, ParallelConfig(tensor=2, sequence=True, expert=4)),
 }
-# Of these pipeline rank 0 has no layer of experts.
+# Of this one pipeline rank 0 has no layer of experts.
 REFUSED = ("interleaved",)
 TOLERANCE = 1e-5
 STEPS, SAVED = 4, 2
@@ -134,6 +134,27 @@ def test_recomputed_experts_change_no_bit(config: Path, word: str) -> None:
     again, once = trained(config, "expert", word), trained(config, "expert")
     assert steps(again) == steps(once)
     assert [record[BALANCE] for record in read(again)] == [record[BALANCE] for record in read(once)]
+
+
+@pytest.mark.parallel
+def test_an_interleaved_pipeline_with_experts_on_each_rank_trains_as_one_process(config: Path) -> None:
+    found = []
+    for pattern, cuts in (("MEE*ME", ()), ("ME|E*|M|E", ["parallel.pipeline=2", "parallel.virtual=2"])):
+        folder = config.parent / f"interleaved {len(cuts)}"
+        given = [*words(folder, "one"), f"model.pattern={pattern}", *cuts]
+        tiny_run.train_in(2 if cuts else 1, config, [given])
+        found.append([(record["loss"], record["grad_norm"], record[BALANCE]) for record in read(folder)])
+    assert len(found[0]) == STEPS
+    for ours, theirs in zip(*found, strict=True):
+        assert ours == pytest.approx(theirs, rel=TOLERANCE)
+
+
+def test_an_uneven_load_costs_what_its_weight_says(config: Path) -> None:
+    free, costly = trained(config, "one", "train.aux_loss=0"), trained(config, "one")
+    assert all(BALANCE not in record for record in read(free))
+    # The loss that is shown is the text's alone; the gradients of the first step have the load's besides.
+    assert steps(free)[0][0] == steps(costly)[0][0]
+    assert steps(free)[0][1] != pytest.approx(steps(costly)[0][1], rel=1e-3)
 
 
 def test_bfloat16_goes_on_to_the_bit(config: Path) -> None:
