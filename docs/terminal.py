@@ -1,4 +1,4 @@
-"""A terminal's picture of a run: `python docs/terminal.py runs/quickstart` draws docs/results/quickstart_terminal.svg."""
+"""A picture of the quickstart in a terminal: `python docs/terminal.py runs/quickstart` draws it into docs/results."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def shown(run: Path) -> list[Text]:
 def main(words: list[str]) -> int:
     """Draw the run that the command line names."""
     if len(words) != 1 or not (Path(words[0]) / "log.txt").is_file():
-        print(f"docs/terminal.py: {words} names no run; give its folder, as in: python docs/terminal.py runs/quickstart")
+        print(f"docs/terminal.py: {words} names no run; give its folder: python docs/terminal.py runs/quickstart")
         return 2
     with Path("/dev/null").open("w") as nowhere:
         console = Console(record=True, width=COLUMNS, file=nowhere)
