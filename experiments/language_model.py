@@ -96,7 +96,10 @@ def describe(results: record.Record, names: Sequence[str], comparison: Protocol)
         "It counts where it has one sign in every seed."
         f"{standings.missing(results, STAGE, names, comparison.seeds)}",
         standings.tables(results, STAGE, {name: CONTENDERS[name] for name in names}, comparison),
-        [standings.seen(results, STAGE, names, comparison.seeds), standings.quarter(results, STAGE, names, comparison)],
+        [
+            standings.seen(results, STAGE, names, comparison.seeds),
+            standings.quarter(results, STAGE, names, comparison),
+        ],
     )
 
 
