@@ -93,9 +93,13 @@ def describe(results: record.Record, names: Sequence[str], comparison: Protocol)
         f"{record.seeds_said(comparison.seeds)}. All models have {protocol.parameters(config):,} parameters, equal "
         "within 1 %. Each contender trains at every learning rate for a quarter of the tokens, and at the best of them "
         f"from every seed. *Difference*: the contender's bits less those of {names[0]}, so less than zero is better. "
-        "It counts where it has one sign in every seed.",
+        "It counts where it has one sign in every seed."
+        f"{standings.missing(results, STAGE, names, comparison.seeds)}",
         standings.tables(results, STAGE, {name: CONTENDERS[name] for name in names}, comparison),
-        [standings.seen(results, STAGE, names, comparison.seeds)],
+        [
+            standings.seen(results, STAGE, names, comparison.seeds),
+            standings.quarter(results, STAGE, names, comparison),
+        ],
     )
 
 

@@ -21,7 +21,9 @@ RENAMED = {("memory", "memory"): "network"}
 class RunConfig:
     """Where a run lives and what makes it repeatable."""
 
-    directory: str = "runs/atlas"  # everything the run writes, in a folder of its own
+    directory: str = "runs/atlas"  # folder of this run alone, for all files that it writes; "." is refused
+    # Seed of the start weights and of the order of the data. A resumed run refuses another seed, unless
+    # data.allow_change is true.
     seed: int = 1234
 
 
@@ -29,19 +31,20 @@ class RunConfig:
 class ModelConfig:
     """The stack around the mixers (Llama-style: pre-RMSNorm, SwiGLU)."""
 
-    # One symbol a layer: M memory, * sliding-window attention, F full attention, A memory as a gate of sliding-window
-    # attention (MAG), C memory as a context of attention (MAC), - SwiGLU MLP, E experts in its place; | pipeline cut
-    # (without any, the blocks are dealt out evenly). M-*- is MAL.
+    # One symbol a layer: M memory, * sliding-window attention, F full attention, - SwiGLU MLP, E experts.
+    # A: memory as a gate of sliding-window attention (MAG). C: memory as a context of attention (MAC). M-*- is MAL.
     # Baselines: R GRU, L LSTM, D DeltaNet, G Gated DeltaNet; F-F- is a Transformer++.
+    # | cuts the layers into pipeline stages; without any, the blocks are dealt out evenly.
     pattern: str = "M-M-*-M-"
-    hidden_size: int = 256
-    ffn_hidden_size: int = 704
+    hidden_size: int = 256  # width of the residual stream
+    ffn_hidden_size: int = 704  # hidden width of each SwiGLU MLP; divides by parallel.tensor
     vocab_size: int = 4096  # rows of the embedding; the tokenizer's vocabulary must fit
-    seq_length: int = 512  # tokens of one training sequence
-    tied_embeddings: bool = True
-    norm_epsilon: float = 1e-5
-    init_std: float = 0.02
-    transformer_engine: bool = False  # linears and norms from Transformer Engine (needs a GPU)
+    seq_length: int = 512  # tokens of one training sequence; with memories a multiple of memory.chunk
+    tied_embeddings: bool = True  # the output layer uses the matrix of the embedding
+    norm_epsilon: float = 1e-5  # added under the root of every RMSNorm
+    init_std: float = 0.02  # standard deviation of the start weights of linears and embeddings
+    # Take linears and norms from Transformer Engine, of the `gpu` extra. Refused without it, and without a GPU.
+    transformer_engine: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,34 +132,37 @@ class MemoryConfig:
 class AttentionConfig:
     """Attention of every `*`, `F`, `A` and `C` layer; `F` sees everything before a token."""
 
-    heads: int = 4
-    head_dim: int = 64
-    window: int = 128  # tokens a query of `*` and `A` sees, itself included
-    rotary_base: float = 10000.0
-    persistent: int = 0  # learned tokens that every query sees besides
-    segment: int = 128  # tokens of one segment of `C`, which attends within them and reads the memory before them
+    heads: int = 4  # attention heads; divide by parallel.tensor
+    head_dim: int = 64  # width of a head; even, for the rotary embedding turns pairs
+    window: int = 128  # tokens that a query of `*` and `A` sees, itself included
+    rotary_base: float = 10000.0  # base of the rotary embedding's frequencies
+    persistent: int = 0  # learned tokens that every query sees besides; 0: none. Refused without attention layers
+    # Tokens of one segment of `C`. A segment attends within itself, and reads the memory of the segments before it.
+    # With parallel.context each rank must hold whole segments.
+    segment: int = 128
 
 
 @dataclass(frozen=True)
 class RecurrentConfig:
     """The cells of every `R` (GRU) and `L` (LSTM) layer."""
 
-    heads: int = 4  # recurrences side by side, each of its own
-    head_dim: int = 64  # numbers that one of them remembers (LSTM: twice as many)
+    heads: int = 4  # recurrences side by side, each with its own weights; divide by parallel.tensor
+    head_dim: int = 64  # numbers that one of them remembers; an LSTM remembers twice as many
 
 
 @dataclass(frozen=True)
 class DeltaConfig:
     """The memory of every `D` (DeltaNet) and `G` (Gated DeltaNet) layer."""
 
-    heads: int = 4
-    head_dim: int = 64  # K = V
+    heads: int = 4  # divide by parallel.tensor
+    head_dim: int = 64  # width of keys and of values
     conv_size: int = 4  # taps of the short convolutions on q, k, v
-    # As the memory's; the delta rules of the literature have none of them.
-    late_keys: bool = False
+    # As the keys of [memory] with these names. They are off here, as in the literature on delta rules.
+    late_keys: bool = False  # refused with conv_size = 1
     open_gate: bool = False
     copy_start: bool = False
-    # auto: flash-linear-attention for bfloat16 on a GPU where it is installed, else chunked, the kernels of the memory.
+    # fla: the kernels of flash-linear-attention, bfloat16 on a GPU. chunked: the memory's own code.
+    # auto: fla where it is installed and covers the call, else chunked.
     impl: str = "auto"  # fla | chunked | auto
 
 
@@ -164,153 +170,169 @@ class DeltaConfig:
 class ExpertsConfig:
     """The SwiGLU MLPs of every `E` layer, of which a router chooses some for each token (Megatron-Core's MoE)."""
 
-    count: int = 8
+    count: int = 8  # experts of each layer; divides by parallel.expert
     top_k: int = 2  # experts of a token; their outputs are weighted by the router's softmax
-    ffn_hidden_size: int = 256  # of one expert
-    shared_ffn_hidden_size: int = 0  # of one MLP more, which every token passes; 0: none
+    ffn_hidden_size: int = 256  # hidden width of one expert
+    # Hidden width of one MLP more, which every token passes; 0: none. Divides by parallel.tensor.
+    shared_ffn_hidden_size: int = 0
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Optimizer, batches and steps. The learning rate rises linearly, then follows `schedule`."""
 
-    steps: int = 1000
-    # A run's directory, or one of its checkpoints: a new run takes its weights and nothing else, in any layout. Steps,
-    # schedule, optimizer and data begin anew. memory.chunk may be another than theirs (docs/chunks.md). "": drawn.
+    steps: int = 1000  # steps of the optimizer
+    # "": start weights are drawn. Else a run's directory or one of its checkpoints: a new run takes its weights alone.
+    # Steps, schedule, optimizer and data begin anew. Layout and memory.chunk may differ (docs/chunks.md).
     start_from: str = ""
-    global_batch: int = 8  # sequences a step
-    # "": every step has global_batch. Else tokens and sequences, as Megatron's --step-batch-size-schedule: with
-    # "0:64 1B:128 4B:256" a step has 64 sequences, from 1e9 trained tokens on 128, then 256, which is global_batch.
+    global_batch: int = 8  # sequences a step; a multiple of micro_batch x data-parallel replicas
+    # "": every step has global_batch. Else TOKENS:SEQUENCES, as in Megatron's --step-batch-size-schedule.
+    # "0:64 1B:128 4B:256": 64 sequences a step, 128 from 1e9 trained tokens on, then 256. The last is global_batch.
     batch_ramp: str = ""
-    micro_batch: int = 8  # sequences a forward pass on one device
-    # adamw | muon: Megatron-Core's Muon (needs the `muon` extra) moves the matrices of linears, and
+    micro_batch: int = 8  # sequences of one forward pass on one device
+    # adamw, or muon: Megatron-Core's Muon, which needs the `muon` extra. Muon moves the matrices of linears.
     # muon_scalar_optimizer moves the rest: embeddings, norms, gates, convolutions and start weights.
     optimizer: str = "adamw"
-    lr: float = 1e-3  # of both kinds of parameters
-    min_lr: float = 1e-4  # where schedule ends, but for constant
-    warmup_steps: int = 100
+    lr: float = 1e-3  # highest learning rate, of all parameters
+    min_lr: float = 1e-4  # learning rate where the schedule ends (constant: not used); not above lr
+    warmup_steps: int = 100  # steps over which the learning rate rises to lr; fewer than steps
     # After the warm-up. cosine: falls to min_lr at the last step. wsd: stays at lr, and falls in the last decay_steps.
-    # constant: stays at lr. inverse_sqrt: lr x (warmup_steps / step)^0.5, min_lr at least.
+    # constant: stays at lr. inverse_sqrt: lr x (warmup_steps / step)^0.5, min_lr at least; needs a warm-up.
     schedule: str = "cosine"
-    decay_steps: int = 0  # the last steps of wsd, in which the rate falls to min_lr
+    decay_steps: int = 0  # steps in which wsd falls to min_lr; needed with wsd, refused with other schedules
     decay_shape: str = "linear"  # linear | 1-sqrt (steep first): how wsd falls
-    # "": begin at step 1. RUN:STEP, as "runs/stable:4000": begin with what another run kept at that step, weights,
-    # moments and place in the data. With wsd, and decay_steps more steps: the decay of a run that itself goes on.
+    # wsd only. "": begin at step 1. RUN:STEP, as "runs/stable:4000": go on from what another run kept at that step.
+    # Weights, moments and place in the data are taken. steps must be STEP + decay_steps. Refused with start_from.
     decay_from: str = ""
-    weight_decay: float = 0.1  # not on norms, gates, start weights
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
+    weight_decay: float = 0.1  # 0: none. Norms, biases, gates and start weights never decay
+    adam_beta1: float = 0.9  # decay of AdamW's mean of gradients
+    adam_beta2: float = 0.95  # decay of AdamW's mean of squared gradients
+    adam_eps: float = 1e-8  # added to the root of that mean
+    # The muon_* keys count with optimizer = "muon" alone; muon_memories and muon_layer_wise are refused without it.
     muon_momentum: float = 0.95  # share of the momentum that stays from step to step
-    muon_nesterov: bool = True  # orthogonalise the gradient moved towards the momentum, not the momentum itself
-    # simple | quintic | polar_express | cans | aol | deepseekv4: of the Newton-Schulz polynomials, one after the other.
+    muon_nesterov: bool = True  # orthogonalise the gradient moved towards the momentum; false: the momentum itself
+    # Coefficients of the Newton-Schulz steps: simple | quintic | polar_express | cans | aol | deepseekv4.
     muon_coefficient_type: str = "quintic"
-    muon_num_ns_steps: int = 5  # Newton-Schulz steps a matrix
-    # Factor of a rows x columns update, whose singular values are about one: spectral (root of the larger side) |
-    # shape_scaling (root of rows / columns, 1 at least) | unit_rms_norm (root of rows / columns).
+    muon_num_ns_steps: int = 5  # Newton-Schulz steps of each matrix
+    # Factor of the update of a rows x columns matrix, whose singular values are about one.
+    # spectral: root of the larger side. shape_scaling: root of rows / columns, 1 at least.
+    # unit_rms_norm: root of rows / columns.
     muon_scale_mode: str = "spectral"
-    # A factor besides. With spectral, 0.2 makes an update as large as AdamW's (arXiv 2502.16982): lr fits both kinds.
+    # A factor besides. With spectral, 0.2 makes an update as large as AdamW's (arXiv 2502.16982), so lr fits both.
     muon_extra_scale_factor: float = 0.2
-    muon_split_qkv: bool = True  # q, k, v (and the output gate) of a fused linear are orthogonalised apart
-    # Of a matrix that tensor-parallel ranks share: duplicated (each gathers and orthogonalises all of it) | distributed
-    # (each its part, products summed) | blockwise (each its part as a matrix of its own: another update than one
-    # rank's).
+    muon_split_qkv: bool = True  # orthogonalise q, k, v (and the output gate) of a fused linear apart
+    # How ranks orthogonalise a matrix that tensor parallelism has cut. duplicated: each rank gathers all of it.
+    # distributed: each rank takes its part and sums products. blockwise: each part is a matrix of its own, so the
+    # update is not that of one rank.
     muon_tp_mode: str = "duplicated"
-    # Of the Newton-Schulz products: medium (bfloat16) | high | highest (float32). auto: medium on a GPU, else highest.
+    # Precision of the Newton-Schulz products: medium (bfloat16) | high | highest (float32).
+    # auto: medium on a GPU, else highest.
     muon_fp32_matmul_prec: str = "auto"
     muon_scalar_optimizer: str = "adam"  # adam (AdamW) | lion: of the parameters that Muon does not move
-    # Muon moves the start weights of memories too, each head's matrices apart.
+    # Muon moves the start weights of memories too, each head's matrices apart. Refused with memory.locals.
     muon_memories: bool = False
-    # Core's layer-wise distributed optimizer: each data- and context-parallel rank holds the states of whole matrices
-    # and updates these; the states of the rest are cut as AdamW's always are. False: each rank holds all states.
+    # Core's layer-wise distributed optimizer. Each data- and context-parallel rank updates whole matrices and holds
+    # their states. The states of the rest are cut as AdamW's always are. False: each rank holds all states.
+    # Refused with precision = "float32" and with muon_scalar_optimizer = "lion".
     muon_layer_wise: bool = False
-    clip_grad: float = 1.0
-    # Of E layers: how much an uneven load of the experts counts beside the loss, which is reported without it. The load
-    # is a micro-batch's: another micro_batch is another loss. 0: it does not count.
+    clip_grad: float = 1.0  # largest norm of all gradients together; 0: no clipping
+    # Of E layers: how much an uneven load of the experts counts beside the loss, which is reported without it.
+    # The load is a micro-batch's, so another micro_batch is another loss. 0: it does not count.
     aux_loss: float = 0.01
-    precision: str = "auto"  # auto: bfloat16 with float32 master weights on a GPU, float32 on a CPU
-    # "": off. hybrid | e4m3: the linears of mixers, attention and MLPs multiply in FP8 (Transformer Engine, from
-    # sm_89); the memory's gates, its inner loop and its state never do.
+    # float32 | bfloat16 (with float32 master weights) | auto: bfloat16 on a GPU, float32 on a CPU.
+    precision: str = "auto"
+    # "": off. hybrid | e4m3: linears of mixers, attention and MLPs multiply in FP8. The memory's gates, its inner loop
+    # and its state never do. Needs model.transformer_engine and sm_89, and sizes that are multiples of 16.
     fp8: str = ""
     fp8_recipe: str = "delayed"  # delayed | tensorwise | blockwise (sm_90) | mxfp8 (sm_100): how FP8 is scaled
-    # Of memories with memory.write_gate: how much the mean of sqrt(w + 1e-4) counts beside the loss (which is reported
-    # without it). It rises to that over the first quarter of the steps, and from half of them on to
-    # late_write_budget, where that is not 0: by then what is read is known, and the rest can be left unwritten.
+    # Weight of the mean of sqrt(w + 1e-4) beside the loss, w being the gate of memory.write_gate, which it needs.
+    # It rises over the first quarter of the steps. The reported loss is without it. 0: off.
     write_budget: float = 0.0
+    # Weight that write_budget moves to between half and nine tenths of the steps; 0: it stays. Needs write_budget.
+    # By then the model knows what it reads, and can leave the rest unwritten.
     late_write_budget: float = 0.0
-    # Tokens over which gradients go back through a memory, in whole chunks; 0: over the whole sequence. A run whose
-    # model.seq_length has grown takes a quarter of the length that it began with, as exported models do.
+    # Tokens over which gradients go back through a memory, a multiple of memory.chunk; 0: over the whole sequence.
+    # A run whose model.seq_length has grown takes a quarter of its first length, as exported models do.
     gradient_reach: int = 0
-    recompute: bool = False  # recompute each layer's activations in the backward
-    # With recompute: only of the first so many layers of each pipeline stage, each symbol of model.pattern one; 0: all.
+    recompute: bool = False  # recompute each layer's activations in the backward: less memory, more time
+    # With recompute: only the first so many layers of each pipeline stage; a symbol of model.pattern is one. 0: all.
     recompute_layers: int = 0
-    # Without it, recompute parts of layers that core builds, as ["mlp", "moe"]: mlp (each `-`, but for its norm) | moe
-    # (each `E`, likewise) | shared_experts (of each `E`) | layernorm (the norm before each `-` and `E`; needs
-    # model.transformer_engine).
+    # Without recompute: parts of the layers that Megatron-Core builds, as ["mlp", "moe"].
+    # mlp: each `-`, but for its norm. moe: each `E`, likewise. shared_experts: the shared MLP of each `E`.
+    # layernorm: the norm before each `-` and `E`; needs model.transformer_engine.
     recompute_modules: tuple[str, ...] = ()
-    # Capture forward and backward of a step in one CUDA graph, after three eager steps: no kernel then waits for the
-    # host. Validation, and steps that measure (stats_every), stay eager.
+    # After three eager steps, capture forward and backward of a step in one CUDA graph. Kernels do not wait for the
+    # host then. Validation, and steps that measure (stats_every), stay eager.
+    # Refused with data.packed, batch_ramp, write_budget, recompute, recompute_modules, fp8, and with parallel.pipeline
+    # or parallel.context over 1.
     cuda_graph: bool = False
-    deterministic: bool = False  # two runs of one layout are bit-equal on a GPU too; refuses what cannot be
-    validate_every: int = 100  # steps; 0 never
-    validate_sequences: int = 64
-    validate_silenced: bool = False  # also validate with every memory held at its start weights: what it contributes
+    # Two runs of one layout give equal bits, on a GPU too. What cannot be deterministic is refused.
+    deterministic: bool = False
+    validate_every: int = 100  # steps between validations; 0: never
+    validate_sequences: int = 64  # sequences of each validation
+    # Validate once more with every memory held at its start weights. The difference is what memories contribute.
+    # Refused without memory layers.
+    validate_silenced: bool = False
     log_every: int = 1  # steps between progress lines; metrics.jsonl has every step
     stats_every: int = 10  # steps between measurements of gates, norms, surprise, spectra and memory share
-    # Steps between readings of the live model by tasks of atlas-eval (docs/watching.md), the last step too; 0 never.
+    # Steps between evaluations of the live model by tasks of atlas-eval (docs/watching.md); 0: never. The last step
+    # is one of them.
     evaluate_every: int = 0
-    evaluate_tasks: tuple[str, ...] = ("perplexity", "mqar", "niah_single_1")  # of atlas-eval, those of its own
+    evaluate_tasks: tuple[str, ...] = ("perplexity", "mqar", "niah_single_1")  # names of tasks of atlas-eval
     evaluate_lengths: str = ""  # tokens of context and question, as "1K,4K" (K is 1,024); "": model.seq_length
-    evaluate_samples: int = 16  # examples of a task at each length
-    sample_every: int = 0  # steps between texts that the live model writes, the last step too; 0 never
-    sample_prompt: str = ""  # what such a text begins with; "": it begins as a document does
-    sample_tokens: int = 100  # most tokens that it is continued by
-    # START:STOP: a torch.profiler trace of the steps from START up to before STOP, and a table of their operators, in
-    # the run's directory. "": none.
+    evaluate_samples: int = 16  # examples of each task at each length
+    sample_every: int = 0  # steps between texts that the live model writes, the last step too; 0: never
+    sample_prompt: str = ""  # the beginning of such a text; "": the beginning of a document
+    sample_tokens: int = 100  # tokens that the model adds at most
+    # START:STOP, as "10:13": write a torch.profiler trace of the steps from START up to before STOP, and a table of
+    # their operators, into the run's directory. "": none.
     profile: str = ""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 200  # steps
-    last: bool = True  # the last step too; false where a run is only timed. A run that is stopped is saved in any case
+    every: int = 200  # steps between checkpoints
+    # Save the last step too; false for a run that is only timed. A run that is stopped is saved in any case.
+    last: bool = True
     keep: int = 2  # newest checkpoints kept
-    keep_best: bool = True  # and, of those saved after a validation, the one of the lowest loss
-    async_save: bool = False  # written from a copy in memory while training goes on
+    keep_best: bool = True  # of those saved after a validation, keep the one of the lowest loss too
+    async_save: bool = False  # write from a copy in memory while training goes on; the copy takes that much memory
 
 
 @dataclass(frozen=True)
 class ResilienceConfig:
     """What a run does about hung steps, slow processes, NaN and inf."""
 
-    # Without a finished step, until every process writes the stacks of its threads and ends; 0 never. The first step, a
-    # validation and a checkpoint have parallel.timeout_minutes more. Less than that: the stacks then come first.
+    # Minutes without a finished step, after which every process writes the stacks of its threads and ends. 0: never.
+    # The first step, a validation and a checkpoint have parallel.timeout_minutes more. Below that value the
+    # stacks come before the timeout.
     hang_minutes: float = 20.0
-    # Steps between reports of the slowest process: its time in data and forward passes against the median's. 0 never.
+    # Steps between reports of the slowest process: its time in data and forward passes against the median's. 0: never.
     straggler_every: int = 50
-    # stop: a run ends at the first NaN or inf. skip: that batch is passed over and nothing else changes; after so many
-    # in a row the run goes back to the newest whole checkpoint, and on with the data behind them.
+    # stop: end the run at the first NaN or inf. skip: pass over that batch and change nothing else. After
+    # skips_in_a_row of them the run goes back to the newest whole checkpoint, and on with the data after them.
     non_finite: str = "stop"
-    skips_in_a_row: int = 3  # until it goes back
-    most_skipped: int = 100  # batches of a whole run; one more, and it stops
-    most_returns: int = 3  # to a checkpoint in a whole run; one more, and it stops
+    skips_in_a_row: int = 3  # batches passed over in a row before the run goes back
+    most_skipped: int = 100  # batches passed over in a whole run; one more stops it
+    most_returns: int = 3  # returns to a checkpoint in a whole run; one more stops it
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Megatron .bin/.idx prefixes; a blend is a list of ``"weight prefix"``."""
 
-    # The sets to read, in proportion to weights ("0.7 data/books/train"), to counts of tokens ("20B data/web/train"
-    # with K, M, B or T), or, without either, to their sizes. A set that ends begins anew in another order: how often
-    # each is read is said before the first step.
+    # Data sets to read. Each may have a weight ("0.7 data/books/train") or a count of tokens ("20B data/web/train",
+    # with K, M, B or T). Without either, sets count by their size. A set that ends begins anew in another order.
+    # How often each is read is printed before the first step.
     train: tuple[str, ...] = ()
-    validation: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()  # data sets to validate on, written as in train
     tokenizer: str = ""  # folder with tokenizer.json
-    workers: int = 0  # loader processes
-    # Train although the data were made with another tokenizer than data.tokenizer, and resume although the tokenizer or
-    # the training data are others than the checkpoint's. Other data are read from their first sequence on.
+    workers: int = 0  # processes that load data; 0: the training process does it
+    # Train although another tokenizer made the data. Resume although the tokenizer, the training data or run.seed
+    # differ from the checkpoint's. Other data are read from their first sequence on.
     allow_change: bool = False
     # Documents of one sequence do not see each other: memories, convolutions and attention begin anew at each.
+    # Refused with C layers and with exponential kernels.
     packed: bool = False
 
 
@@ -318,30 +340,33 @@ class DataConfig:
 class ParallelConfig:
     """Devices along each axis; data parallel is what remains of the world."""
 
+    # Tensor-parallel ranks; heads, model.ffn_hidden_size and model.vocab_size divide by it.
+    # The number of processes must be a multiple of tensor x pipeline x context.
     tensor: int = 1
-    sequence: bool = False  # Megatron sequence parallel inside the tensor group
-    pipeline: int = 1
-    virtual: int = 1  # stages of model.pattern a pipeline rank: every `pipeline`-th one (interleaved schedule)
-    # Ranks that share out the experts of each E layer, whole ones. They are those of tensor, context and data: no
-    # devices besides, each with tokens of its own.
+    sequence: bool = False  # Megatron's sequence parallelism in the tensor group; needs tensor > 1
+    pipeline: int = 1  # pipeline ranks; model.pattern has one stage for each
+    # Stages of model.pattern on each pipeline rank (interleaved schedule): every `pipeline`-th one. Needs pipeline > 1.
+    virtual: int = 1
+    # Ranks that share out the experts of each E layer, whole ones; experts.count divides by it. They are no devices
+    # besides: they are taken from those of tensor, context and data, each with tokens of its own.
     expert: int = 1
-    # Ranks that hold equal contiguous shards of each sequence.
-    context: int = 1
-    # How a memory crosses them. heads: all-to-all, all tokens of a share of the heads. handoff: the state, from rank
-    # to rank. heads+handoff: the first inside a node, the second between nodes. auto: heads as far as they divide in
-    # a node, handed on beyond.
+    context: int = 1  # ranks that hold equal contiguous shards of each sequence
+    # How a memory works over those ranks. heads: all-to-all, each rank gets all tokens of a share of the heads.
+    # handoff: the state goes from rank to rank. heads+handoff: heads inside a node, handoff between nodes.
+    # auto: heads as far as they divide inside a node, handoff beyond.
     context_mode: str = "auto"
-    devices_per_node: int = 0  # 0: as the launcher says (LOCAL_WORLD_SIZE), else all in one
-    # Until a process that does not answer is given up: longer than one writes its share of a checkpoint, and than the
-    # first indexes the data.
+    devices_per_node: int = 0  # 0: what the launcher says (LOCAL_WORLD_SIZE), else one node for all
+    # Minutes until a process that does not answer is given up. Longer than the first process takes to index the data,
+    # and than any takes to write its share of a checkpoint.
     timeout_minutes: float = 30.0
-    context_slices: int = 0  # of batch x heads that the hand-off is pipelined over; 0: twice the ranks it passes
+    # Slices of batch x heads in which the state is handed on, one behind the other. 0: twice the ranks that it passes.
+    context_slices: int = 0
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    tensorboard: bool = True
-    wandb: str = ""  # project name; empty is off
+    tensorboard: bool = True  # write TensorBoard files into the run's directory
+    wandb: str = ""  # name of a Weights & Biases project; "": off
 
 
 @dataclass(frozen=True)

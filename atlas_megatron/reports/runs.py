@@ -126,7 +126,7 @@ def _draw_training(axes: Axes, records: list[Record], colour: str, name: str, *,
 
 def _draw_validation(axes: Axes, records: list[Record], colour: str, name: str) -> None:
     _draw_key(axes, records, colour, name, key="validation_loss")
-    _draw_key(axes, records, colour, f"{name}, memory silenced", key="validation_loss_silenced", dashed=True)
+    _draw_key(axes, records, colour, f"{name}, memory ablated", key="validation_loss_silenced", dashed=True)
 
 
 def _records(folder: Path) -> list[Record]:
@@ -184,7 +184,7 @@ def _draw_loss(axes: Axes, records: list[Record]) -> None:
     if window > 1:
         axes.plot(tokens[window - 1 :], _running_mean(losses, window), color="C0", label=f"mean of {window} steps")
     _draw_key(axes, records, "C1", "validation", key="validation_loss")
-    _draw_key(axes, records, "C2", "validation, memory silenced", key="validation_loss_silenced", dashed=True)
+    _draw_key(axes, records, "C2", "validation, memory ablated", key="validation_loss_silenced", dashed=True)
     scale, unit = _tokens_in(records[-1]["tokens"])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value * 1e6 / scale:g}")
     axes.set_xlabel(unit)

@@ -199,7 +199,7 @@ class RunLog:
             bits = record["validation_bits_per_byte"]
             in_bits = f"  {bits:.4f} bits per byte" if bits is not None else ""
             contributes = silenced_difference(record)
-            silenced = "" if contributes is None else f"  memory silenced: {contributes:+.2f} nats"
+            silenced = "" if contributes is None else f"  memory ablated: {contributes:+.2f} nats"
             self.say(f"step {step}/{last}  validation loss {record['validation_loss']:.4f}{in_bits}{silenced}")
         for task, by_length in record.get("evaluation", {}).items():
             self.say(f"step {step}/{last}  {task}: {'; '.join(_measures_of(by_length))}")
@@ -311,7 +311,7 @@ def summary_table(records: list[Record], parameters: int) -> Table:
         table.add_row("validation bits per byte", "unknown" if bits is None else f"{bits:.4f}")
         contributes = silenced_difference(validated[-1])
         if contributes is not None:
-            table.add_row("validation loss with the memory silenced, change in nats", f"{contributes:+.4f}")
+            table.add_row("validation loss with the memory ablated, change in nats", f"{contributes:+.4f}")
     for name, value in mean_measurements(records).items():
         table.add_row(f"{name.replace('_', ' ')}, mean of layers", f"{value:.4g}")
     return table

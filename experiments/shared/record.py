@@ -208,9 +208,11 @@ def train_quietly(words: Sequence[str], directory: Path) -> int:
 def _timed(job: Callable[[], Cell]) -> Cell:
     started = time.perf_counter()
     found = job()
+    # Words and messages as they are in the checkout, wherever it lies.
     if "words" in found:
-        # As they are typed in the checkout, wherever it lies.
         found["words"] = [word.replace(f"{ROOT}/", "") for word in found["words"]]
+    if "wrong" in found:
+        found["wrong"] = found["wrong"].replace(f"{ROOT}/", "")
     return {**found, "seconds": round(time.perf_counter() - started, 2)}
 
 

@@ -1,4 +1,7 @@
-"""What a comparison of language models shows: a picture, a table by seed, a table by rate, and who is ahead."""
+"""What a comparison of language models shows: a picture, a table by seed, a table by rate, and who is ahead.
+
+A part of the runs is described as such: contenders without a run are named, and have no row.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from experiments.shared.protocol import Contender, Protocol
 def draw(results: record.Record, stage: str, names: Sequence[str], seeds: Sequence[int]) -> None:
     """One row a contender: every seed a dot, their mean a line."""
     figure, axes = pyplot.subplots(figsize=(7.5, 0.32 * len(names) + 1.3), layout="constrained")
+    names = ran(results, stage, names, seeds)
     for row, name in enumerate(names):
         found = [b for b in protocol.reached(results, stage, name, seeds) if b is not None]
         axes.plot(found, [row] * len(found), "o", color="C0", alpha=0.6, markersize=4)
@@ -23,6 +27,21 @@ def draw(results: record.Record, stage: str, names: Sequence[str], seeds: Sequen
     axes.invert_yaxis()
     axes.set_xlabel("validation bits per byte (dots: seeds)")
     results.save_figure(figure)
+
+
+def ran(results: record.Record, stage: str, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """The contenders that have a run of a seed, failed ones too."""
+    return [n for n in names if any(protocol.seed_cell(stage, n, seed) in results.cells for seed in seeds)]
+
+
+def missing(results: record.Record, stage: str, names: Sequence[str], seeds: Sequence[int]) -> str:
+    """How many runs have not been made yet, and of whom there is none; empty where all are there."""
+    made = sum(protocol.seed_cell(stage, name, seed) in results.cells for name in names for seed in seeds)
+    if made == len(names) * len(seeds):
+        return ""
+    without = [name for name in names if name not in ran(results, stage, names, seeds)]
+    said = f" **{made} of {len(names) * len(seeds)} runs have been made**; the command goes on."
+    return said + (f" None is of: {'; '.join(without)}." if without else "")
 
 
 def tables(
@@ -36,33 +55,38 @@ def tables(
         rates = [results.cells.get(protocol.rate_cell(stage, name, rate), {}) for rate in comparison.rates]
         searches = contenders[name].rate_of or name
         best = protocol.best_rate(results, stage, searches, comparison)
-        searched = map(_said, rates) if searches == name else (f"as {searches}" for _ in rates)
-        by_rate.append((name, *searched, "" if best is None else f"{best:g}"))
+        if searches == name:
+            by_rate.append((name, *map(_said, rates), "" if best is None else f"{best:g}"))
         reached = protocol.reached(results, stage, name, comparison.seeds)
         seeds = [results.cells.get(protocol.seed_cell(stage, name, seed), {}) for seed in comparison.seeds]
         known = [b for b in reached if b is not None]
         apart = protocol.apart(base, reached) if name != names[0] else None
         against = (f"{apart[0]:+.3f}", apart[1]) if apart else ("", "")
         row = (name, contenders[name].asks, *map(_said, seeds))
-        by_seed.append((*row, f"{mean(known):.3f}" if known else "", *against))
+        if name in ran(results, stage, names, comparison.seeds):
+            rate = "" if best is None else f"{best:g}"
+            by_seed.append((*row, f"{mean(known):.3f}" if known else "", *against, rate))
     seeds_head = (f"seed {seed}" for seed in comparison.seeds)
     return [
-        record.Table(("contender", "asks", *seeds_head, "mean", "difference", "sign"), by_seed),
+        record.Table(("contender", "asks", *seeds_head, "mean", "difference", "sign", "rate"), by_seed),
         "Bits per byte at each learning rate, after a quarter of the tokens, from the first seed:",
         record.Table(("contender", *(f"{rate:g}" for rate in comparison.rates), "taken"), by_rate),
     ]
 
 
 def _said(cell: record.Cell) -> str:
-    reached = cell.get("bits_per_byte")
-    return str(cell.get("wrong", "not run")) if reached is None else f"{reached:.3f}"
+    """Bits per byte; of a run that failed, the beginning of its message, which the JSON has whole."""
+    reached, wrong = cell.get("bits_per_byte"), str(cell.get("wrong", ""))
+    if reached is None:
+        return wrong.partition("atlas-train: ")[2].partition(",")[0] or wrong
+    return f"{reached:.3f}"
 
 
 def seen(results: record.Record, stage: str, names: Sequence[str], seeds: Sequence[int]) -> str:
     """Who is better than the first and who is worse, by the signs of the differences."""
     base = protocol.reached(results, stage, names[0], seeds)
     better, worse, open_yet = [], [], []
-    for name in names[1:]:
+    for name in ran(results, stage, names[1:], seeds):
         difference, sign = protocol.apart(base, protocol.reached(results, stage, name, seeds)) or (0.0, "")
         decided = better if difference < 0 else worse
         (decided if sign == "every seed" else open_yet).append(name)
@@ -72,4 +96,15 @@ def seen(results: record.Record, stage: str, names: Sequence[str], seeds: Sequen
         f"Worse than {first} with every seed": worse,
         "Seeds disagree, or are too few": open_yet,
     }
-    return " ".join(f"{said}: {'; '.join(found) or 'none'}." for said, found in groups.items())
+    return " ".join(f"{said}: {'; '.join(found)}." for said, found in groups.items() if found)
+
+
+def quarter(results: record.Record, stage: str, names: Sequence[str], comparison: Protocol) -> str:
+    """The contenders in the order of their best rate after a quarter of the tokens."""
+    best = {}
+    for name in names:
+        rate = protocol.best_rate(results, stage, name, comparison)
+        if rate is not None:
+            best[name] = results.cells[protocol.rate_cell(stage, name, rate)]["bits_per_byte"]
+    order = sorted(best, key=lambda name: best[name])
+    return f"After a quarter of the tokens, each at its best rate: {'; '.join(f'{n} {best[n]:.3f}' for n in order)}."

@@ -126,9 +126,28 @@ def test_language_model(tmp_path: Path) -> None:
     compared = protocol.Protocol(language_model.BASE, (), 12, rates, seeds, tmp_path)
     language_model.describe(results, names, compared)
     page = page_of(results)
-    assert "| titans | a write a token | 1.750 | 2.250 | 2.000 | -0.250 | every seed |" in page
-    assert "Better than atlas with every seed: titans. Worse than atlas with every seed: none." in page
-    assert "| c = 1 | as atlas | as atlas | 0.001 |" in page
+    assert "| titans | a write a token | 1.750 | 2.250 | 2.000 | -0.250 | every seed | 0.001 |" in page
+    assert "Better than atlas with every seed: titans. Seeds disagree, or are too few: c = 1." in page
+    assert "| titans | 3.001 | 3.002 | 0.001 |" in page and "| c = 1 | 3.001" not in page
+    assert "After a quarter of the tokens, each at its best rate: atlas 3.001; titans 3.001" in page
+    assert "runs have been made" not in page
+
+
+def test_language_model_of_a_part_of_its_runs(tmp_path: Path) -> None:
+    """Contenders without a run have no row and are named; a run that failed says why."""
+    names, rates = ("atlas", "OmegaNet", "titans"), (1e-3, 2e-3)
+    cells: dict[str, dict[str, Any]] = {
+        protocol.rate_cell("members", name, rate): {"bits_per_byte": 3 + rate} for name in names for rate in rates
+    }
+    wrong = "status 1: atlas-train: step 94: gradient norm is nan, first seen in a gradient"
+    cells[protocol.rate_cell("members", "OmegaNet", 2e-3)] = {"bits_per_byte": None, "wrong": wrong}
+    cells[protocol.seed_cell("members", "OmegaNet", 1)] = {"bits_per_byte": 2.0}
+    results = made_up("language_model", tmp_path, cells)
+    language_model.describe(results, names, protocol.Protocol(language_model.BASE, (), 12, rates, (1, 2), tmp_path))
+    page = page_of(results)
+    assert "**1 of 6 runs have been made**" in page and "None is of: atlas; titans." in page
+    assert "| OmegaNet | without Muon; a write a token | 2.000 |" in page and "| titans | a write" not in page
+    assert "| OmegaNet | 3.001 | step 94: gradient norm is nan | 0.001 |" in page
 
 
 def test_long_context(tmp_path: Path) -> None:

@@ -162,12 +162,12 @@ def test_the_last_lines_say_what_the_memory_contributes(root: Path, capsys: pyte
     last = records[-1] | {"validation_loss": 5.0, "validation_loss_silenced": 5.12}
     table = metrics.summary_table([*records, last], parameters=1)
     values = dict(zip(table.columns[0].cells, table.columns[1].cells, strict=True))
-    assert values["validation loss with the memory silenced, change in nats"] == "+0.1200"
+    assert values["validation loss with the memory ablated, change in nats"] == "+0.1200"
     assert not any("histogram" in name or "spectrum" in name for name in values)
     words = [str(root / "tiny.toml"), f"run.directory={root}/line", "train.steps=1", "train.warmup_steps=0"]
     assert main([*words, "train.validate_silenced=true"]) == 0
     rise = metrics.silenced_difference(metrics.read(root / "line")[-1])
-    assert f"bits per byte  memory silenced: {rise:+.2f} nats" in capsys.readouterr().out
+    assert f"bits per byte  memory ablated: {rise:+.2f} nats" in capsys.readouterr().out
 
 
 def test_records_hold_lists_and_tensorboard_histograms(root: Path) -> None:

@@ -21,9 +21,7 @@ SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capaci
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_run.write(folder)
-    return folder
+    return tiny_run.write(tmp_path_factory.mktemp("tiny")).parent
 
 
 def test_a_step_without_memory_ends_the_run_with_what_would_take_less(

@@ -21,9 +21,7 @@ from tests.support import tiny_run
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_run.write(folder)
-    return folder
+    return tiny_run.write(tmp_path_factory.mktemp("tiny")).parent
 
 
 @pytest.fixture(scope="module")

@@ -78,9 +78,7 @@ def test_another_schedule_from_here_on_is_said() -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_run.write(folder)
-    return folder
+    return tiny_run.write(tmp_path_factory.mktemp("tiny")).parent
 
 
 WSD = ["train.schedule=wsd", "train.decay_steps=3", "train.decay_shape=1-sqrt", "train.validate_every=0"]
