@@ -94,7 +94,7 @@ def describe(results: record.Record, names: Sequence[str], comparison: Protocol)
         "within 1 %. Each contender trains at every learning rate for a quarter of the tokens, and at the best of them "
         f"from every seed. *Difference*: the contender's bits less those of {names[0]}, so less than zero is better. "
         "It counts where it has one sign in every seed."
-        f"{standings.missing(results, STAGE, names, comparison.seeds)}",
+        f"{standings.made(results, STAGE, names, comparison.seeds)}",
         standings.tables(results, STAGE, {name: CONTENDERS[name] for name in names}, comparison),
         [
             standings.seen(results, STAGE, names, comparison.seeds),
@@ -118,7 +118,7 @@ def main(words: Sequence[str] | None = None) -> int:
         results = record.Record("language_model", asked, settings)
         if not asked.report:
             protocol.compare(results, STAGE, comparison, contenders(names))
-        standings.draw(results, STAGE, names, seeds)
+        standings.draw(results, STAGE, names, comparison)
         describe(results, names, comparison)
 
     return record.run("language_model", experiment)

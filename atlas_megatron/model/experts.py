@@ -61,9 +61,9 @@ class _InTurn:
     """An initialisation that core calls once for each of a rank's experts, in their order."""
 
     def __init__(self, init: Callable[[Tensor], Any], seed: int, part: str, first: int) -> None:
-        self.init, self.seed, self.part, self.next = init, seed, part, first
+        self.init, self.seed, self.matrices, self.next = init, seed, part, first
 
     def __call__(self, weight: Tensor) -> Any:
-        with own_stream(self.seed, f"{self.part} {self.next}"):
+        with own_stream(self.seed, f"{self.matrices} {self.next}"):
             self.next += 1
             return self.init(weight)

@@ -14,18 +14,26 @@ from experiments.shared import protocol, record
 from experiments.shared.protocol import Contender, Protocol
 
 
-def draw(results: record.Record, stage: str, names: Sequence[str], seeds: Sequence[int]) -> None:
-    """One row a contender: every seed a dot, their mean a line."""
-    figure, axes = pyplot.subplots(figsize=(7.5, 0.32 * len(names) + 1.3), layout="constrained")
-    names = ran(results, stage, names, seeds)
+def draw(results: record.Record, stage: str, names: Sequence[str], comparison: Protocol) -> None:
+    """Left: every learning rate after a quarter of the tokens. Right: every seed a dot, their mean a line."""
+    figure, (left, right) = pyplot.subplots(
+        1, 2, sharey=True, figsize=(9, 0.32 * len(names) + 1.3), layout="constrained"
+    )
+    for number, rate in enumerate(comparison.rates):
+        cells = (results.cells.get(protocol.rate_cell(stage, name, rate), {}) for name in names)
+        found = {row: cell["bits_per_byte"] for row, cell in enumerate(cells) if cell.get("bits_per_byte") is not None}
+        left.plot(list(found.values()), list(found), "o", color=f"C{number}", alpha=0.7, markersize=4, label=f"{rate:g}")
     for row, name in enumerate(names):
-        found = [b for b in protocol.reached(results, stage, name, seeds) if b is not None]
-        axes.plot(found, [row] * len(found), "o", color="C0", alpha=0.6, markersize=4)
-        if found:
-            axes.plot([mean(found)] * 2, [row - 0.3, row + 0.3], color="C0", linewidth=2)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("validation bits per byte (dots: seeds)")
+        reached = [b for b in protocol.reached(results, stage, name, comparison.seeds) if b is not None]
+        right.plot(reached, [row] * len(reached), "o", color="C0", alpha=0.6, markersize=4)
+        if reached:
+            right.plot([mean(reached)] * 2, [row - 0.3, row + 0.3], color="C0", linewidth=2)
+    left.set_yticks(range(len(names)), names)
+    left.set_ylim(len(names) - 0.5, -0.5)
+    right.locator_params(axis="x", nbins=4)
+    left.legend(title="learning rate", fontsize="small")
+    left.set_xlabel("bits per byte after a quarter of the tokens")
+    right.set_xlabel("bits per byte at the end (dots: seeds)")
     results.save_figure(figure)
 
 
@@ -34,14 +42,11 @@ def ran(results: record.Record, stage: str, names: Sequence[str], seeds: Sequenc
     return [n for n in names if any(protocol.seed_cell(stage, n, seed) in results.cells for seed in seeds)]
 
 
-def missing(results: record.Record, stage: str, names: Sequence[str], seeds: Sequence[int]) -> str:
-    """How many runs have not been made yet, and of whom there is none; empty where all are there."""
-    made = sum(protocol.seed_cell(stage, name, seed) in results.cells for name in names for seed in seeds)
-    if made == len(names) * len(seeds):
-        return ""
-    without = [name for name in names if name not in ran(results, stage, names, seeds)]
-    said = f" **{made} of {len(names) * len(seeds)} runs have been made**; the command goes on."
-    return said + (f" None is of: {'; '.join(without)}." if without else "")
+def made(results: record.Record, stage: str, names: Sequence[str], seeds: Sequence[int]) -> str:
+    """How many runs of the seeds there are; empty where all are."""
+    found = sum(protocol.seed_cell(stage, name, seed) in results.cells for name in names for seed in seeds)
+    whole = len(names) * len(seeds)
+    return "" if found == whole else f" **{found} of {whole} runs have been made**; the command goes on."
 
 
 def tables(
@@ -96,15 +101,20 @@ def seen(results: record.Record, stage: str, names: Sequence[str], seeds: Sequen
         f"Worse than {first} with every seed": worse,
         "Seeds disagree, or are too few": open_yet,
     }
+    groups["Not run yet"] = [name for name in names if name not in ran(results, stage, names, seeds)]
     return " ".join(f"{said}: {'; '.join(found)}." for said, found in groups.items() if found)
 
 
 def quarter(results: record.Record, stage: str, names: Sequence[str], comparison: Protocol) -> str:
-    """The contenders in the order of their best rate after a quarter of the tokens."""
+    """The contenders in the order of their best rate after a quarter of the tokens, and whose rate may be too low."""
     best = {}
     for name in names:
         rate = protocol.best_rate(results, stage, name, comparison)
         if rate is not None:
             best[name] = results.cells[protocol.rate_cell(stage, name, rate)]["bits_per_byte"]
     order = sorted(best, key=lambda name: best[name])
-    return f"After a quarter of the tokens, each at its best rate: {'; '.join(f'{n} {best[n]:.3f}' for n in order)}."
+    highest = max(comparison.rates)
+    edge = [n for n in order if protocol.best_rate(results, stage, n, comparison) == highest]
+    more = f" The highest rate is the best of {', '.join(edge)}: a higher one was not tried." if edge else ""
+    reached = "; ".join(f"{name} {best[name]:.3f}" for name in order)
+    return f"After a quarter of the tokens, each at its best rate: {reached}.{more}"

@@ -145,7 +145,7 @@ def test_language_model_of_a_part_of_its_runs(tmp_path: Path) -> None:
     results = made_up("language_model", tmp_path, cells)
     language_model.describe(results, names, protocol.Protocol(language_model.BASE, (), 12, rates, (1, 2), tmp_path))
     page = page_of(results)
-    assert "**1 of 6 runs have been made**" in page and "None is of: atlas; titans." in page
+    assert "**1 of 6 runs have been made**" in page and "Not run yet: atlas; titans." in page
     assert "| OmegaNet | without Muon; a write a token | 2.000 |" in page and "| titans | a write" not in page
     assert "| OmegaNet | 3.001 | step 94: gradient norm is nan | 0.001 |" in page
 

@@ -65,7 +65,7 @@ def recomputed(**keys: object) -> Config:
         ({"recompute": True, "recompute_layers": -1}, "train.recompute_layers=-1 must be 0 or more"),
         ({"recompute_layers": 2}, "set train.recompute=true, or recompute_layers=0"),
         ({"recompute": True, "recompute_modules": ("mlp",)}, "set train.recompute=false, or recompute_modules=[]"),
-        ({"recompute_modules": ("core_attn",)}, "has 'core_attn'; use mlp, layernorm, or train.recompute=true"),
+        ({"recompute_modules": ("core_attn",)}, "has 'core_attn'; use mlp, moe, shared_experts, layernorm, or train"),
         ({"recompute_modules": ("mlp", "layernorm")}, "without which core cannot recompute a norm; set model.transf"),
         ({"recompute_modules": ("mlp",), "cuda_graph": True}, "train.cuda_graph=true with train.recompute_modules"),
     ],
