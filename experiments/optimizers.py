@@ -59,7 +59,7 @@ def main(words: Sequence[str] | None = None) -> int:
         asked = record.options("optimizers", __doc__ or "", words, reports=True)
         names = QUICK if asked.quick else tuple(CONTENDERS)
         more = (*WORDS, "train.validate_sequences=4") if asked.quick else WORDS
-        seeds, steps, rates = ((1,), 12, RATES[:1]) if asked.quick else (SEEDS, STEPS, RATES)
+        seeds, steps, rates = ((1,), 12, RATES[:2]) if asked.quick else (SEEDS, STEPS, RATES)
         comparison = Protocol(BASE, more, steps, rates, seeds, RUNS)
         settings = {"steps": steps, "rates": rates, "words": WORDS, "base": BASE.read_text(encoding="utf-8")}
         results = record.Record("optimizers", asked, settings)

@@ -22,7 +22,8 @@ def draw(results: record.Record, stage: str, names: Sequence[str], comparison: P
     for number, rate in enumerate(comparison.rates):
         cells = (results.cells.get(protocol.rate_cell(stage, name, rate), {}) for name in names)
         found = {row: cell["bits_per_byte"] for row, cell in enumerate(cells) if cell.get("bits_per_byte") is not None}
-        left.plot(list(found.values()), list(found), "o", color=f"C{number}", alpha=0.7, markersize=4, label=f"{rate:g}")
+        said = f"{rate:g}"
+        left.plot(list(found.values()), list(found), "o", color=f"C{number}", alpha=0.7, markersize=4, label=said)
     for row, name in enumerate(names):
         reached = [b for b in protocol.reached(results, stage, name, comparison.seeds) if b is not None]
         right.plot(reached, [row] * len(reached), "o", color="C0", alpha=0.6, markersize=4)
