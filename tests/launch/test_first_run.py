@@ -23,7 +23,7 @@ from atlas_megatron.training.metrics import read
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/cluster_run.md").read_text()
 CONFIG = "mine-340m.toml"
-STEPS = 16
+STEPS = 8
 COMMON = (
     "train.global_batch=16 train.micro_batch=2 train.warmup_steps=2 train.validate_every=5 "
     "train.validate_sequences=16 train.log_every=1 train.stats_every=5 train.precision=\"float32\" checkpoint.every=5"
