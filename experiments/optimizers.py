@@ -46,7 +46,7 @@ def describe(results: record.Record, names: Sequence[str], comparison: Protocol)
         f"{record.seeds_said(comparison.seeds)}. The model has {protocol.parameters(config):,} parameters. Each "
         "optimizer trains at every learning rate for a quarter of the tokens, and at the best of them from every seed. "
         f"*Difference*: its bits less those of {names[0]}, so less than zero is better. It counts where it has one "
-        "sign in every seed.",
+        f"sign in every seed.{standings.made(results, STAGE, names, comparison.seeds)}",
         standings.tables(results, STAGE, {name: CONTENDERS[name] for name in names}, comparison),
         [standings.seen(results, STAGE, names, comparison.seeds)],
     )
