@@ -42,7 +42,7 @@ def shown(run: Path) -> list[Text]:
 def main(words: list[str]) -> int:
     """Draw the run that the command line names."""
     if len(words) != 1 or not (Path(words[0]) / "sample.txt").is_file():
-        print(f"docs/terminal.py: {words} names no run with a sample; give one: python docs/terminal.py runs/quickstart")
+        print(f"docs/terminal.py: {words} is no run with a sample; give it: python docs/terminal.py runs/quickstart")
         return 2
     with Path("/dev/null").open("w") as nowhere:
         console = Console(record=True, width=COLUMNS, file=nowhere)
