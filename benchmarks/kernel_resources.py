@@ -30,12 +30,12 @@ from triton.compiler import ASTSource
 
 from atlas_kernels.gpu.architecture import planned_for
 from atlas_megatron.cli.ending import command
-from atlas_megatron.cli.version import add_version
+from benchmarks import held
 from benchmarks.tensor_core_work import executed_over_useful, programs_per_sm
 from benchmarks.wgmma_operands import machine_code, stray_operands
 
-ROOT = Path(__file__).resolve().parents[1]
-TABLE = ROOT / "kernels" / "resources.json"
+NAME = "benchmarks.kernel_resources"
+TABLE = held.ROOT / "kernels" / "resources.json"
 FOLDER = "atlas_kernels.gpu"
 NAMES = ("newton_schulz", "orthogonal_writes", "chain", "scan", "coefficients", "windows", "edges")
 MODULES = tuple(f"{FOLDER}.{name}" for name in NAMES)
@@ -93,12 +93,12 @@ def measure(variant: Any, arch: int) -> dict[str, Any]:
     }
 
 
-def measure_all() -> dict[str, dict[str, Any]]:
+def measure_all() -> held.Figures:
     """Of every variant and architecture, "name, sm_90": its figures."""
     return {f"{variant.name}, sm_{arch}": measure(variant, arch) for arch in SHARED for variant in all_variants(arch)}
 
 
-def faults(measured: dict[str, dict[str, Any]], kept: dict[str, dict[str, Any]]) -> tuple[list[str], list[str]]:
+def faults(measured: held.Figures, kept: held.Figures) -> tuple[list[str], list[str]]:
     """(what must not be, what is only worth saying) of the measured figures beside the kept ones."""
     bad, good = [], []
     for name, now in measured.items():
@@ -132,7 +132,7 @@ def faults(measured: dict[str, dict[str, Any]], kept: dict[str, dict[str, Any]])
     return bad, good
 
 
-def show(measured: dict[str, dict[str, Any]]) -> None:
+def show(measured: held.Figures) -> None:
     table = Table("kernel", "registers", "spilled", "shared", "columns", "programs", "executed", "instructions")
     for name, now in measured.items():
         figures = (now["registers"], now["spilled"] or "-", now["shared"], now["tensor_columns"] or "-")
@@ -143,43 +143,22 @@ def show(measured: dict[str, dict[str, Any]]) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     """What the command line asks for; its exit status, of which 1 is a check that failed."""
-    return command("benchmarks.kernel_resources", lambda: _measure(_parser(), words))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python -m benchmarks.kernel_resources --check",
-    )
-    add_version(parser)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
-    what.add_argument("--check", action="store_true", help="compare with it; exit 1 where something grew")
-    return parser
+    return command(NAME, lambda: _measure(held.parser_of(NAME, __doc__, TABLE), words))
 
 
 def _measure(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> int:
-    arguments = parser.parse_args(words)
+    arguments = held.asked(parser, words, TABLE)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: interpreted kernels are not compiled; unset it")
-    if arguments.check and not TABLE.exists():
-        parser.error(f"{TABLE.relative_to(ROOT)} is not there; run with --write first")
     start = time.perf_counter()
     measured = measure_all()
     show(measured)
     print(f"{len(measured)} compilations in {time.perf_counter() - start:.0f} s, triton {triton.__version__}")
-    kept = json.loads(TABLE.read_text())["kernels"] if arguments.check else measured
-    bad, good = faults(measured, kept)
-    for line in good:
-        print(f"{line}; --write keeps it")
-    for line in bad:
-        print(line, file=sys.stderr)
-    if arguments.write and not bad:
-        report = {"command": "python -m benchmarks.kernel_resources --write", "triton": triton.__version__}
-        TABLE.write_text(json.dumps(report | {"kernels": measured}, indent=1) + "\n")
-        print(f"written: {TABLE.relative_to(ROOT)}")
-    return 1 if bad else 0
+    status = held.said(*faults(measured, json.loads(TABLE.read_text())["kernels"] if arguments.check else measured))
+    if arguments.write and not status:
+        made_by = {"command": f"python -m {NAME} --write", "triton": triton.__version__}
+        held.write(TABLE, made_by | {"kernels": measured})
+    return status
 
 
 if __name__ == "__main__":

@@ -14,21 +14,20 @@ import time
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from atlas_kernels.local_memories import groups_of
 from atlas_megatron.cli.ending import command
-from atlas_megatron.cli.version import add_version
 from atlas_megatron.config import MemoryConfig, load, uses
 from atlas_megatron.config.presets import PRESETS
+from benchmarks import held
 from benchmarks.contenders import contender, edges_of
 from benchmarks.fake_gpu import DEVICE, fake_gpu
 
-ROOT = Path(__file__).resolve().parents[1]
-TABLE = ROOT / "kernels" / "launches.json"
+NAME = "benchmarks.launches"
+TABLE = held.ROOT / "kernels" / "launches.json"
 FOLDERS = ("configs", "configs/experiments")
 # Sections that an experiment reads, and the trainer does not know.
 OF_EXPERIMENTS = ("length",)
@@ -58,16 +57,16 @@ def memory_op(memory: MemoryConfig, batch: int, tokens: int) -> Callable[[], obj
     return contender(memory, batch=batch, tokens=tokens, products=torch.bfloat16, device=DEVICE, impl="triton")
 
 
-def of_config(name: str) -> dict[str, dict[str, Any]]:
+def of_config(name: str) -> held.Figures:
     """The memory and its edges at a configuration's own shape; what the kernels refuse is said in their place."""
-    file = ROOT / f"{name}.toml"
+    file = held.ROOT / f"{name}.toml"
     if any(section in tomllib.loads(file.read_text(encoding="utf-8")) for section in OF_EXPERIMENTS):
         return {}
     config = load(file)
     if not uses(config.model.pattern, "memory"):
         return {}
     memory, batch, tokens = config.memory, config.train.micro_batch, config.model.seq_length
-    found: dict[str, dict[str, Any]] = {}
+    found: held.Figures = {}
     try:
         found[f"{name}: memory"] = counted(memory_op(memory, batch, tokens))
     except ValueError as refused:
@@ -82,18 +81,18 @@ def of_config(name: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def count_all() -> dict[str, dict[str, Any]]:
+def count_all() -> held.Figures:
     """Of every configuration and shape by name."""
-    found: dict[str, dict[str, Any]] = {}
+    found: held.Figures = {}
     for folder in FOLDERS:
-        for file in sorted((ROOT / folder).glob("*.toml")):
+        for file in sorted((held.ROOT / folder).glob("*.toml")):
             found |= of_config(f"{folder}/{file.stem}")
     for name, (fields, heads, batch, tokens) in SHAPES.items():
         found[name] = counted(memory_op(replace(MemoryConfig(heads=heads, head_dim=64), **fields), batch, tokens))
     return found
 
 
-def faults(counted: dict[str, dict[str, Any]], kept: dict[str, dict[str, Any]]) -> tuple[list[str], list[str]]:
+def faults(counted: held.Figures, kept: held.Figures) -> tuple[list[str], list[str]]:
     """(what must not be, what is only worth saying) of the counts beside the kept ones."""
     bad, good = [], []
     for name in sorted(counted.keys() | kept.keys()):
@@ -118,7 +117,7 @@ def _flat(of: dict[str, Any]) -> dict[str, int]:
     return {"kernel launches": sum(of["kernels"].values()), "torch operators": of["torch"], "bytes": of["torch_bytes"]}
 
 
-def show(counted: dict[str, dict[str, Any]]) -> None:
+def show(counted: held.Figures) -> None:
     for name, of in counted.items():
         if "refused" in of:
             print(f"{name}: {of['refused']}")
@@ -130,40 +129,21 @@ def show(counted: dict[str, dict[str, Any]]) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     """What the command line asks for; its exit status, of which 1 is a check that failed."""
-    return command("benchmarks.launches", lambda: _count(_parser(), words))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python -m benchmarks.launches --check",
-    )
-    add_version(parser)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
-    what.add_argument("--check", action="store_true", help="compare with it; exit 1 where something grew")
-    return parser
+    return command(NAME, lambda: _count(held.parser_of(NAME, __doc__, TABLE), words))
 
 
 def _count(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> int:
-    arguments = parser.parse_args(words)
-    if arguments.check and not TABLE.exists():
-        parser.error(f"{TABLE.relative_to(ROOT)} is not there; run with --write first")
+    arguments = held.asked(parser, words, TABLE)
     start = time.perf_counter()
     counted = count_all()
     show(counted)
     print(f"{len(counted)} counts in {time.perf_counter() - start:.0f} s")
-    bad, good = faults(counted, json.loads(TABLE.read_text())["launches"]) if arguments.check else ([], [])
-    for line in good:
-        print(f"{line}; --write keeps it")
-    for line in bad:
-        print(line, file=sys.stderr)
+    status = held.said(*faults(counted, json.loads(TABLE.read_text())["launches"])) if arguments.check else 0
     if arguments.write:
-        report = {"command": "python -m benchmarks.launches --write", "torch": torch.__version__, "launches": counted}
-        TABLE.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"written: {TABLE.relative_to(ROOT)}")
-    return 1 if bad else 0
+        held.write(
+            TABLE, {"command": f"python -m {NAME} --write", "torch": torch.__version__, "launches": counted}
+        )
+    return status
 
 
 if __name__ == "__main__":

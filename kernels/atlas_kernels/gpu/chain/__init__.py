@@ -23,7 +23,6 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from atlas_kernels import memories
 from atlas_kernels.autocast import unrounded_backward
 from atlas_kernels.chunked import SegmentScan
 from atlas_kernels.chunked import Tokens as SegmentTokens
@@ -44,6 +43,7 @@ from atlas_kernels.gpu.coverage import size_refusal
 from atlas_kernels.gpu.launch import TRITON_DTYPES, Variant, launch, recording
 from atlas_kernels.gpu.newton_schulz import coefficient_table, plan, rank_blocks
 from atlas_kernels.gpu.scan.pieces import Sizes, Tokens
+from atlas_kernels.gpu.segment import segment_scan_of
 from atlas_kernels.layout import gates_by_chunk
 from atlas_kernels.rule import Gates, MemoryRule
 from atlas_kernels.writes import OrthogonalCoefficients, orthogonal_coefficients_of, places_of_writes
@@ -93,21 +93,7 @@ def chain_coefficients(
 
 def segment_chain(products: torch.dtype) -> SegmentScan:
     """The chain of one segment with its products' operands rounded to `products`; sums and states stay float32."""
-
-    def scan(
-        rule: MemoryRule,
-        of: OrthogonalCoefficients,
-        tokens: SegmentTokens,
-        weights: memories.Matrices,
-        momentum: memories.Matrices,
-        anchor: memories.Matrices,
-    ) -> tuple[Tensor, memories.Matrices, memories.Matrices]:
-        matrices = (*weights, *anchor, *(momentum if rule.momentum else ()))
-        y, *left = _SegmentChain.apply(rule, products, *vars(tokens).values(), *vars(of).values(), *matrices)
-        count = len(weights)
-        return y, tuple(left[:count]), tuple(left[count:]) if rule.momentum else momentum
-
-    return scan
+    return segment_scan_of(_SegmentChain, products)
 
 
 def shape_of(

@@ -16,7 +16,6 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from atlas_kernels import memories
 from atlas_kernels.autocast import unrounded_backward
 from atlas_kernels.chunked import SegmentScan
 from atlas_kernels.chunked import Tokens as SegmentTokens
@@ -40,27 +39,14 @@ from atlas_kernels.gpu.scan.split import MULTIPROCESSORS, launch_split, slices_o
 from atlas_kernels.gpu.scan.split_write import SPLIT_WRITE
 from atlas_kernels.gpu.scan.split_write_backward import SPLIT_WRITE_BACKWARD
 from atlas_kernels.gpu.scan.write_backward import write_backward_kernel
+from atlas_kernels.gpu.segment import segment_scan_of
 from atlas_kernels.rule import MemoryRule
 from atlas_kernels.writes import Coefficients
 
 
 def segment_scan(products: torch.dtype) -> SegmentScan:
     """The scan of one segment with its products' operands rounded to `products`; sums and states stay float32."""
-
-    def scan(
-        rule: MemoryRule,
-        coefficients: Coefficients,
-        tokens: SegmentTokens,
-        weights: memories.Matrices,
-        momentum: memories.Matrices,
-        anchor: memories.Matrices,
-    ) -> tuple[Tensor, memories.Matrices, memories.Matrices]:
-        matrices = (*weights, *anchor, *(momentum if rule.momentum else ()))
-        y, *left = _SegmentScan.apply(rule, products, *vars(tokens).values(), *vars(coefficients).values(), *matrices)
-        count = len(weights)
-        return y, tuple(left[:count]), tuple(left[count:]) if rule.momentum else momentum
-
-    return scan
+    return segment_scan_of(_SegmentScan, products)
 
 
 KERNELS = {
