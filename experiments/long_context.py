@@ -270,6 +270,12 @@ def reads_of(results: record.Record, name: str, seed: int, grid: Grid) -> list[i
     return [n for n in lengths_of(name, grid) if n <= grid.all_seeds or seed == grid.seeds[0]]
 
 
+def _cells(results: record.Record, name: str, seed: int, grid: Grid) -> list[str]:
+    """All cells of a contender's seed: its training, and every length that it reads."""
+    lengths = reads_of(results, name, seed, grid)
+    return [trained_cell(name, seed), *(read_cell(name, seed, length) for length in lengths)]
+
+
 def points(results: record.Record, name: str) -> list[Point]:
     """Recall, memory and speed at every length, over all seeds."""
     mine = [cell for cell in results.cells.values() if cell.get("contender") == name and "read" in cell]
@@ -279,8 +285,7 @@ def points(results: record.Record, name: str) -> list[Point]:
 def drop_lost(results: record.Record, grid: Grid, runs: Path) -> None:
     """Drop the cells of models that still have lengths to read but no checkpoint, so that they are trained anew."""
     for name, seed in product(grid.contenders, grid.seeds):
-        lengths = reads_of(results, name, seed, grid)
-        own = [trained_cell(name, seed), *(read_cell(name, seed, length) for length in lengths)]
+        own = _cells(results, name, seed, grid)
         kept = (folder_of(name, seed, runs) / "checkpoints").is_dir()
         if any(cell not in results.cells for cell in own) and not kept:
             for cell in own:
@@ -291,7 +296,8 @@ def draw(results: record.Record, grid: Grid) -> None:
     with pyplot.style.context(record.STYLE):
         figure, panels = pyplot.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
         for place, name in enumerate(grid.contenders):
-            found = points(results, name)
+            if not (found := points(results, name)):
+                continue
             lengths, colour = [p.length for p in found], f"C{place}"
             errors = [p.error or 0.0 for p in found]
             panels[0].errorbar(
@@ -301,8 +307,10 @@ def draw(results: record.Record, grid: Grid) -> None:
             panels[2].plot(lengths, [p.tokens_per_second for p in found], marker="o", markersize=4, color=colour)
         chance = fmean(1 / len(kind.answers) for kind in language.KINDS)
         panels[0].axhline(chance, color="grey", linestyle=":", linewidth=1)
+        panels[0].axvline(STAGES[-1].mix.tokens, color="grey", linestyle="--", linewidth=1)
         panels[0].set_ylim(-0.03, 1.03)
-        titles = ("facts recalled (dotted: by chance)", "peak memory of the process (MiB)", "tokens/s read")
+        recalled = "facts recalled (dotted: by chance; dashed: longest in training)"
+        titles = (recalled, "peak memory of the process (MiB)", "tokens/s read")
         for axes, title in zip(panels, titles, strict=True):
             _finish(axes, title)
         panels[1].set_ylim(bottom=0)
@@ -339,10 +347,18 @@ def describe(results: record.Record, grid: Grid, observed: Sequence[str]) -> Non
         f"{grid.steps:,} steps of {grid.tokens:,} tokens, on sequences of at most {STAGES[-1].mix.tokens:,}. "
         f"{record.longer_said(longer)} *Right in training*: answers at its end, a number a seed. *MiB*: peak memory "
         "of the process. Speeds are those of one core. *Unwritten*: the share of filler at which a layer's write gate "
-        "is exactly zero, of the worst seed.",
+        f"is exactly zero, of the worst seed.{_made(results, grid)}",
         [record.Table(head, rows), *([f"Not trained to the end: {'; '.join(failed)}."] if failed else [])],
         observed,
     )
+
+
+def _made(results: record.Record, grid: Grid) -> str:
+    """How many models have been trained and lengths read; empty where all have."""
+    wanted = [cell for name, seed in product(grid.contenders, grid.seeds) for cell in _cells(results, name, seed, grid)]
+    found = sum(cell in results.cells for cell in wanted)
+    part = f" **{found} of {len(wanted)} trainings and readings have been made**; the command goes on."
+    return "" if found == len(wanted) else part
 
 
 def _row(name: str, cells: Sequence[record.Cell], found: Sequence[Point], grid: Grid) -> tuple[str, ...]:
@@ -374,9 +390,9 @@ def main(words: Sequence[str] | None = None) -> int:
         # Only what training depends on: longer contexts and more contenders may come later.
         settings = {"steps": grid.steps, "tokens": grid.tokens, "stages": [asdict(stage) for stage in STAGES]}
         results = record.Record("long_context", asked, {**settings, **training.SETTINGS})
-        drop_lost(results, grid, runs)
         # All contenders of a seed before the next seed, and short contexts before long ones.
         if not asked.report:
+            drop_lost(results, grid, runs)
             for seed in grid.seeds:
                 jobs = {trained_cell(name, seed): partial(train, name, seed, grid, runs) for name in grid.contenders}
                 record.side_by_side(results, jobs)
