@@ -88,10 +88,11 @@ class Contender:
 
 
 # Writes inside a chunk do not see each other: with chunks of 64 a memory learned less than half as fast. All memories
-# start with a slow decay. GATED: a token that writes nothing forgets nothing, and training asks for zeros.
+# start with a slow decay. GATED: a token that writes nothing forgets nothing, and training asks for zeros. With a late
+# budget of 0.5 omeganet's first layer writes at 1.2 % of the filler. With 4 it writes at 0.06 %, and answers as well.
 MEMORY = {"chunk": 16, "window": 8, "alpha_start": 0.99999}
 RAW = {"eta_sum": 4.0}  # without Newton-Schulz steps may be larger than the default
-GATED, BUDGET = {"write_gate": True}, (0.1, 0.5)
+GATED, BUDGET = {"write_gate": True}, (0.1, 4.0)
 # Newton-Schulz gives every write one size. Where a write is of many tokens, a fact among filler is a small part of it.
 # With the defaults (0.9 and 0.5) ATLAS answers 9 % after 300 steps, with these 41 % (one seed, without a gate). Titans
 # answers 40 to 43 %.
