@@ -113,7 +113,7 @@ def main(words: Sequence[str] | None = None) -> int:
             raise ValueError(f"{load(BASE).data.train[0]}.idx is missing; run make quickstart once, which prepares it")
         more = (*WORDS, "train.validate_sequences=4") if asked.quick else WORDS
         seeds, steps, rates = ((1,), 12, RATES[:2]) if asked.quick else (SEEDS, STEPS, RATES)
-        comparison = Protocol(BASE, more, steps, rates, seeds, RUNS)
+        comparison = Protocol(BASE, more, steps, rates, seeds, RUNS, further=0 if asked.quick else 2)
         settings = {"steps": steps, "rates": rates, "words": WORDS, "base": BASE.read_text(encoding="utf-8")}
         results = record.Record("language_model", asked, settings)
         if not asked.report:

@@ -60,7 +60,7 @@ def main(words: Sequence[str] | None = None) -> int:
         names = QUICK if asked.quick else tuple(CONTENDERS)
         more = (*WORDS, "train.validate_sequences=4") if asked.quick else WORDS
         seeds, steps, rates = ((1,), 12, RATES[:2]) if asked.quick else (SEEDS, STEPS, RATES)
-        comparison = Protocol(BASE, more, steps, rates, seeds, RUNS)
+        comparison = Protocol(BASE, more, steps, rates, seeds, RUNS, further=0 if asked.quick else 2)
         settings = {"steps": steps, "rates": rates, "words": WORDS, "base": BASE.read_text(encoding="utf-8")}
         results = record.Record("optimizers", asked, settings)
         if not asked.report:

@@ -1,8 +1,9 @@
 """How language models are compared: equal parameters and tokens, each at its best rate, one sign in every seed.
 
 A contender is a base configuration with a few words changed. Its MLPs are as wide as makes its parameters the first
-contender's. First it trains once at every rate, for a quarter of the tokens, from the first seed. Then it trains at the
-best rate from every seed. A run that meets NaN, or that the configuration refuses, is a cell that says so.
+contender's. First it trains once at every rate, for a quarter of the tokens, from the first seed. Where the lowest or
+the highest rate is the best, it is halved or doubled until it is not. Then it trains at the best rate from every seed.
+A run that meets NaN, or that the configuration refuses, is a cell that says so.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Contender:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How runs train. base: a TOML file; words: of every run; steps: of a whole run; rates: empty for the base's."""
+    """How runs train. base: a TOML file; words: of every run; steps: of a whole run; rates: empty for the base's.
+    further: how many rates a search adds, at most, past an edge that is the best."""
 
     base: Path
     words: tuple[str, ...]
@@ -45,6 +47,7 @@ class Protocol:
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
     runs: Path  # where runs lie while they train
+    further: int = 0
 
     def words_of(self, contender: Contender, first: Contender, steps: int, seed: int, rate: float | None) -> list[str]:
         """All words of a run of the contender, with MLPs that make it equal to `first` in parameters."""
@@ -115,15 +118,15 @@ def compare(results: record.Record, stage: str, protocol: Protocol, contenders: 
     """
     job = partial(protocol.job, contenders=contenders)
     names = list(contenders)
-    if protocol.rates:
-        quarter = protocol.steps // QUARTER
+    quarter, searching = protocol.steps // QUARTER, [n for n in names if not contenders[n].rate_of]
+    for _ in range(1 + protocol.further):  # each turn may add a rate
+        tried = {n: rates_of(results, stage, n, protocol) for n in searching}
         record.side_by_side(
             results,
             {
                 rate_cell(stage, n, rate): job(n, seed=protocol.seeds[0], steps=quarter, rate=rate)
-                for n in names
-                for rate in protocol.rates
-                if not contenders[n].rate_of
+                for n in searching
+                for rate in tried[n]
             },
         )
     for seed in protocol.seeds:
@@ -143,9 +146,29 @@ def seed_cell(stage: str, name: str, seed: int) -> str:
     return f"{stage}: {name}, seed {seed}"
 
 
+def rates_of(results: record.Record, stage: str, name: str, protocol: Protocol) -> list[float]:
+    """The rates at which a contender is tried, ascending: the protocol's, and those past an edge that is the best."""
+    rates = sorted(protocol.rates)
+    for _ in range(protocol.further if rates else 0):
+        if any(rate_cell(stage, name, rate) not in results.cells for rate in rates):
+            break
+        best = _best(results, stage, name, rates)
+        if best == rates[-1]:
+            rates.append(2 * rates[-1])
+        elif best == rates[0]:
+            rates.insert(0, rates[0] / 2)
+        else:
+            break
+    return rates
+
+
 def best_rate(results: record.Record, stage: str, name: str, protocol: Protocol) -> float | None:
     """The rate with the fewest bits per byte after a quarter of the tokens; None if no run trained to its end."""
-    cells = {rate: results.cells.get(rate_cell(stage, name, rate), {}) for rate in protocol.rates}
+    return _best(results, stage, name, rates_of(results, stage, name, protocol))
+
+
+def _best(results: record.Record, stage: str, name: str, rates: Sequence[float]) -> float | None:
+    cells = {rate: results.cells.get(rate_cell(stage, name, rate), {}) for rate in rates}
     reached = {rate: cell["bits_per_byte"] for rate, cell in cells.items() if cell.get("bits_per_byte") is not None}
     return min(reached, key=lambda rate: reached[rate]) if reached else None
 

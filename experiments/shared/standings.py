@@ -19,7 +19,7 @@ def draw(results: record.Record, stage: str, names: Sequence[str], comparison: P
     figure, (left, right) = pyplot.subplots(
         1, 2, sharey=True, figsize=(9, 0.32 * len(names) + 1.3), layout="constrained"
     )
-    for number, rate in enumerate(comparison.rates):
+    for number, rate in enumerate(_rates(results, stage, names, comparison)):
         cells = (results.cells.get(protocol.rate_cell(stage, name, rate), {}) for name in names)
         found = {row: cell["bits_per_byte"] for row, cell in enumerate(cells) if cell.get("bits_per_byte") is not None}
         said = f"{rate:g}"
@@ -57,8 +57,9 @@ def tables(
     names = list(contenders)
     base = protocol.reached(results, stage, names[0], comparison.seeds)
     by_seed, by_rate = [], []
+    tried = _rates(results, stage, [name for name in names if not contenders[name].rate_of], comparison)
     for name in names:
-        rates = [results.cells.get(protocol.rate_cell(stage, name, rate), {}) for rate in comparison.rates]
+        rates = [results.cells.get(protocol.rate_cell(stage, name, rate), {}) for rate in tried]
         searches = contenders[name].rate_of or name
         best = protocol.best_rate(results, stage, searches, comparison)
         if searches == name:
@@ -76,14 +77,19 @@ def tables(
     return [
         record.Table(("contender", "asks", *seeds_head, "mean", "difference", "sign", "rate"), by_seed),
         "Bits per byte at each learning rate, after a quarter of the tokens, from the first seed:",
-        record.Table(("contender", *(f"{rate:g}" for rate in comparison.rates), "taken"), by_rate),
+        record.Table(("contender", *(f"{rate:g}" for rate in tried), "taken"), by_rate),
     ]
+
+
+def _rates(results: record.Record, stage: str, names: Sequence[str], comparison: Protocol) -> list[float]:
+    """All rates at which any of the contenders was tried, ascending."""
+    return sorted({rate for name in names for rate in protocol.rates_of(results, stage, name, comparison)})
 
 
 def _said(cell: record.Cell) -> str:
     """Bits per byte; of a run that failed, the beginning of its message, which the JSON has whole."""
     reached, wrong = cell.get("bits_per_byte"), str(cell.get("wrong", ""))
-    if reached is None:
+    if reached is None:  # an empty cell where nothing was tried
         return wrong.partition("atlas-train: ")[2].partition(",")[0] or wrong
     return f"{reached:.3f}"
 
@@ -107,15 +113,21 @@ def seen(results: record.Record, stage: str, names: Sequence[str], seeds: Sequen
 
 
 def quarter(results: record.Record, stage: str, names: Sequence[str], comparison: Protocol) -> str:
-    """The contenders in the order of their best rate after a quarter of the tokens, and whose rate may be too low."""
+    """The contenders by their bits after a quarter of the tokens, and whose best rate has no neighbour on one side."""
     best = {}
     for name in names:
         rate = protocol.best_rate(results, stage, name, comparison)
         if rate is not None:
             best[name] = results.cells[protocol.rate_cell(stage, name, rate)]["bits_per_byte"]
     order = sorted(best, key=lambda name: best[name])
-    highest = max(comparison.rates)
-    edge = [n for n in order if protocol.best_rate(results, stage, n, comparison) == highest]
-    more = f" The highest rate is the best of {', '.join(edge)}: a higher one was not tried." if edge else ""
+    edge = [n for n in order if _at_edge(results, stage, n, comparison)]
+    more = f" At the edge of the rates that were tried: {', '.join(edge)}." if edge else ""
     reached = "; ".join(f"{name} {best[name]:.3f}" for name in order)
     return f"After a quarter of the tokens, each at its best rate: {reached}.{more}"
+
+
+def _at_edge(results: record.Record, stage: str, name: str, comparison: Protocol) -> bool:
+    """Whether the best rate is the lowest or the highest of those with a run."""
+    rates = protocol.rates_of(results, stage, name, comparison)
+    known = [rate for rate in rates if protocol.rate_cell(stage, name, rate) in results.cells]
+    return protocol.best_rate(results, stage, name, comparison) in (known[0], known[-1])

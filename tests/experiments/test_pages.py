@@ -150,6 +150,37 @@ def test_language_model_of_a_part_of_its_runs(tmp_path: Path) -> None:
     assert "| OmegaNet | 3.001 | step 94: gradient norm is nan | 0.001 |" in page
 
 
+def test_rates_go_on_past_an_edge_that_is_the_best(tmp_path: Path) -> None:
+    bits = {1e-3: 3.0, 2e-3: 2.0, 4e-3: 1.5, 8e-3: 1.75}
+    cells: dict[str, dict[str, Any]] = {
+        protocol.rate_cell("members", "atlas", rate): {"bits_per_byte": bits[rate]} for rate in (1e-3, 2e-3)
+    }
+    cells[protocol.seed_cell("members", "atlas", 1)] = {"bits_per_byte": 1.0}
+    results = made_up("language_model", tmp_path, cells)
+    compared = protocol.Protocol(language_model.BASE, (), 12, (1e-3, 2e-3), (1,), tmp_path, further=2)
+    for more in (4e-3, 8e-3):
+        assert protocol.rates_of(results, "members", "atlas", compared)[-1] == more
+        results.cells[protocol.rate_cell("members", "atlas", more)] = {"commit": "abc", "bits_per_byte": bits[more]}
+    assert protocol.rates_of(results, "members", "atlas", compared) == sorted(bits)
+    assert protocol.best_rate(results, "members", "atlas", compared) == 4e-3
+    language_model.describe(results, ("atlas",), compared)
+    page = page_of(results)
+    assert "| atlas | 3.000 | 2.000 | 1.500 | 1.750 | 0.004 |" in page and "At the edge" not in page
+    results.cells[protocol.rate_cell("members", "atlas", 8e-3)]["bits_per_byte"] = 1.25
+    language_model.describe(results, ("atlas",), compared)
+    assert "At the edge of the rates that were tried: atlas." in " ".join(page_of(results).split())
+
+
+def test_rates_go_on_below_the_lowest_and_not_past_a_failure(tmp_path: Path) -> None:
+    compared = protocol.Protocol(language_model.BASE, (), 12, (1e-3, 2e-3), (1,), tmp_path, further=2)
+    lowest = {1e-3: {"bits_per_byte": 2.0}, 2e-3: {"bits_per_byte": 3.0}}
+    failed = {1e-3: {"bits_per_byte": None, "wrong": "status 1: nan"}, 2e-3: {"bits_per_byte": None, "wrong": "nan"}}
+    for name, cells, expected in (("atlas", lowest, [5e-4, 1e-3, 2e-3]), ("titans", failed, [1e-3, 2e-3])):
+        given: dict[str, dict[str, Any]] = {protocol.rate_cell("members", name, r): cell for r, cell in cells.items()}
+        results = made_up("language_model", tmp_path, given)
+        assert protocol.rates_of(results, "members", name, compared) == expected
+
+
 def test_long_context(tmp_path: Path) -> None:
     grid = replace(long_context.QUICK, contenders=("titans", "attention"))
     cells: dict[str, dict[str, Any]] = {}
