@@ -43,6 +43,7 @@ CHUNK_16, DAMPED = "memory.chunk=16", "memory.anchor_gradient=0.3"
 # what its own chunk holds.
 CONTENDERS: dict[str, Contender] = {
     "atlas": Contender(asks="a write every 16 tokens"),
+    "atlas, retention 0.99": Contender(("memory.alpha_start=0.99",), "it starts by forgetting four times as fast"),
     "OmegaNet": Contender(("memory.preset=omeganet", CHUNK_16), "without Muon; a write a token"),
     "titans": Contender(("memory.preset=titans", CHUNK_16), "a write a token"),
     "Gated DeltaNet": Contender(("model.pattern=G-*-G-", "delta.head_dim=32"), "baseline"),
@@ -55,7 +56,9 @@ CONTENDERS: dict[str, Contender] = {
     # What follows changes one thing, and takes the learning rate of what it changes.
     "OmegaNet, chunk 64": Contender(("memory.preset=omeganet",), "older anchors", rate_of="OmegaNet"),
     "titans, chunk 64": Contender(("memory.preset=titans",), "older anchors", rate_of="titans"),
-    "atlas, a write a chunk": Contender(("memory.ns_period=64",), "the period", rate_of="atlas"),
+    "atlas, a write a chunk": Contender(
+        ("memory.ns_period=64",), "the period, and the retention that follows from it", rate_of="atlas"
+    ),
     "atlas, chunk 16": Contender((CHUNK_16, DAMPED), "fresher anchors, damped to be stable", rate_of="atlas"),
     "atlas, starts as drawn": Contender(DRAWN, "keys, output gate and values as drawn", rate_of="atlas"),
     "c = 1": Contender(("memory.window=1",), "the paper's Table 6", rate_of="atlas"),
