@@ -59,7 +59,9 @@ CONTENDERS: dict[str, Contender] = {
     "atlas, a write a chunk": Contender(
         ("memory.ns_period=64",), "the period, and the retention that follows from it", rate_of="atlas"
     ),
-    "atlas, chunk 16": Contender((CHUNK_16, DAMPED), "fresher anchors, damped to be stable", rate_of="atlas"),
+    "atlas, chunk 16": Contender(
+        (CHUNK_16, DAMPED), "fresher anchors, damped; the retention that follows", rate_of="atlas"
+    ),
     "atlas, starts as drawn": Contender(DRAWN, "keys, output gate and values as drawn", rate_of="atlas"),
     "c = 1": Contender(("memory.window=1",), "the paper's Table 6", rate_of="atlas"),
     "without phi": Contender(("memory.feature_map=identity",), "the paper's Table 6", rate_of="atlas"),

@@ -25,10 +25,10 @@ SHORT = 100  # tokens
 # Of an orthogonalised write, for each token that it stands for. A gated memory's hidden width is a product of two
 # written layers: with the step of a plain one its outer gradients explode.
 STEP, GATED_STEP = 0.01, 0.0015
-# Of a token beside it, where a write stands for WRITE tokens at most. A chunk multiplies the outer gradient by about
-# RETENTION^chunk (1 + kappa, which grows with the step of one write): these keep that near one, whatever the chunk.
-# A larger write forgets as much faster. Measured in docs/results/language_model.md.
-RETENTION, WRITE = 0.9975, 16
+# Of a token beside it, where a chunk has WRITES writes or more; with fewer it forgets as much faster. A chunk
+# multiplies the outer gradient by about RETENTION^chunk (1 + kappa STEP chunk), and kappa is less where a chunk writes
+# in several directions: these keep the product near one, whatever the chunk.
+RETENTION, WRITES = 0.9975, 4
 # Chunks longer than this step and forget no more than one of this length does: the start would be buried in one chunk.
 LONGEST = 64  # tokens
 
@@ -205,15 +205,14 @@ def gate_starts(memory: MemorySection, tokens: int) -> list[float]:
 def alpha_start(memory: MemorySection, tokens: int) -> float:
     """The retention of a token at initialisation, given or derived.
 
-    With Newton-Schulz it is RETENTION, less where a write is larger than that of WRITE tokens, more in chunks beyond
-    LONGEST. Without: what was there first fades to a third over `tokens`, or over SHORT where they are fewer, for
-    models are read further than they were trained.
+    With Newton-Schulz it is RETENTION, less in chunks of fewer writes than WRITES, more in chunks beyond LONGEST.
+    Without: what was there first fades to a third over `tokens`, or over SHORT where they are fewer, for models are
+    read further than they were trained.
     """
     if memory.alpha_start:
         return memory.alpha_start
     if memory.ns_steps:
-        share = _share(memory)
-        return RETENTION ** (share * max(1.0, share * memory.ns_period / WRITE))
+        return RETENTION ** (_share(memory) * max(1.0, WRITES * memory.ns_period / memory.chunk))
     return 1.0 - 1.0 / max(SHORT, tokens)
 
 

@@ -160,11 +160,12 @@ def test_step_sizes_and_retention_are_derived() -> None:
     momentum = section(**{**PLAIN, "momentum": True}, omega_gates="none")
     assert eta_start(momentum) * WINDOW / (1 - 0.9) * 8 == pytest.approx(0.1)
     assert eta_start(section(**{**PLAIN, "norm": "none"}, network="linear", loss="dot")) * 0.5 * WINDOW == 0.1
-    assert alpha_start(section(), 500) == RETENTION and alpha_start(section(alpha_start=0.7), 500) == 0.7
-    # A write a chunk forgets half of what was there in that chunk, whatever its length; a quarter as large, an eighth.
-    for chunk in (64, 256):
-        assert alpha_start(section(chunk=chunk, ns_period=chunk), 500) ** chunk == pytest.approx(0.527, abs=1e-3)
-        assert alpha_start(section(chunk=chunk, ns_period=chunk // 4), 500) ** chunk == pytest.approx(0.852, abs=1e-3)
+    assert alpha_start(section(alpha_start=0.7), 500) == 0.7
+    # Chunks of one write forget a hundredth of each token up to 64; longer ones as much as that of 64.
+    for chunk, kept in ((8, 0.99**8), (64, 0.527), (256, 0.527)):
+        assert alpha_start(section(chunk=chunk, ns_period=chunk), 500) ** chunk == pytest.approx(kept, abs=2e-3)
+    assert alpha_start(section(chunk=64, ns_period=16), 500) == alpha_start(section(chunk=64, ns_period=1), 500)
+    assert alpha_start(section(chunk=64, ns_period=16), 500) == RETENTION
     assert [alpha_start(section(**PLAIN), tokens) for tokens in (500, 10)] == [1 - 1 / 500, 1 - 1 / 100]
 
 
