@@ -71,6 +71,12 @@ CONTENDERS: dict[str, Contender] = {
     "atlas++": Contender(("memory.network=gated_mlp",), "the paper's gated memory", rate_of="atlas"),
 }
 QUICK = ("atlas", "attention (Transformer++)")
+# How ATLAS starts, tried for a quarter of the tokens at the highest rate, from the first seed. 0.16 is a write's step.
+STARTS = {
+    "retention 0.998": ("memory.alpha_start=0.998",),
+    "retention 0.9995": ("memory.alpha_start=0.9995",),
+    "retention 0.998, a fifth of the step": ("memory.alpha_start=0.998", "memory.eta_start=0.032"),
+}
 
 
 def contenders(names: Sequence[str]) -> dict[str, Contender]:
@@ -88,6 +94,38 @@ def contenders(names: Sequence[str]) -> dict[str, Contender]:
     return {n: replace(CONTENDERS[n], words=words_of(n)) for n in names}
 
 
+def start_cell(name: str) -> str:
+    return f"starts: atlas, {name}"
+
+
+def try_starts(results: record.Record, comparison: Protocol) -> None:
+    """Train ATLAS from each of STARTS."""
+    (first,) = contenders(["atlas"]).values()
+    tried = {name: replace(first, words=(*first.words, *words)) for name, words in STARTS.items()}
+    seed, quarter = comparison.seeds[0], comparison.steps // protocol.QUARTER
+    jobs = {n: comparison.job(n, {"atlas": first, **tried}, seed, quarter, RATES[-1]) for n in tried}
+    record.side_by_side(results, {start_cell(name): job for name, job in jobs.items()})
+
+
+def starts(results: record.Record) -> list[str | record.Table]:
+    """A table of ATLAS by its start, with the default and the former one; none where no start was tried."""
+    cells = {
+        "retention 0.99, the former default": protocol.rate_cell(STAGE, "atlas, retention 0.99", RATES[-1]),
+        "retention 0.9975, the default": protocol.rate_cell(STAGE, "atlas", RATES[-1]),
+        **{name: start_cell(name) for name in STARTS},
+    }
+    found = {name: results.cells[cell] for name, cell in cells.items() if cell in results.cells}
+    if not any(start_cell(name) in results.cells for name in STARTS):
+        return []
+    rows = [
+        (name, standings.said(cell), f"{cell.get('largest_gradient_norm', 0):.1f}") for name, cell in found.items()
+    ]
+    return [
+        f"ATLAS by how it starts, after a quarter of the tokens at the rate {RATES[-1]:g}, from the first seed:",
+        record.Table(("start", "bits per byte", "largest gradient norm"), rows),
+    ]
+
+
 def describe(results: record.Record, names: Sequence[str], comparison: Protocol) -> None:
     """The page, from the numbers."""
     config = load(BASE)
@@ -100,7 +138,10 @@ def describe(results: record.Record, names: Sequence[str], comparison: Protocol)
         f"from every seed. *Difference*: the contender's bits less those of {names[0]}, so less than zero is better. "
         "It counts where it has one sign in every seed."
         f"{standings.made(results, STAGE, names, comparison.seeds)}",
-        standings.tables(results, STAGE, {name: CONTENDERS[name] for name in names}, comparison),
+        [
+            *standings.tables(results, STAGE, {name: CONTENDERS[name] for name in names}, comparison),
+            *starts(results),
+        ],
         [
             standings.seen(results, STAGE, names, comparison.seeds),
             standings.quarter(results, STAGE, names, comparison),
@@ -114,7 +155,7 @@ def main(words: Sequence[str] | None = None) -> int:
     def experiment() -> None:
         asked = record.options("language_model", __doc__ or "", words, reports=True)
         names = QUICK if asked.quick else tuple(CONTENDERS)
-        if not Path(f"{load(BASE).data.train[0]}.idx").is_file():
+        if not asked.report and not Path(f"{load(BASE).data.train[0]}.idx").is_file():
             raise ValueError(f"{load(BASE).data.train[0]}.idx is missing; run make quickstart once, which prepares it")
         more = (*WORDS, "train.validate_sequences=4") if asked.quick else WORDS
         seeds, steps, rates = ((1,), 12, RATES[:2]) if asked.quick else (SEEDS, STEPS, RATES)
@@ -123,6 +164,8 @@ def main(words: Sequence[str] | None = None) -> int:
         results = record.Record("language_model", asked, settings)
         if not asked.report:
             protocol.compare(results, STAGE, comparison, contenders(names))
+            if not asked.quick:
+                try_starts(results, comparison)
         standings.draw(results, STAGE, names, comparison)
         describe(results, names, comparison)
 

@@ -310,18 +310,20 @@ def draw(results: record.Record, grid: Grid) -> None:
         panels[0].axhline(chance, color="grey", linestyle=":", linewidth=1)
         panels[0].axvline(STAGES[-1].mix.tokens, color="grey", linestyle="--", linewidth=1)
         panels[0].set_ylim(-0.03, 1.03)
-        recalled = "facts recalled (dotted: by chance; dashed: longest in training)"
+        recalled = "facts recalled (dotted: chance; dashed: longest trained)"
         titles = (recalled, "peak memory of the process (MiB)", "tokens/s read")
         for axes, title in zip(panels, titles, strict=True):
-            _finish(axes, title)
-        panels[1].set_ylim(bottom=0)
+            _finish(axes, title, tuple(grid.samples))
+        panels[1].set_ylim(0, 1.1 * panels[1].get_ylim()[1])
         panels[2].set_yscale("log")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
         results.save_figure(figure)
 
 
-def _finish(axes: Axes, title: str) -> None:
+def _finish(axes: Axes, title: str, lengths: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, map(_short, lengths))
+    axes.set_xlim(lengths[0] / 1.5, lengths[-1] * 1.5)
     axes.set_xlabel("tokens of the context")
     axes.set_title(title, fontsize="medium")
 
@@ -339,11 +341,12 @@ def describe(results: record.Record, grid: Grid, observed: Sequence[str]) -> Non
     rows.append(("contexts read, a seed", "", "", *counts, *[""] * 5))
     head = ("model", "numbers of state", "right in training, %", *map(_short, grid.samples), "MiB, shortest context")
     head += ("MiB, longest context", "thousand tokens/s, slowest length", "fastest length", "unwritten, %")
-    seeds, last = record.seeds_said(grid.seeds), "" if len(grid.seeds) == 1 else ", the first alone beyond "
+    begun = [s for s in grid.seeds if any(trained_cell(name, s) in results.cells for name in grid.contenders)]
+    seeds, last = record.seeds_said(begun), "" if len(begun) == 1 else ", the first alone beyond "
     longer = {name: CONTENDERS[name].longer for name in grid.contenders if CONTENDERS[name].longer > 1}
     results.write_text(
         "Recall against the length of the context",
-        f"Percent of facts recalled after contexts of 1K (1,024) tokens and more, {seeds}"
+        f"Percent of facts recalled after contexts of 1K (1,024) tokens and more, from {seeds}"
         f"{last and last + _short(grid.all_seeds)}. Each context holds {language.FACTS} facts. Models train for "
         f"{grid.steps:,} steps of {grid.tokens:,} tokens, on sequences of at most {STAGES[-1].mix.tokens:,}. "
         f"{record.longer_said(longer)} *Right in training*: answers at its end, a number a seed. *MiB*: peak memory "

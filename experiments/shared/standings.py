@@ -22,8 +22,8 @@ def draw(results: record.Record, stage: str, names: Sequence[str], comparison: P
     for number, rate in enumerate(_rates(results, stage, names, comparison)):
         cells = (results.cells.get(protocol.rate_cell(stage, name, rate), {}) for name in names)
         found = {row: cell["bits_per_byte"] for row, cell in enumerate(cells) if cell.get("bits_per_byte") is not None}
-        said = f"{rate:g}"
-        left.plot(list(found.values()), list(found), "o", color=f"C{number}", alpha=0.7, markersize=4, label=said)
+        places = list(found.values()), list(found)
+        left.plot(*places, "o", color=f"C{number}", alpha=0.7, markersize=4, label=f"{rate:g}")
     for row, name in enumerate(names):
         reached = [b for b in protocol.reached(results, stage, name, comparison.seeds) if b is not None]
         right.plot(reached, [row] * len(reached), "o", color="C0", alpha=0.6, markersize=4)
@@ -63,13 +63,13 @@ def tables(
         searches = contenders[name].rate_of or name
         best = protocol.best_rate(results, stage, searches, comparison)
         if searches == name:
-            by_rate.append((name, *map(_said, rates), "" if best is None else f"{best:g}"))
+            by_rate.append((name, *map(said, rates), "" if best is None else f"{best:g}"))
         reached = protocol.reached(results, stage, name, comparison.seeds)
         seeds = [results.cells.get(protocol.seed_cell(stage, name, seed), {}) for seed in comparison.seeds]
         known = [b for b in reached if b is not None]
         apart = protocol.apart(base, reached) if name != names[0] else None
         against = (f"{apart[0]:+.3f}", apart[1]) if apart else ("", "")
-        row = (name, contenders[name].asks, *map(_said, seeds))
+        row = (name, contenders[name].asks, *map(said, seeds))
         if name in ran(results, stage, names, comparison.seeds):
             rate = "" if best is None else f"{best:g}"
             by_seed.append((*row, f"{mean(known):.3f}" if known else "", *against, rate))
@@ -86,7 +86,7 @@ def _rates(results: record.Record, stage: str, names: Sequence[str], comparison:
     return sorted({rate for name in names for rate in protocol.rates_of(results, stage, name, comparison)})
 
 
-def _said(cell: record.Cell) -> str:
+def said(cell: record.Cell) -> str:
     """Bits per byte; of a run that failed, the beginning of its message, which the JSON has whole."""
     reached, wrong = cell.get("bits_per_byte"), str(cell.get("wrong", ""))
     if reached is None:  # an empty cell where nothing was tried
@@ -109,7 +109,7 @@ def seen(results: record.Record, stage: str, names: Sequence[str], seeds: Sequen
         "Seeds disagree, or are too few": open_yet,
     }
     groups["Not run yet"] = [name for name in names if name not in ran(results, stage, names, seeds)]
-    return " ".join(f"{said}: {'; '.join(found)}." for said, found in groups.items() if found)
+    return " ".join(f"{group}: {'; '.join(found)}." for group, found in groups.items() if found)
 
 
 def quarter(results: record.Record, stage: str, names: Sequence[str], comparison: Protocol) -> str:
