@@ -213,7 +213,7 @@ def test_long_context(tmp_path: Path) -> None:
     long_context.describe(results, grid, ("Nothing.",))
     page = page_of(results)
     assert "| titans | 1,024 | 75 | 50 | 50 | 2 | 2 | 1.5 | 1.5 | 25.00 |" in page
-    assert "| contexts read, a seed |  |  | 2 | 2 |" in page and "takes 2 times the steps." in " ".join(page.split())
+    assert "| contexts read, a seed |  |  | 2 | 2 |" in page and "Attention takes 2 times the steps." in " ".join(page.split())
 
 
 @pytest.mark.parametrize("generator", [mad.record.OURS, mad.mad.SOURCE])
