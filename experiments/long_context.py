@@ -361,7 +361,7 @@ def _made(results: record.Record, grid: Grid) -> str:
     """How many models have been trained and lengths read; empty where all have."""
     wanted = [cell for name, seed in product(grid.contenders, grid.seeds) for cell in _cells(results, name, seed, grid)]
     found = sum(cell in results.cells for cell in wanted)
-    missing = record.listed(name for name in grid.contenders if not points(results, name))
+    missing = "; ".join(name for name in grid.contenders if not points(results, name))
     part = f" **{found} of {len(wanted)} trainings and readings have been made**; the command goes on."
     return "" if found == len(wanted) else f"{part} Not run yet: {missing}." if missing else part
 

@@ -213,7 +213,18 @@ def test_long_context(tmp_path: Path) -> None:
     long_context.describe(results, grid, ("Nothing.",))
     page = page_of(results)
     assert "| titans | 1,024 | 75 | 50 | 50 | 2 | 2 | 1.5 | 1.5 | 25.00 |" in page
-    assert "| contexts read, a seed |  |  | 2 | 2 |" in page and "Attention takes 2 times the steps." in " ".join(page.split())
+    assert "| contexts read, a seed |  |  | 2 | 2 |" in page and "have been made" not in page
+    assert "Attention takes 2 times the steps." in " ".join(page.split())
+    # A part says that it is one, and names the models of which nothing is known.
+    del results.cells[long_context.read_cell("titans", 1, max(grid.samples))]
+    part = "trainings and readings have been made**; the command goes on."
+    long_context.describe(results, grid, ("Nothing.",))
+    said = " ".join(page_of(results).split())
+    assert f"**4 of 5 {part}" in said and "Not run yet" not in said
+    for cell in [cell for cell in results.cells if cell.startswith("attention")]:
+        del results.cells[cell]
+    long_context.describe(results, grid, ("Nothing.",))
+    assert f"**2 of 5 {part} Not run yet: attention." in " ".join(page_of(results).split())
 
 
 @pytest.mark.parametrize("generator", [mad.record.OURS, mad.mad.SOURCE])
