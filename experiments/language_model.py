@@ -7,8 +7,8 @@ of the tokens, then at the best of them from three seeds. One that changes a sin
 rate. Reported: bits per byte of the held-out text after the last step, and whether a difference has one sign in every
 seed. Where there is a GPU, configs/experiments/language_model_gpu.toml is the base, with its own data and steps.
 
-On two cores, two runs side by side, the whole of it takes about eleven hours. A cell is kept as it ends; interrupt it
-and call it again.
+On two cores, two runs side by side, the whole of it takes about twelve hours, by estimate. A cell is kept as it ends;
+interrupt it and call it again.
 """
 
 from __future__ import annotations
