@@ -104,10 +104,10 @@ class MemoryConfig:
     # open_gate a memory starts by saying the token that followed what it is asked for (docs/results/recipe.md).
     copy_start: bool = True
     gate_rank: int = 32  # rank of the bottlenecks behind alpha, eta, theta, gamma
-    # Retention of one token at initialisation; 0 derives it. With Newton-Schulz: 0.9975 in chunks of four writes or
-    # more, 0.99 in chunks of one. These keep the outer gradient over any number of chunks near one. Without: the start
-    # weights fade to a third over seq_length tokens (100 at least). If they faded away, the output norm would divide by
-    # almost nothing, and gradients would explode.
+    # Retention of one token at initialisation; 0 derives it. With Newton-Schulz: 0.9975 in chunks of 64 with four
+    # writes or more, 0.99 with one write or in chunks of 16. These keep the outer gradient over any number of chunks
+    # near one. Without: the start weights fade to a third over seq_length tokens (100 at least). If they faded away,
+    # the output norm would divide by almost nothing, and gradients would explode.
     alpha_start: float = 0.0
     theta_start: float = 0.9  # momentum decay at initialisation
     gamma_start: float = 0.5  # Omega gate at initialisation

@@ -166,6 +166,8 @@ def test_step_sizes_and_retention_are_derived() -> None:
         assert alpha_start(section(chunk=chunk, ns_period=chunk), 500) ** chunk == pytest.approx(kept, abs=2e-3)
     assert alpha_start(section(chunk=64, ns_period=16), 500) == alpha_start(section(chunk=64, ns_period=1), 500)
     assert alpha_start(section(chunk=64, ns_period=16), 500) == RETENTION
+    assert alpha_start(section(chunk=8, ns_period=2), 500) == alpha_start(section(chunk=16, ns_period=1), 500)
+    assert alpha_start(section(chunk=8, ns_period=2), 500) == RETENTION**4
     assert [alpha_start(section(**PLAIN), tokens) for tokens in (500, 10)] == [1 - 1 / 500, 1 - 1 / 100]
 
 
