@@ -1,13 +1,14 @@
-"""Language modelling at equal parameters and tokens: ATLAS, every member, the paper's ablations, the baselines.
+"""Language modelling at equal parameters and tokens: ATLAS, every member, ablations, baselines, outer optimizers.
 
 Every contender is configs/experiments/language_model.toml, the quickstart's model, with a few keys changed.
 `atlas-train` trains it on the quickstart's corpus: run `make quickstart` first, or tools/prepare_data.py. Its MLPs are
-as wide as makes it equal to the first contender in parameters. A contender trains at three learning rates for a quarter
+as wide as makes it equal to the first contender in parameters. AdamW trains all but those whose name says Muon, which
+need `pip install emerging-optimizers==0.3.0`. A contender trains at three learning rates for a quarter
 of the tokens, then at the best of them from three seeds. One that changes a single thing of another takes the other's
 rate. Reported: bits per byte of the held-out text after the last step, and whether a difference has one sign in every
 seed. Where there is a GPU, configs/experiments/language_model_gpu.toml is the base, with its own data and steps.
 
-On two cores, two runs side by side, the whole of it takes about twelve hours, by estimate. A cell is kept as it ends;
+On two cores, two runs side by side, the whole of it takes about thirteen hours, by estimate. A cell is kept as it ends;
 interrupt it and call it again.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from atlas_megatron.config import load, uses
+from atlas_megatron.config import TrainConfig, load, uses
 from experiments.recipe_rows import DRAWN, OURS
 from experiments.shared import protocol, record, standings
 from experiments.shared.protocol import Contender, Protocol
@@ -38,6 +39,8 @@ WORDS = (f"train.validate_sequences={VALIDATED}", "train.stats_every=1000000", "
 SILENCED = "train.validate_silenced=true"  # what the memories contribute
 # Members that write raw gradients take fresher anchors. With ATLAS they make the exact outer gradient explode.
 CHUNK_16, DAMPED = "memory.chunk=16", "memory.anchor_gradient=0.3"
+# With train.muon_extra_scale_factor = 0.2 an update of Muon is as large as one of AdamW: the same rates suit both.
+MUON = "train.optimizer=muon"
 # The others are compared with the first and have its parameters. A pattern of three blocks is repeated as often as the
 # base's. ATLAS is here with two periods. OmegaNet writes at every token; with one write a chunk, ATLAS could not read
 # what its own chunk holds.
@@ -53,7 +56,11 @@ CONTENDERS: dict[str, Contender] = {
     "attention (Transformer++)": Contender(("model.pattern=F-F-F-",), "baseline"),
     "sliding window": Contender(("model.pattern=*-*-*-",), "baseline"),
     "DeltaNet": Contender(("model.pattern=D-*-D-", "delta.head_dim=32"), "baseline"),
+    "atlas by Muon": Contender((MUON,), "Muon moves the linears' matrices, AdamW the rest"),
     # What follows changes one thing, and takes the learning rate of what it changes.
+    "atlas by Muon, memories too": Contender(
+        (MUON, "train.muon_memories=true"), "and the memories' start weights", rate_of="atlas by Muon"
+    ),
     "OmegaNet, chunk 64": Contender(("memory.preset=omeganet",), "older anchors", rate_of="OmegaNet"),
     "titans, chunk 64": Contender(("memory.preset=titans",), "older anchors", rate_of="titans"),
     "atlas, a write a chunk": Contender(
@@ -70,7 +77,7 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "atlas++": Contender(("memory.network=gated_mlp",), "the paper's gated memory", rate_of="atlas"),
 }
-QUICK = ("atlas", "attention (Transformer++)")
+QUICK = ("atlas", "attention (Transformer++)", "atlas by Muon")
 # How ATLAS starts, tried for a quarter of the tokens at the highest rate, from the first seed. 0.16 is a write's step.
 STARTS = {
     "retention 0.998": ("memory.alpha_start=0.998",),
@@ -155,14 +162,13 @@ def main(words: Sequence[str] | None = None) -> int:
     def experiment() -> None:
         asked = record.options("language_model", __doc__ or "", words, reports=True)
         names = QUICK if asked.quick else tuple(CONTENDERS)
-        if not asked.report and not Path(f"{load(BASE).data.train[0]}.idx").is_file():
-            raise ValueError(f"{load(BASE).data.train[0]}.idx is missing; run make quickstart once, which prepares it")
         more = (*WORDS, "train.validate_sequences=4") if asked.quick else WORDS
         seeds, steps, rates = ((1,), 12, RATES[:2]) if asked.quick else (SEEDS, STEPS, RATES)
         comparison = Protocol(BASE, more, steps, rates, seeds, RUNS, further=0 if asked.quick else 2)
         settings = {"steps": steps, "rates": rates, "words": WORDS, "base": BASE.read_text(encoding="utf-8")}
         results = record.Record("language_model", asked, settings)
         if not asked.report:
+            _check()
             protocol.compare(results, STAGE, comparison, contenders(names))
             if not asked.quick:
                 try_starts(results, comparison)
@@ -170,6 +176,17 @@ def main(words: Sequence[str] | None = None) -> int:
         describe(results, names, comparison)
 
     return record.run("language_model", experiment)
+
+
+def _check() -> None:
+    """Raise ValueError where the corpus or Muon's package is missing: each run would only say so."""
+    from atlas_megatron.training import muon
+
+    if not Path(f"{load(BASE).data.train[0]}.idx").is_file():
+        raise ValueError(f"{load(BASE).data.train[0]}.idx is missing; run make quickstart once, which prepares it")
+    wrong = muon.wrong_here(TrainConfig(optimizer="muon"), bf16=False)
+    if wrong:
+        raise ValueError(wrong)
 
 
 if __name__ == "__main__":

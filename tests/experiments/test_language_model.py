@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from megatron.core.optimizer import emerging_optimizers
 
 from atlas_megatron.config import load
+from atlas_megatron.config.checks import validate
 from atlas_megatron.model.build import num_params
 from experiments import language_model
 from experiments.shared.protocol import Protocol
@@ -30,6 +32,9 @@ def test_every_contender_has_the_first_ones_parameters() -> None:
         config = load(of.base, of.words_of(contender, next(iter(every.values())), 100, 1, 1e-3))
         assert num_params(config) == pytest.approx(wanted, rel=1e-3), name
         assert config.train.lr == 1e-3 and config.run.seed == 1
+        validate(config, 1)
+        assert config.train.optimizer == ("muon" if "Muon" in name else "adamw"), name
+        assert "Muon" not in name or config.model == load(of.base).model, name
 
 
 def test_a_gpu_sized_base_repeats_the_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,9 +56,23 @@ def test_quick_leaves_results_and_does_nothing_twice(tiny: Path, no_more_jobs: C
     assert seed["parameters"] == num_params(load(language_model.BASE))
     better = min(language_model.RATES[:2], key=lambda r: cells[f"members: atlas, lr {r:g}"]["bits_per_byte"])
     assert f"train.lr={better}" in seed["words"] and seed["tokens"] > cells["members: atlas, lr 0.003"]["tokens"]
+    muon = cells["members: atlas by Muon, seed 1"]
+    assert "train.optimizer=muon" in muon["words"] and muon["bits_per_byte"] != seed["bits_per_byte"]
     assert (tiny / "out" / "language_model.png").read_bytes().startswith(b"\x89PNG")
     text = (tiny / "out" / "language_model.md").read_text()
     pages.hold(text)
     assert "one sign in every seed" in text and "| attention (Transformer++) | baseline |" in text
     no_more_jobs()
     assert language_model.main(words) == 0
+
+
+def test_a_missing_package_or_corpus_is_said_before_any_run(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--quick", "--out", str(tiny / "out")]
+    monkeypatch.setattr(emerging_optimizers, "HAVE_EMERGING_OPTIMIZERS", False)
+    assert language_model.main(words) == 2
+    assert "pip install emerging-optimizers==" in capsys.readouterr().err
+    (tiny / "train.idx").unlink()
+    assert language_model.main(words) == 2
+    assert "train.idx is missing; run make quickstart once" in capsys.readouterr().err
