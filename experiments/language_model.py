@@ -39,6 +39,7 @@ WORDS = (f"train.validate_sequences={VALIDATED}", "train.stats_every=1000000", "
 SILENCED = "train.validate_silenced=true"  # what the memories contribute
 # Members that write raw gradients take fresher anchors. With ATLAS they make the exact outer gradient explode.
 CHUNK_16, DAMPED = "memory.chunk=16", "memory.anchor_gradient=0.3"
+RESIDUAL = "memory.residual=true"
 # With train.muon_extra_scale_factor = 0.2 an update of Muon is as large as one of AdamW: the same rates suit both.
 MUON = "train.optimizer=muon"
 # The others are compared with the first and have its parameters. A pattern of three blocks is repeated as often as the
@@ -46,7 +47,11 @@ MUON = "train.optimizer=muon"
 # what its own chunk holds.
 CONTENDERS: dict[str, Contender] = {
     "atlas": Contender(asks="a write every 16 tokens"),
-    "atlas, retention 0.99": Contender(("memory.alpha_start=0.99",), "it starts by forgetting four times as fast"),
+    "atlas++": Contender(("memory.network=gated_mlp",), "the paper's gated memory"),
+    "atlas with residual": Contender((RESIDUAL,), "M(x) = x + W1 act(W2 x), and the starts that follow"),
+    "atlas with residual, retention 0.99": Contender(
+        (RESIDUAL, "memory.alpha_start=0.99"), "it starts by forgetting four times as fast"
+    ),
     "OmegaNet": Contender(("memory.preset=omeganet", CHUNK_16), "without Muon; a write a token"),
     "titans": Contender(("memory.preset=titans", CHUNK_16), "a write a token"),
     "Gated DeltaNet": Contender(("model.pattern=G-*-G-", "delta.head_dim=32"), "baseline"),
@@ -75,14 +80,14 @@ CONTENDERS: dict[str, Contender] = {
     "linear memory": Contender(
         ("memory.network=linear", "memory.norm=none"), "the paper's Table 6", rate_of="atlas"
     ),
-    "atlas++": Contender(("memory.network=gated_mlp",), "the paper's gated memory", rate_of="atlas"),
 }
 QUICK = ("atlas", "attention (Transformer++)", "atlas by Muon")
-# How ATLAS starts, tried for a quarter of the tokens at the highest rate, from the first seed. 0.16 is a write's step.
+# How ATLAS with residual starts, tried for a quarter of the tokens at the highest rate, from the first seed. 0.16 is a
+# write's step.
 STARTS = {
-    "retention 0.998": ("memory.alpha_start=0.998",),
-    "retention 0.9995": ("memory.alpha_start=0.9995",),
-    "retention 0.998, a fifth of the step": ("memory.alpha_start=0.998", "memory.eta_start=0.032"),
+    "retention 0.998": (RESIDUAL, "memory.alpha_start=0.998"),
+    "retention 0.9995": (RESIDUAL, "memory.alpha_start=0.9995"),
+    "retention 0.998, a fifth of the step": (RESIDUAL, "memory.alpha_start=0.998", "memory.eta_start=0.032"),
 }
 
 
@@ -106,7 +111,7 @@ def start_cell(name: str) -> str:
 
 
 def try_starts(results: record.Record, comparison: Protocol) -> None:
-    """Train ATLAS from each of STARTS."""
+    """Train ATLAS with residual from each of STARTS."""
     (first,) = contenders(["atlas"]).values()
     tried = {name: replace(first, words=(*first.words, *words)) for name, words in STARTS.items()}
     seed, quarter = comparison.seeds[0], comparison.steps // protocol.QUARTER
@@ -115,10 +120,10 @@ def try_starts(results: record.Record, comparison: Protocol) -> None:
 
 
 def starts(results: record.Record) -> list[str | record.Table]:
-    """A table of ATLAS by its start, with the default and the former one; none where no start was tried."""
+    """A table of ATLAS with residual by its start, with its default and the former one; none where none was tried."""
     cells = {
-        "retention 0.99, the former default": protocol.rate_cell(STAGE, "atlas, retention 0.99", RATES[-1]),
-        "retention 0.9975, the default": protocol.rate_cell(STAGE, "atlas", RATES[-1]),
+        "retention 0.99": protocol.rate_cell(STAGE, "atlas with residual, retention 0.99", RATES[-1]),
+        "retention 0.9975, the default": protocol.rate_cell(STAGE, "atlas with residual", RATES[-1]),
         **{name: start_cell(name) for name in STARTS},
     }
     found = {name: results.cells[cell] for name, cell in cells.items() if cell in results.cells}
@@ -128,7 +133,7 @@ def starts(results: record.Record) -> list[str | record.Table]:
         (name, standings.said(cell), f"{cell.get('largest_gradient_norm', 0):.1f}") for name, cell in found.items()
     ]
     return [
-        f"ATLAS by how it starts, after a quarter of the tokens at the rate {RATES[-1]:g}, from the first seed:",
+        f"ATLAS with residual by how it starts, after a quarter of the tokens at the rate {RATES[-1]:g}, from the first seed:",
         record.Table(("start", "bits per byte", "largest gradient norm"), rows),
     ]
 

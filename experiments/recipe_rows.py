@@ -9,8 +9,9 @@ from __future__ import annotations
 from experiments.shared.protocol import Contender
 
 DRAWN = ("memory.late_keys=false", "memory.open_gate=false", "memory.copy_start=false")
-# Its retention is the one that the finished rows were trained with. The default is longer since: language_model.py.
-ORTHOGONAL = ("memory.preset=atlas", "memory.alpha_start=0.99")
+# Its retention and its residual are those that the finished rows were trained with. The defaults are others since:
+# language_model.py.
+ORTHOGONAL = ("memory.preset=atlas", "memory.residual=true", "memory.alpha_start=0.99")
 ATLAS = (*ORTHOGONAL, *DRAWN)
 
 # The numbers under `asks`.
@@ -53,7 +54,7 @@ SCREEN: dict[str, Contender] = {
     "omeganet": _member("omeganet"),
     "omeganet, c = 1": _member("omeganet", "memory.window=1", asks="5: control, without a window"),
     "titans": _member("titans"),
-    "atlas++": _member("atlas++", "memory.alpha_start=0.99"),
+    "atlas++": _member("atlas++", "memory.residual=true", "memory.alpha_start=0.99"),
     "Gated DeltaNet": Contender(("model.pattern=G-G-",), "baseline"),
     "DeltaNet": Contender(("model.pattern=D-D-",), "baseline"),
     "attention": Contender(("model.pattern=F-F-",), "baseline"),

@@ -14,8 +14,8 @@ _NEWTON_SCHULZ = {"momentum": True, "ns_steps": 5}
 _MOMENTUM = {"momentum": True, "ns_steps": 0, "ns_period": 1}
 _PLAIN = {"momentum": False, "ns_steps": 0, "ns_period": 1}
 # Memories that write raw gradients diverge without the output norm. With Newton-Schulz the paper's form needs none.
-_DEEP = {"network": "mlp", "norm": "layer"}
-_PLAIN_DEEP = {"network": "mlp", "norm": "none"}
+_DEEP = {"network": "mlp", "norm": "layer", "residual": True}
+_ATLAS = {"network": "mlp", "norm": "none", "residual": False}
 _LINEAR = {"network": "linear", "norm": "none"}
 _POLYNOMIAL = {"kernel": "lifted", "feature_map": "hadamard", "degree": 2}
 _IDENTITY = {"kernel": "lifted", "feature_map": "identity"}
@@ -25,8 +25,8 @@ _DOT = {**_L2, "loss": "dot"}
 _KEEPS_ALL = {**_L2, "retention": False}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "atlas": {**_PLAIN_DEEP, **_L2, **_OMEGA, **_NEWTON_SCHULZ, **_POLYNOMIAL},
-    "atlas++": {**_PLAIN_DEEP, **_L2, **_OMEGA, **_NEWTON_SCHULZ, **_POLYNOMIAL, "network": "gated_mlp"},
+    "atlas": {**_ATLAS, **_L2, **_OMEGA, **_NEWTON_SCHULZ, **_POLYNOMIAL},
+    "atlas++": {**_ATLAS, **_L2, **_OMEGA, **_NEWTON_SCHULZ, **_POLYNOMIAL, "network": "gated_mlp"},
     "omeganet": {**_DEEP, **_L2, **_OMEGA, **_PLAIN, **_POLYNOMIAL},
     "titans": {**_DEEP, **_L2, **_ONLINE, **_MOMENTUM, **_IDENTITY, "step_in_momentum": True},
     "ttt": {**_DEEP, **_KEEPS_ALL, **_ONLINE, **_PLAIN, **_IDENTITY},

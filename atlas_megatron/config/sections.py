@@ -12,7 +12,7 @@ from typing import Any
 from atlas_kernels.rule import MemoryRule
 
 # Keys with defaults that change what a saved model is: what they were before there were any.
-LATER: dict[str, dict[str, Any]] = {"memory": {"open_gate": False, "copy_start": False}}
+LATER: dict[str, dict[str, Any]] = {"memory": {"open_gate": False, "copy_start": False, "residual": True}}
 # Keys that are read under their former names too.
 RENAMED = {("memory", "memory"): "network"}
 
@@ -59,6 +59,9 @@ class MemoryConfig:
     # none | layer: a LayerNorm on the memory's output. Deep memories that write raw gradients diverge without the norm.
     # With Newton-Schulz the norm costs bits, and makes outer gradients explode (docs/results/recipe.md).
     norm: str = "none"
+    # A deep memory adds its input to its output: M(x) = x + W1 act(W2 x). Without it what is to be written is the value
+    # alone. With it memories first have to unlearn the key, which costs recall (docs/results/language_model.md).
+    residual: bool = True
     activation: str = "gelu"
     heads: int = 4
     head_dim: int = 64  # K = V

@@ -41,15 +41,15 @@ def load(
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not a TOML file: {error}; mend that line") from error
     tables = {section: _under_new_names(section, table) for section, table in tables.items()}
-    memory = tables.get("memory")
-    if isinstance(memory, dict) and "preset" in memory:
-        tables["memory"] = _preset(memory["preset"]) | memory
     for section, table in tables.items():
         _check_key(section)
         if not isinstance(table, dict):
             raise ValueError(f"config section {section!r} is {table!r}; write it as a table: [{section}]")
     for section, keys in (absent or {}).items():
         tables[section] = {**keys, **tables.get(section, {})}
+    memory = tables.get("memory", {})
+    if "preset" in memory:
+        tables["memory"] = _preset(memory["preset"]) | memory
     presets = [word.partition("=")[2] for word in overrides if word.startswith("memory.preset=")]
     if presets:
         tables["memory"] = tables.get("memory", {}) | _preset(parse_word(presets[-1], str))

@@ -138,7 +138,7 @@ MODEL = (
     "transformer_engine",
 )
 # Of the memory's keys those that came after models had been exported, and what such a folder's model is.
-LATER = {"open_gate": False, "copy_start": False}
+LATER = {"open_gate": False, "copy_start": False, "residual": True}
 # What a model whose state is of constant size answers to tools that want a longest input: it has none.
 ENDLESS = 1 << 20
 # Names that generic tools read; each follows from the description.

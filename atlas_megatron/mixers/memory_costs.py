@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from atlas_kernels.layer_start import coefficient_count, gate_count, lifted, weight_shapes
+from atlas_kernels.layer_start import coefficient_count, gate_count, lifted, own_residual, weight_shapes
 from atlas_kernels.local_memories import groups_of, locals_of
 from atlas_megatron.config import Config
 from atlas_megatron.config.memory_flops import anchor_flops, lift_flops, memory_flops, projection_flops
@@ -101,8 +101,7 @@ class MemoryCosts(Costs):
         begun = settings.data.packed or position % memory.chunk > 0
         matrices = _matrix_numbers(settings) * (1 + memory.momentum + begun)
         width, features = memory.head_dim, lifted(memory)
-        residual = memory.network != "linear" and features != width
-        source = features + width * (2 if residual else 1) + (memory.omega_gates != "pair")
+        source = features + width * (2 if own_residual(memory) else 1) + (memory.omega_gates != "pair")
         return memory.heads * (matrices + (memory.window - 1) * source)
 
     @classmethod

@@ -143,7 +143,7 @@ def _memory(preset: str, size: int, own: dict[str, Any]) -> MemoryConfig:
     # Short sequences: several chunks, and windows shorter than one.
     memory = replace(memory, chunk=min(memory.chunk, CHUNK), window=min(memory.window, WINDOW), eta_sum=ETA_SUM)
     if memory.ns_steps:
-        memory = replace(memory, ns_period=NS_PERIOD, eta_start=ORTHOGONAL, alpha_start=RETENTION)
+        memory = replace(memory, ns_period=NS_PERIOD, eta_start=ORTHOGONAL, alpha_start=RETENTION, residual=True)
     return replace(memory, **own)
 
 

@@ -49,7 +49,8 @@ SEGMENT_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a segment by chunk; r and the residual of the read are x and q where none is given.
+    """The tokens of a segment by chunk; r and the residual of the read are x and q where none is given,
+    zero where the rule has none.
 
     q [N, G, C, D]; read_residual [N, G, C, V]; x [N, G, I, D]; v, r [N, G, I, V].
     """
@@ -292,6 +293,8 @@ def scan(
     if inputs.residual is not None and state.residuals is not None:
         read_residual = layout.by_chunk(inputs.residual[0])
         r, residuals = layout.with_halo(state.residuals, inputs.residual[1])
+    elif not rule.residual:
+        r, read_residual = torch.zeros_like(v), v.new_zeros(*q.shape[:-1], v.shape[-1])
     given = inputs.gates
     own, gamma = (None, None) if state.gamma is None else layout.with_halo(state.gamma, given.gamma)
 

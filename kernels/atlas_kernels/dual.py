@@ -266,6 +266,8 @@ def omega_memory_dual(rule: MemoryRule, state: DualState, inputs: Inputs) -> tup
     if residual is not None and state.residuals is not None:
         read_residuals = torch.cat([residual[0].new_zeros(batch, offset, *residual[0].shape[2:]), residual[0]], 1)
         residuals = torch.cat([state.residuals, residual[1]], 1)
+    elif not rule.residual:
+        read_residuals, residuals = values.new_zeros(*queries.shape[:-1], values.shape[-1]), torch.zeros_like(values)
 
     matrices = oriented(memory_of(rule), tuple(w.flatten(0, 1) for w in state.weights))
     values_so_far = tuple(map(flat, state.cache_values))

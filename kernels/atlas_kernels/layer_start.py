@@ -25,6 +25,10 @@ SHORT = 100  # tokens
 # Of an orthogonalised write, for each token that it stands for. A gated memory's hidden width is a product of two
 # written layers: with the step of a plain one its outer gradients explode.
 STEP, GATED_STEP = 0.01, 0.0015
+# Of memories without residual, which learn the value alone. These recall what lies up to 256 tokens back from the first
+# step on (docs/results/language_model.md).
+FREE_STEP, FREE_GATED_STEP = 0.003, 0.002
+FREE_RETENTION, FREE_GATED_RETENTION = 0.9975, 0.999
 # Of a token beside it, where a chunk has WRITES writes or more; with fewer it forgets as much faster. A chunk
 # multiplies the outer gradient by about RETENTION^chunk (1 + kappa STEP chunk), and kappa was measured to be far less
 # with four writes a chunk than with one. Chunks shorter than LONGEST forget faster too, up to WRITES times as fast:
@@ -47,6 +51,8 @@ class MemorySection(Protocol):
     def loss(self) -> str: ...  # l2 | dot
     @property
     def norm(self) -> str: ...  # none | layer
+    @property
+    def residual(self) -> bool: ...  # of a deep memory; false: M(x) = W1 act(W2 x)
     @property
     def heads(self) -> int: ...
     @property
@@ -120,12 +126,13 @@ def weight_shapes(memory: MemorySection) -> tuple[tuple[int, int], ...]:
 def initial_weights(memory: MemorySection) -> tuple[Tensor, ...]:
     """The drawn start of a layer's memory, [H, rows, cols] float32 for each of `weight_shapes`.
 
-    The output matrix is normal with std `first_gain` / sqrt(cols); the matrices over the input are orthogonal. The
-    gate's, W3, has entries of about 1: it then leaves the hidden width its size, as if it were not there.
+    The output matrix is normal with std `first_gain` / sqrt(cols); the matrices over the input are orthogonal, W2 times
+    `second_gain`. The gate's, W3, has entries of about 1: it then leaves the hidden width its size, as if it were not
+    there.
     """
     (rows, cols), *over_input = weight_shapes(memory)
     drawn = [torch.empty(memory.heads, rows, cols).normal_(std=first_gain(memory) * cols**-0.5)]
-    for shape, size in zip(over_input, (1.0, cols**0.5), strict=False):
+    for shape, size in zip(over_input, (second_gain(memory), cols**0.5), strict=False):
         orthogonal = [nn.init.orthogonal_(torch.empty(*shape)) for _ in range(memory.heads)]
         drawn.append(torch.stack(orthogonal) * size)
     return tuple(drawn)
@@ -141,6 +148,18 @@ def first_gain(memory: MemorySection) -> float:
     if memory.norm == "layer" and memory.ns_steps == 0:
         return (2.0 * memory.expansion * memory.head_dim) ** 0.25
     return W1_GAIN
+
+
+def second_gain(memory: MemorySection) -> float:
+    """The size of W2's columns at the start.
+
+    Of a plain memory with Newton-Schulz and without residual sqrt(2 F): a key of length one then gives hidden units a
+    standard deviation of sqrt(2), at which the activation bends. With columns of length one it would be a line, and the
+    memory recall no more keys than a matrix does. A gated memory bends by its product.
+    """
+    if memory.ns_steps and not memory.residual and memory.network == "mlp":
+        return (2.0 * memory.expansion * memory.head_dim) ** 0.5
+    return 1.0
 
 
 def coefficient_count(memory: MemorySection) -> int:
@@ -172,7 +191,8 @@ def lifted_for(memory: MemorySection, x: Tensor, coefficients: Tensor | None, *,
 
 def own_residual(memory: MemorySection) -> bool:
     """Whether the memory's residual is the unlifted input: where the lifted one has another meaning or width."""
-    return memory.network != "linear" and (memory.kernel != "lifted" or lifted(memory) != memory.head_dim)
+    lifts = memory.kernel != "lifted" or lifted(memory) != memory.head_dim
+    return memory.network != "linear" and memory.residual and lifts
 
 
 def gate_widths(memory: MemorySection) -> dict[str, int]:
@@ -212,6 +232,8 @@ def alpha_start(memory: MemorySection, tokens: int) -> float:
     """
     if memory.alpha_start:
         return memory.alpha_start
+    if memory.ns_steps and not memory.residual:
+        return (FREE_GATED_RETENTION if memory.network == "gated_mlp" else FREE_RETENTION) ** _share(memory)
     if memory.ns_steps:
         faster = max(1.0, min(WRITES, max(WRITES * memory.ns_period, LONGEST) / memory.chunk))
         return RETENTION ** (_share(memory) * faster)
@@ -232,7 +254,8 @@ def eta_start(memory: MemorySection) -> float:
     if memory.eta_start > 0:
         return memory.eta_start
     if memory.ns_steps > 0:
-        step = _share(memory) * (GATED_STEP if memory.network == "gated_mlp" else STEP)
+        plain, gated = (STEP, GATED_STEP) if memory.residual else (FREE_STEP, FREE_GATED_STEP)
+        step = _share(memory) * (gated if memory.network == "gated_mlp" else plain)
         return step if memory.ns_step == "sum" else step * memory.ns_period
     gradients = memory.window * (1.0 if memory.omega_gates == "none" else memory.gamma_start)
     if memory.momentum:

@@ -52,7 +52,7 @@ def omega_memory(
     - `rule`: what the memory is and how it learns; see `MemoryRule`.
     - `state`: where an earlier call stopped. op(prefix), then op(suffix, state), equals op(whole) at any cut.
     - `residual`: what a deep memory adds to its output, for queries and for keys, [B, T, H, V] each. None: the lifted
-      input itself, which needs D = V.
+      input itself, which needs D = V; nothing where the rule has residual=False.
     - `impl`: "reference" (token by token), "chunked" (matrix products), "triton" (the same in GPU kernels) or "auto"
       (triton where it covers the call, else chunked).
     - `positions`: [B, T] int64, each token's position in its own document, where documents are packed. At 0 a document
@@ -136,7 +136,10 @@ def read_memory(
     flat = lambda t: t.to(dtype).transpose(1, 2).flatten(0, 1)  # noqa: E731  [B, T, H, ...] -> [B H, T, ...]
     memory = memory_of(rule)
     held = tuple(w.to(dtype).flatten(0, 1) for w in oriented(memory, matrices))
-    y = memory.read(MatrixView(held), flat(q), flat(q if residual is None else residual))
+    r = q if residual is None else residual
+    if not rule.residual:
+        r = q.new_zeros(batch, tokens, heads, weights[0].shape[1])
+    y = memory.read(MatrixView(held), flat(q), flat(r))
     return y.unflatten(0, (batch, heads)).transpose(1, 2).to(q.dtype)
 
 
@@ -297,6 +300,9 @@ def _check_residual(inputs: Inputs, rule: MemoryRule) -> None:
     if rule.memory == "linear":
         if residual is not None:
             raise ValueError("residual was given, but memory='linear' has none; pass residual=None")
+    elif not rule.residual:
+        if residual is not None:
+            raise ValueError("residual was given, but the rule has residual=False; pass residual=None")
     elif residual is None:
         if q.shape[-1] != v.shape[-1]:
             raise ValueError(

@@ -124,6 +124,8 @@ def _from(rule: MemoryRule, state: MemoryState[int], inputs: Inputs) -> tuple[Te
     r_q, R = q, X
     if inputs.residual is not None and state.residuals is not None:
         r_q, R = inputs.residual[0], torch.cat([state.residuals, inputs.residual[1]], 1)
+    elif not rule.residual:
+        r_q, R = torch.zeros_like(inputs.v), torch.zeros_like(V)
     sources = None if state.gamma is None else torch.cat([state.gamma, gates.gamma], 1)
 
     W, S, A, y = state.weights, state.momentum, state.anchor, []

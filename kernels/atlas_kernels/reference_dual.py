@@ -47,6 +47,9 @@ def omega_memory_dual_reference(rule: MemoryRule, weights: tuple[Tensor, ...], i
 
 def _one_head(rule: MemoryRule, weights: tuple[Tensor, ...], inputs: Inputs, b: int, h: int) -> Tensor:
     q, k, v, gates, residual = inputs.q, inputs.k, inputs.v, inputs.gates, inputs.residual
+    read, written = (q, k) if residual is None else residual
+    if not rule.residual:
+        read, written = torch.zeros_like(v), torch.zeros_like(v)
     first = [Layer(W[h], rule.kernel == "softmax") for W in (weights if rule.memory == "linear" else weights[1:])]
     W1 = None if rule.memory == "linear" else weights[0][h]
     outputs = []
@@ -59,13 +62,12 @@ def _one_head(rule: MemoryRule, weights: tuple[Tensor, ...], inputs: Inputs, b: 
         W1 = None if W1 is None else alpha * W1
         for i in range(max(0, t - rule.window + 1), t + 1):
             gamma = gates.gamma[b, t, h, t - i] if gates.pair else gates.gamma[b, i, h]
-            r = k[b, i, h] if residual is None else residual[1][b, i, h]
+            r = written[b, i, h]
             ds, dW1 = _gradient(rule, *anchor, k[b, i, h], v[b, i, h], r)
             for layer, d in zip(first, ds, strict=True):
                 layer.sources.append((eta * gamma, d, k[b, i, h]))
             W1 = None if W1 is None else W1 - eta * gamma * dW1
-        r = q[b, t, h] if residual is None else residual[0][b, t, h]
-        outputs.append(_memory(rule, W1, first, q[b, t, h], r))
+        outputs.append(_memory(rule, W1, first, q[b, t, h], read[b, t, h]))
     return torch.stack(outputs)
 
 

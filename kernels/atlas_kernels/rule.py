@@ -65,6 +65,7 @@ class MemoryRule:
     ns_coefficients: str = "jordan"
     activation: str = "gelu"
     norm: str = "none"  # layer: a gainless LayerNorm on the memory's output
+    residual: bool = True  # False: a deep memory is W1 act(W2 x) alone, r = 0
     # lifted: inputs come lifted by a feature map. exponential: they come plain and meet as exp(q . k), in dual form
     # (paper Eqs 22, 23); softmax: the same, divided by the sum of its weights.
     kernel: str = "lifted"

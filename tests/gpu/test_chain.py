@@ -38,6 +38,8 @@ def _no_chunk_by_chunk(monkeypatch):
         {"memory": "gated_mlp", "norm": "layer", "momentum": False, "ns_coefficients": "polar_express"},
         {"momentum": False, "loss": "dot"},
         {"window": 1},
+        {"residual": False},
+        {"memory": "gated_mlp", "residual": False, "norm": "layer"},
         {"ns_period": 2, "window": CHUNK + 3},
         {"anchor_gradient": 0},
         {"anchor_gradient": 0.3, "norm": "layer"},

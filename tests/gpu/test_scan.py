@@ -40,6 +40,11 @@ def test_lengths_and_windows(tokens, window):
 
 
 @pytest.mark.parametrize("memory", ["mlp", "gated_mlp"])
+def test_without_residual(memory):
+    compare(small(replace(BASE, memory=memory, window=4, residual=False), CHUNK + 3, batch=2, heads=2))
+
+
+@pytest.mark.parametrize("memory", ["mlp", "gated_mlp"])
 def test_several_heads_residual_and_widths_between_powers_of_two(memory):
     rule = replace(BASE, memory=memory, window=4)
     compare(small(rule, CHUNK + 3, batch=2, heads=3, residual=True, key=48, value=32, hidden=48))
