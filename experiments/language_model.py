@@ -54,6 +54,12 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "OmegaNet": Contender(("memory.preset=omeganet", CHUNK_16), "without Muon; a write a token"),
     "titans": Contender(("memory.preset=titans", CHUNK_16), "a write a token"),
+    "OmegaNet without residual": Contender(
+        ("memory.preset=omeganet", CHUNK_16, "memory.residual=false"), "what ATLAS gains by", rate_of="OmegaNet"
+    ),
+    "titans without residual": Contender(
+        ("memory.preset=titans", CHUNK_16, "memory.residual=false"), "what ATLAS gains by", rate_of="titans"
+    ),
     "Gated DeltaNet": Contender(("model.pattern=G-*-G-", "delta.head_dim=32"), "baseline"),
     "Gated DeltaNet, our starts": Contender(
         ("model.pattern=G-*-G-", "delta.head_dim=32", *OURS), "baseline, with the memories' starts"

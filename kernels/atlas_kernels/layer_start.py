@@ -25,8 +25,7 @@ SHORT = 100  # tokens
 # Of an orthogonalised write, for each token that it stands for. A gated memory's hidden width is a product of two
 # written layers: with the step of a plain one its outer gradients explode.
 STEP, GATED_STEP = 0.01, 0.0015
-# Of memories without residual, which learn the value alone. These recall what lies up to 256 tokens back from the first
-# step on (docs/results/language_model.md).
+# Of memories without residual (docs/results/start_recall.md).
 FREE_STEP, FREE_GATED_STEP = 0.003, 0.002
 FREE_RETENTION, FREE_GATED_RETENTION = 0.9975, 0.999
 # Of a token beside it, where a chunk has WRITES writes or more; with fewer it forgets as much faster. A chunk
@@ -141,7 +140,7 @@ def initial_weights(memory: MemorySection) -> tuple[Tensor, ...]:
 def first_gain(memory: MemorySection) -> float:
     """The gain of the output matrix's start, whose entries are drawn with std gain / sqrt(cols).
 
-    Near zero: reads begin as the residual alone. Not so under the output norm without Newton-Schulz: there the norm
+    Near zero: reads begin as the residual alone, or as nothing. Not so under the output norm without Newton-Schulz: there the norm
     divides the first gradients by W1's small output, and one chunk would bury the start. (2 F)^(1/4) makes steps that
     sum to one as large as W1 itself (|e| about sqrt(2 V), |W1| = gain sqrt(V), sd = gain |h| / sqrt(F)).
     """

@@ -33,6 +33,7 @@ def quick(name: str, out: Path) -> str:
     "name",
     [
         "capacity",
+        "start_recall",
         pytest.param("mqar", marks=pytest.mark.slow),
         pytest.param("mad", marks=pytest.mark.slow),
         pytest.param("long_context", marks=pytest.mark.slow),

@@ -1,0 +1,158 @@
+"""What a memory recalls before any training, by how far back it lies.
+
+A layer of configs/quickstart.toml writes 512 pairs of random keys and values once. Gates, retention and start weights
+are those that an untrained layer begins with. Then every key is read, and nothing more is written. A key counts as
+recalled where the read is nearer to its own value than to all others, by the dot product over all heads.
+
+A model whose memory recalls from the first step on need not learn to. It takes about two minutes on a core.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import mean
+
+import torch
+import torch.nn.functional as F
+from matplotlib import pyplot
+from torch import Tensor
+
+from atlas_kernels import omega_memory
+from atlas_kernels.layer_start import (
+    gate_starts,
+    gates_of,
+    initial_weights,
+    lifted_for,
+    second_gain,
+    start_coefficients,
+)
+from atlas_kernels.op import read_memory
+from atlas_megatron.config import MemoryConfig, load
+from experiments.shared import record
+
+BASE = record.ROOT / "configs" / "quickstart.toml"
+PAIRS, QUICK_PAIRS = 512, 64
+SEEDS = (0, 1, 2, 3)
+BINS = ((0, 16), (16, 32), (32, 64), (64, 128), (128, 256), (256, 512))  # how many pairs were written after it
+
+
+@dataclass(frozen=True)
+class Row:
+    """A memory. words: changes of the base. second: the size of W2's columns; 0: as the memory starts."""
+
+    words: tuple[str, ...] = ()
+    asks: str = ""
+    second: float = 0.0
+
+
+GATED, RESIDUAL = "memory.network=gated_mlp", "memory.residual=true"
+OMEGANET, TITANS = ("memory.preset=omeganet", "memory.chunk=16"), ("memory.preset=titans", "memory.chunk=16")
+ROWS: dict[str, Row] = {
+    "atlas": Row(asks="as it starts"),
+    "atlas, W2 of length 1": Row((), "hidden units that do not bend", second=1.0),
+    "atlas with residual": Row((RESIDUAL,), "the starts that follow: W2 of length 1, larger steps"),
+    "atlas with residual, the same starts": Row(
+        (RESIDUAL, "memory.eta_start=0.048", "memory.alpha_start=0.9975"), "the residual alone", second=16.0
+    ),
+    "atlas++": Row((GATED,), "hidden units that are products"),
+    "atlas++ with residual": Row((GATED, RESIDUAL), "the residual alone"),
+    "atlas, a write a token": Row(("memory.ns_period=1",), "the period"),
+    "atlas, a write a chunk": Row(("memory.ns_period=64",), "the period"),
+    "atlas, c = 1": Row(("memory.window=1",), "the window"),
+    "atlas, three steps of Newton-Schulz": Row(("memory.ns_steps=3",), "exactness"),
+    "OmegaNet": Row(OMEGANET, "raw gradients"),
+    "OmegaNet without residual": Row((*OMEGANET, "memory.residual=false"), "the residual"),
+    "Titans": Row(TITANS, "raw gradients, momentum"),
+    "Titans without residual": Row((*TITANS, "memory.residual=false"), "the residual"),
+    "DeltaNet": Row(("memory.preset=delta",), "a matrix, and errors at every token"),
+}
+OBSERVED = (
+    "The residual costs most. With it a memory M(x) = x + W1 act(W2 x) has to learn the value less the key. A gated "
+    "memory cannot: its hidden units are products of two views of the key, and no sum of those is the key itself.",
+    "With W2 of length one a key of length one moves each hidden unit by a tenth. There the activation is a line, and a "
+    "plain memory recalls little more than a matrix. ATLAS starts W2 large enough for hidden units to bend.",
+    "Products tell keys apart better than bent units do: atlas++ recalls what lies 512 pairs back.",
+    "Random keys are a hard case, and an easy one. Those of a trained model are correlated, which costs all memories "
+    "recall. They are not all asked for either.",
+)
+QUICK = ("atlas", "atlas++", "OmegaNet", "DeltaNet")
+DRAWN = ("atlas", "atlas with residual", "atlas++", "OmegaNet", "Titans", "DeltaNet")
+
+
+def recalled(row: Row, seeds: Sequence[int], pairs: int) -> record.Cell:
+    """The share recalled of each bin, over the seeds."""
+    shares = [_of_seed(load(BASE, row.words).memory, row.second, seed, pairs) for seed in seeds]
+    bins = [(low, high) for low, high in BINS if high <= pairs]
+    return {"recalled": [round(mean(float(s[low:high].mean()) for s in shares), 4) for low, high in bins]}
+
+
+@torch.no_grad()
+def _of_seed(memory: MemoryConfig, second: float, seed: int, pairs: int) -> Tensor:
+    """Whether each pair is recalled, as a share over sequences, float32: at place n the one that n pairs followed."""
+    torch.manual_seed(seed)
+    batch, shape = 4, (4, pairs, memory.heads, memory.head_dim)
+    k, v = (F.normalize(torch.randn(shape), dim=-1) for _ in range(2))
+    weights = list(initial_weights(memory))
+    if second:
+        weights[1] *= second / second_gain(memory)
+    learned = start_coefficients(memory)
+    coefficients = None if learned is None else learned.repeat(memory.heads, 1)
+    lifted = lifted_for(memory, k, coefficients, key=True)
+    rule = memory.rule()
+    bias = torch.tensor(gate_starts(memory, load(BASE).model.seq_length)).repeat(memory.heads, 1)
+    gates = gates_of(memory, torch.zeros(batch, pairs, bias.numel()), bias, k, v)
+    _, state = omega_memory(lifted, lifted, v, gates, tuple(weights), rule)
+    y = read_memory(lifted_for(memory, k, coefficients), tuple(weights), rule, state)
+    scores = y.flatten(2) @ v.flatten(2).mT
+    return (scores.argmax(-1) == torch.arange(pairs)).float().mean(0).flip(0)
+
+
+def draw(results: record.Record, names: Sequence[str]) -> None:
+    """Recall against how far back a pair lies."""
+    figure, axes = pyplot.subplots(figsize=(6.5, 3.6), layout="constrained")
+    for name in names:
+        shares = results.cells[name]["recalled"]
+        axes.plot([low + (high - low) / 2 for low, high in BINS[: len(shares)]], shares, "o-", markersize=3, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("pairs written since")
+    axes.set_ylabel("share recalled")
+    axes.legend(fontsize="small")
+    results.save_figure(figure)
+
+
+def describe(results: record.Record, names: Sequence[str], pairs: int) -> None:
+    """The page, from the numbers."""
+    memory = load(BASE).memory
+    bins = [f"{low} to {high}" for low, high in BINS if high <= pairs]
+    rows = [(n, ROWS[n].asks, *(f"{100 * share:.0f}" for share in results.cells[n]["recalled"])) for n in names]
+    results.write_text(
+        "Recall at the start",
+        f"Percent of {pairs} random pairs that an untrained layer recalls, by how many were written after them. A layer "
+        f"has {memory.heads} heads of {memory.head_dim}. All was written once, at the values that gates and weights "
+        f"start from. Mean of {len(SEEDS)} seeds and four sequences each.",
+        [record.Table(("memory", "asks", *bins), rows)],
+        OBSERVED if set(names) == set(ROWS) else (),
+    )
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Compute what is missing, then draw and describe."""
+
+    def experiment() -> None:
+        asked = record.options("start_recall", __doc__ or "", words)
+        names, seeds, pairs = (QUICK, SEEDS[:1], QUICK_PAIRS) if asked.quick else (tuple(ROWS), SEEDS, PAIRS)
+        results = record.Record("start_recall", asked, {"base": BASE.read_text(encoding="utf-8"), "pairs": pairs})
+        for name in names:
+            results.cell(name, partial(recalled, ROWS[name], seeds, pairs))
+        draw(results, [name for name in DRAWN if name in names])
+        describe(results, names, pairs)
+
+    return record.run("start_recall", experiment)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
