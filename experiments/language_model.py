@@ -55,10 +55,10 @@ CONTENDERS: dict[str, Contender] = {
     "OmegaNet": Contender(("memory.preset=omeganet", CHUNK_16), "without Muon; a write a token"),
     "titans": Contender(("memory.preset=titans", CHUNK_16), "a write a token"),
     "OmegaNet without residual": Contender(
-        ("memory.preset=omeganet", CHUNK_16, "memory.residual=false"), "what ATLAS gains by", rate_of="OmegaNet"
+        ("memory.preset=omeganet", CHUNK_16, "memory.residual=false"), "does it gain too?"
     ),
     "titans without residual": Contender(
-        ("memory.preset=titans", CHUNK_16, "memory.residual=false"), "what ATLAS gains by", rate_of="titans"
+        ("memory.preset=titans", CHUNK_16, "memory.residual=false"), "does it gain too?"
     ),
     "Gated DeltaNet": Contender(("model.pattern=G-*-G-", "delta.head_dim=32"), "baseline"),
     "Gated DeltaNet, our starts": Contender(
@@ -139,7 +139,8 @@ def starts(results: record.Record) -> list[str | record.Table]:
         (name, standings.said(cell), f"{cell.get('largest_gradient_norm', 0):.1f}") for name, cell in found.items()
     ]
     return [
-        f"ATLAS with residual by how it starts, after a quarter of the tokens at the rate {RATES[-1]:g}, from the first seed:",
+        f"ATLAS with residual, by how it starts, after a quarter of the tokens at the rate {RATES[-1]:g}, from the "
+        "first seed:",
         record.Table(("start", "bits per byte", "largest gradient norm"), rows),
     ]
 

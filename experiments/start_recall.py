@@ -72,8 +72,8 @@ ROWS: dict[str, Row] = {
 OBSERVED = (
     "The residual costs most. With it a memory M(x) = x + W1 act(W2 x) has to learn the value less the key. A gated "
     "memory cannot: its hidden units are products of two views of the key, and no sum of those is the key itself.",
-    "With W2 of length one a key of length one moves each hidden unit by a tenth. There the activation is a line, and a "
-    "plain memory recalls little more than a matrix. ATLAS starts W2 large enough for hidden units to bend.",
+    "With W2 of length one a key of length one moves each hidden unit by a tenth. There the activation is a line, and "
+    "a plain memory recalls little more than a matrix. ATLAS starts W2 large enough for hidden units to bend.",
     "Products tell keys apart better than bent units do: atlas++ recalls what lies 512 pairs back.",
     "Random keys are a hard case, and an easy one. Those of a trained model are correlated, which costs all memories "
     "recall. They are not all asked for either.",
@@ -131,9 +131,9 @@ def describe(results: record.Record, names: Sequence[str], pairs: int) -> None:
     rows = [(n, ROWS[n].asks, *(f"{100 * share:.0f}" for share in results.cells[n]["recalled"])) for n in names]
     results.write_text(
         "Recall at the start",
-        f"Percent of {pairs} random pairs that an untrained layer recalls, by how many were written after them. A layer "
-        f"has {memory.heads} heads of {memory.head_dim}. All was written once, at the values that gates and weights "
-        f"start from. Mean of {len(SEEDS)} seeds and four sequences each.",
+        f"Percent of {pairs} random pairs that an untrained layer recalls, by how many were written after them. "
+        f"A layer has {memory.heads} heads of {memory.head_dim}. All was written once, at the values that gates and "
+        f"weights start from. Mean of {len(SEEDS)} seeds and four sequences each.",
         [record.Table(("memory", "asks", *bins), rows)],
         OBSERVED if set(names) == set(ROWS) else (),
     )

@@ -59,8 +59,8 @@ class MemoryConfig:
     # none | layer: a LayerNorm on the memory's output. Deep memories that write raw gradients diverge without the norm.
     # With Newton-Schulz the norm costs bits, and makes outer gradients explode (docs/results/recipe.md).
     norm: str = "none"
-    # A deep memory adds its input to its output: M(x) = x + W1 act(W2 x), as in the paper. With it what is written is the
-    # value less the key, and a memory recalls less (docs/results/start_recall.md). ATLAS has none.
+    # A deep memory adds its input to its output: M(x) = x + W1 act(W2 x), as in the paper. With it what is written is
+    # the value less the key, and a memory recalls less (docs/results/start_recall.md). ATLAS has none.
     residual: bool = True
     activation: str = "gelu"
     heads: int = 4
@@ -107,10 +107,11 @@ class MemoryConfig:
     # open_gate a memory starts by saying the token that followed what it is asked for (docs/results/recipe.md).
     copy_start: bool = True
     gate_rank: int = 32  # rank of the bottlenecks behind alpha, eta, theta, gamma
-    # Retention of one token at initialisation; 0 derives it. With Newton-Schulz: 0.9975, of a gated memory 0.999. With a
-    # residual too: 0.9975 in chunks of 64 with four writes or more, 0.99 with one write or in chunks of 16. These keep the outer gradient over any number of chunks
-    # near one. Without: the start weights fade to a third over seq_length tokens (100 at least). If they faded away,
-    # the output norm would divide by almost nothing, and gradients would explode.
+    # Retention of one token at initialisation; 0 derives it. With Newton-Schulz: 0.9975, of a gated memory 0.999. With
+    # a residual too: 0.9975 in chunks of 64 with four writes or more, 0.99 with one write or in chunks of 16. These
+    # keep the outer gradient over any number of chunks near one. Without Newton-Schulz: the start weights fade to a
+    # third over seq_length tokens (100 at least). If they faded away, the output norm would divide by almost nothing,
+    # and gradients would explode.
     alpha_start: float = 0.0
     theta_start: float = 0.9  # momentum decay at initialisation
     gamma_start: float = 0.5  # Omega gate at initialisation

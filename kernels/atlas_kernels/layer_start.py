@@ -140,9 +140,10 @@ def initial_weights(memory: MemorySection) -> tuple[Tensor, ...]:
 def first_gain(memory: MemorySection) -> float:
     """The gain of the output matrix's start, whose entries are drawn with std gain / sqrt(cols).
 
-    Near zero: reads begin as the residual alone, or as nothing. Not so under the output norm without Newton-Schulz: there the norm
-    divides the first gradients by W1's small output, and one chunk would bury the start. (2 F)^(1/4) makes steps that
-    sum to one as large as W1 itself (|e| about sqrt(2 V), |W1| = gain sqrt(V), sd = gain |h| / sqrt(F)).
+    Near zero: reads begin as the residual alone, or as nothing. Not so under the output norm without Newton-Schulz:
+    there the norm divides the first gradients by W1's small output, and one chunk would bury the start. (2 F)^(1/4)
+    makes steps that sum to one as large as W1 itself (|e| about sqrt(2 V), |W1| = gain sqrt(V), sd = gain |h| /
+    sqrt(F)).
     """
     if memory.norm == "layer" and memory.ns_steps == 0:
         return (2.0 * memory.expansion * memory.head_dim) ** 0.25

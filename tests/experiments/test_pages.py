@@ -154,9 +154,11 @@ def test_language_model_by_how_atlas_starts(tmp_path: Path) -> None:
     """Starts that were tried stand beside the default; those that were not have no row."""
     rate = language_model.RATES[-1]
     cells: dict[str, dict[str, Any]] = {
-        protocol.rate_cell("members", "atlas", rate): {"bits_per_byte": 2.0, "largest_gradient_norm": 5.0},
+        protocol.rate_cell("members", "atlas with residual", rate): {
+            "bits_per_byte": 2.0, "largest_gradient_norm": 5.0
+        },
         protocol.seed_cell("members", "atlas", 1): {"bits_per_byte": 1.0},
-    }
+    }  # fmt: skip
     assert language_model.starts(made_up("language_model", tmp_path, cells)) == []
     tried = {"bits_per_byte": 1.75, "largest_gradient_norm": 6.25}
     cells[language_model.start_cell("retention 0.9995")] = tried

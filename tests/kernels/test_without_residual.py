@@ -1,4 +1,4 @@
-"""A deep memory without residual is the same memory with a residual of zeros, in every form, and carries no halo of it."""
+"""A deep memory without residual is the one with a residual of zeros, in every form, and carries no halo of it."""
 
 from __future__ import annotations
 
