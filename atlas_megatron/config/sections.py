@@ -107,8 +107,8 @@ class MemoryConfig:
     # open_gate a memory starts by saying the token that followed what it is asked for (docs/results/recipe.md).
     copy_start: bool = True
     gate_rank: int = 32  # rank of the bottlenecks behind alpha, eta, theta, gamma
-    # Retention of one token at initialisation; 0 derives it. With Newton-Schulz: 0.9975, of a gated memory 0.999. With
-    # a residual too: 0.9975 in chunks of 64 with four writes or more, 0.99 with one write or in chunks of 16. These
+    # Retention of one token at initialisation; 0 derives it. With Newton-Schulz: 0.9975 in chunks of 64 with four
+    # writes or more (0.999 for a gated memory without residual), 0.99 (0.996) with one write or in chunks of 16. These
     # keep the outer gradient over any number of chunks near one. Without Newton-Schulz: the start weights fade to a
     # third over seq_length tokens (100 at least). If they faded away, the output norm would divide by almost nothing,
     # and gradients would explode.

@@ -25,14 +25,14 @@ SHORT = 100  # tokens
 # Of an orthogonalised write, for each token that it stands for. A gated memory's hidden width is a product of two
 # written layers: with the step of a plain one its outer gradients explode.
 STEP, GATED_STEP = 0.01, 0.0015
-# Of memories without residual (docs/results/start_recall.md).
+# The same of memories without residual (docs/results/start_recall.md).
 FREE_STEP, FREE_GATED_STEP = 0.003, 0.002
-FREE_RETENTION, FREE_GATED_RETENTION = 0.9975, 0.999
 # Of a token beside it, where a chunk has WRITES writes or more; with fewer it forgets as much faster. A chunk
 # multiplies the outer gradient by about RETENTION^chunk (1 + kappa STEP chunk), and kappa was measured to be far less
 # with four writes a chunk than with one. Chunks shorter than LONGEST forget faster too, up to WRITES times as fast:
 # RETENTION was measured in chunks of LONGEST, and in chunks of 8, of one write, gradients passed 50 with it.
 RETENTION, WRITES = 0.9975, 4
+GATED_RETENTION = 0.999  # of a gated memory without residual
 # Chunks longer than this step and forget no more than one of this length does: the start would be buried in one chunk.
 LONGEST = 64  # tokens
 
@@ -232,11 +232,10 @@ def alpha_start(memory: MemorySection, tokens: int) -> float:
     """
     if memory.alpha_start:
         return memory.alpha_start
-    if memory.ns_steps and not memory.residual:
-        return (FREE_GATED_RETENTION if memory.network == "gated_mlp" else FREE_RETENTION) ** _share(memory)
     if memory.ns_steps:
         faster = max(1.0, min(WRITES, max(WRITES * memory.ns_period, LONGEST) / memory.chunk))
-        return RETENTION ** (_share(memory) * faster)
+        slowest = RETENTION if memory.residual or memory.network != "gated_mlp" else GATED_RETENTION
+        return slowest ** (_share(memory) * faster)
     return 1.0 - 1.0 / max(SHORT, tokens)
 
 

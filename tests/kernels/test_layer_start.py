@@ -14,6 +14,9 @@ from atlas_kernels import MemoryRule, initial_coefficients, omega_memory, write_
 from atlas_kernels.gated_norm import head_norm, memory_as_gate
 from atlas_kernels.layer_start import (
     ETA_HEADROOM,
+    FREE_GATED_STEP,
+    FREE_STEP,
+    GATED_RETENTION,
     GATED_STEP,
     RETENTION,
     STEP,
@@ -45,7 +48,7 @@ def section(**changed: Any) -> SimpleNamespace:
         "omega_gates": "pair", "momentum": True, "step_in_momentum": False, "retention": True, "ns_steps": 5,
         "ns_period": 2, "ns_step": "last", "ns_coefficients": "jordan", "activation": "gelu", "write_gate": False,
         "alpha_start": 0.0, "theta_start": 0.9, "gamma_start": 0.5, "eta_start": 0.0, "eta_sum": 0.1,
-        "anchor_gradient": 1.0, "shard": 0, "read": "token", "locals": (), "projection": False,
+        "anchor_gradient": 1.0, "shard": 0, "residual": True, "read": "token", "locals": (), "projection": False,
     }  # fmt: skip
     return SimpleNamespace(**{**keys, **changed})
 
@@ -53,7 +56,8 @@ def section(**changed: Any) -> SimpleNamespace:
 PLAIN = {"ns_steps": 0, "ns_period": 1, "momentum": False, "norm": "layer"}
 SECTIONS = {
     "atlas": section(),
-    "atlas++": section(network="gated_mlp"),
+    "without residual": section(residual=False),
+    "atlas++": section(network="gated_mlp", residual=False),
     "omeganet": section(**PLAIN),
     "titans": section(**{**PLAIN, "momentum": True}, omega_gates="none", window=1, step_in_momentum=True),
     "source": section(omega_gates="source"),
@@ -155,6 +159,8 @@ def test_step_sizes_and_retention_are_derived() -> None:
     assert eta_start(section(eta_start=0.3)) == 0.3
     assert eta_start(section()) == 2 * STEP
     assert eta_start(section(ns_step="sum", network="gated_mlp")) == GATED_STEP
+    assert eta_start(section(residual=False)) == 2 * FREE_STEP
+    assert eta_start(section(residual=False, ns_step="sum", network="gated_mlp")) == FREE_GATED_STEP
     # The steps of a chunk, all at one anchor, sum to eta_sum.
     assert eta_start(section(**PLAIN)) * 0.5 * WINDOW * 8 == pytest.approx(0.1)
     momentum = section(**{**PLAIN, "momentum": True}, omega_gates="none")
@@ -168,6 +174,8 @@ def test_step_sizes_and_retention_are_derived() -> None:
     assert alpha_start(section(chunk=64, ns_period=16), 500) == RETENTION
     assert alpha_start(section(chunk=8, ns_period=2), 500) == alpha_start(section(chunk=16, ns_period=1), 500)
     assert alpha_start(section(chunk=8, ns_period=2), 500) == RETENTION**4
+    gated = section(chunk=64, ns_period=16, network="gated_mlp", residual=False)
+    assert alpha_start(gated, 500) == GATED_RETENTION
     assert [alpha_start(section(**PLAIN), tokens) for tokens in (500, 10)] == [1 - 1 / 500, 1 - 1 / 100]
 
 
@@ -180,6 +188,11 @@ def test_matrices_start_at_their_sizes() -> None:
     eye = torch.eye(WIDTH).expand(40, -1, -1)
     torch.testing.assert_close(second.mT @ second, eye, rtol=0, atol=1e-5)
     torch.testing.assert_close(gate.mT @ gate, 2 * WIDTH * eye, rtol=0, atol=1e-4)
+    # Without residual hidden units of a plain memory see a key of length one with a standard deviation of sqrt(2).
+    _, second = initial_weights(section(residual=False, heads=40))
+    torch.testing.assert_close(second.mT @ second, 2 * 2 * WIDTH * eye, rtol=0, atol=1e-3)
+    seen = torch.einsum("hfd,hd->hf", second, torch.nn.functional.normalize(torch.randn(40, WIDTH), dim=-1))
+    assert seen.square().mean().sqrt().item() == pytest.approx(2**0.5, rel=1e-4)
 
 
 def test_an_exponential_kernels_scale_goes_to_the_query() -> None:

@@ -156,6 +156,8 @@ def _alone(layer: Layer, own: Any, start: tuple[Tensor, ...], gates: Gates, q: T
     rule, (_, k, v), y = MemoryRule.of(own), layer.tokens(), []
     x, asked = layer.lift(k, key=True), layer.lift(q)
     r, r_asked = (k, q) if own_residual(own) else (x, asked)
+    if not own.residual:
+        r, r_asked = torch.zeros_like(k), torch.zeros_like(q)
     first = W = A = tuple(w.expand(len(q), *w.shape) for w in start)
     S, pending, begin = tuple(torch.zeros_like(w) for w in W), 0.0, 0
     for t in range(q.shape[1]):
