@@ -1,6 +1,6 @@
 """What a memory recalls before any training, by how far back it lies.
 
-A layer of configs/quickstart.toml writes 512 pairs of random keys and values once. Gates, retention and start weights
+A layer of configs/experiments/language_model.toml writes 512 pairs of random keys and values once. Gates, retention and start weights
 are those that an untrained layer begins with. Then every key is read, and nothing more is written. A key counts as
 recalled where the read is nearer to its own value than to all others, by the dot product over all heads.
 
@@ -33,7 +33,7 @@ from atlas_kernels.op import read_memory
 from atlas_megatron.config import MemoryConfig, load
 from experiments.shared import record
 
-BASE = record.ROOT / "configs" / "quickstart.toml"
+BASE = record.ROOT / "configs" / "experiments" / "language_model.toml"
 PAIRS, QUICK_PAIRS = 512, 64
 SEEDS = (0, 1, 2, 3)
 BINS = ((0, 16), (16, 32), (32, 64), (64, 128), (128, 256), (256, 512))  # how many pairs were written after it
