@@ -87,7 +87,7 @@ CONTENDERS: dict[str, Contender] = {
         ("memory.network=linear", "memory.norm=none"), "the paper's Table 6", rate_of="atlas"
     ),
 }
-QUICK = ("atlas", "attention (Transformer++)", "atlas by Muon")
+QUICK = ("atlas", "atlas by Muon")
 # How ATLAS with residual starts, tried for a quarter of the tokens at the highest rate, from the first seed. 0.16 is a
 # write's step.
 STARTS = {
