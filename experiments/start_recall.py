@@ -1,8 +1,8 @@
 """What a memory recalls before any training, by how far back it lies.
 
-A layer of configs/experiments/language_model.toml writes 512 pairs of random keys and values once. Gates, retention and start weights
-are those that an untrained layer begins with. Then every key is read, and nothing more is written. A key counts as
-recalled where the read is nearer to its own value than to all others, by the dot product over all heads.
+A layer of configs/experiments/language_model.toml writes 512 pairs of random keys and values once. Gates, retention and
+start weights are those that an untrained layer begins with. Then every key is read, and nothing more is written. A key
+counts as recalled where the read is nearer to its own value than to all others, by the dot product over all heads.
 
 A model whose memory recalls from the first step on need not learn to. It takes about two minutes on a core.
 """
