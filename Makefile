@@ -43,8 +43,9 @@ quickstart: setup ## pretrain a small ATLAS on real text and show what came out
 test: setup ## run the test suite, a process a core, but for the longer tests of several processes
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
 
+# Not reordered: files of a single test, some of minutes, would come last and leave the other processes idle.
 test-parallel: setup ## run those, and whole commands that take long: every layout against one process, moving checkpoints
-	@$(RUN) -m pytest -m "parallel or slow" --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(RUN) -m pytest -m "parallel or slow" --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slurm: setup ## run jobs on a SLURM of two nodes that it starts here (Debian: apt-get install slurm-wlm munge)
 	@$(RUN) -m pytest -m slurm $(ARGS)
