@@ -108,7 +108,7 @@ class MemoryConfig:
     copy_start: bool = True
     gate_rank: int = 32  # rank of the bottlenecks behind alpha, eta, theta, gamma
     # Retention of one token at initialisation; 0 derives it. With Newton-Schulz: 0.9975 in chunks of 64 with four
-    # writes or more (0.999 for a gated memory without residual), 0.99 (0.996) with one write or in chunks of 16. These
+    # writes or more, 0.99 with one write or in chunks of 16; 0.999 for a gated memory without residual. These
     # keep the outer gradient over any number of chunks near one. Without Newton-Schulz: the start weights fade to a
     # third over seq_length tokens (100 at least). If they faded away, the output norm would divide by almost nothing,
     # and gradients would explode.

@@ -32,7 +32,8 @@ FREE_STEP, FREE_GATED_STEP = 0.003, 0.002
 # with four writes a chunk than with one. Chunks shorter than LONGEST forget faster too, up to WRITES times as fast:
 # RETENTION was measured in chunks of LONGEST, and in chunks of 8, of one write, gradients passed 50 with it.
 RETENTION, WRITES = 0.9975, 4
-GATED_RETENTION = 0.999  # of a gated memory without residual
+# Of a gated memory without residual, whatever its writes. With 0.996 and one write a chunk its gradients explode.
+GATED_RETENTION = 0.999
 # Chunks longer than this step and forget no more than one of this length does: the start would be buried in one chunk.
 LONGEST = 64  # tokens
 
@@ -234,8 +235,9 @@ def alpha_start(memory: MemorySection, tokens: int) -> float:
         return memory.alpha_start
     if memory.ns_steps:
         faster = max(1.0, min(WRITES, max(WRITES * memory.ns_period, LONGEST) / memory.chunk))
-        slowest = RETENTION if memory.residual or memory.network != "gated_mlp" else GATED_RETENTION
-        return slowest ** (_share(memory) * faster)
+        if memory.network == "gated_mlp" and not memory.residual:
+            return GATED_RETENTION ** _share(memory)
+        return RETENTION ** (_share(memory) * faster)
     return 1.0 - 1.0 / max(SHORT, tokens)
 
 
