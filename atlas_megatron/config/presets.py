@@ -16,7 +16,7 @@ _PLAIN = {"momentum": False, "ns_steps": 0, "ns_period": 1}
 # Memories that write raw gradients diverge without the output norm. With Newton-Schulz the paper's form needs none.
 _DEEP = {"network": "mlp", "norm": "layer", "residual": True}
 _ATLAS = {"network": "mlp", "norm": "none", "residual": False}
-_LINEAR = {"network": "linear", "norm": "none"}
+_LINEAR = {"network": "linear", "norm": "none", "residual": True}
 _POLYNOMIAL = {"kernel": "lifted", "feature_map": "hadamard", "degree": 2}
 _IDENTITY = {"kernel": "lifted", "feature_map": "identity"}
 _EXPONENTIAL = {"kernel": "exponential", "feature_map": "identity"}

@@ -15,7 +15,11 @@ from experiments.shared.protocol import Contender, Protocol
 
 
 def draw(results: record.Record, stage: str, names: Sequence[str], comparison: Protocol) -> None:
-    """Left: every learning rate after a quarter of the tokens. Right: every seed a dot, their mean a line."""
+    """Left: every learning rate after a quarter of the tokens. Right: every seed a dot, their mean a line. Those
+    without a run are left out."""
+    places = ("lr", "seed")
+    begun = [n for n in names if any(c.startswith(f"{stage}: {n}, {p} ") for c in results.cells for p in places)]
+    names = begun or names
     figure, (left, right) = pyplot.subplots(
         1, 2, sharey=True, figsize=(9, 0.32 * len(names) + 1.3), layout="constrained"
     )

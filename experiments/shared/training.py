@@ -47,7 +47,7 @@ NS_PERIOD = 2
 # default for this period. It answers 83 % with 0.15, and 60 % with 0.4 (heads of 16, rate 0.01, one seed, keys as
 # drawn).
 ETA_SUM, ORTHOGONAL = 1.0, 0.15
-# Of ATLAS, at the start: the default when the runs of mad.py were made.
+# Of ATLAS, at the start. It and the residual were the defaults when the runs of mad.py were made.
 RETENTION = 0.99
 GATE_RANK = 8
 # What a Gated DeltaNet's keys, output gate and values start with in `our starts`: as the memories' do.

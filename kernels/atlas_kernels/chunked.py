@@ -49,9 +49,9 @@ SEGMENT_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a segment by chunk; r and the residual of the read are x and q where none is given,
-    zero where the rule has none.
+    """The tokens of a segment by chunk.
 
+    r and the residual of the read are x and q where none is given, and zero where the rule has none.
     q [N, G, C, D]; read_residual [N, G, C, V]; x [N, G, I, D]; v, r [N, G, I, V].
     """
 

@@ -155,10 +155,10 @@ def second_gain(memory: MemorySection) -> float:
     """The size of W2's columns at the start.
 
     Of a plain memory with Newton-Schulz and without residual sqrt(2 F): a key of length one then gives hidden units a
-    standard deviation of sqrt(2), at which the activation bends. With columns of length one it would be a line, and the
-    memory recall no more keys than a matrix does. A gated memory bends by its product.
+    standard deviation of sqrt(2), at which the activation bends. With columns of length one it would be nearly a line.
+    A gated memory bends by its product.
     """
-    if memory.ns_steps and not memory.residual and memory.network == "mlp":
+    if memory.ns_steps and memory.network == "mlp" and not memory.residual:
         return (2.0 * memory.expansion * memory.head_dim) ** 0.5
     return 1.0
 
@@ -227,16 +227,17 @@ def gate_starts(memory: MemorySection, tokens: int) -> list[float]:
 def alpha_start(memory: MemorySection, tokens: int) -> float:
     """The retention of a token at initialisation, given or derived.
 
-    With Newton-Schulz it is RETENTION, less in chunks that are short or write seldom, more beyond LONGEST.
+    With Newton-Schulz it is RETENTION, less in chunks that are short or write seldom, more beyond LONGEST; of a gated
+    memory without residual GATED_RETENTION.
     Without: what was there first fades to a third over `tokens`, or over SHORT where they are fewer, for models are
     read further than they were trained.
     """
     if memory.alpha_start:
         return memory.alpha_start
     if memory.ns_steps:
-        faster = max(1.0, min(WRITES, max(WRITES * memory.ns_period, LONGEST) / memory.chunk))
         if memory.network == "gated_mlp" and not memory.residual:
             return GATED_RETENTION ** _share(memory)
+        faster = max(1.0, min(WRITES, max(WRITES * memory.ns_period, LONGEST) / memory.chunk))
         return RETENTION ** (_share(memory) * faster)
     return 1.0 - 1.0 / max(SHORT, tokens)
 
@@ -255,7 +256,8 @@ def eta_start(memory: MemorySection) -> float:
     if memory.eta_start > 0:
         return memory.eta_start
     if memory.ns_steps > 0:
-        plain, gated = (STEP, GATED_STEP) if memory.residual else (FREE_STEP, FREE_GATED_STEP)
+        added = memory.residual or memory.network == "linear"  # which has none to be without
+        plain, gated = (STEP, GATED_STEP) if added else (FREE_STEP, FREE_GATED_STEP)
         step = _share(memory) * (gated if memory.network == "gated_mlp" else plain)
         return step if memory.ns_step == "sum" else step * memory.ns_period
     gradients = memory.window * (1.0 if memory.omega_gates == "none" else memory.gamma_start)

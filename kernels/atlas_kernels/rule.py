@@ -65,7 +65,6 @@ class MemoryRule:
     ns_coefficients: str = "jordan"
     activation: str = "gelu"
     norm: str = "none"  # layer: a gainless LayerNorm on the memory's output
-    residual: bool = True  # False: a deep memory is W1 act(W2 x) alone, r = 0
     # lifted: inputs come lifted by a feature map. exponential: they come plain and meet as exp(q . k), in dual form
     # (paper Eqs 22, 23); softmax: the same, divided by the sum of its weights.
     kernel: str = "lifted"
@@ -73,6 +72,7 @@ class MemoryRule:
     # 0: they are constants (first order). Through them the gradient of a long sequence grows exponentially where a
     # deep memory decays or is written fast: a share in between damps each passage.
     anchor_gradient: float = 1.0
+    residual: bool = True  # False: a deep memory is W1 act(W2 x) alone, r = 0
 
     def __post_init__(self) -> None:
         _choose("memory", self.memory, MEMORIES)

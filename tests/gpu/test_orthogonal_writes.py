@@ -45,6 +45,7 @@ def _chunk_by_chunk(monkeypatch):
         {"memory": "linear", "norm": "none", "ns_coefficients": "polar_express"},
         {"momentum": False, "window": 3},
         {"ns_step": "sum"},
+        {"residual": False},
         {"anchor_gradient": 0},
         {"anchor_gradient": 0.3},
     ],

@@ -161,6 +161,8 @@ def test_step_sizes_and_retention_are_derived() -> None:
     assert eta_start(section(ns_step="sum", network="gated_mlp")) == GATED_STEP
     assert eta_start(section(residual=False)) == 2 * FREE_STEP
     assert eta_start(section(residual=False, ns_step="sum", network="gated_mlp")) == FREE_GATED_STEP
+    # A linear memory has no residual, whatever the section says.
+    assert eta_start(section(residual=False, network="linear")) == eta_start(section(network="linear"))
     # The steps of a chunk, all at one anchor, sum to eta_sum.
     assert eta_start(section(**PLAIN)) * 0.5 * WINDOW * 8 == pytest.approx(0.1)
     momentum = section(**{**PLAIN, "momentum": True}, omega_gates="none")
@@ -174,8 +176,9 @@ def test_step_sizes_and_retention_are_derived() -> None:
     assert alpha_start(section(chunk=64, ns_period=16), 500) == RETENTION
     assert alpha_start(section(chunk=8, ns_period=2), 500) == alpha_start(section(chunk=16, ns_period=1), 500)
     assert alpha_start(section(chunk=8, ns_period=2), 500) == RETENTION**4
-    gated = section(chunk=64, ns_period=16, network="gated_mlp", residual=False)
-    assert alpha_start(gated, 500) == GATED_RETENTION
+    for period in (16, 64):
+        gated = section(chunk=64, ns_period=period, network="gated_mlp", residual=False)
+        assert alpha_start(gated, 500) == GATED_RETENTION
     assert [alpha_start(section(**PLAIN), tokens) for tokens in (500, 10)] == [1 - 1 / 500, 1 - 1 / 100]
 
 
