@@ -21,12 +21,17 @@ from .write_gate import budgeted, retained, write_gate, write_logit
 # A learned step size may grow to this many times its start: without Newton-Schulz, larger sums of steps diverge.
 ETA_HEADROOM = 10.0
 W1_GAIN = 0.02
+# Of memories without residual: the head norm divides by what they read, and what is read first is only this.
+FREE_GAIN = 0.1
 SHORT = 100  # tokens
 # Of an orthogonalised write, for each token that it stands for. A gated memory's hidden width is a product of two
 # written layers: with the step of a plain one its outer gradients explode.
 STEP, GATED_STEP = 0.01, 0.0015
 # The same of memories without residual (docs/results/start_recall.md).
 FREE_STEP, FREE_GATED_STEP = 0.003, 0.002
+# The most of a plain memory's write, that of 16 tokens. One that stands for 64 recalls less with four times as much,
+# and its outer gradients explode at 4,096 tokens. Of a gated memory the larger write recalls more.
+FREE_WRITE = 16 * FREE_STEP
 # Of a token beside it, where a chunk has WRITES writes or more; with fewer it forgets as much faster. A chunk
 # multiplies the outer gradient by about RETENTION^chunk (1 + kappa STEP chunk), and kappa was measured to be far less
 # with four writes a chunk than with one. Chunks shorter than LONGEST forget faster too, up to WRITES times as fast:
@@ -148,7 +153,7 @@ def first_gain(memory: MemorySection) -> float:
     """
     if memory.norm == "layer" and memory.ns_steps == 0:
         return (2.0 * memory.expansion * memory.head_dim) ** 0.25
-    return W1_GAIN
+    return W1_GAIN if _added(memory) else FREE_GAIN
 
 
 def second_gain(memory: MemorySection) -> float:
@@ -246,20 +251,27 @@ def _share(memory: MemorySection) -> float:
     return min(1.0, LONGEST / memory.chunk)
 
 
+def _added(memory: MemorySection) -> bool:
+    """Whether the start has a residual's values. A linear memory has no residual to be without."""
+    return memory.residual or memory.network == "linear"
+
+
 def eta_start(memory: MemorySection) -> float:
     """The step size at initialisation, given or derived.
 
     With Newton-Schulz it is STEP (GATED_STEP of a gated memory) for each token that a write stands for, less in chunks
-    beyond LONGEST. Without: the steps of one chunk, eta gamma window / (1 - theta) chunk, all at one anchor, sum to
-    `eta_sum`; of a linear memory with the dot loss, which has no feedback, those of one token.
+    beyond LONGEST; without residual FREE_STEP, at most FREE_WRITE, or FREE_GATED_STEP.
+    Without: the steps of one chunk, eta gamma window / (1 - theta) chunk, all at one anchor, sum to `eta_sum`; of a
+    linear memory with the dot loss, which has no feedback, those of one token.
     """
     if memory.eta_start > 0:
         return memory.eta_start
     if memory.ns_steps > 0:
-        added = memory.residual or memory.network == "linear"  # which has none to be without
-        plain, gated = (STEP, GATED_STEP) if added else (FREE_STEP, FREE_GATED_STEP)
-        step = _share(memory) * (gated if memory.network == "gated_mlp" else plain)
-        return step if memory.ns_step == "sum" else step * memory.ns_period
+        plain, gated = (STEP, GATED_STEP) if _added(memory) else (FREE_STEP, FREE_GATED_STEP)
+        write = _share(memory) * (gated if memory.network == "gated_mlp" else plain) * memory.ns_period
+        if memory.network == "mlp" and not memory.residual:
+            write = min(write, FREE_WRITE)
+        return write / memory.ns_period if memory.ns_step == "sum" else write
     gradients = memory.window * (1.0 if memory.omega_gates == "none" else memory.gamma_start)
     if memory.momentum:
         gradients /= 1.0 - memory.theta_start
