@@ -61,6 +61,7 @@ ROWS: dict[str, Row] = {
     "atlas++ with residual": Row((GATED, RESIDUAL), "the residual alone"),
     "atlas, a write a token": Row(("memory.ns_period=1",), "the period"),
     "atlas, a write a chunk": Row(("memory.ns_period=64",), "the period"),
+    "atlas, a write a chunk, larger": Row(("memory.ns_period=64", "memory.eta_start=0.192"), "four times the step"),
     "atlas, c = 1": Row(("memory.window=1",), "the window"),
     "atlas, three steps of Newton-Schulz": Row(("memory.ns_steps=3",), "exactness"),
     "OmegaNet": Row(OMEGANET, "raw gradients"),
@@ -77,7 +78,8 @@ OBSERVED = (
     "activation is nearly a line. What lies more than 128 pairs back is recalled better so.",
     "atlas++ recalls far more than all others beyond 128 pairs. Of the last 16 pairs DeltaNet recalls most: it writes "
     "at every token, without momentum.",
-    "With one write a chunk ATLAS recalls the last 32 pairs, and little before: momentum has faded by the write.",
+    "With one write a chunk ATLAS recalls the last 32 pairs, and little before: momentum has faded by the write. A "
+    "larger step of that write recalls less.",
     "The keys are random. Those of a trained model are correlated, and not all of them are asked for.",
 )
 QUICK = ("atlas", "atlas++", "OmegaNet", "DeltaNet")

@@ -14,8 +14,10 @@ from atlas_kernels import MemoryRule, initial_coefficients, omega_memory, write_
 from atlas_kernels.gated_norm import head_norm, memory_as_gate
 from atlas_kernels.layer_start import (
     ETA_HEADROOM,
+    FREE_GAIN,
     FREE_GATED_STEP,
     FREE_STEP,
+    FREE_WRITE,
     GATED_RETENTION,
     GATED_STEP,
     RETENTION,
@@ -161,6 +163,12 @@ def test_step_sizes_and_retention_are_derived() -> None:
     assert eta_start(section(ns_step="sum", network="gated_mlp")) == GATED_STEP
     assert eta_start(section(residual=False)) == 2 * FREE_STEP
     assert eta_start(section(residual=False, ns_step="sum", network="gated_mlp")) == FREE_GATED_STEP
+    # A write of a plain memory stands for no more than 16 tokens, whatever the chunk; a gated one's for all of them.
+    for chunk, period in ((64, 16), (64, 64), (2048, 2048)):
+        assert eta_start(section(residual=False, chunk=chunk, ns_period=period)) == FREE_WRITE
+    whole = {"residual": False, "chunk": 64, "ns_period": 64}
+    assert eta_start(section(**whole, ns_step="sum")) == FREE_WRITE / 64
+    assert eta_start(section(**whole, network="gated_mlp")) == 64 * FREE_GATED_STEP
     # A linear memory has no residual, whatever the section says.
     assert eta_start(section(residual=False, network="linear")) == eta_start(section(network="linear"))
     # The steps of a chunk, all at one anchor, sum to eta_sum.
@@ -186,6 +194,8 @@ def test_matrices_start_at_their_sizes() -> None:
     torch.manual_seed(0)
     memory = section(network="gated_mlp", heads=40)
     first, second, gate = initial_weights(memory)
+    assert first_gain(section(residual=False)) == FREE_GAIN
+    assert first_gain(section(residual=False, network="linear")) == W1_GAIN
     assert first_gain(memory) == W1_GAIN and first_gain(section(**PLAIN)) == (2 * 2 * WIDTH) ** 0.25
     assert first.std().item() == pytest.approx(W1_GAIN / math.sqrt(2 * WIDTH), rel=0.05)
     eye = torch.eye(WIDTH).expand(40, -1, -1)
