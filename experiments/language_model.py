@@ -164,12 +164,6 @@ def describe(results: record.Record, names: Sequence[str], comparison: Protocol)
         [
             standings.seen(results, STAGE, names, comparison.seeds),
             standings.quarter(results, STAGE, names, comparison),
-            *(
-                f"The run *{cell.removeprefix(f'{STAGE}: ')}* was made before its keys existed: by the trial "
-                f"*{found['trial']}*, with the starts that are the defaults now."
-                for cell, found in results.cells.items()
-                if found.get("trial")
-            ),
         ],
     )
 

@@ -20,7 +20,7 @@ from matplotlib import pyplot
 
 from atlas_megatron.config import load
 from atlas_megatron.data.corpus import standard_library
-from experiments.recipe_rows import HYPOTHESES, SCREEN
+from experiments.recipe_rows import EXCLUDED, HYPOTHESES, SCREEN
 from experiments.shared import protocol, record
 from experiments.shared.protocol import Protocol
 
@@ -93,7 +93,7 @@ def describe(results: record.Record, names: Sequence[str], seeds: Sequence[int],
         f"under *asks* is a hypothesis of the last table. *Difference*: the row's bits less those of {names[0]}, so "
         "less than zero is better. *Sign*: whether every seed has the difference's. The words of each row are in the "
         f"JSON. {_missing(names, rows)}",
-        [table(results, names, seeds), "The hypotheses of the search:", hypotheses],
+        [table(results, names, seeds), "The hypotheses of the search:", hypotheses, EXCLUDED],
         _seen(results, names, seeds),
     )
 

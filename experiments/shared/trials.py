@@ -17,15 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import atlas_kernels
-from atlas_kernels import chunked, layer_start, memories, op
+from atlas_kernels import layer_start, memories, op
 from atlas_kernels.chunked import Kernels
 from atlas_kernels.decays import decay_matrix
 from atlas_kernels.layer_norm import layer_norm
-from atlas_kernels.memories import Factors, Matrices, Mlp, WeightView, memory_of, oriented
+from atlas_kernels.memories import Factors, Matrices, WeightView
 from atlas_kernels.newton_schulz import direct_form, newton_schulz, schedule
-from atlas_kernels.rule import MemoryRule, MemoryState
-from atlas_kernels.writes import Leave, OrthogonalWrites, SourceReader, Writes, orthogonal_coefficients_of
+from atlas_kernels.rule import MemoryRule
+from atlas_kernels.writes import Leave, OrthogonalWrites, SourceReader, orthogonal_coefficients_of
 from atlas_megatron.mixers import memory as mixer
 from atlas_megatron.mixers.memory import AtlasMixer
 
@@ -145,27 +144,19 @@ class Saturating(Trial):
         return super().direction(j, momentum) * (size / (size + UNIT))
 
 
-class Floored(Trial):
+class FlooredAt3(Trial):
     """4: S / max(|S|_F, floor) enters the iteration, which multiplies small singular values by 3.44 a step.
 
     So singular values well under `corner` are written as they are, in units of it. Those above it are written as ones.
     """
 
-    corner = 1.0
+    corner = 3.0
 
     def direction(self, j: int, momentum: Tensor) -> Tensor:
         table = schedule(self.rule.ns_steps, self.rule.ns_coefficients)
         floor = self.corner * prod(a for a, _, _ in table)
         X = momentum / momentum.norm(dim=(-2, -1), keepdim=True).clamp(min=floor)
         return direct_form(X.mT, table).mT
-
-
-class FlooredAt3(Floored):
-    corner = 3.0
-
-
-class FlooredAt10(Floored):
-    corner = 10.0
 
 
 class Clipped(Trial):
@@ -197,21 +188,7 @@ class Bounded(Trial):
 
 
 class Provisional(Trial):
-    """5: until its period's write, a token reads the period's raw gradients."""
-
-    share = 0.03
-
-    def provisional(self, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor) -> tuple[Tensor, ...] | None:
-        tokens = torch.arange(alpha.shape[-1], device=alpha.device)
-        period = tokens // self.period
-        same = (period[:, None] == period[None, :]) & (tokens % self.period != self.period - 1)[:, None]
-        whole = eta[..., self.period - 1 :: self.period].repeat_interleave(self.period, -1)
-        steps = decay_matrix(alpha) * -(self.share / self.period * whole).unsqueeze(-2) * same
-        return (steps @ (decay_matrix(theta) * same) @ band).unbind()
-
-
-class ProvisionalOwn(Trial):
-    """5: as `Provisional`, with each raw gradient at its own token's step. So nothing comes from later tokens."""
+    """5: until its period's write, a token reads the period's raw gradients, each at its own token's step."""
 
     def provisional(self, alpha: Tensor, eta: Tensor, theta: Tensor, band: Tensor) -> tuple[Tensor, ...] | None:
         tokens = torch.arange(alpha.shape[-1], device=alpha.device)
@@ -221,105 +198,18 @@ class ProvisionalOwn(Trial):
         return (steps @ (decay_matrix(theta) * same) @ band).unbind()
 
 
-class _DecayToStart:
-    """Writes whose decay acts on what was written alone, whatever the rule writes."""
-
-    def __init__(self, writes: Writes, start: Matrices) -> None:
-        self.writes, self.start = writes, start
-
-    def advance(self, n: int, weights: Matrices, momentum: Matrices, factors: Factors) -> tuple[WeightView, Leave]:
-        written = tuple(W - start for W, start in zip(weights, self.start, strict=True))
-        reader, leave = self.writes.advance(n, written, momentum, factors)
-
-        def left() -> tuple[Matrices, Matrices]:
-            written, moved = leave()
-            return tuple(W + start for W, start in zip(written, self.start, strict=True)), moved
-
-        return _WithStart(reader, self.start), left
-
-
-class _WithStart:
-    """Reads what was written, and adds the read of the start weights."""
-
-    def __init__(self, written: WeightView, start: Matrices) -> None:
-        self.written, self.start = written, start
-
-    def widen(self, j: int, x: Tensor) -> Tensor:
-        return self.written.widen(j, x) + x @ self.start[j].mT
-
-    def narrow(self, j: int, h: Tensor) -> Tensor:
-        return self.written.narrow(j, h) + h @ self.start[j]
-
-
 # UNIT: the size of a momentum that counts as one. MOST: the largest of `Clipped`.
 UNIT, MOST = 10.0, 4.0
 WRITERS: dict[str, type[Trial]] = {
     "weighed": Weighed, "steepest": Steepest, "sized": Sized,
-    "saturating": Saturating, "floor 1": Floored, "floor 3": FlooredAt3, "floor 10": FlooredAt10,
-    "clipped": Clipped, "tall": Tall, "last layer": LastLayer, "bounded": Bounded,
-    "provisional": Provisional, "provisional, own steps": ProvisionalOwn,
+    "saturating": Saturating, "floor 3": FlooredAt3, "clipped": Clipped, "tall": Tall, "last layer": LastLayer,
+    "bounded": Bounded, "provisional": Provisional,
 }  # fmt: skip
 
 
 def read_norm() -> None:
     """1: a layer norm on what is read, not in the inner loss."""
     memories.Mlp.output = lambda self, o, r: r + layer_norm(o)  # type: ignore[method-assign]
-
-
-def no_residual() -> None:
-    """8: M(x) = W1 act(W2 x)."""
-
-    def error(self: Mlp, anchor: WeightView, h: Tensor, v: Tensor, r: Tensor) -> Tensor:
-        return anchor.narrow(0, h) - v
-
-    memories.Mlp.error = error  # type: ignore[method-assign]
-    memories.Mlp.output = lambda self, o, r: o  # type: ignore[method-assign]
-
-
-def read_residual() -> None:
-    """The residual is added in reads only: the inner loss compares W1 act(W2 k) with v."""
-    memories.Mlp.error = lambda self, anchor, h, v, r: anchor.narrow(0, h) - v  # type: ignore[method-assign]
-
-
-def to_start() -> None:
-    """2: only what was written decays. Without writes the weights return to their start, not to zero."""
-    by_segment, scan, writes_of = chunked._by_segment, chunked.scan, chunked.writes_of
-    starts: list[Matrices] = []  # of the scan that runs
-
-    def whole(rule: MemoryRule, state: MemoryState[int], *arguments: Any, **named: Any) -> Any:
-        if state.position:
-            raise ValueError("the trial 'to start' reads sequences from their first token")
-        start = tuple(m.flatten(0, 1).contiguous() for m in oriented(memory_of(rule), state.weights))
-
-        def with_start(*arguments: Any) -> Any:
-            starts.append(start)
-            try:
-                return scan(*arguments)
-            finally:
-                starts.pop()
-
-        # A segment that is recomputed in the backward finds its own start in this closure.
-        chunked.scan = with_start  # type: ignore[assignment]
-        return by_segment(rule, state, *arguments, **named)
-
-    def writes(*arguments: Any) -> Writes:
-        return _DecayToStart(writes_of(*arguments), starts[-1])
-
-    chunked._by_segment, chunked.writes_of = whole, writes  # type: ignore[assignment]
-
-
-def next_value() -> None:
-    """Convolutions start so that a token's value lies under the key of the token before it."""
-    drawn = mixer.initial_taps
-
-    def shifted(heads: int, head_dim: int, size: int) -> Tensor:
-        taps = drawn(heads, head_dim, size)
-        q, k, v = taps.view(heads, 3, head_dim, size).unbind(1)
-        for part, back in ((q, 1), (k, 2), (v, 1)):
-            part.mul_(0.2)[..., size - back] += 1.0
-        return torch.stack([q, k, v], 1).view_as(taps)
-
-    mixer.initial_taps = shifted
 
 
 def _starts(change: Callable[[AtlasMixer], None]) -> None:
@@ -332,31 +222,6 @@ def _starts(change: Callable[[AtlasMixer], None]) -> None:
             change(self)
 
     AtlasMixer.build = changed  # type: ignore[method-assign]
-
-
-def _late_keys(self: AtlasMixer, heads: slice) -> None:
-    rows = self.linear_qkvg.weight.unflatten(0, (len(self.convolution), 4, -1))[heads]
-    changed, taps = atlas_kernels.late_keys(rows, self.convolution[heads])
-    rows.copy_(changed)
-    self.convolution[heads] = taps
-
-
-def late_keys_half() -> None:
-    """`late_keys`, for every second head."""
-    _starts(lambda self: _late_keys(self, slice(None, None, 2)))
-
-
-def keys_as_queries() -> None:
-    """Keys start as queries."""
-
-    def tied(self: AtlasMixer) -> None:
-        width = self.memory.head_dim
-        rows = self.linear_qkvg.weight.view(-1, 4, width, self.linear_qkvg.weight.shape[-1])
-        rows[:, 1] = rows[:, 0]
-        taps = self.convolution.view(-1, 3, width, self.convolution.shape[-1])
-        taps[:, 1] = taps[:, 0]
-
-    _starts(tied)
 
 
 def spread(*spans: float) -> Callable[[], None]:
@@ -373,31 +238,23 @@ def spread(*spans: float) -> Callable[[], None]:
     return lambda: _starts(started)
 
 
-def own_first(others: float) -> Callable[[], None]:
-    """2: the Omega gates start at one half for a token's own gradient, and near zero for the others of its window.
+def second(size: Callable[[float], float]) -> Callable[[], None]:
+    """8: W2 starts with columns of another length; `size` gives it, of the default's."""
 
-    So the rule starts as an online one and learns to widen.
-    """
+    def changed() -> None:
+        drawn = layer_start.second_gain
+        layer_start.second_gain = lambda memory: size(drawn(memory))
 
-    def started(self: AtlasMixer) -> None:
-        window = self.memory.window
-        self.gate_bias[:, -window:] = math.log(others / (1 - others))
-        self.gate_bias[:, -window] = 0.0
-
-    return lambda: _starts(started)
+    return changed
 
 
-def second(gain: float) -> Callable[[], None]:
-    """8: W2 starts as an orthogonal matrix times `gain`.
+def first(gain: float) -> Callable[[], None]:
+    """8: W1 starts with this gain. 1 is the scale of any linear layer."""
 
-    With keys of length 1, hidden units then leave the middle of the activation, where it is a line.
-    """
-    return lambda: _starts(lambda self: self.start_second.mul_(gain))  # type: ignore[union-attr,arg-type,return-value]
+    def changed() -> None:
+        layer_start.FREE_GAIN = gain
 
-
-def large_start() -> None:
-    """8: W1 starts at the scale of any linear layer."""
-    layer_start.W1_GAIN = 1.0
+    return changed
 
 
 def _edges(change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
@@ -429,12 +286,9 @@ def linear_keys() -> None:
 
 
 PATCHES: dict[str, Callable[[], None]] = {
-    "to start": to_start, "read norm": read_norm, "no residual": no_residual, "read residual": read_residual,
-    "next value": next_value, "unit values": unit_values, "linear keys": linear_keys, "large start": large_start,
-    "spans of 25 to 1600": spread(25, 100, 400, 1600), "spans of 50 to 400": spread(50, 100, 200, 400),
-    "own gradient first": own_first(0.02), "own gradient first, 0.1": own_first(0.1),
-    "W2 x 2": second(2.0), "W2 x 4": second(4.0), "W2 x 8": second(8.0),
-    "late keys of half the heads": late_keys_half, "keys as queries": keys_as_queries,
+    "read norm": read_norm, "unit values": unit_values, "linear keys": linear_keys,
+    "spans of 50 to 3200": spread(50, 200, 800, 3200), "large start": first(1.0), "small start": first(0.02),
+    "W2 of length 1": second(lambda length: 1.0), "W2 x 2": second(lambda length: 2.0 * length),
 }  # fmt: skip
 
 
