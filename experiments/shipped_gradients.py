@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -81,6 +81,18 @@ def _common(row: Row) -> list[str]:
     return [*words, f"data.train={list(text.data.train)}"]
 
 
+def shared(asked: dict[str, Row]) -> dict[str, str]:
+    """The row whose hundred steps stand for each: of those with one memory, cut model and length that with the largest
+    learning rate."""
+    alike: dict[str, list[tuple[float, str]]] = {}
+    for name, row in asked.items():
+        config = load(row.base, cut(row))
+        memory = replace(config.memory, preset="")
+        same = f"{config.model} {memory} {config.attention if '*' in config.model.pattern else ''}"
+        alike.setdefault(same, []).append((config.train.lr, name))
+    return {name: max(group)[1] for group in alike.values() for _, name in group}
+
+
 def measured(base: Path, words: list[str], directory: Path) -> record.Cell:
     """The gradient norm of every step, and whether all were finite."""
     shutil.rmtree(directory, ignore_errors=True)
@@ -96,9 +108,12 @@ def measured(base: Path, words: list[str], directory: Path) -> record.Cell:
 def jobs(asked: dict[str, Row]) -> dict[str, partial[record.Cell]]:
     """What trains each cell, by the cell's name."""
     found = {}
+    runs = shared(asked)
     for name, row in asked.items():
         kinds = {first_cell(name): whole(row)} if _small(load(row.base, row.words)) else {}
-        for cell, words in {**kinds, hundred_cell(name): cut(row)}.items():
+        if runs[name] == name:
+            kinds[hundred_cell(name)] = cut(row)
+        for cell, words in kinds.items():
             directory = RUNS / "".join(letter if letter.isalnum() else "_" for letter in cell)
             found[cell] = partial(measured, row.base, words, directory)
     return found
@@ -120,10 +135,11 @@ def hundred_cell(name: str) -> str:
 
 def draw(results: record.Record, asked: dict[str, Row]) -> None:
     """One row a configuration: the norms of its steps as a line, the one before the first step as a dot."""
+    runs = shared(asked)
     with pyplot.style.context(record.STYLE):
         figure, axes = pyplot.subplots(figsize=(8, 0.26 * len(asked) + 1.2), layout="constrained")
         for place, name in enumerate(asked):
-            norms = results.cells[hundred_cell(name)]["grad_norm"]
+            norms = results.cells[hundred_cell(runs[name])]["grad_norm"]
             if norms:
                 axes.plot([min(norms), max(norms)], [place, place], color="C0", linewidth=3, alpha=0.5)
             first = results.cells.get(first_cell(name), {}).get("grad_norm")
@@ -140,9 +156,9 @@ def draw(results: record.Record, asked: dict[str, Row]) -> None:
 
 def describe(results: record.Record, asked: dict[str, Row]) -> None:
     """The page: the norms of every configuration, and what lies outside of the bounds."""
-    rows, outside = [], []
+    rows, outside, runs = [], [], shared(asked)
     for name, row in asked.items():
-        hundred = results.cells[hundred_cell(name)]
+        hundred = results.cells[hundred_cell(runs[name])]
         norms = hundred["grad_norm"]
         first = results.cells.get(first_cell(name), {}).get("grad_norm", [])
         before = f"{first[0]:.2f}" if first else ""
@@ -159,7 +175,7 @@ def describe(results: record.Record, asked: dict[str, Row]) -> None:
         "The gradient norm of every shipped configuration",
         "Gradient norm of one sequence of each shipped configuration's own length, in float32, one seed. *Before the "
         f"first step*: the whole model, where it has no more than {LARGEST / 1e6:.0f}M parameters. *Two layers*: its "
-        f"first two, {HEADS} heads wide.",
+        f"first two, {HEADS} heads wide; rows that differ in their rate alone share the run of the largest.",
         [record.Table(head, rows)],
         [bounds + said],
     )

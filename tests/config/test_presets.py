@@ -13,6 +13,8 @@ from atlas_megatron.config.presets import PRESETS
 from atlas_megatron.train import main
 from tests.support import tiny_run
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+
 
 def test_one_key_picks_a_member_and_keys_beside_it_win(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
@@ -35,6 +37,12 @@ def test_every_preset_is_a_valid_config_and_reads_back(name: str, tmp_path: Path
     assert load(tmp_path / "resolved.toml") == config
     path.write_text("[memory]\n" + "\n".join(f"{k} = {_toml(v)}" for k, v in PRESETS[name].items()))
     assert model_differences(config, load(path)) == []
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("atlas-*.toml")), ids=lambda file: file.stem)
+def test_a_shipped_atlas_is_the_preset(file: Path) -> None:
+    memory = load(file).memory
+    assert memory.preset == "atlas" and {key: getattr(memory, key) for key in PRESETS["atlas"]} == PRESETS["atlas"]
 
 
 def _toml(value: object) -> str:

@@ -33,6 +33,22 @@ def test_a_cut_keeps_what_the_gradient_norm_depends_on() -> None:
         assert vars(cut.memory) | {"heads": own.memory.heads} == vars(own.memory)
 
 
+def test_rows_that_differ_in_their_rate_alone_share_the_hundred_steps_of_the_largest() -> None:
+    rows = experiment.rows()
+    runs = experiment.shared(rows)
+    assert set(runs) == set(rows)
+    assert runs["configs/scale/7b.toml"] == runs["configs/scale/20m.toml"]
+    assert runs["configs/quickstart.toml"] == runs["quickstart, atlas, 512 tokens"]
+    assert runs["configs/atlas-340m-tnt.toml"] == "configs/atlas-340m-tnt.toml"
+    for name, run in runs.items():
+        own, shared = (load(row.base, experiment.cut(row)) for row in (rows[name], rows[run]))
+        assert own.model == shared.model and own.train.lr <= shared.train.lr
+        assert vars(own.memory) | {"preset": ""} == vars(shared.memory) | {"preset": ""}
+    cells = experiment.jobs(rows)
+    assert {experiment.hundred_cell(run) for run in runs.values()} <= set(cells)
+    assert len([cell for cell in cells if cell.endswith("steps")]) == len(set(runs.values())) < len(rows)
+
+
 # Writes of a chunk: retention starts by them.
 @pytest.mark.parametrize(("preset", "writes"), [*((preset, 1) for preset in PRESETS), ("atlas", 4), ("atlas++", 4)])
 def test_gradients_over_many_chunks_stay_within_the_bounds_before_the_first_step(
