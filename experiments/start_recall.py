@@ -80,6 +80,8 @@ OBSERVED = (
     "at every token, without momentum.",
     "With one write a chunk ATLAS recalls the last 32 pairs, and little before: momentum has faded by the write. A "
     "larger step of that write recalls less.",
+    "More recall at the start is not a better model at the end: docs/results/language_model.md has ATLAS with residual "
+    "ahead after all tokens, and behind after a quarter.",
     "The keys are random. Those of a trained model are correlated, and not all of them are asked for.",
 )
 QUICK = ("atlas", "atlas++", "OmegaNet", "DeltaNet")
