@@ -110,7 +110,7 @@ def test_recipe(tmp_path: Path) -> None:
     results = made_up("recipe", tmp_path, cells)
     recipe.describe(results, ("atlas", "norm = layer", "titans"), (1, 2), 3, 91)
     page = page_of(results)
-    assert "| titans | the member as it is | 2.250 |  | -0.250 | one seed | 4 |" in page
+    assert "| titans | a member | 2.250 |  | -0.250 | one seed | 4 |" in page
     assert "status 1: nan" in page
     assert page.index("| titans |") < page.index("| atlas |") < page.index("| norm = layer |")
 
