@@ -83,7 +83,10 @@ def _width(base: Path, words: Sequence[str], wanted: int) -> int:
 
 
 def trained(base: Path, words: list[str], directory: Path, trial: str = "", keep: bool = False) -> record.Cell:
-    """Train one run, in a process of its own. Gives what it reached, or what went wrong. keep: its folder too."""
+    """Train one run, in a process of its own. Gives what it reached, or what went wrong. keep: its folder too.
+
+    Raises ValueError where the run was asked to stop. Its folder stays, and the next call goes on from its checkpoint.
+    """
     if trial:
         trials.install(trial)
     status = record.train_quietly([str(base), *words, f"run.directory={directory}"], directory)
@@ -96,6 +99,8 @@ def trained(base: Path, words: list[str], directory: Path, trial: str = "", keep
         said = (directory / "log.txt").read_text(encoding="utf-8").strip().splitlines()
         return found | {"wrong": f"status {status}: {said[-1] if said else 'no word'}"}
     last = records[-1]
+    if "validation_bits_per_byte" not in last:
+        raise ValueError(f"the run in {directory} was stopped at step {last['step']}; the same command goes on with it")
     if "validation_loss_silenced" in last:
         found["loss_silenced"] = last["validation_loss_silenced"]
     if (directory / POSITION_LOSS).is_file():

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from atlas_megatron.config import load
 from atlas_megatron.config.checks import validate
 from atlas_megatron.model.build import num_params
+from atlas_megatron.training.trainer import Trainer
 from experiments import recipe
 from experiments.recipe_rows import SCREEN
 from experiments.shared import protocol
@@ -85,6 +88,24 @@ def test_a_run_that_meets_nan_is_a_row(tiny: Path) -> None:
     assert "loss is nan, first seen in output of layer 1 (memory)" in wild["wrong"]
     refused = protocol.trained(base, [*words, "memory.theta_start=1.5"], tiny / "refused")
     assert refused["bits_per_byte"] is None and "theta_start=1.5 must lie between" in refused["wrong"]
+
+
+def test_a_run_that_was_stopped_is_no_cell_and_goes_on(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train.steps=4", "train.warmup_steps=1", "train.validate_every=4", "checkpoint.every=2"]
+    whole = protocol.trained(recipe.BASE, words, tiny / "whole")
+
+    step_of = Trainer._step
+
+    def stopped(self: Trainer, step: int) -> Any:
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step_of(self, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_step", stopped)
+        with pytest.raises(ValueError, match="was stopped at step 2; the same command goes on"):
+            protocol.trained(recipe.BASE, words, tiny / "stopped")
+    assert protocol.trained(recipe.BASE, words, tiny / "stopped")["bits_per_byte"] == whole["bits_per_byte"]
 
 
 def test_signs_and_rates() -> None:
