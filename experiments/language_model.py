@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from atlas_megatron.config import TrainConfig, load, uses
-from experiments.recipe_rows import DRAWN, OURS
+from experiments.recipe_rows import OURS
 from experiments.shared import protocol, record, standings
 from experiments.shared.protocol import Contender, Protocol
 
@@ -40,6 +40,7 @@ SILENCED = "train.validate_silenced=true"  # what the memories contribute
 # Members that write raw gradients take fresher anchors. With ATLAS they make the exact outer gradient explode.
 CHUNK_16, DAMPED = "memory.chunk=16", "memory.anchor_gradient=0.3"
 RESIDUAL = "memory.residual=true"
+DRAWN = ("memory.late_keys=false", "memory.open_gate=false", "memory.copy_start=false")
 # With train.muon_extra_scale_factor = 0.2 an update of Muon is as large as one of AdamW: the same rates suit both.
 MUON = "train.optimizer=muon"
 # The others are compared with the first and have its parameters. A pattern of three blocks is repeated as often as the

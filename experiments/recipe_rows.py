@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from experiments.shared.protocol import Contender
 
-# What the memories start with by default, for a Gated DeltaNet; and memories that start as they are drawn.
+# What the memories start with by default, for a Gated DeltaNet.
 OURS = ("delta.late_keys=true", "delta.open_gate=true", "delta.copy_start=true")
-DRAWN = ("memory.late_keys=false", "memory.open_gate=false", "memory.copy_start=false")
 
 # The numbers under `asks`.
 HYPOTHESES = {
@@ -108,7 +107,7 @@ SCREEN: dict[str, Contender] = {
     "without phi": _row("memory.feature_map=identity", asks="8: the paper's Table 6"),
     "c = 1": _row("memory.window=1", asks="8: the paper's Table 6"),
     "c = 16": _row("memory.window=16", asks="8: the paper's Fig 5"),
-    "linear memory": _row("memory.network=linear", "memory.norm=none", asks="8: the paper's Table 6"),
+    "linear memory": _row("memory.network=linear", asks="8: the paper's Table 6"),
     "F = V": _row("memory.expansion=1", asks="8"),
     "F = 4 V": _row("memory.expansion=4", asks="8"),
     "2 heads of 64": _row("memory.heads=2", "memory.head_dim=64", asks="8"),

@@ -116,7 +116,8 @@ class MemoryConfig:
     theta_start: float = 0.9  # momentum decay at initialisation
     gamma_start: float = 0.5  # Omega gate at initialisation
     # Step size at initialisation; 0 derives it. A learned one stays below 10 times the start.
-    # With Newton-Schulz: 0.003 a token (0.002 for a gated memory); with a residual too 0.01 (0.0015).
+    # With Newton-Schulz: 0.003 a token, at most 0.048 a write (0.002 a token for a gated memory); with a residual too
+    # 0.01 a token (0.0015).
     # Without: the steps of one chunk, eta x gamma x window / (1 - theta) x chunk, sum to eta_sum. Deep memories diverge
     # where the largest sum passes one. A linear memory with the dot loss has no feedback: the steps of one token sum to
     # eta_sum.
