@@ -39,7 +39,7 @@ WORDS = (f"train.validate_sequences={VALIDATED}", "train.stats_every=1000000", "
 SILENCED = "train.validate_silenced=true"  # what the memories contribute
 # Members that write raw gradients take fresher anchors. With ATLAS they make the exact outer gradient explode.
 CHUNK_16, DAMPED = "memory.chunk=16", "memory.anchor_gradient=0.3"
-RESIDUAL = "memory.residual=true"
+FREE = "memory.residual=false"
 DRAWN = ("memory.late_keys=false", "memory.open_gate=false", "memory.copy_start=false")
 # With train.muon_extra_scale_factor = 0.2 an update of Muon is as large as one of AdamW: the same rates suit both.
 MUON = "train.optimizer=muon"
@@ -48,19 +48,12 @@ MUON = "train.optimizer=muon"
 # what its own chunk holds.
 CONTENDERS: dict[str, Contender] = {
     "atlas": Contender(asks="a write every 16 tokens"),
-    "atlas++": Contender(("memory.network=gated_mlp",), "the paper's gated memory"),
-    "atlas with residual": Contender((RESIDUAL,), "M(x) = x + W1 act(W2 x), and the starts that follow"),
-    "atlas with residual, retention 0.99": Contender(
-        (RESIDUAL, "memory.alpha_start=0.99"), "it starts by forgetting four times as fast"
-    ),
+    "atlas++": Contender(("memory.preset=atlas++",), "the paper's gated memory, without residual"),
+    "atlas without residual": Contender((FREE,), "M(x) = W1 act(W2 x), and the start of W1 that follows"),
     "OmegaNet": Contender(("memory.preset=omeganet", CHUNK_16), "without Muon; a write a token"),
     "titans": Contender(("memory.preset=titans", CHUNK_16), "a write a token"),
-    "OmegaNet without residual": Contender(
-        ("memory.preset=omeganet", CHUNK_16, "memory.residual=false"), "does it gain too?"
-    ),
-    "titans without residual": Contender(
-        ("memory.preset=titans", CHUNK_16, "memory.residual=false"), "does it gain too?"
-    ),
+    "OmegaNet without residual": Contender(("memory.preset=omeganet", CHUNK_16, FREE), "does it gain too?"),
+    "titans without residual": Contender(("memory.preset=titans", CHUNK_16, FREE), "does it gain too?"),
     "Gated DeltaNet": Contender(("model.pattern=G-*-G-", "delta.head_dim=32"), "baseline"),
     "Gated DeltaNet, our starts": Contender(
         ("model.pattern=G-*-G-", "delta.head_dim=32", *OURS), "baseline, with the memories' starts"
@@ -81,6 +74,7 @@ CONTENDERS: dict[str, Contender] = {
     "atlas, chunk 16": Contender(
         (CHUNK_16, DAMPED), "fresher anchors, damped; the retention that follows", rate_of="atlas"
     ),
+    "atlas, twice the step": Contender(("memory.eta_per_token=0.01",), "the step of a write", rate_of="atlas"),
     "atlas, starts as drawn": Contender(DRAWN, "keys, output gate and values as drawn", rate_of="atlas"),
     "c = 1": Contender(("memory.window=1",), "the paper's Table 6", rate_of="atlas"),
     "without phi": Contender(("memory.feature_map=identity",), "the paper's Table 6", rate_of="atlas"),
@@ -89,13 +83,8 @@ CONTENDERS: dict[str, Contender] = {
     ),
 }
 QUICK = ("atlas", "atlas by Muon")
-# How ATLAS with residual starts, tried for a quarter of the tokens at the highest rate, from the first seed. 0.16 is a
-# write's step.
-STARTS = {
-    "retention 0.998": (RESIDUAL, "memory.alpha_start=0.998"),
-    "retention 0.9995": (RESIDUAL, "memory.alpha_start=0.9995"),
-    "retention 0.998, a fifth of the step": (RESIDUAL, "memory.alpha_start=0.998", "memory.eta_start=0.032"),
-}
+# Cells under this name are of starts that ATLAS had, or that were tried by hand. They are kept, and not run again.
+FORMER = "former: "
 
 
 def contenders(names: Sequence[str]) -> dict[str, Contender]:
@@ -113,35 +102,18 @@ def contenders(names: Sequence[str]) -> dict[str, Contender]:
     return {n: replace(CONTENDERS[n], words=words_of(n)) for n in names}
 
 
-def start_cell(name: str) -> str:
-    return f"starts: atlas, {name}"
-
-
-def try_starts(results: record.Record, comparison: Protocol) -> None:
-    """Train ATLAS with residual from each of STARTS."""
-    (first,) = contenders(["atlas"]).values()
-    tried = {name: replace(first, words=(*first.words, *words)) for name, words in STARTS.items()}
-    seed, quarter = comparison.seeds[0], comparison.steps // protocol.QUARTER
-    jobs = {n: comparison.job(n, {"atlas": first, **tried}, seed, quarter, RATES[-1]) for n in tried}
-    record.side_by_side(results, {start_cell(name): job for name, job in jobs.items()})
-
-
-def starts(results: record.Record) -> list[str | record.Table]:
-    """A table of ATLAS with residual by its start, with its default and the former one; none where none was tried."""
-    cells = {
-        "retention 0.99": protocol.rate_cell(STAGE, "atlas with residual, retention 0.99", RATES[-1]),
-        "retention 0.9975, the default": protocol.rate_cell(STAGE, "atlas with residual", RATES[-1]),
-        **{name: start_cell(name) for name in STARTS},
-    }
-    found = {name: results.cells[cell] for name, cell in cells.items() if cell in results.cells}
-    if not any(start_cell(name) in results.cells for name in STARTS):
-        return []
+def former(results: record.Record) -> list[str | record.Table]:
+    """A table of the starts that were tried before ATLAS had its own; none where there are none."""
+    tried = {name.removeprefix(FORMER): cell for name, cell in results.cells.items() if name.startswith(FORMER)}
     rows = [
-        (name, standings.said(cell), f"{cell.get('largest_gradient_norm', 0):.1f}") for name, cell in found.items()
+        (name, standings.said(cell), f"{cell.get('largest_gradient_norm', 0):.1f}")
+        for name, cell in sorted(tried.items(), key=lambda item: ("quarter" in item[0], item[0]))
     ]
+    if not rows:
+        return []
     return [
-        f"ATLAS with residual, by how it starts, after a quarter of the tokens at the rate {RATES[-1]:g}, from the "
-        "first seed:",
+        "Starts of ATLAS that were tried before, from the first seed where no other is named. *W2* is the length of "
+        "its columns, *step* that of a write of 16 tokens. *A quarter* is one of the tokens, else all of them:",
         record.Table(("start", "bits per byte", "largest gradient norm"), rows),
     ]
 
@@ -160,7 +132,7 @@ def describe(results: record.Record, names: Sequence[str], comparison: Protocol)
         f"{standings.made(results, STAGE, names, comparison.seeds)}",
         [
             *standings.tables(results, STAGE, {name: CONTENDERS[name] for name in names}, comparison),
-            *starts(results),
+            *former(results),
         ],
         [
             standings.seen(results, STAGE, names, comparison.seeds),
@@ -183,8 +155,6 @@ def main(words: Sequence[str] | None = None) -> int:
         if not asked.report:
             _check()
             protocol.compare(results, STAGE, comparison, contenders(names))
-            if not asked.quick:
-                try_starts(results, comparison)
         standings.draw(results, STAGE, names, comparison)
         describe(results, names, comparison)
 

@@ -34,7 +34,7 @@ EXCLUDED = (
 )
 
 # With the first row's start of eta and alpha.
-ONE_CHUNK = ("memory.chunk=256", "memory.eta_start=0.024", "memory.alpha_start=0.9975")
+ONE_CHUNK = ("memory.chunk=256", "memory.eta_start=0.04", "memory.alpha_start=0.9975")
 
 
 def _row(*words: str, asks: str, trial: str = "") -> Contender:
@@ -48,7 +48,7 @@ def _gate(*words: str) -> tuple[str, ...]:
 SCREEN: dict[str, Contender] = {
     "atlas": _row(asks="the recipe that the others change"),
     # Members and baselines.
-    "atlas++": _row("memory.network=gated_mlp", asks="the paper's gated memory"),
+    "atlas++": _row("memory.preset=atlas++", asks="the paper's gated memory, without residual"),
     "omeganet": _row("memory.preset=omeganet", asks="a member"),
     "omeganet without residual": _row("memory.preset=omeganet", "memory.residual=false", asks="does it gain too?"),
     "titans": _row("memory.preset=titans", asks="a member"),
@@ -64,8 +64,8 @@ SCREEN: dict[str, Contender] = {
     # 2: retention and step.
     "retention 0.99": _row("memory.alpha_start=0.99", asks="2: it forgets four times as fast"),
     "retention 0.9995": _row("memory.alpha_start=0.9995", asks="2: a fifth as fast"),
-    "a third of the step": _row("memory.eta_start=0.008", asks="2"),
-    "three times the step": _row("memory.eta_start=0.072", asks="2"),
+    "half of the step": _row("memory.eta_per_token=0.0025", asks="2"),
+    "twice the step": _row("memory.eta_per_token=0.01", asks="2"),
     "heads remember 50 to 3200 tokens": _row(
         asks="2: a head starts with a retention of its own, and a step as much smaller as it is nearer one",
         trial="spans of 50 to 3200",
@@ -92,10 +92,7 @@ SCREEN: dict[str, Contender] = {
     "write gate": _row(*_gate(), asks="7: without a budget"),
     "write gate, budget 0.01": _row(*_gate("train.write_budget=0.01"), asks="7"),
     # 8: starts and sizes.
-    "with residual": _row("memory.residual=true", asks="8: M(x) = x + W1 act(W2 x), and the starts that follow"),
-    "with residual, retention 0.99": _row(
-        "memory.residual=true", "memory.alpha_start=0.99", asks="8: the recipe before"
-    ),
+    "without residual": _row("memory.residual=false", asks="8: M(x) = W1 act(W2 x), and W1's start"),
     "W1 starts small": _row(asks="8: a fifth", trial="small start"),
     "W2 starts with columns of length 1": _row(asks="8: hidden units that do not bend", trial="W2 of length 1"),
     "W2 starts twice as large": _row(asks="8", trial="W2 x 2"),

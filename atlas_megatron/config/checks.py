@@ -33,6 +33,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "model.hidden_size model.ffn_hidden_size model.vocab_size model.seq_length model.norm_epsilon model.init_std "
         "memory.heads memory.head_dim memory.expansion memory.degree memory.conv_size memory.gate_rank memory.eta_sum "
+        "memory.eta_per_token "
         "attention.heads attention.head_dim attention.window attention.rotary_base attention.segment "
         "recurrent.heads recurrent.head_dim delta.heads delta.head_dim delta.conv_size "
         "experts.count experts.top_k experts.ffn_hidden_size parallel.expert "

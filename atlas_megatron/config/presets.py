@@ -14,8 +14,11 @@ _NEWTON_SCHULZ = {"momentum": True, "ns_steps": 5}
 _MOMENTUM = {"momentum": True, "ns_steps": 0, "ns_period": 1}
 _PLAIN = {"momentum": False, "ns_steps": 0, "ns_period": 1}
 # Memories that write raw gradients diverge without the output norm. With Newton-Schulz the paper's form needs none.
+# With the step of a plain memory a gated one's outer gradients explode: its hidden width is a product of two written
+# layers. With a residual it recalls nothing at its start (docs/results/start_recall.md).
 _DEEP = {"network": "mlp", "norm": "layer", "residual": True}
-_ATLAS = {"network": "mlp", "norm": "none", "residual": False}
+_ATLAS = {"network": "mlp", "norm": "none", "residual": True, "eta_per_token": 0.005}
+_GATED = {"network": "gated_mlp", "norm": "none", "residual": False, "eta_per_token": 0.002}
 _LINEAR = {"network": "linear", "norm": "none", "residual": True}
 _POLYNOMIAL = {"kernel": "lifted", "feature_map": "hadamard", "degree": 2}
 _IDENTITY = {"kernel": "lifted", "feature_map": "identity"}
@@ -26,7 +29,7 @@ _KEEPS_ALL = {**_L2, "retention": False}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "atlas": {**_ATLAS, **_L2, **_OMEGA, **_NEWTON_SCHULZ, **_POLYNOMIAL},
-    "atlas++": {**_ATLAS, **_L2, **_OMEGA, **_NEWTON_SCHULZ, **_POLYNOMIAL, "network": "gated_mlp"},
+    "atlas++": {**_GATED, **_L2, **_OMEGA, **_NEWTON_SCHULZ, **_POLYNOMIAL},
     "omeganet": {**_DEEP, **_L2, **_OMEGA, **_PLAIN, **_POLYNOMIAL},
     "titans": {**_DEEP, **_L2, **_ONLINE, **_MOMENTUM, **_IDENTITY, "step_in_momentum": True},
     "ttt": {**_DEEP, **_KEEPS_ALL, **_ONLINE, **_PLAIN, **_IDENTITY},

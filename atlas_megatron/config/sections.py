@@ -9,10 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from atlas_kernels.layer_start import former_eta_per_token
 from atlas_kernels.rule import MemoryRule
 
-# Keys with defaults that change what a saved model is: what they were before there were any.
-LATER: dict[str, dict[str, Any]] = {"memory": {"open_gate": False, "copy_start": False, "residual": True}}
+# Keys with defaults that change what a saved model is: what they were before there were any, or how that follows from
+# the section's other keys.
+LATER: dict[str, dict[str, Any]] = {
+    "memory": {
+        "open_gate": False, "copy_start": False, "residual": True, "eta_per_token": former_eta_per_token,
+    }
+}  # fmt: skip
 # Keys that are read under their former names too.
 RENAMED = {("memory", "memory"): "network"}
 
@@ -59,8 +65,8 @@ class MemoryConfig:
     # none | layer: a LayerNorm on the memory's output. Deep memories that write raw gradients diverge without the norm.
     # With Newton-Schulz the norm costs bits, and makes outer gradients explode (docs/results/recipe.md).
     norm: str = "none"
-    # A deep memory adds its input to its output: M(x) = x + W1 act(W2 x), as in the paper. With it what is written is
-    # the value less the key, and a memory recalls less (docs/results/start_recall.md). ATLAS has none.
+    # A deep memory adds its input to its output: M(x) = x + W1 act(W2 x), as in the paper (Eq 42). With it what is
+    # written is the value less the key, and a gated memory recalls nothing at its start (docs/results/start_recall.md).
     residual: bool = True
     activation: str = "gelu"
     heads: int = 4
@@ -108,7 +114,7 @@ class MemoryConfig:
     copy_start: bool = True
     gate_rank: int = 32  # rank of the bottlenecks behind alpha, eta, theta, gamma
     # Retention of one token at initialisation; 0 derives it. With Newton-Schulz: 0.9975 in chunks of 64 with four
-    # writes or more, 0.99 with one write or in chunks of 16; 0.999 for a gated memory without residual. These
+    # writes or more, 0.99 with one write or in chunks of 16; 0.999 for a gated memory. These
     # keep the outer gradient over any number of chunks near one. Without Newton-Schulz: the start weights fade to a
     # third over seq_length tokens (100 at least). If they faded away, the output norm would divide by almost nothing,
     # and gradients would explode.
@@ -116,12 +122,12 @@ class MemoryConfig:
     theta_start: float = 0.9  # momentum decay at initialisation
     gamma_start: float = 0.5  # Omega gate at initialisation
     # Step size at initialisation; 0 derives it. A learned one stays below 10 times the start.
-    # With Newton-Schulz: 0.003 a token, at most 0.048 a write (0.002 a token for a gated memory); with a residual too
-    # 0.01 a token (0.0015).
+    # With Newton-Schulz: eta_per_token for each token that a write stands for, less in chunks beyond 64 tokens.
     # Without: the steps of one chunk, eta x gamma x window / (1 - theta) x chunk, sum to eta_sum. Deep memories diverge
     # where the largest sum passes one. A linear memory with the dot loss has no feedback: the steps of one token sum to
     # eta_sum.
     eta_start: float = 0.0
+    eta_per_token: float = 0.005  # see eta_start; 0.002 for a gated memory (preset atlas++)
     eta_sum: float = 0.1  # see eta_start
     # Deep memories: the share of the outer gradient that passes through the weights at which inner gradients are taken.
     # 1 is exact. Less damps each passage, where a recipe of your own explodes. 0 is first order: cheaper, and recall is

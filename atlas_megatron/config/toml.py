@@ -30,7 +30,7 @@ def load(
     """Read a TOML file, then apply ``section.key=value`` words to it, last word winning.
 
     A shipped file is found as configs/NAME.toml from anywhere. A value is written as in TOML; a bare word is a string.
-    absent: keys of each section where the file does not have them. Raises ValueError for an unknown section or key (the
+    absent: keys of each section where the file does not have them: a value, or what makes it of the section. Raises ValueError for an unknown section or key (the
     nearest known one is named), a value of another type, a word of another form, or a file that is not TOML.
     """
     path = config_file(path)
@@ -46,7 +46,9 @@ def load(
         if not isinstance(table, dict):
             raise ValueError(f"config section {section!r} is {table!r}; write it as a table: [{section}]")
     for section, keys in (absent or {}).items():
-        tables[section] = {**keys, **tables.get(section, {})}
+        table = tables.get(section, {})
+        was = {key: value(table) if callable(value) else value for key, value in keys.items()}
+        tables[section] = was | table
     memory = tables.get("memory", {})
     if "preset" in memory:
         tables["memory"] = _preset(memory["preset"]) | memory

@@ -11,7 +11,7 @@ import transformers
 from packaging.version import Version
 from transformers import PretrainedConfig
 
-from .kernels_atlas import MemoryRule
+from .kernels_atlas import MemoryRule, layer_start
 
 if TYPE_CHECKING:
     from .mixer_atlas import Mixer
@@ -103,6 +103,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "theta_start": 0.9,
         "gamma_start": 0.5,
         "eta_start": 0.0,
+        "eta_per_token": 0.005,
         "eta_sum": 0.1,
         "impl": "auto",
     },
@@ -200,7 +201,10 @@ class AtlasConfig(PretrainedConfig):
         self.init_std = init_std
         self.transformer_engine = transformer_engine
         # A folder's configuration names its architecture and lists all keys of its time.
-        self.memory = _complete("memory", {**LATER, **(memory or {})} if "architectures" in rest else memory)
+        if "architectures" in rest:
+            step = layer_start.former_eta_per_token(memory or {})
+            memory = {**LATER, "eta_per_token": step, **(memory or {})}
+        self.memory = _complete("memory", memory)
         self.attention = _complete("attention", attention)
         self.recurrent = _complete("recurrent", recurrent)
         self.delta = _complete("delta", delta)

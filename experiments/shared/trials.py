@@ -252,7 +252,7 @@ def first(gain: float) -> Callable[[], None]:
     """8: W1 starts with this gain. 1 is the scale of any linear layer."""
 
     def changed() -> None:
-        layer_start.FREE_GAIN = gain
+        layer_start.W1_GAIN = gain
 
     return changed
 
@@ -287,7 +287,7 @@ def linear_keys() -> None:
 
 PATCHES: dict[str, Callable[[], None]] = {
     "read norm": read_norm, "unit values": unit_values, "linear keys": linear_keys,
-    "spans of 50 to 3200": spread(50, 200, 800, 3200), "large start": first(1.0), "small start": first(0.02),
+    "spans of 50 to 3200": spread(50, 200, 800, 3200), "large start": first(1.0), "small start": first(0.004),
     "W2 of length 1": second(lambda length: 1.0), "W2 x 2": second(lambda length: 2.0 * length),
 }  # fmt: skip
 

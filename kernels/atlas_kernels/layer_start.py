@@ -8,7 +8,8 @@ Dims: B batch, T tokens, H heads, K = V head size, F memory hidden, D lifted key
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +25,12 @@ W1_GAIN = 0.02
 # Of memories without residual: the head norm divides by what they read, and what is read first is only this.
 FREE_GAIN = 0.1
 SHORT = 100  # tokens
-# Of an orthogonalised write, for each token that it stands for. A gated memory's hidden width is a product of two
-# written layers: with the step of a plain one its outer gradients explode.
-STEP, GATED_STEP = 0.01, 0.0015
-# The same of memories without residual (docs/results/start_recall.md).
-FREE_STEP, FREE_GATED_STEP = 0.003, 0.002
-# The most of a plain memory's write, that of 16 tokens. One that stands for 64 recalls less with four times as much,
-# and its outer gradients explode at 4,096 tokens. Of a gated memory the larger write recalls more.
-FREE_WRITE = 16 * FREE_STEP
-# Of a token beside it, where a chunk has WRITES writes or more; with fewer it forgets as much faster. A chunk
-# multiplies the outer gradient by about RETENTION^chunk (1 + kappa STEP chunk), and kappa was measured to be far less
+# Retention of a token, with Newton-Schulz, where a chunk has WRITES writes or more; with fewer it forgets as much faster. A chunk
+# multiplies the outer gradient by about RETENTION^chunk (1 + kappa step chunk), and kappa was measured to be far less
 # with four writes a chunk than with one. Chunks shorter than LONGEST forget faster too, up to WRITES times as fast:
 # RETENTION was measured in chunks of LONGEST, and in chunks of 8, of one write, gradients passed 50 with it.
 RETENTION, WRITES = 0.9975, 4
-# Of a gated memory without residual, whatever its writes. With 0.996 and one write a chunk its gradients explode.
+# Of a gated memory, whatever its writes. With 0.996 and one write a chunk its gradients explode.
 GATED_RETENTION = 0.999
 # Chunks longer than this step and forget no more than one of this length does: the start would be buried in one chunk.
 LONGEST = 64  # tokens
@@ -109,7 +102,9 @@ class MemorySection(Protocol):
     @property
     def eta_start(self) -> float: ...  # 0: derived
     @property
-    def eta_sum(self) -> float: ...
+    def eta_per_token(self) -> float: ...  # with Newton-Schulz
+    @property
+    def eta_sum(self) -> float: ...  # without
 # fmt: on
 
 
@@ -153,18 +148,19 @@ def first_gain(memory: MemorySection) -> float:
     """
     if memory.norm == "layer" and memory.ns_steps == 0:
         return (2.0 * memory.expansion * memory.head_dim) ** 0.25
-    return W1_GAIN if _added(memory) else FREE_GAIN
+    # A linear memory has no residual to be without.
+    return W1_GAIN if memory.residual or memory.network == "linear" else FREE_GAIN
 
 
 def second_gain(memory: MemorySection) -> float:
     """The size of W2's columns at the start.
 
-    Of a plain memory with Newton-Schulz and without residual sqrt(2 F): a key of length one then gives hidden units a
-    standard deviation of sqrt(2), at which the activation bends. With columns of length one it would be nearly a line.
-    A gated memory bends by its product.
+    Of a plain memory with Newton-Schulz sqrt(F / 2): a key of length one then gives hidden units a standard deviation
+    of sqrt(1/2), at which the activation bends. With columns of length one it would be nearly a line. With twice as
+    long ones W2 would hardly move from its start (docs/results/language_model.md). A gated memory bends by its product.
     """
-    if memory.ns_steps and memory.network == "mlp" and not memory.residual:
-        return (2.0 * memory.expansion * memory.head_dim) ** 0.5
+    if memory.ns_steps and memory.network == "mlp":
+        return (memory.expansion * memory.head_dim / 2.0) ** 0.5
     return 1.0
 
 
@@ -233,14 +229,14 @@ def alpha_start(memory: MemorySection, tokens: int) -> float:
     """The retention of a token at initialisation, given or derived.
 
     With Newton-Schulz it is RETENTION, less in chunks that are short or write seldom, more beyond LONGEST; of a gated
-    memory without residual GATED_RETENTION.
+    memory GATED_RETENTION.
     Without: what was there first fades to a third over `tokens`, or over SHORT where they are fewer, for models are
     read further than they were trained.
     """
     if memory.alpha_start:
         return memory.alpha_start
     if memory.ns_steps:
-        if memory.network == "gated_mlp" and not memory.residual:
+        if memory.network == "gated_mlp":
             return GATED_RETENTION ** _share(memory)
         faster = max(1.0, min(WRITES, max(WRITES * memory.ns_period, LONGEST) / memory.chunk))
         return RETENTION ** (_share(memory) * faster)
@@ -251,32 +247,33 @@ def _share(memory: MemorySection) -> float:
     return min(1.0, LONGEST / memory.chunk)
 
 
-def _added(memory: MemorySection) -> bool:
-    """Whether the start has a residual's values. A linear memory has no residual to be without."""
-    return memory.residual or memory.network == "linear"
-
-
 def eta_start(memory: MemorySection) -> float:
     """The step size at initialisation, given or derived.
 
-    With Newton-Schulz it is STEP (GATED_STEP of a gated memory) for each token that a write stands for, less in chunks
-    beyond LONGEST; without residual FREE_STEP, at most FREE_WRITE, or FREE_GATED_STEP.
+    With Newton-Schulz it is `eta_per_token` for each token that a write stands for, less in chunks beyond LONGEST.
     Without: the steps of one chunk, eta gamma window / (1 - theta) chunk, all at one anchor, sum to `eta_sum`; of a
     linear memory with the dot loss, which has no feedback, those of one token.
     """
     if memory.eta_start > 0:
         return memory.eta_start
     if memory.ns_steps > 0:
-        plain, gated = (STEP, GATED_STEP) if _added(memory) else (FREE_STEP, FREE_GATED_STEP)
-        write = _share(memory) * (gated if memory.network == "gated_mlp" else plain) * memory.ns_period
-        if memory.network == "mlp" and not memory.residual:
-            write = min(write, FREE_WRITE)
-        return write / memory.ns_period if memory.ns_step == "sum" else write
+        step = _share(memory) * memory.eta_per_token
+        return step if memory.ns_step == "sum" else step * memory.ns_period
     gradients = memory.window * (1.0 if memory.omega_gates == "none" else memory.gamma_start)
     if memory.momentum:
         gradients /= 1.0 - memory.theta_start
     feedback = memory.network != "linear" or memory.loss != "dot"
     return memory.eta_sum / (gradients * (memory.chunk if feedback else 1))
+
+
+def former_eta_per_token(memory: Mapping[str, Any]) -> float:
+    """`eta_per_token` of a memory saved before there was that key, from the keys that it was saved with."""
+    residual = memory.get("residual", True)
+    if memory.get("network") == "gated_mlp":
+        return 0.0015 if residual else 0.002
+    if residual or memory.get("network") == "linear":
+        return 0.01
+    return min(0.003, 0.048 / memory.get("ns_period", 1))  # a write stood for at most 16 tokens
 
 
 def gates_of(

@@ -137,7 +137,7 @@ def test_what_changes_is_said() -> None:
     trained = member("atlas", ns_period=32)
     assert said(trained, trained) == ""
     assert said(trained, at_chunk(trained, 8)) == (
-        "memory.chunk=8 (was 32), ns_period=8 (was 32), eta_start=0.012 (was 0.048)"
+        "memory.chunk=8 (was 32), ns_period=8 (was 32), eta_start=0.04 (was 0.16)"
     )
     assert said(member("titans"), at_chunk(member("titans"), 8)) == (
         "memory.chunk=8 (was 32), eta_start=0.0003125 (stays)"

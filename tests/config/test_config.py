@@ -242,14 +242,15 @@ def test_every_field_is_explained() -> None:
 def test_a_saved_configuration_of_before_is_the_model_that_it_was(tmp_path: Path, empty: Path) -> None:
     """A checkpoint lists all keys of its time. Keys that came later mean what was done then."""
     later = ("ns_step", "write_gate", "write_budget", "open_gate", "copy_start", "shard", "read", "locals", "project")
-    later = (*later, "residual")
+    later = (*later, "residual", "eta_per_token")
     saved = to_toml(load(empty, ["memory.preset=atlas", "memory.norm=layer", "memory.ns_period=16"]))
     kept = [line for line in saved.splitlines() if not line.startswith(later)]
     (tmp_path / "config.toml").write_text("\n".join(kept))
     before = load_saved(tmp_path / "config.toml")
     assert (before.memory.open_gate, before.memory.copy_start) == (False, False)
-    assert before.memory.residual  # which the preset would take away
-    assert load(tmp_path / "config.toml").memory.open_gate and not load(tmp_path / "config.toml").memory.residual
+    assert before.memory.residual and before.memory.eta_per_token == 0.01  # where the preset says otherwise
+    assert load(tmp_path / "config.toml").memory.open_gate
+    assert load(tmp_path / "config.toml").memory.eta_per_token == 0.005
     assert (before.memory.ns_step, before.memory.write_gate, before.train.write_budget) == ("last", False, 0.0)
     assert (before.memory.shard, before.memory.read, before.memory.locals) == (0, "token", ())
     assert (before.memory.norm, before.memory.preset) == ("layer", "atlas")

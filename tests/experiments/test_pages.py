@@ -150,23 +150,16 @@ def test_language_model_of_a_part_of_its_runs(tmp_path: Path) -> None:
     assert "| OmegaNet | 3.001 | step 94: gradient norm is nan | 0.001 |" in page
 
 
-def test_language_model_by_how_atlas_starts(tmp_path: Path) -> None:
-    """Starts that were tried stand beside the default; those that were not have no row."""
-    rate = language_model.RATES[-1]
-    cells: dict[str, dict[str, Any]] = {
-        protocol.rate_cell("members", "atlas with residual", rate): {
-            "bits_per_byte": 2.0, "largest_gradient_norm": 5.0
-        },
-        protocol.seed_cell("members", "atlas", 1): {"bits_per_byte": 1.0},
-    }  # fmt: skip
-    assert language_model.starts(made_up("language_model", tmp_path, cells)) == []
-    tried = {"bits_per_byte": 1.75, "largest_gradient_norm": 6.25}
-    cells[language_model.start_cell("retention 0.9995")] = tried
+def test_language_model_by_how_atlas_started_before(tmp_path: Path) -> None:
+    """Starts that were tried before have a table of their own; none without them."""
+    cells: dict[str, dict[str, Any]] = {protocol.seed_cell("members", "atlas", 1): {"bits_per_byte": 1.0}}
+    assert language_model.former(made_up("language_model", tmp_path, cells)) == []
+    cells["former: W2 1, a quarter"] = {"bits_per_byte": 1.75, "largest_gradient_norm": 6.25}
+    cells["former: W2 4"] = {"bits_per_byte": 1.5, "largest_gradient_norm": 5.0}
     results = made_up("language_model", tmp_path, cells)
-    compared = protocol.Protocol(language_model.BASE, (), 12, (rate,), (1,), tmp_path)
+    compared = protocol.Protocol(language_model.BASE, (), 12, (1e-3,), (1,), tmp_path)
     language_model.describe(results, ("atlas",), compared)
-    page = page_of(results)
-    assert "| retention 0.9975, the default | 2.000 | 5.0 |\n| retention 0.9995 | 1.750 | 6.2 |" in page
+    assert "| W2 4 | 1.500 | 5.0 |\n| W2 1, a quarter | 1.750 | 6.2 |" in page_of(results)
 
 
 def test_rates_go_on_past_an_edge_that_is_the_best(tmp_path: Path) -> None:

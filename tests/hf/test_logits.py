@@ -125,9 +125,10 @@ def test_a_new_model_starts_to_copy_as_megatrons_do() -> None:
 
 
 def test_an_exported_configuration_of_before_is_the_model_that_it_was() -> None:
-    memory = {key: value for key, value in AtlasConfig().memory.items() if key not in ("open_gate", "copy_start")}
+    later = ("open_gate", "copy_start", "residual", "eta_per_token")
+    memory = {key: value for key, value in AtlasConfig().memory.items() if key not in later}
     before = AtlasConfig.from_dict({"architectures": ["AtlasForCausalLM"], "memory": memory})
-    assert (before.memory["open_gate"], before.memory["copy_start"]) == (False, False)
+    assert [before.memory[key] for key in later] == [False, False, True, 0.01]
     assert AtlasConfig(memory=memory).memory["open_gate"] is True
 
 

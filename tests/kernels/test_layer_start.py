@@ -15,18 +15,14 @@ from atlas_kernels.gated_norm import head_norm, memory_as_gate
 from atlas_kernels.layer_start import (
     ETA_HEADROOM,
     FREE_GAIN,
-    FREE_GATED_STEP,
-    FREE_STEP,
-    FREE_WRITE,
     GATED_RETENTION,
-    GATED_STEP,
     RETENTION,
-    STEP,
     W1_GAIN,
     alpha_start,
     coefficient_count,
     eta_start,
     first_gain,
+    former_eta_per_token,
     gate_count,
     gate_starts,
     gate_widths,
@@ -50,6 +46,7 @@ def section(**changed: Any) -> SimpleNamespace:
         "omega_gates": "pair", "momentum": True, "step_in_momentum": False, "retention": True, "ns_steps": 5,
         "ns_period": 2, "ns_step": "last", "ns_coefficients": "jordan", "activation": "gelu", "write_gate": False,
         "alpha_start": 0.0, "theta_start": 0.9, "gamma_start": 0.5, "eta_start": 0.0, "eta_sum": 0.1,
+        "eta_per_token": 0.005,
         "anchor_gradient": 1.0, "shard": 0, "residual": True, "read": "token", "locals": (), "projection": False,
     }  # fmt: skip
     return SimpleNamespace(**{**keys, **changed})
@@ -159,18 +156,10 @@ def test_a_write_gate_sees_key_and_value_and_rules_forgetting() -> None:
 
 def test_step_sizes_and_retention_are_derived() -> None:
     assert eta_start(section(eta_start=0.3)) == 0.3
-    assert eta_start(section()) == 2 * STEP
-    assert eta_start(section(ns_step="sum", network="gated_mlp")) == GATED_STEP
-    assert eta_start(section(residual=False)) == 2 * FREE_STEP
-    assert eta_start(section(residual=False, ns_step="sum", network="gated_mlp")) == FREE_GATED_STEP
-    # A write of a plain memory stands for no more than 16 tokens, whatever the chunk; a gated one's for all of them.
-    for chunk, period in ((64, 16), (64, 64), (2048, 2048)):
-        assert eta_start(section(residual=False, chunk=chunk, ns_period=period)) == FREE_WRITE
-    whole = {"residual": False, "chunk": 64, "ns_period": 64}
-    assert eta_start(section(**whole, ns_step="sum")) == FREE_WRITE / 64
-    assert eta_start(section(**whole, network="gated_mlp")) == 64 * FREE_GATED_STEP
-    # A linear memory has no residual, whatever the section says.
-    assert eta_start(section(residual=False, network="linear")) == eta_start(section(network="linear"))
+    assert eta_start(section()) == 2 * 0.005
+    assert eta_start(section(ns_step="sum", eta_per_token=0.002)) == 0.002
+    for chunk, period, tokens in ((64, 16, 16), (64, 64, 64), (256, 256, 64), (2048, 512, 16)):
+        assert eta_start(section(chunk=chunk, ns_period=period)) == pytest.approx(0.005 * tokens)
     # The steps of a chunk, all at one anchor, sum to eta_sum.
     assert eta_start(section(**PLAIN)) * 0.5 * WINDOW * 8 == pytest.approx(0.1)
     momentum = section(**{**PLAIN, "momentum": True}, omega_gates="none")
@@ -185,9 +174,18 @@ def test_step_sizes_and_retention_are_derived() -> None:
     assert alpha_start(section(chunk=8, ns_period=2), 500) == alpha_start(section(chunk=16, ns_period=1), 500)
     assert alpha_start(section(chunk=8, ns_period=2), 500) == RETENTION**4
     for period in (16, 64):
-        gated = section(chunk=64, ns_period=period, network="gated_mlp", residual=False)
+        gated = section(chunk=64, ns_period=period, network="gated_mlp")
         assert alpha_start(gated, 500) == GATED_RETENTION
     assert [alpha_start(section(**PLAIN), tokens) for tokens in (500, 10)] == [1 - 1 / 500, 1 - 1 / 100]
+
+
+def test_a_memory_saved_without_a_step_a_token_keeps_the_one_that_it_had() -> None:
+    """As it was derived at each time; without residual a write stood for at most 16 tokens."""
+    assert former_eta_per_token({}) == former_eta_per_token({"network": "linear", "residual": False}) == 0.01
+    assert former_eta_per_token({"network": "gated_mlp"}) == 0.0015
+    assert former_eta_per_token({"network": "gated_mlp", "residual": False}) == 0.002
+    for period, step in ((1, 0.003), (16, 0.003), (64, 0.00075)):
+        assert former_eta_per_token({"network": "mlp", "residual": False, "ns_period": period}) == step
 
 
 def test_matrices_start_at_their_sizes() -> None:
@@ -201,11 +199,11 @@ def test_matrices_start_at_their_sizes() -> None:
     eye = torch.eye(WIDTH).expand(40, -1, -1)
     torch.testing.assert_close(second.mT @ second, eye, rtol=0, atol=1e-5)
     torch.testing.assert_close(gate.mT @ gate, 2 * WIDTH * eye, rtol=0, atol=1e-4)
-    # Without residual hidden units of a plain memory see a key of length one with a standard deviation of sqrt(2).
-    _, second = initial_weights(section(residual=False, heads=40))
-    torch.testing.assert_close(second.mT @ second, 2 * 2 * WIDTH * eye, rtol=0, atol=1e-3)
+    # Hidden units of a plain memory see a key of length one with a standard deviation of sqrt(1/2).
+    _, second = initial_weights(section(heads=40))
+    torch.testing.assert_close(second.mT @ second, WIDTH * eye, rtol=0, atol=1e-3)
     seen = torch.einsum("hfd,hd->hf", second, torch.nn.functional.normalize(torch.randn(40, WIDTH), dim=-1))
-    assert seen.square().mean().sqrt().item() == pytest.approx(2**0.5, rel=1e-4)
+    assert seen.square().mean().sqrt().item() == pytest.approx(0.5**0.5, rel=1e-4)
 
 
 def test_an_exponential_kernels_scale_goes_to_the_query() -> None:
