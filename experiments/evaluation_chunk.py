@@ -27,7 +27,7 @@ from experiments.shared import record
 RUNS = record.ROOT / "runs" / "experiments" / "evaluation_chunk"
 MEMBERS = {"ATLAS": "atlas", "OmegaNet": "omeganet", "Titans": "titans"}
 CHUNK = 32  # of the first stage
-RETENTION = 0.99  # of ATLAS, at the start; it and the residual were the defaults when the committed runs were made
+RETENTION, STEP = 0.99, 0.01  # of ATLAS, at the start; the defaults when the committed runs were made
 SECOND = (32, 8, 1)  # of the second; the first one is the control
 COMMON = ("log.tensorboard=false", "train.stats_every=1000000")
 
@@ -70,7 +70,7 @@ def words_of(member: str, seed: int, grid: Grid, chunk: int) -> list[str]:
     orthogonal = load(grid.base, [f"memory.preset={MEMBERS[member]}"]).memory.ns_steps > 0
     period, kept = (chunk, RETENTION) if orthogonal else (1, 0.0)
     words = [f"memory.preset={MEMBERS[member]}", f"memory.chunk={chunk}", f"memory.ns_period={period}"]
-    words += [f"memory.alpha_start={kept}", "memory.residual=true"]
+    words += [f"memory.alpha_start={kept}", f"memory.eta_per_token={STEP}"]
     # The graph of a write at each of 512 tokens takes 19 GB in a batch of four, for ATLAS.
     micro_batch = 1 if chunk == 1 else grid.batch
     words += [f"model.seq_length={grid.tokens}", f"train.global_batch={grid.batch}", f"train.micro_batch={micro_batch}"]

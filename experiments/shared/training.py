@@ -47,7 +47,7 @@ NS_PERIOD = 2
 # default for this period. It answers 83 % with 0.15, and 60 % with 0.4 (heads of 16, rate 0.01, one seed, keys as
 # drawn).
 ETA_SUM, ORTHOGONAL = 1.0, 0.15
-# Of ATLAS, at the start. It and the residual were the defaults when the runs of mad.py were made.
+# Of ATLAS, at the start. It was the default when the runs of mad.py were made.
 RETENTION = 0.99
 GATE_RANK = 8
 # What a Gated DeltaNet's keys, output gate and values start with in `our starts`: as the memories' do.
@@ -143,7 +143,7 @@ def _memory(preset: str, size: int, own: dict[str, Any]) -> MemoryConfig:
     # Short sequences: several chunks, and windows shorter than one.
     memory = replace(memory, chunk=min(memory.chunk, CHUNK), window=min(memory.window, WINDOW), eta_sum=ETA_SUM)
     if memory.ns_steps:
-        memory = replace(memory, ns_period=NS_PERIOD, eta_start=ORTHOGONAL, alpha_start=RETENTION, residual=True)
+        memory = replace(memory, ns_period=NS_PERIOD, eta_start=ORTHOGONAL, alpha_start=RETENTION)
     return replace(memory, **own)
 
 
