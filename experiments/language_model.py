@@ -3,8 +3,8 @@
 Every contender is configs/experiments/language_model.toml, the quickstart's model, with a few keys changed.
 `atlas-train` trains it on the quickstart's corpus: run `make quickstart` first, or tools/prepare_data.py. Its MLPs are
 as wide as makes it equal to the first contender in parameters. AdamW trains all but those whose name says Muon, which
-need `pip install emerging-optimizers==0.3.0`. A contender trains at three learning rates for a quarter
-of the tokens, then at the best of them from three seeds. One that changes a single thing of another takes the other's
+need `pip install emerging-optimizers==0.3.0` and are compared after a quarter of the tokens. A contender trains at three
+learning rates for a quarter of the tokens, then at the best of them from three seeds. One that changes a single thing of another takes the other's
 rate. Reported: bits per byte of the held-out text after the last step, and whether a difference has one sign in every
 seed. Where there is a GPU, configs/experiments/language_model_gpu.toml is the base, with its own data and steps.
 
@@ -29,7 +29,7 @@ from experiments.shared.protocol import Contender, Protocol
 GPU = torch.cuda.is_available()
 BASE = record.ROOT / "configs" / "experiments" / ("language_model_gpu.toml" if GPU else "language_model.toml")
 RUNS = record.ROOT / "runs" / "experiments" / "language_model"
-STAGE = "members"
+STAGE, OUTER = "members", "optimizers"
 SEEDS = (1, 2, 3)
 STEPS = 20000 if GPU else 1000
 RATES = (1e-3, 2e-3, 4e-3) if GPU else (1.5e-3, 3e-3, 6e-3)
@@ -41,8 +41,6 @@ SILENCED = "train.validate_silenced=true"  # what the memories contribute
 CHUNK_16, DAMPED = "memory.chunk=16", "memory.anchor_gradient=0.3"
 FREE = "memory.residual=false"
 DRAWN = ("memory.late_keys=false", "memory.open_gate=false", "memory.copy_start=false")
-# With train.muon_extra_scale_factor = 0.2 an update of Muon is as large as one of AdamW: the same rates suit both.
-MUON = "train.optimizer=muon"
 # The others are compared with the first and have its parameters. A pattern of three blocks is repeated as often as the
 # base's. ATLAS is here with two periods. OmegaNet writes at every token; with one write a chunk, ATLAS could not read
 # what its own chunk holds.
@@ -61,11 +59,7 @@ CONTENDERS: dict[str, Contender] = {
     "attention (Transformer++)": Contender(("model.pattern=F-F-F-",), "baseline"),
     "sliding window": Contender(("model.pattern=*-*-*-",), "baseline"),
     "DeltaNet": Contender(("model.pattern=D-*-D-", "delta.head_dim=32"), "baseline"),
-    "atlas by Muon": Contender((MUON,), "Muon moves the linears' matrices, AdamW the rest"),
     # What follows changes one thing, and takes the learning rate of what it changes.
-    "atlas by Muon, memories too": Contender(
-        (MUON, "train.muon_memories=true"), "and the memories' start weights", rate_of="atlas by Muon"
-    ),
     "OmegaNet, chunk 64": Contender(("memory.preset=omeganet",), "older anchors", rate_of="OmegaNet"),
     "titans, chunk 64": Contender(("memory.preset=titans",), "older anchors", rate_of="titans"),
     "atlas, a write a chunk": Contender(
@@ -82,7 +76,17 @@ CONTENDERS: dict[str, Contender] = {
         ("memory.network=linear", "memory.norm=none"), "the paper's Table 6", rate_of="atlas"
     ),
 }
-QUICK = ("atlas", "atlas by Muon")
+QUICK = ("atlas",)
+# ATLAS by outer optimizer, after a quarter of the tokens: about those of the quickstart. With
+# train.muon_extra_scale_factor = 0.2 an update of Muon is as large as one of AdamW: the same rates suit both.
+MUON = "train.optimizer=muon"
+OPTIMIZERS: dict[str, Contender] = {
+    "AdamW": Contender((SILENCED,), "the default"),
+    "Muon": Contender((SILENCED, MUON), "Muon moves the linears' matrices, AdamW the rest"),
+    "Muon, memories too": Contender(
+        (SILENCED, MUON, "train.muon_memories=true"), "and the memories' start weights", rate_of="Muon"
+    ),
+}
 # Cells under this name are of starts that ATLAS had, or that were tried by hand. They are kept, and not run again.
 FORMER = "former: "
 
@@ -100,6 +104,30 @@ def contenders(names: Sequence[str]) -> dict[str, Contender]:
         return (*own, SILENCED) if uses(load(BASE, own).model.pattern, "memory") else own
 
     return {n: replace(CONTENDERS[n], words=words_of(n)) for n in names}
+
+
+def after_a_quarter(whole: Protocol) -> Protocol:
+    """How optimizers are compared: at the rates from the second on, for those below are worse for both."""
+    return replace(whole, steps=whole.steps // protocol.QUARTER, share=1, rates=whole.rates[1:])
+
+
+def compare_optimizers(results: record.Record, whole: Protocol) -> None:
+    """Train what is missing of OPTIMIZERS. AdamW's rates are those of the first contender."""
+    comparison = after_a_quarter(whole)
+    for rate in protocol.rates_of(results, STAGE, "atlas", whole):
+        known = results.cells.get(protocol.rate_cell(STAGE, "atlas", rate))
+        if known and rate >= comparison.rates[0]:
+            results.cells.setdefault(protocol.rate_cell(OUTER, "AdamW", rate), known)
+    protocol.compare(results, OUTER, comparison, OPTIMIZERS)
+
+
+def optimizers(results: record.Record, whole: Protocol) -> list[str | record.Table]:
+    """Tables of OPTIMIZERS, as of the contenders; none before one has a run."""
+    comparison = after_a_quarter(whole)
+    if not standings.ran(results, OUTER, tuple(OPTIMIZERS), comparison.seeds):
+        return []
+    said = f"ATLAS by outer optimizer, after {comparison.steps:,} steps. *Difference*: bits less those of AdamW:"
+    return [said, *standings.tables(results, OUTER, OPTIMIZERS, comparison)]
 
 
 def former(results: record.Record) -> list[str | record.Table]:
@@ -132,6 +160,7 @@ def describe(results: record.Record, names: Sequence[str], comparison: Protocol)
         f"{standings.made(results, STAGE, names, comparison.seeds)}",
         [
             *standings.tables(results, STAGE, {name: CONTENDERS[name] for name in names}, comparison),
+            *optimizers(results, comparison),
             *former(results),
         ],
         [
@@ -155,6 +184,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if not asked.report:
             _check()
             protocol.compare(results, STAGE, comparison, contenders(names))
+            compare_optimizers(results, comparison)
         standings.draw(results, STAGE, names, comparison)
         describe(results, names, comparison)
 

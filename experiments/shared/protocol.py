@@ -1,7 +1,7 @@
 """How language models are compared: equal parameters and tokens, each at its best rate, one sign in every seed.
 
 A contender is a base configuration with a few words changed. Its MLPs are as wide as makes its parameters the first
-contender's. First it trains once at every rate, for a quarter of the tokens, from the first seed. Where the lowest or
+contender's. First it trains once at every rate, for a share of the tokens, from the first seed. Where the lowest or
 the highest rate is the best, it is halved or doubled until it is not. Then it trains at the best rate from every seed.
 A run that meets NaN, or that the configuration refuses, is a cell that says so.
 """
@@ -39,7 +39,8 @@ class Contender:
 @dataclass(frozen=True)
 class Protocol:
     """How runs train. base: a TOML file; words: of every run; steps: of a whole run; rates: empty for the base's.
-    further: how many rates a search adds, at most, past an edge that is the best."""
+    further: how many rates a search adds, at most, past an edge that is the best. share: rates are compared after so
+    many times fewer steps; with 1 a run that compared rates is the one of its seed."""
 
     base: Path
     words: tuple[str, ...]
@@ -48,6 +49,7 @@ class Protocol:
     seeds: tuple[int, ...]
     runs: Path  # where runs lie while they train
     further: int = 0
+    share: int = QUARTER
 
     def words_of(self, contender: Contender, first: Contender, steps: int, seed: int, rate: float | None) -> list[str]:
         """All words of a run of the contender, with MLPs that make it equal to `first` in parameters."""
@@ -123,13 +125,13 @@ def compare(results: record.Record, stage: str, protocol: Protocol, contenders: 
     """
     job = partial(protocol.job, contenders=contenders)
     names = list(contenders)
-    quarter, searching = protocol.steps // QUARTER, [n for n in names if not contenders[n].rate_of]
+    short, searching = protocol.steps // protocol.share, [n for n in names if not contenders[n].rate_of]
     for _ in range(1 + protocol.further):  # each turn may add a rate
         tried = {n: rates_of(results, stage, n, protocol) for n in searching}
         record.side_by_side(
             results,
             {
-                rate_cell(stage, n, rate): job(n, seed=protocol.seeds[0], steps=quarter, rate=rate)
+                rate_cell(stage, n, rate): job(n, seed=protocol.seeds[0], steps=short, rate=rate)
                 for n in searching
                 for rate in tried[n]
             },
@@ -138,7 +140,10 @@ def compare(results: record.Record, stage: str, protocol: Protocol, contenders: 
         jobs = {}
         for name in names:
             rate = best_rate(results, stage, contenders[name].rate_of or name, protocol)
-            if rate is not None or not protocol.rates:
+            compared = "" if rate is None else rate_cell(stage, name, rate)
+            if protocol.share == 1 and seed == protocol.seeds[0] and compared in results.cells:
+                results.cells[seed_cell(stage, name, seed)] = results.cells[compared]
+            elif rate is not None or not protocol.rates:
                 jobs[seed_cell(stage, name, seed)] = job(name, seed=seed, steps=protocol.steps, rate=rate)
         record.side_by_side(results, jobs)
 

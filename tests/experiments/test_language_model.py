@@ -33,8 +33,12 @@ def test_every_contender_has_the_first_ones_parameters() -> None:
         assert num_params(config) == pytest.approx(wanted, rel=1e-3), name
         assert config.train.lr == 1e-3 and config.run.seed == 1
         validate(config, 1)
+        assert config.train.optimizer == "adamw", name
+    for name, contender in language_model.OPTIMIZERS.items():
+        config = load(of.base, of.words_of(contender, every["atlas"], 100, 1, 1e-3))
+        validate(config, 1)
         assert config.train.optimizer == ("muon" if "Muon" in name else "adamw"), name
-        assert "Muon" not in name or config.model == load(of.base).model, name
+        assert config.model == load(of.base).model, name
 
 
 def test_a_gpu_sized_base_repeats_the_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,18 +54,20 @@ def test_quick_leaves_results_and_does_nothing_twice(tiny: Path, no_more_jobs: C
     words = ["--quick", "--out", str(tiny / "out")]
     assert language_model.main(words) == 0
     cells = json.loads((tiny / "out" / "language_model.json").read_text())["cells"]
-    # Two rates for a quarter of the steps, and a seed at the better one.
-    assert len(cells) == 3 * len(language_model.QUICK)
+    # Two rates for a quarter of the steps, and a seed at the better one. Optimizers: the higher rate, and a seed each.
+    assert len(cells) == 3 * len(language_model.QUICK) + 2 + len(language_model.OPTIMIZERS)
     seed = cells["members: atlas, seed 1"]
     assert seed["parameters"] == num_params(load(language_model.BASE))
     better = min(language_model.RATES[:2], key=lambda r: cells[f"members: atlas, lr {r:g}"]["bits_per_byte"])
     assert f"train.lr={better}" in seed["words"] and seed["tokens"] > cells["members: atlas, lr 0.003"]["tokens"]
-    muon = cells["members: atlas by Muon, seed 1"]
-    assert "train.optimizer=muon" in muon["words"] and muon["bits_per_byte"] != seed["bits_per_byte"]
+    # A run that two tables show is made once.
+    adam, muon = cells["optimizers: AdamW, seed 1"], cells["optimizers: Muon, seed 1"]
+    assert adam == cells["members: atlas, lr 0.003"] and muon == cells["optimizers: Muon, lr 0.003"]
+    assert "train.optimizer=muon" in muon["words"] and muon["bits_per_byte"] != adam["bits_per_byte"]
     assert (tiny / "out" / "language_model.png").read_bytes().startswith(b"\x89PNG")
     text = (tiny / "out" / "language_model.md").read_text()
     pages.hold(text)
-    assert "one sign in every seed" in text and "| atlas by Muon | Muon moves" in text
+    assert "one sign in every seed" in text and "| Muon | Muon moves" in text
     no_more_jobs()
     assert language_model.main(words) == 0
 
