@@ -3,10 +3,11 @@
 Every contender is configs/experiments/language_model.toml, the quickstart's model, with a few keys changed.
 `atlas-train` trains it on the quickstart's corpus: run `make quickstart` first, or tools/prepare_data.py. Its MLPs are
 as wide as makes it equal to the first contender in parameters. AdamW trains all but those whose name says Muon, which
-need `pip install emerging-optimizers==0.3.0` and are compared after a quarter of the tokens. A contender trains at three
-learning rates for a quarter of the tokens, then at the best of them from three seeds. One that changes a single thing of another takes the other's
-rate. Reported: bits per byte of the held-out text after the last step, and whether a difference has one sign in every
-seed. Where there is a GPU, configs/experiments/language_model_gpu.toml is the base, with its own data and steps.
+need `pip install emerging-optimizers==0.3.0` and are compared after a quarter of the tokens. A contender trains at
+three learning rates for a quarter of the tokens, then at the best of them from three seeds. One that changes a single
+thing of another takes the other's rate. Reported: bits per byte of the held-out text after the last step, and whether a
+difference has one sign in every seed. Where there is a GPU, configs/experiments/language_model_gpu.toml is the base,
+with its own data and steps.
 
 On two cores, two runs side by side, the whole of it takes about thirteen hours, by estimate. A cell is kept as it ends;
 interrupt it and call it again.
