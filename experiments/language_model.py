@@ -88,7 +88,7 @@ OPTIMIZERS: dict[str, Contender] = {
         (SILENCED, MUON, "train.muon_memories=true"), "and the memories' start weights", rate_of="Muon"
     ),
 }
-# Cells under this name are of starts that ATLAS had, or that were tried by hand. They are kept, and not run again.
+# Cells under this name are of starts that memories had, or that were tried by hand. They are kept, and not run again.
 FORMER = "former: "
 
 
@@ -132,7 +132,7 @@ def optimizers(results: record.Record, whole: Protocol) -> list[str | record.Tab
 
 
 def former(results: record.Record) -> list[str | record.Table]:
-    """A table of the starts that were tried before ATLAS had its own; none where there are none."""
+    """A table of the starts that were tried before those of today; none where there are none."""
     tried = {name.removeprefix(FORMER): cell for name, cell in results.cells.items() if name.startswith(FORMER)}
     rows = [
         (name, standings.said(cell), f"{cell.get('largest_gradient_norm', 0):.1f}")
@@ -141,8 +141,9 @@ def former(results: record.Record) -> list[str | record.Table]:
     if not rows:
         return []
     return [
-        "Starts of ATLAS that were tried before, from the first seed where no other is named. *W2* is the length of "
-        "its columns, *step* that of a write of 16 tokens. *A quarter* is one of the tokens, else all of them:",
+        "Starts that were tried before, from the first seed where no other is named; of ATLAS where no other member is. "
+        "*W2* is the length of its columns, *step* that of a write of 16 tokens. *A quarter* is one of the tokens, "
+        "else all of them:",
         record.Table(("start", "bits per byte", "largest gradient norm"), rows),
     ]
 

@@ -155,11 +155,12 @@ def first_gain(memory: MemorySection) -> float:
 def second_gain(memory: MemorySection) -> float:
     """The size of W2's columns at the start.
 
-    Of a plain memory with Newton-Schulz sqrt(F / 2): a key of length one then gives hidden units a standard deviation
-    of sqrt(1/2), at which the activation bends. With columns of length one it would be nearly a line. With twice as
-    long ones W2 would hardly move from its start (docs/results/language_model.md). A gated memory bends by its product.
+    Of a plain memory sqrt(F / 2): a key of length one then gives hidden units a standard deviation of sqrt(1/2), at
+    which the activation bends. With columns of length one it would be nearly a line (docs/results/language_model.md).
+    A gated memory bends by its product. One that writes raw gradients without an output norm has none either: its
+    writes grow with the square of its hidden units, and would pass what eta_sum allows.
     """
-    if memory.ns_steps and memory.network == "mlp":
+    if memory.network == "mlp" and (memory.ns_steps or memory.norm == "layer"):
         return (memory.expansion * memory.head_dim / 2.0) ** 0.5
     return 1.0
 

@@ -200,8 +200,11 @@ def test_matrices_start_at_their_sizes() -> None:
     torch.testing.assert_close(second.mT @ second, eye, rtol=0, atol=1e-5)
     torch.testing.assert_close(gate.mT @ gate, 2 * WIDTH * eye, rtol=0, atol=1e-4)
     # Hidden units of a plain memory see a key of length one with a standard deviation of sqrt(1/2).
-    _, second = initial_weights(section(heads=40))
-    torch.testing.assert_close(second.mT @ second, WIDTH * eye, rtol=0, atol=1e-3)
+    raw = initial_weights(section(**{**PLAIN, "norm": "none"}, heads=40))[1]
+    torch.testing.assert_close(raw.mT @ raw, eye, rtol=0, atol=1e-5)
+    for plain in ({}, PLAIN):
+        second = initial_weights(section(**plain, heads=40))[1]
+        torch.testing.assert_close(second.mT @ second, WIDTH * eye, rtol=0, atol=1e-3)
     seen = torch.einsum("hfd,hd->hf", second, torch.nn.functional.normalize(torch.randn(40, WIDTH), dim=-1))
     assert seen.square().mean().sqrt().item() == pytest.approx(0.5**0.5, rel=1e-4)
 
