@@ -134,7 +134,7 @@ def test_another_model_is_refused_with_both_values(ours: Config, said: str) -> N
 
 
 def test_what_changes_is_said() -> None:
-    trained = member("atlas", ns_period=32)
+    trained = member("atlas", ns_period=32, eta_per_token=0.005)
     assert said(trained, trained) == ""
     assert said(trained, at_chunk(trained, 8)) == (
         "memory.chunk=8 (was 32), ns_period=8 (was 32), eta_start=0.04 (was 0.16)"

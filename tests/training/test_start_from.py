@@ -21,7 +21,7 @@ from tests.support import tiny_run
 
 # Steps so large that another chunk reads something else.
 TITANS = ["memory.preset=titans", "memory.eta_sum=3.0"]
-ATLAS = ["memory.preset=atlas", "memory.window=4", "memory.eta_start=0.0"]
+ATLAS = ["memory.preset=atlas", "memory.window=4", "memory.eta_start=0.0", "memory.eta_per_token=0.005"]
 STILL = ["train.lr=1e-12", "train.min_lr=0", "train.weight_decay=0", "train.steps=3"]
 APART = 1e-4  # nats; what is compared agrees to a hundredth of it
 
@@ -80,7 +80,7 @@ def test_its_first_validation_is_what_an_evaluation_at_that_chunk_says(
     (own,) = {checkpoint.latest(tmp_path / "two")[0]}
     assert own is not None
     memory = load_saved(own / checkpoint.CONFIG).memory
-    assert memory.eta_start == pytest.approx(0.012 if words is ATLAS else 3.0 / 16 / 10)
+    assert memory.eta_start == pytest.approx(0.02 if words is ATLAS else 3.0 / 16 / 10)
     again = losses_at_chunks(tmp_path / "two", tmp_path / "out two")
     # Back at 16, ATLAS writes every 4 tokens as its second stage did, and not once a chunk as its first.
     for chunk in (4,) if words is ATLAS else (4, 16):
@@ -231,7 +231,7 @@ def test_a_dry_run_says_what_it_would_begin_with(
     assert main([*asked, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert f"begins with the weights of {run}/checkpoints/step_00000003; memory.chunk=4 (was 16), ns_period=4" in said
-    assert "eta_start = 0.012" in said and "cannot train yet" not in said
+    assert "eta_start = 0.02" in said and "cannot train yet" not in said
     assert main([*asked, "train.steps=3"]) == 0
     assert main([*asked, "--dry-run"]) == 0
     assert f"resumed from {tmp_path}/two/checkpoints/step_00000003" in capsys.readouterr().out
