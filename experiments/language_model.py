@@ -141,9 +141,9 @@ def former(results: record.Record) -> list[str | record.Table]:
     if not rows:
         return []
     return [
-        "Starts that were tried before, from the first seed where no other is named, and of ATLAS where no other member "
-        "is. *W2* is the length of its columns, *step* that of a write of 16 tokens. *A quarter* is one of the tokens, "
-        "else all of them:",
+        "Starts that were tried before, from the first seed where no other is named, and of ATLAS where no other "
+        "member is. *W2* is the length of its columns, *step* that of a write of 16 tokens. *A quarter* is one of the "
+        "tokens, else all of them:",
         record.Table(("start", "bits per byte", "largest gradient norm"), rows),
     ]
 

@@ -78,7 +78,8 @@ OBSERVED = (
     "With columns of length one in W2 a key moves each hidden unit by a tenth, where the activation is nearly a line. "
     "ATLAS then recalls next to nothing. Longer columns and larger steps recall more.",
     "OmegaNet and Titans recall less with longer columns. The likeliest reason: hidden units that bend have a mean "
-    "that all keys share. W1's start answers it, the output norm is set by that answer, and writes are small beside it.",
+    "that all keys share. W1's start answers it, the output norm is set by that answer, and writes are small beside "
+    "it.",
     "atlas++ recalls far more than all others beyond 64 pairs. Of the last 16 pairs DeltaNet recalls most: it writes "
     "at every token, without momentum.",
     "With one write a chunk ATLAS recalls next to nothing at the start. It forgets four times as fast then.",
