@@ -30,8 +30,9 @@ def load(
     """Read a TOML file, then apply ``section.key=value`` words to it, last word winning.
 
     A shipped file is found as configs/NAME.toml from anywhere. A value is written as in TOML; a bare word is a string.
-    absent: keys of each section where the file does not have them: a value, or what makes it of the section. Raises ValueError for an unknown section or key (the
-    nearest known one is named), a value of another type, a word of another form, or a file that is not TOML.
+    absent: keys of each section where the file does not have them: a value, or what makes it of the section. Raises
+    ValueError for an unknown section or key (the nearest known one is named), a value of another type, a word of
+    another form, or a file that is not TOML.
     """
     path = config_file(path)
     if not path.is_file():

@@ -25,10 +25,11 @@ W1_GAIN = 0.02
 # Of memories without residual: the head norm divides by what they read, and what is read first is only this.
 FREE_GAIN = 0.1
 SHORT = 100  # tokens
-# Retention of a token, with Newton-Schulz, where a chunk has WRITES writes or more; with fewer it forgets as much faster. A chunk
-# multiplies the outer gradient by about RETENTION^chunk (1 + kappa step chunk), and kappa was measured to be far less
-# with four writes a chunk than with one. Chunks shorter than LONGEST forget faster too, up to WRITES times as fast:
-# RETENTION was measured in chunks of LONGEST, and in chunks of 8, of one write, gradients passed 50 with it.
+# Retention of a token, with Newton-Schulz, where a chunk has WRITES writes or more; with fewer it forgets as much
+# faster. A chunk multiplies the outer gradient by about RETENTION^chunk (1 + kappa step chunk), and kappa was measured
+# to be far less with four writes a chunk than with one. Chunks shorter than LONGEST forget faster too, up to WRITES
+# times as fast: RETENTION was measured in chunks of LONGEST, and in chunks of 8, of one write, gradients passed 50
+# with it.
 RETENTION, WRITES = 0.9975, 4
 # Of a gated memory, whatever its writes. With 0.996 and one write a chunk its gradients explode.
 GATED_RETENTION = 0.999
