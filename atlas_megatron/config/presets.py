@@ -14,10 +14,10 @@ _NEWTON_SCHULZ = {"momentum": True, "ns_steps": 5}
 _MOMENTUM = {"momentum": True, "ns_steps": 0, "ns_period": 1}
 _PLAIN = {"momentum": False, "ns_steps": 0, "ns_period": 1}
 # Memories that write raw gradients diverge without the output norm. With Newton-Schulz the paper's form needs none.
-# With the step of a plain memory a gated one's outer gradients explode: its hidden width is a product of two written
-# layers. With a residual it recalls nothing at its start (docs/results/start_recall.md).
 _DEEP = {"network": "mlp", "norm": "layer", "residual": True}
 _ATLAS = {"network": "mlp", "norm": "none", "residual": True, "eta_per_token": 0.005}
+# With the step of a plain memory a gated one's outer gradients explode: its hidden width is a product of two written
+# layers. With a residual it recalls nothing at its start (docs/results/start_recall.md).
 _GATED = {"network": "gated_mlp", "norm": "none", "residual": False, "eta_per_token": 0.002}
 _LINEAR = {"network": "linear", "norm": "none", "residual": True}
 _POLYNOMIAL = {"kernel": "lifted", "feature_map": "hadamard", "degree": 2}

@@ -202,8 +202,8 @@ class AtlasConfig(PretrainedConfig):
         self.transformer_engine = transformer_engine
         # A folder's configuration names its architecture and lists all keys of its time.
         if "architectures" in rest:
-            step = layer_start.former_eta_per_token(memory or {})
-            memory = {**LATER, "eta_per_token": step, **(memory or {})}
+            memory = {RENAMED.get(("memory", key), key): value for key, value in (memory or {}).items()}
+            memory = {**LATER, "eta_per_token": layer_start.former_eta_per_token(memory), **memory}
         self.memory = _complete("memory", memory)
         self.attention = _complete("attention", attention)
         self.recurrent = _complete("recurrent", recurrent)

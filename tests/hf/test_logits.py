@@ -130,6 +130,10 @@ def test_an_exported_configuration_of_before_is_the_model_that_it_was() -> None:
     before = AtlasConfig.from_dict({"architectures": ["AtlasForCausalLM"], "memory": memory})
     assert [before.memory[key] for key in later] == [False, False, True, 0.01]
     assert AtlasConfig(memory=memory).memory["open_gate"] is True
+    # The network's kind, which its step followed from, under the key's former name.
+    gated = {"memory": "gated_mlp", **{key: value for key, value in memory.items() if key != "network"}}
+    before = AtlasConfig.from_dict({"architectures": ["AtlasForCausalLM"], "memory": gated})
+    assert before.memory["eta_per_token"] == 0.0015
 
 
 def test_a_configuration_without_a_hierarchys_keys_is_a_memory_alone() -> None:
