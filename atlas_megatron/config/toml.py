@@ -9,6 +9,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -114,7 +115,7 @@ def to_toml(config: Config) -> str:
 def describe() -> str:
     """Every section with its keys, defaults and meanings, as declared above: the config's help."""
     blocks = []
-    for section, kind in get_type_hints(Config).items():
+    for section, kind in _sections().items():
         names = {f.name for f in fields(kind)}
         lines = [line.strip() for line in inspect.getsource(kind).splitlines()]
         kept = [f"  {line}" for line in lines if line.startswith("#") or line.partition(":")[0] in names]
@@ -122,8 +123,15 @@ def describe() -> str:
     return "\n\n".join(blocks)
 
 
+@cache
+def _sections() -> dict[str, type]:
+    """Each section's class. Kept, as are the keys' types: reading them takes longer than all else that `load` does."""
+    return get_type_hints(Config)
+
+
+@cache
 def _types(section: str) -> dict[str, type]:
-    return get_type_hints(get_type_hints(Config)[section])
+    return get_type_hints(_sections()[section])
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
@@ -132,7 +140,7 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 
 
 def _check_key(section: str, key: str | None = None) -> None:
-    sections = list(get_type_hints(Config))
+    sections = list(_sections())
     if section not in sections:
         raise ValueError(
             f"unknown config section {section!r}; {_nearest(section, sections)}sections: {', '.join(sections)}"
@@ -150,6 +158,6 @@ def _from_tables(tables: dict[str, Any]) -> Config:
         for key in table:
             _check_key(section, key)
         types = _types(section)
-        kind = get_type_hints(Config)[section]
+        kind = _sections()[section]
         built[section] = kind(**{key: typed(f"{section}.{key}", value, types[key]) for key, value in table.items()})
     return Config(**built)
