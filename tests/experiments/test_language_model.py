@@ -50,6 +50,7 @@ def test_a_gpu_sized_base_repeats_the_patterns(monkeypatch: pytest.MonkeyPatch) 
     test_every_contender_has_the_first_ones_parameters()
 
 
+@pytest.mark.slow
 def test_quick_leaves_results_and_does_nothing_twice(tiny: Path, no_more_jobs: Callable[[], None]) -> None:
     words = ["--quick", "--out", str(tiny / "out")]
     assert language_model.main(words) == 0
