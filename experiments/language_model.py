@@ -43,7 +43,7 @@ CHUNK_16, DAMPED = "memory.chunk=16", "memory.anchor_gradient=0.3"
 FREE = "memory.residual=false"
 DRAWN = ("memory.late_keys=false", "memory.open_gate=false", "memory.copy_start=false")
 # The others are compared with the first and have its parameters. A pattern of three blocks is repeated as often as the
-# base's. ATLAS is here with two periods. OmegaNet writes at every token; with one write a chunk, ATLAS could not read
+# base's. ATLAS is here with three periods. OmegaNet writes at every token; with one write a chunk, ATLAS could not read
 # what its own chunk holds.
 CONTENDERS: dict[str, Contender] = {
     "atlas": Contender(asks="a write every 16 tokens"),
@@ -66,6 +66,7 @@ CONTENDERS: dict[str, Contender] = {
     "atlas, a write a chunk": Contender(
         ("memory.ns_period=64",), "the period, and the retention that follows from it", rate_of="atlas"
     ),
+    "atlas, a write every 8 tokens": Contender(("memory.ns_period=8",), "the period", rate_of="atlas"),
     "atlas, chunk 16": Contender(
         (CHUNK_16, DAMPED), "fresher anchors, damped; the retention that follows", rate_of="atlas"
     ),
