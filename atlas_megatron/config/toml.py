@@ -112,6 +112,7 @@ def to_toml(config: Config) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+@cache
 def describe() -> str:
     """Every section with its keys, defaults and meanings, as declared above: the config's help."""
     blocks = []
