@@ -125,7 +125,21 @@ def shards() -> str:
     return made(rows)
 
 
+def optimizers() -> str:
+    """experiments.language_model: bits per byte after a quarter of the tokens, by outer optimizer and seed."""
+    stage, cells = "optimizers: ", read("language_model.json")["cells"]
+    seeds = sorted({name.rpartition(", ")[2] for name in cells if name.startswith(stage) and ", seed " in name})
+    names = ["AdamW", "Muon", "Muon, memories too"]
+    rows = [["bits per byte", *seeds]]
+    for name in names:
+        found = [cells.get(f"{stage}{name}, {seed}") for seed in seeds]
+        if any(found):
+            rows.append([name, *(f"{cell['bits_per_byte']:.3f}" if cell else "" for cell in found)])
+    return made(rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "optimizers": optimizers,
     "memory": memory,
     "trainers": trainers,
     "presets": presets,
