@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,6 +42,7 @@ ON_MEMORY = (
 )
 # An attribute of errors that came after the processes had joined.
 SAID_BY_ANOTHER = "said_by_another"
+UNTIL_SAID = 3  # seconds that a process leaves to the one that says what ends them all
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -106,9 +108,12 @@ def _main(words: Sequence[str] | None, signals: StopSignals) -> int:
 def _say_once(line: str, error: BaseException | None = None) -> None:
     """The run's last line, from the first process that has it to say: what ends them all would be said by each.
 
-    Before they have joined, as where there is no error, the first process of each machine says it.
+    Before they have joined, as where there is no error, the first process of each machine says it. The others give it
+    time for that: torchrun stops all as soon as one has failed.
     """
     if getattr(error, SAID_BY_ANOTHER, os.environ.get("LOCAL_RANK", "0") != "0"):
+        if error:
+            time.sleep(UNTIL_SAID)
         return
     with suppress(OSError):
         print(f"atlas-train: {line}", file=sys.stderr)

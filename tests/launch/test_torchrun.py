@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from atlas_megatron import train
+
 ROOT = Path(__file__).parents[2]
 # What atlas-train does as far as the launcher sees it: it says a line, or saves when it is asked to stop.
 SCRIPT = """
 import os, signal, sys, time
 rank = int(os.environ["RANK"])
 if sys.argv[1] == "error":
+    time.sleep(3 * rank)
     rank or print("atlas-train: what is wrong", file=sys.stderr)
     sys.exit(2)
 if sys.argv[1] == "killed":
@@ -50,6 +53,19 @@ def test_a_users_error_is_its_line_and_status_2(tmp_path: Path) -> None:
     _, said = run.communicate(timeout=120)
     assert run.returncode == 2
     assert said.splitlines() == ["atlas-train: what is wrong"]
+
+
+def test_a_process_with_nothing_to_say_leaves_time_to_the_one_that_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun stops all as soon as one has failed, and a fast one would take the line with it."""
+    slept: list[float] = []
+    monkeypatch.setattr(train.time, "sleep", slept.append)
+    for rank, said, seconds in (("0", True, []), ("1", False, [train.UNTIL_SAID])):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert train.main([str(tmp_path / "none.toml")]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("atlas-train: ") == said and slept == seconds
 
 
 @pytest.mark.slow

@@ -218,7 +218,8 @@ def test_rotary_attention_depends_on_distance_alone_even_far_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "packed"), [("omeganet", True), ("titans", True), ("atlas", False), ("atlas", True), ("atlas, write gate", True)]
+    ("preset", "packed"),
+    [("omeganet", True), ("titans", True), ("atlas", False), ("atlas", True), ("atlas, write gate", True)],
 )
 @pytest.mark.usefixtures("single_process_megatron")
 def test_the_kernels_make_the_same_layer(preset: str, packed: bool) -> None:
