@@ -81,7 +81,7 @@ class Rehearsal:
             (folder / name).symlink_to(ROOT / name)
         (folder / ".venv").symlink_to(sys.prefix)
         self.environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))),
+            "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))), "OMP_NUM_THREADS": "1",
             "ATLAS_BIN": str(Path(sys.executable).parent), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }  # fmt: skip
