@@ -12,7 +12,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from atlas_megatron.cli.ending import GONE, LOST, USER, Ending, ending_of, flushed, print_anything, unforeseen
+from atlas_megatron.cli.ending import (
+    GONE,
+    LOST,
+    UNTIL_SAID,
+    USER,
+    Ending,
+    ending_of,
+    flushed,
+    print_anything,
+    unforeseen,
+)
 from atlas_megatron.cli.quiet import quieten
 from atlas_megatron.resilience.stop_signals import StopSignals
 
@@ -42,7 +52,6 @@ ON_MEMORY = (
 )
 # An attribute of errors that came after the processes had joined.
 SAID_BY_ANOTHER = "said_by_another"
-UNTIL_SAID = 3  # seconds that a process leaves to the one that says what ends them all
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -112,7 +121,7 @@ def _say_once(line: str, error: BaseException | None = None) -> None:
     time for that: torchrun stops all as soon as one has failed.
     """
     if getattr(error, SAID_BY_ANOTHER, os.environ.get("LOCAL_RANK", "0") != "0"):
-        if error:
+        if error is not None:
             time.sleep(UNTIL_SAID)
         return
     with suppress(OSError):

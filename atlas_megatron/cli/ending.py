@@ -11,6 +11,7 @@ import io
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 NON_FINITE, USER, LOST, UNFORESEEN = 1, 2, 3, 5
 # 128 and the signal's number, as shells say it.
 INTERRUPTED, TERMINATED = 130, 143
+UNTIL_SAID = 3  # seconds that a process leaves to the one that says what ends them all: torchrun stops all at the first
 ON_MEMORY = "give it less at once, or take a machine with more memory"
 # What says in a RuntimeError, which has no type of its own, that memory could not be had.
 NO_MEMORY = (
@@ -216,6 +218,8 @@ def _with_output(name: str, status: int, says: bool) -> int:
 
 def _said(name: str, ending: Ending, says: bool) -> int:
     flushed()
+    if not says:
+        time.sleep(UNTIL_SAID)
     with suppress(OSError, ValueError):
         if says and sys.stderr is not None:
             print(f"{name}: {ending.line}", file=sys.stderr, flush=True)

@@ -77,16 +77,13 @@ def tables(
         if name in ran(results, stage, names, comparison.seeds):
             rate = "" if best is None else f"{best:g}"
             by_seed.append((*row, f"{mean(known):.3f}" if known else "", *against, rate))
+    searched = comparison.steps // comparison.share
     seeds_head = (f"seed {seed}" for seed in comparison.seeds)
     return [
         record.Table(("contender", "asks", *seeds_head, "mean", "difference", "sign", "rate"), by_seed),
-        f"Bits per byte at each learning rate, after {_share(comparison)} of the tokens, from the first seed:",
+        f"Bits per byte at each learning rate, after {searched:,} steps, from the first seed:",
         record.Table(("contender", *(f"{rate:g}" for rate in tried), "taken"), by_rate),
     ]
-
-
-def _share(comparison: Protocol) -> str:
-    return {1: "all", protocol.QUARTER: "a quarter"}[comparison.share]
 
 
 def _rates(results: record.Record, stage: str, names: Sequence[str], comparison: Protocol) -> list[float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from atlas_megatron import train
+from atlas_megatron.cli import ending
 
 ROOT = Path(__file__).parents[2]
 # What atlas-train does as far as the launcher sees it: it says a line, or saves when it is asked to stop.
@@ -60,12 +61,20 @@ def test_a_process_with_nothing_to_say_leaves_time_to_the_one_that_has(
 ) -> None:
     """torchrun stops all as soon as one has failed, and a fast one would take the line with it."""
     slept: list[float] = []
-    monkeypatch.setattr(train.time, "sleep", slept.append)
-    for rank, said, seconds in (("0", True, []), ("1", False, [train.UNTIL_SAID])):
+    monkeypatch.setattr(time, "sleep", slept.append)
+
+    def fails() -> int:
+        raise ValueError("what is wrong")
+
+    for rank, says, seconds in (("0", True, []), ("1", False, [ending.UNTIL_SAID])):
         monkeypatch.setenv("LOCAL_RANK", rank)
-        assert train.main([str(tmp_path / "none.toml")]) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("atlas-train: ") == said and slept == seconds
+        for name, of in (
+            ("atlas-train", lambda: train.main([str(tmp_path / "none.toml")])),
+            ("finetune", lambda says=says: ending.command("finetune", fails, says=says)),
+        ):
+            slept.clear()
+            assert of() == 2 and slept == seconds
+            assert capsys.readouterr().err.startswith(f"{name}: ") == says
 
 
 @pytest.mark.slow
