@@ -41,6 +41,7 @@ SILENCED = "train.validate_silenced=true"  # what the memories contribute
 # Members that write raw gradients take fresher anchors. With ATLAS they make the exact outer gradient explode.
 CHUNK_16, DAMPED = "memory.chunk=16", "memory.anchor_gradient=0.3"
 FREE = "memory.residual=false"
+EVERY_8 = "atlas, a write every 8 tokens"
 DRAWN = ("memory.late_keys=false", "memory.open_gate=false", "memory.copy_start=false")
 # The others are compared with the first and have its parameters. A pattern of three blocks is repeated as often as the
 # base's. ATLAS is here with three periods. OmegaNet writes at every token; with one write a chunk, ATLAS could not read
@@ -66,7 +67,7 @@ CONTENDERS: dict[str, Contender] = {
     "atlas, a write a chunk": Contender(
         ("memory.ns_period=64",), "the period, and the retention that follows from it", rate_of="atlas"
     ),
-    "atlas, a write every 8 tokens": Contender(("memory.ns_period=8",), "the period", rate_of="atlas"),
+    EVERY_8: Contender(("memory.ns_period=8",), "the period", rate_of="atlas"),
     "atlas, chunk 16": Contender(
         (CHUNK_16, DAMPED), "fresher anchors, damped; the retention that follows", rate_of="atlas"
     ),
@@ -153,6 +154,7 @@ def describe(results: record.Record, names: Sequence[str], comparison: Protocol)
     """The page, from the numbers."""
     config = load(BASE)
     tokens = comparison.steps * config.train.global_batch * config.model.seq_length
+    begun = standings.ran(results, STAGE, names, comparison.seeds)
     results.write_text(
         "Language modelling at equal parameters and tokens",
         f"Bits per byte of held-out text after {tokens:,} tokens in {comparison.steps:,} steps, from "
@@ -168,6 +170,7 @@ def describe(results: record.Record, names: Sequence[str], comparison: Protocol)
         ],
         [
             standings.seen(results, STAGE, names, comparison.seeds),
+            *([standings.seen(results, STAGE, names, comparison.seeds, EVERY_8)] if EVERY_8 in begun else []),
             standings.quarter(results, STAGE, names, comparison),
         ],
     )

@@ -99,21 +99,24 @@ def said(cell: record.Cell) -> str:
     return f"{reached:.3f}"
 
 
-def seen(results: record.Record, stage: str, names: Sequence[str], seeds: Sequence[int]) -> str:
-    """Who is better than the first and who is worse, by the signs of the differences."""
-    base = protocol.reached(results, stage, names[0], seeds)
+def seen(results: record.Record, stage: str, names: Sequence[str], seeds: Sequence[int], of: str = "") -> str:
+    """Who is better than `of`, by default the first, and who is worse, by the signs of the differences."""
+    of = of or names[0]
+    base = protocol.reached(results, stage, of, seeds)
+    begun = ran(results, stage, names, seeds)
     better, worse, open_yet = [], [], []
-    for name in ran(results, stage, names[1:], seeds):
+    for name in begun:
         difference, sign = protocol.apart(base, protocol.reached(results, stage, name, seeds)) or (0.0, "")
         decided = better if difference < 0 else worse
-        (decided if sign == "every seed" else open_yet).append(name)
-    first = names[0]
+        if name != of:
+            (decided if sign == "every seed" else open_yet).append(name)
     groups = {
-        f"Better than {first} with every seed": better,
-        f"Worse than {first} with every seed": worse,
+        f"Better than {of} with every seed": better,
+        f"Worse than {of} with every seed": worse,
         "Seeds disagree, or are too few": open_yet,
     }
-    groups["Not run yet"] = [name for name in names if name not in ran(results, stage, names, seeds)]
+    if of == names[0]:
+        groups["Not run yet"] = [name for name in names if name not in begun]
     return " ".join(f"{group}: {'; '.join(found)}." for group, found in groups.items() if found)
 
 

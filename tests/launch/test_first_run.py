@@ -25,8 +25,8 @@ PAGE = (ROOT / "docs/cluster_run.md").read_text()
 CONFIG = "mine-340m.toml"
 STEPS = 8
 COMMON = (
-    "train.global_batch=16 train.micro_batch=2 train.warmup_steps=2 train.validate_every=5 "
-    "train.validate_sequences=16 train.log_every=1 train.stats_every=5 train.precision=\"float32\" checkpoint.every=5"
+    "train.global_batch=8 train.micro_batch=1 train.warmup_steps=2 train.validate_every=5 "
+    "train.validate_sequences=8 train.log_every=1 train.stats_every=5 train.precision=\"float32\" checkpoint.every=5"
 )
 # Overrides of the page's configuration, the tokenizer's vocabulary, parameters at the least and at the most.
 SIZES = {
