@@ -116,9 +116,9 @@ def test_recipe(tmp_path: Path) -> None:
 
 
 def test_language_model(tmp_path: Path) -> None:
-    names, rates, seeds = ("atlas", "titans", "c = 1"), (1e-3, 2e-3), (1, 2)
+    names, rates, seeds = ("atlas", "titans", "c = 1", language_model.EVERY_8), (1e-3, 2e-3), (1, 2)
     cells = {protocol.rate_cell("members", name, rate): {"bits_per_byte": 3 + rate} for name in names for rate in rates}
-    reached = {"atlas": (2.0, 2.5), "titans": (1.75, 2.25), "c = 1": (2.25, 2.0)}
+    reached = {"atlas": (2.0, 2.5), "titans": (1.75, 2.25), "c = 1": (2.25, 2.0), language_model.EVERY_8: (1.5, 2.0)}
     for name, found in reached.items():
         for seed, bits in zip(seeds, found, strict=True):
             cells[protocol.seed_cell("members", name, seed)] = {"bits_per_byte": bits}
@@ -127,7 +127,9 @@ def test_language_model(tmp_path: Path) -> None:
     language_model.describe(results, names, compared)
     page = page_of(results)
     assert "| titans | a write a token | 1.750 | 2.250 | 2.000 | -0.250 | every seed | 0.001 |" in page
-    assert "Better than atlas with every seed: titans. Seeds disagree, or are too few: c = 1." in page
+    every_8, said = language_model.EVERY_8, " ".join(page.split())
+    assert f"Better than atlas with every seed: titans; {every_8}. Seeds disagree, or are too few: c = 1." in said
+    assert f"Worse than {every_8} with every seed: atlas; titans. Seeds disagree, or are too few: c = 1." in said
     assert "| titans | 3.001 | 3.002 | 0.001 |" in page and "| c = 1 | 3.001" not in page
     assert "After a quarter of the tokens, each at its best rate: atlas 3.001; titans 3.001" in page
     assert "runs have been made" not in page
