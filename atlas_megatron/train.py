@@ -158,14 +158,15 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print size, FLOPs, memory, communication, layout, an estimate of the time, and what is missing; train "
         "nothing. world=N: on N devices; device=H100: of this kind; memory=80GiB: of this size; mfu=0.3: the part of "
-        "their peak that is reached; in nodes of parallel.devices_per_node (8)",
+        "their peak that is reached; price=2.5: of a device for an hour, for the cost; in nodes of "
+        "parallel.devices_per_node (8)",
     )
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="rank the layouts of world=N devices by estimates (memory, waiting, bytes, MFU), say why the others fall "
-        "out, and train nothing; what is given of parallel.*, train.micro_batch, train.recompute and recompute_layers "
-        "stays. memory=, device= and mfu= as for --dry-run",
+        help="rank the layouts of world=N devices by estimates (memory, waiting, bytes, MFU, hours), say why the others "
+        "fall out, and train nothing; what is given of parallel.*, train.micro_batch, train.recompute and recompute_layers "
+        "stays. memory=, device=, mfu= and price= as for --dry-run",
     )
     return parser
 
@@ -180,7 +181,7 @@ def _dry_run(config: Config, machine: Machine) -> int:
     from atlas_megatron.config.differences import changed_toml
     from atlas_megatron.estimate.dry_run import DryRun
     from atlas_megatron.estimate.machine import in_nodes
-    from atlas_megatron.evaluate.in_training import wrong_with_tasks
+    from atlas_megatron.evaluate.in_training import copy_held, wrong_with_tasks
     from atlas_megatron.model.build import parameter_dtype
     from atlas_megatron.training.readiness import (
         epochs_read,
@@ -201,6 +202,9 @@ def _dry_run(config: Config, machine: Machine) -> int:
     bf16 = parameter_dtype(config).itemsize == 2
     console = Console(soft_wrap=True, highlight=False)
     console.print(DryRun(config, world_size, machine.memory, bf16, machine).report())
+    copied, fits = copy_held(config, world_size, machine.memory)
+    if copied:
+        print(copied if fits else f"does not fit: {copied}")
     # Both are read by people and by launch/slurm.sh: the first would end a run on any machine that sees these files.
     for line in (*wrong, *kept_from, *wrong_with_directory(config)):
         print(f"cannot train yet: {line}")

@@ -18,6 +18,17 @@ from atlas_megatron.config.sections import LATER, RENAMED, Config
 from atlas_megatron.config.shipped import config_file
 from atlas_megatron.config.values import parse_word, toml_value, typed
 
+# Parts of Megatron's words for what has no key here, and what would do.
+NOT_HERE = {
+    "fsdp": "FSDP is not built here. AdamW's states are sharded over data ranks already, Muon's by "
+    "train.muon_layer_wise=true; parallel.tensor, pipeline and context split the rest",
+    "offload": "nothing is offloaded to the CPU. train.recompute=true, a smaller train.micro_batch and more devices "
+    "save memory",
+    "tp_comm": "tensor-parallel communication does not overlap with products here. parallel.sequence=true, or fewer "
+    "parallel.tensor, send less",
+    "mtp": "multi-token prediction is not built here. Leave it out",
+}
+
 
 def load_saved(path: str | Path) -> Config:
     """The configuration that a run saved, which lists all keys of its time: one of LATER that it lacks was not there
@@ -148,6 +159,9 @@ def _check_key(section: str, key: str | None = None) -> None:
         )
     keys = list(_types(section))
     if key is not None and key not in keys:
+        for part, instead in NOT_HERE.items():
+            if part in key:
+                raise ValueError(f"{section}.{key}: {instead} (docs/scale.md)")
         raise ValueError(
             f"unknown config key {f'{section}.{key}'!r}; {_nearest(key, keys)}keys of [{section}]: {', '.join(keys)}"
         )

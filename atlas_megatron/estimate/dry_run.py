@@ -15,8 +15,12 @@ from atlas_megatron.config.context_levels import context_levels
 from atlas_megatron.estimate.machine import MEMORY, SIZES, Machine
 from atlas_megatron.estimate.memory import Footprint, footprint, fullest, micro_batches, parameters_at, stages_at
 from atlas_megatron.estimate.optimizer import moved_by_muon, share_of_update, update_of
+from atlas_megatron.estimate.plan import PRODUCTS, Planner
 from atlas_megatron.estimate.traffic import busiest, hand_off_bubble, pipeline_bubble
 from atlas_megatron.model.build import active_params, flops_per_token, num_params
+
+# The share of a step from which on it is said what takes it.
+SEEN = 0.001
 
 
 @dataclass(frozen=True)
@@ -38,23 +42,28 @@ class DryRun:
         return Group(*parts, self._time(), *self.verdict())
 
     def _time(self) -> Table:
-        """Tokens a second and hours, from FLOPs alone: what a device is taken to reach is a guess."""
-        machine, train = self.machine, self.config.train
-        table = _table("time, estimated from FLOPs")
+        """Tokens a second, hours and cost, by the planner's estimate: what a device is taken to reach is a guess."""
+        machine, config = self.machine, self.config
+        table = _table("time, estimated from FLOPs and messages")
         who = machine.device or "a GPU whose rate is not known"
         table.add_row("device" if machine.said else "device, assumed: none is seen here", who)
-        reached = machine.flops(bf16=self.bf16)
-        if reached is None:
+        if machine.flops(bf16=self.bf16) is None:
             return table
-        rate = reached * self.world_size / flops_per_token(self.config).training
-        if self.config.parallel.pipeline > 1:
-            rate *= 1 - pipeline_bubble(self.config, self.world_size)
-        tokens = tokens_of(self.config, train.steps)
-        kind = "bfloat16" if self.bf16 else "float32"
+        planner = Planner(config, self.world_size, machine, frozenset(), bf16=self.bf16)
+        estimate = planner.estimate(config, self.memory)
+        seconds, kind = estimate.seconds, "bfloat16" if self.bf16 else "float32"
         table.add_row(f"of its {kind} peak, a guess (mfu=)", f"{machine.mfu:.0%}")
+        rate = config.train.global_batch * config.model.seq_length / seconds
         table.add_row("tokens a second, in all", f"{rate:,.0f}")
-        table.add_row("seconds a step", f"{train.global_batch * self.config.model.seq_length / rate:,.3g}")
-        table.add_row("hours of the run", f"{tokens / rate / 3600:,.3g}")
+        table.add_row("seconds a step", f"{seconds:,.3g}")
+        for what, spent in estimate.spent.items():
+            if what != PRODUCTS and spent > SEEN * seconds:
+                table.add_row(f"of these, {what}", f"{spent / seconds:.1%}")
+        table.add_row("hours of the run", f"{estimate.hours:,.3g}")
+        table.add_row("device hours", f"{estimate.hours * self.world_size:,.3g}")
+        if machine.price:
+            cost = estimate.hours * self.world_size * machine.price
+            table.add_row(f"cost, at {machine.price:g} a device hour", f"{cost:,.3g}")
         return table
 
     def verdict(self) -> list[str]:

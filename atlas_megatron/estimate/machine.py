@@ -47,20 +47,22 @@ class Machine:
     device: str = DEVICE  # a key of SIZES; empty: a GPU of this machine whose rate is not known
     mfu: float = MFU
     said: bool = True  # whether anybody named the device, or it is this machine's
+    price: float = 0.0  # of a device for an hour, in any currency; 0: not said
 
     @staticmethod
     def of(words: Sequence[str]) -> Machine:
-        """From `world=N`, `memory=SIZE`, `device=NAME` and `mfu=SHARE`; else of this machine's GPU, or an assumed one.
+        """From `world=N`, `memory=SIZE`, `device=NAME`, `mfu=SHARE` and `price=PRICE`; else this machine's or assumed.
 
-        Raises ValueError for another word, and for what is no number of devices or bytes, no known device or no share.
+        Raises ValueError for another word, and for what is no number of devices or bytes, no known device, no share or
+        no price.
         """
-        given = {"world": "", "memory": "", "device": "", "mfu": ""}
+        given = {"world": "", "memory": "", "device": "", "mfu": "", "price": ""}
         for word in words:
             name, equals, value = word.partition("=")
             if name not in given or not equals:
                 raise ValueError(
                     f"{word!r} is neither an override nor a word of a dry run; write section.key=value, world=1024, "
-                    "memory=80GiB, device=H100 or mfu=0.4"
+                    "memory=80GiB, device=H100, mfu=0.4 or price=2.5"
                 )
             given[name] = value
             if name == "world" and not (value.isdecimal() and 0 < int(value) < 10**9):
@@ -69,7 +71,8 @@ class Machine:
         if given["memory"]:
             memory = _bytes(given["memory"])
         said = bool(given["device"]) or torch.cuda.is_available()
-        return Machine(int(given["world"]) if given["world"] else None, memory, device, _share(given["mfu"]), said)
+        world = int(given["world"]) if given["world"] else None
+        return Machine(world, memory, device, _share(given["mfu"]), said, _price(given["price"]))
 
     def flops(self, *, bf16: bool) -> float | None:
         """What a device is taken to reach, in FLOP/s; None where its peak is not known."""
@@ -128,6 +131,16 @@ def _share(text: str) -> float:
     if not 0 < share <= 1:
         raise ValueError(f"'mfu={text}' is no share of a device's peak; write a number above 0 and up to 1: mfu=0.4")
     return share
+
+
+def _price(text: str) -> float:
+    try:
+        price = float(text or 0)
+    except ValueError:
+        price = -1.0
+    if not 0 <= price < math.inf:
+        raise ValueError(f"'price={text}' is no price of a device for an hour; write a number: price=2.5")
+    return price
 
 
 def _bytes(text: str) -> float:

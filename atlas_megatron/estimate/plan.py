@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from atlas_megatron.config import Config, layers_of
+from atlas_megatron.config.batch_ramp import tokens_of
 from atlas_megatron.config.checks import data_parallel_size, validate
 from atlas_megatron.config.layers import CUT, EXPERTS
 from atlas_megatron.config.scale_checks import forwards_again
@@ -38,7 +39,7 @@ CHOSEN = (
 )
 Sizes = tuple[int, int, int, int]  # tensor, pipeline, context, data
 VIRTUAL = (1, 2, 4, 8)
-PIPELINE, STATES = "waiting in the pipeline", "waiting for states"
+PRODUCTS, PIPELINE, STATES = "products", "waiting in the pipeline", "waiting for states"
 # Reduced while the backward of the last micro-batch still runs.
 BESIDE = (Kind.GRADIENTS, Kind.GRADIENT_SUM, Kind.EXPERT_GRADIENTS)
 
@@ -57,6 +58,13 @@ class Estimate:
     @property
     def seconds(self) -> float:
         return sum(self.spent.values())
+
+    @property
+    def hours(self) -> float:
+        """Of the whole run."""
+        config = self.config
+        tokens = tokens_of(config, config.train.steps)
+        return tokens / (config.train.global_batch * config.model.seq_length) * self.seconds / 3600
 
     @property
     def waiting(self) -> float:
@@ -158,7 +166,7 @@ class Planner:
         seconds = {kind: size / self._link(config, kind) for kind, size in sent.items()}
         beside = sum(seconds[kind] for kind in BESIDE if kind in seconds)
         spent = {
-            "products": even,
+            PRODUCTS: even,
             "uneven stages": products - even,
             "recomputation": again,
             PIPELINE: piped - worked,

@@ -20,7 +20,7 @@ def report(planner: Planner, plan: Plan) -> Group:
     parts: list[RenderableType] = []
     if plan.fitting:
         best = plan.fitting[:BEST]
-        parts += [_best(planner, plan), "words of each, for the command line:"]
+        parts += [_best(planner, plan), _cost(planner, best[0]), "words of each, for the command line:"]
         parts += [f"  {place}: {words(planner.config, one.config)}" for place, one in enumerate(best, 1)]
     else:
         parts.append(_none(planner, plan))
@@ -45,7 +45,7 @@ def _best(planner: Planner, plan: Plan) -> Table:
     layouts = f"layout{'s' if len(plan.fitting) > 1 else ''}"
     table = Table(
         *("", "tensor", "pipeline", "context", "data", "micro-batch", "besides", "memory", "waiting", "sent a step"),
-        *("s a step", "MFU"),
+        *("s a step", "MFU", "hours"),
         title=f"{planner.world_size:,} devices of {_gib(planner.machine.memory)}: the best of {len(plan.fitting)} "
         f"{layouts} that fit, by estimates",
         pad_edge=False,
@@ -60,10 +60,18 @@ def _best(planner: Planner, plan: Plan) -> Table:
         table.add_row(
             *(str(place), tensor, stages, context, data, str(train.micro_batch), ", ".join(besides)),
             *(_gib(one.memory), f"{one.waiting:.1%}", _gib(one.sent), f"{one.seconds:.3g}", f"{one.mfu:.1%}"),
+            f"{one.hours:,.3g}",
         )
     for column in table.columns[7:]:
         column.justify = "right"
     return table
+
+
+def _cost(planner: Planner, best: Estimate) -> str:
+    """Hours of all devices, and what they cost where somebody said the price of one."""
+    hours, price = best.hours * planner.world_size, planner.machine.price
+    cost = f", which cost {hours * price:,.3g} at {price:g} each" if price else " (price=2.5 adds what they cost)"
+    return f"the run with the first: {hours:,.3g} device hours{cost}"
 
 
 def _none(planner: Planner, plan: Plan) -> str:

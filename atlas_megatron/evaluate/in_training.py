@@ -161,8 +161,9 @@ def watcher_of(config: Config, world_size: int) -> InTraining | None:
     Raises ValueError as InTraining, and where a copy of the model would not fit on this machine.
     """
     watcher = _watcher_of(config)
-    if watcher and is_split(config):
-        _check_room(config, world_size)
+    line, fits = copy_held(config, world_size, memory_of_a_process())
+    if not fits:
+        raise ValueError(line)
     return watcher
 
 
@@ -258,15 +259,19 @@ def _recall(name: str, tokenizer: Tokenizer, lengths: tuple[int, ...]) -> _Task:
     return _Task(lengths, compute, score, {})
 
 
-def _check_room(config: Config, world_size: int) -> None:
-    """Raise ValueError where the copy of the whole model does not fit beside what a process trains."""
+def copy_held(config: Config, world_size: int, memory: float) -> tuple[str, bool]:
+    """What evaluations and samples hold on a device of so many bytes, and whether it fits; empty without a copy."""
+    train = config.train
+    if not (train.evaluate_every or train.sample_every) or not is_split(config):
+        return "", True
     bf16 = parameter_dtype(config).itemsize == 2
     held = footprint(config, world_size, fullest(config, world_size, bf16=bf16), bf16=bf16)
     kept = held.parameters + held.gradients + held.optimizer
-    copy, most = num_params(config) * parameter_dtype(config).itemsize, memory_of_a_process()
-    if kept + copy > most:
-        raise ValueError(
-            f"train.evaluate_every={config.train.evaluate_every} and sample_every={config.train.sample_every} read a "
-            f"copy of the whole model, {said(copy)} beside {said(kept)} that a device trains, and it has {said(most)}; "
-            "set both to 0, and run atlas-eval on a checkpoint"
-        )
+    copy = num_params(config) * parameter_dtype(config).itemsize
+    line = (
+        f"train.evaluate_every={train.evaluate_every} and sample_every={train.sample_every} read a copy of the whole "
+        f"model, {said(copy)} beside {said(kept)} that a device trains, and it has {said(memory)}"
+    )
+    if kept + copy <= memory:
+        return line, True
+    return f"{line}; set both to 0, and run atlas-eval on a checkpoint", False

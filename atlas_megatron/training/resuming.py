@@ -75,6 +75,7 @@ def _checked(config: Config, folder: Path | None, wrong: list[str]) -> Start:
     checkpoint.check_same_model(folder, config)
     if not step:
         return Start(folder, wrong, before, config)
+    checkpoint.check_same_states(config, before)
     ours, theirs = config.train, before.train
     if own and ours.decay_from != theirs.decay_from:
         raise ValueError(

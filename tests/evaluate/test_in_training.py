@@ -187,6 +187,9 @@ def test_a_copy_that_does_not_fit_is_refused_before_the_first_step(
     with pytest.raises(ValueError, match="train.evaluate_every=2 and sample_every=0 read a copy of the whole"):
         in_training.watcher_of(config, 2)
     assert not in_training.wrong_with_tasks(config), "a dry run asks for other machines"
+    line, fits = in_training.copy_held(config, 2, 2.0**30)
+    assert fits and "read a copy of the whole model" in line and "set both to 0" not in line
+    assert in_training.copy_held(load(root / "tiny.toml", WATCHED), 2, 1.0) == ("", True)
     assert in_training.watcher_of(load(root / "tiny.toml", WATCHED), 2), "one process holds all of it, without a copy"
     assert in_training.watcher_of(load(root / "tiny.toml"), 2) is None
 

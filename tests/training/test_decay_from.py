@@ -62,6 +62,7 @@ def test_it_goes_on_where_the_stable_run_stood(root: Path, capsys: pytest.Captur
         (["{}/stable:4", "run.seed=1"], "was trained with run.seed=1234, which is 1 now"),
         (["{}/stable:4", "memory.window=8"], "is of another model: memory.window: 8, the checkpoint has 4"),
         (["{}/stable:4", "run.directory={}/stable"], "is the run's own directory"),
+        (["{}/stable:4", "train.optimizer=muon"], "holds another optimizer's states: train.optimizer: 'muon', the"),
     ],
 )
 def test_what_cannot_be_branched_off_is_refused(
@@ -78,6 +79,16 @@ def test_what_cannot_be_branched_off_is_refused(
         assert said in (out if more else err) and "Traceback" not in err
         assert status == (0 if more else 2)
     assert not (root / "refused").exists()
+
+
+def test_another_optimizer_is_refused_by_the_dry_run_too(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A resume says what keeps it from starting before anything is built."""
+    words = [str(root / "tiny.toml"), *STABLE, f"run.directory={root}/stable", "train.steps=8", "train.optimizer=muon"]
+    refused = "holds another optimizer's states: train.optimizer: 'muon', the checkpoint has 'adamw'"
+    assert main([*words, "--dry-run"]) == 0
+    assert f"cannot train yet: the checkpoint of {root}/stable {refused}" in capsys.readouterr().out
+    assert main(words) == 2
+    assert refused in capsys.readouterr().err
 
 
 def test_a_damaged_step_is_refused_and_a_run_does_not_change_where_it_came_from(
