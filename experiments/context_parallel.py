@@ -188,9 +188,10 @@ def describe(results: record.Record, grid: Grid) -> None:
         cell = results.cells[layout.name]
         work, seconds = sum(cell["work_seconds"]), modelled(results, layout)
         sent = max(map(sum, zip(*cell["sent_bytes"].values(), strict=True))) / 2**20
-        wall = f"{1e3 * cell['wall_seconds']:.0f}" if layout.ranks <= cores else ""
+        wall, faster = cell["wall_seconds"], results.cells[LAYOUTS[0].name]["wall_seconds"] / cell["wall_seconds"]
+        measured = (f"{1e3 * wall:.0f}", f"{faster:.2f}") if layout.ranks <= cores else ("", "")
         row = (layout.name, f"{1e3 * work:.0f}", f"{work / base:.2f}", f"{sent:.2f}", f"{1e3 * seconds:.0f}")
-        rows.append((*row, f"{base / seconds:.2f}", wall))
+        rows.append((*row, f"{base / seconds:.2f}", *measured))
     head = ("layout", "work, ms", "work / one rank's", "sent by a rank, MiB", "modelled, ms", "modelled speed-up")
     observed = ["What a hand-off sends does not grow with the tokens; an all-to-all's bytes do."]
     if any(layout.ranks > cores for layout in LAYOUTS):
@@ -203,7 +204,10 @@ def describe(results: record.Record, grid: Grid) -> None:
         f"chunk takes five Newton-Schulz steps. Times are medians of {grid.rounds} rounds after one to warm up. "
         "*Work*: the processes' own time, added up. *Sent by a rank*: by the one that sends most. *Modelled*: the time "
         "with a core for each process. *Measured*: the wall clock, where each process had a core.",
-        [record.Table((*head, "measured, ms"), rows), *(compared_blocks(results, grid) if grid.run else ())],
+        [
+            record.Table((*head, "measured, ms", "measured speed-up"), rows),
+            *(compared_blocks(results, grid) if grid.run else ()),
+        ],
         observed,
     )
 

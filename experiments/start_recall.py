@@ -83,8 +83,8 @@ OBSERVED = (
     "atlas++ recalls far more than all others beyond 64 pairs. Of the last 16 pairs DeltaNet recalls most: it writes "
     "at every token, without momentum.",
     "With one write a chunk ATLAS recalls next to nothing at the start. It forgets four times as fast then.",
-    "More recall at the start is not a better model at the end. In docs/results/language_model.md OmegaNet ends better "
-    "with the longer columns, and ATLAS no better with twice the step.",
+    "More recall at the start is not a better model at the end. OmegaNet [ends better](language_model.md) with the "
+    "longer columns, from one seed.",
     "The keys are random. Those of a trained model are correlated, and not all of them are asked for.",
 )
 QUICK = ("atlas", "atlas++", "OmegaNet", "DeltaNet")

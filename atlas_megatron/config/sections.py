@@ -105,12 +105,12 @@ class MemoryConfig:
     write_gate: bool = False
     conv_size: int = 4  # taps of the short convolutions on q, k, v
     # At the start a key is the query of the token before it. A memory then answers with what followed its query, and
-    # learns to recall sooner (docs/results/mqar.md). False: keys are drawn independently.
+    # learns to recall sooner (docs/results/mad.md). False: keys are drawn independently.
     late_keys: bool = True
     # The output gate has a bias that starts where SiLU is one. Without it reads start scaled by small random numbers.
     open_gate: bool = True
     # Values start as the token alone, and the output matrix as the transpose of the values' matrix. With late_keys and
-    # open_gate a memory starts by saying the token that followed what it is asked for (docs/results/recipe.md).
+    # open_gate a memory starts by saying the token that followed what it is asked for (docs/results/mad.md).
     copy_start: bool = True
     gate_rank: int = 32  # rank of the bottlenecks behind alpha, eta, theta, gamma
     # Retention of one token at initialisation; 0 derives it. With Newton-Schulz: 0.9975 in chunks of 64 with four

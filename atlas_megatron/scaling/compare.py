@@ -29,7 +29,7 @@ AGAINST = {"compute": "training compute (FLOPs)", "parameters": "parameters, emb
 METHOD = (
     "E + A x^-a is fitted by least squares of relative residuals over a grid of E. Error bars are the middle 80 % of "
     f"{DRAWS} refits to resampled residuals, widened by (n / (n - p))^0.5. They are too narrow for so few points: on "
-    "made-up curves with 4 to 8 points, they hold the true exponent in 61 to 71 %"
+    "synthetic curves with 4 to 8 points, they hold the true exponent in 61 to 71 %"
 )
 
 

@@ -6,7 +6,7 @@ lowest loss at which their sum is smallest, found on a coarse grid and then on a
 
 The error bars: the points' residuals, times (n / (n - p))^0.5 for p fitted numbers, are drawn anew with replacement
 onto the fitted curve, DRAWS times, and each draw is fitted again; the bars hold the middle 80 % of what came out. With
-few points they are too narrow: of made-up curves with noise of 0.5 % over a factor of 1,000, the exponent lay within
+few points they are too narrow: of synthetic curves with noise of 0.5 % over a factor of 1,000, the exponent lay within
 in 61, 66 and 71 % of fits of 4, 5 and 8 points. And they know nothing of what other seeds would have done.
 """
 
@@ -140,9 +140,9 @@ def _notes(where: ndarray, count: int, draws: ndarray, offset: float, *, with_of
     if not with_offset:
         notes.append(f"{count} points are too few for E: a power law without it (E = 0); 4 are the least")
     elif count == LEAST_FOR_OFFSET:
-        notes.append("4 points for 3 numbers: the error bars rest on one left-over")
+        notes.append("4 points for 3 numbers: the error bars rest on one degree of freedom")
     if with_offset and (offset == 0 or (draws[:, 0] == 0).mean() > 1 - MIDDLE[1]):
-        notes.append("the points do not hold E away from 0")
+        notes.append("E cannot be told from 0")
     if where.max() / where.min() < NARROW:
         notes.append(f"the points span a factor of {where.max() / where.min():.2g}, less than {NARROW:.0f}")
     return tuple(notes)

@@ -75,8 +75,7 @@ def tables(
         against = (f"{apart[0]:+.3f}", apart[1]) if apart else ("", "")
         row = (name, contenders[name].asks, *map(said, seeds))
         if name in ran(results, stage, names, comparison.seeds):
-            rate = "" if best is None else f"{best:g}"
-            by_seed.append((*row, f"{mean(known):.3f}" if known else "", *against, rate))
+            by_seed.append((*row, f"{mean(known):.3f}" if known else "", *against, _trained_at(seeds)))
     searched = comparison.steps // comparison.share
     seeds_head = (f"seed {seed}" for seed in comparison.seeds)
     return [
@@ -89,6 +88,12 @@ def tables(
 def _rates(results: record.Record, stage: str, names: Sequence[str], comparison: Protocol) -> list[float]:
     """All rates at which any of the contenders was tried, ascending."""
     return sorted({rate for name in names for rate in protocol.rates_of(results, stage, name, comparison)})
+
+
+def _trained_at(cells: Sequence[record.Cell]) -> str:
+    """The learning rates that runs were given."""
+    given = {word.removeprefix("train.lr=") for cell in cells for word in cell.get("words", ())}
+    return ", ".join(sorted(rate for rate in given if rate[:1].isdigit()))
 
 
 def said(cell: record.Cell) -> str:

@@ -91,7 +91,7 @@ def test_numbers_are_read_as_people_type_them(empty: Path, word: str, value: obj
         ("parallel.fsdp=true", "parallel.fsdp: FSDP is not built here. AdamW's states are sharded over data ranks"),
         ("train.use_megatron_fsdp=true", "Muon's by train.muon_layer_wise=true; parallel.tensor, pipeline and context"),
         ("train.optimizer_cpu_offload=true", "nothing is offloaded to the CPU. train.recompute=true, a smaller"),
-        ("parallel.tp_comm_overlap=true", "parallel.sequence=true, or fewer parallel.tensor, send less (docs/scale.md)"),
+        ("parallel.tp_comm_overlap=true", "parallel.sequence=true, or fewer parallel.tensor, send less (docs"),
         ("model.mtp_num_layers=1", "multi-token prediction is not built here"),
         ("trian.steps=3", "unknown config section 'trian'; did you mean 'train'?"),
         ("train.steps=few", "train.steps='few' is of type str; it must be a whole number"),

@@ -121,7 +121,9 @@ def test_language_model(tmp_path: Path) -> None:
     reached = {"atlas": (2.0, 2.5), "titans": (1.75, 2.25), "c = 1": (2.25, 2.0), language_model.EVERY_8: (1.5, 2.0)}
     for name, found in reached.items():
         for seed, bits in zip(seeds, found, strict=True):
-            cells[protocol.seed_cell("members", name, seed)] = {"bits_per_byte": bits}
+            cells[protocol.seed_cell("members", name, seed)] = {
+                "bits_per_byte": bits, "words": ["train.steps=12", "train.lr=0.001"]
+            }
     results = made_up("language_model", tmp_path, cells)
     compared = protocol.Protocol(language_model.BASE, (), 12, rates, seeds, tmp_path)
     language_model.describe(results, names, compared)
