@@ -15,9 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.lines import Lines, figures
+
 ROOT = Path(__file__).resolve().parents[1]
 ESTIMATES = ROOT / "kernels" / "estimates.json"
-MEASURED = ROOT / "docs" / "results" / "gpu" / "check.json"
+MEASURED = ROOT / "docs" / "results" / "gpu"
 # FLOPs a second of one H200's tensor cores in bfloat16, as it is sold, and of a large product, as it was measured.
 PEAK, PRODUCT = 989e12, 751e12
 Sections = Mapping[str, Any]
@@ -35,7 +37,8 @@ REST = "torch.compile, edges, ncu"
 class Goal:
     """what is measured by figure(sections), which raises KeyError where it was not; bound: at least, or at most.
 
-    estimate: the bound by arithmetic, of `ops` of kernels/estimates.json; None where there is none.
+    estimate: the bound by arithmetic, of `ops` of kernels/estimates.json; None where there is none. quotient: it is one
+    of two bounds, which bounds nothing.
     """
 
     what: str
@@ -43,20 +46,21 @@ class Goal:
     figure: Callable[[Sections], float]
     at_most: bool = False
     estimate: Callable[[Estimates], float] | None = None
+    quotient: bool = False
 
     def row(self, sections: Sections, estimates: Estimates | None = None) -> str:
         """The goal, its bound where there are estimates, the figure of this run and whether it reaches the goal."""
         words = f"| {self.what} | {'at most' if self.at_most else 'at least'} {number(self.bound)} "
         if estimates is not None:
             # A time is at least so long, a rate at most so high.
-            side = "at least" if self.at_most else "at most"
+            side = "of two bounds:" if self.quotient else "at least" if self.at_most else "at most"
             words += f"| {side} {number(self.estimate(estimates))} " if self.estimate else "| "
         try:
             found = self.figure(sections)
         except KeyError:
             return words + "| not run | |"
         reached = found <= self.bound if self.at_most else found >= self.bound
-        return words + f"| {number(found)} | {'reached' if reached else f'{found / self.bound:.2f} of it'} |"
+        return words + f"| {number(found)} | {found / self.bound:.2f} ({'reached' if reached else 'missed'}) |"
 
 
 def number(figure: float) -> str:
@@ -98,8 +102,8 @@ def seconds_at_least(op: str, estimates: Estimates) -> float:
     return float(max(estimates[op]["gpu_seconds"], estimates[op]["host_seconds"]))
 
 
-def ratio_at_least(one: str, other: str, estimates: Estimates) -> float:
-    """Seconds of one op in those of another of as many tokens."""
+def ratio_of_bounds(one: str, other: str, estimates: Estimates) -> float:
+    """The bound of one op's seconds in that of another of as many tokens. It says where work is missing, no limit."""
     return seconds_at_least(one, estimates) / seconds_at_least(other, estimates)
 
 
@@ -159,27 +163,27 @@ GOALS = (
     Goal(
         "ATLAS, a write a chunk: times omeganet's seconds", 1.5,
         partial(seconds_of, "atlas, a write a chunk: triton", OMEGANET), at_most=True,
-        estimate=partial(ratio_at_least, ONCE, OMEGANET_OP),
+        estimate=partial(ratio_of_bounds, ONCE, OMEGANET_OP), quotient=True,
     ),
     Goal(f"{CHUNKWISE}: MFU, inner loop counted", 0.35, partial(trained, CHUNKWISE, "mfu"), estimate=mfu_at_most),
     Goal(f"{CHUNKWISE}: peak memory of 64K tokens a step, GB", 60, partial(gigabytes, CHUNKWISE), at_most=True),
     Goal(
         "atlas-340m, 32K x 1: times the seconds a token of 4K x 8", 1.5, slower_for_length, at_most=True,
-        estimate=partial(ratio_at_least, "once, B=1 T=32768", ONCE),
+        estimate=partial(ratio_of_bounds, "once, B=1 T=32768", ONCE), quotient=True,
     ),
 )  # fmt: skip
 
 
 def table(sections: Sections, estimates: Estimates | None = None) -> str:
     """Every goal with what this run measured; with estimates, also with the bounds that follow from them."""
-    head = ["what", "goal on one H200", *([] if estimates is None else ["bound by arithmetic"]), "measured", ""]
-    rows = [f"| {' | '.join(head)} |".replace("|  |", "| |"), "|---" * len(head) + "|"]
+    head = ["what", "goal on one H200", *([] if estimates is None else ["bound by arithmetic"]), "measured", "measured / goal"]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     return "\n".join([*rows, *(goal.row(sections, estimates) for goal in GOALS)]) + "\n"
 
 
 def committed() -> str:
-    """The table of the committed run and the committed bounds."""
-    sections = json.loads(MEASURED.read_text(encoding="utf-8"))["sections"]
+    """The table of the committed runs, of each figure the newest, and of the committed bounds."""
+    sections = figures(Lines(MEASURED).read())
     return table(sections, json.loads(ESTIMATES.read_text(encoding="utf-8"))["ops"])
 
 

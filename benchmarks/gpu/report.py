@@ -40,7 +40,10 @@ def markdown(report: dict[str, Any]) -> str:
     title = f"# {dry if report.get('dry_run') else report.get('device')}"
     rows = [title, "", f"`{report.get('command')}` at {report.get('commit')}", ""]
     if not report.get("dry_run"):
-        rows.append(goals.table(report["sections"]))
+        rows += [
+            "The last run; check.jsonl has every one. *Green*: all errors are within the tolerances of "
+            "benchmarks/gpu/numerics.py.", "", goals.table(report["sections"]),
+        ]  # fmt: skip
     rows += ["| what | figure |", "|---|---|", *_rows("", report["sections"])]
     rows += [f"| {name} | not run: {why} |" for name, why in report["not_run"].items()]
     return "\n".join(rows) + "\n"
