@@ -106,10 +106,12 @@ def _seen(results: record.Record, names: Sequence[str], seeds: Sequence[int]) ->
     if not found:
         return []
     best, last = (choose(found, key=lambda name: found[name][0]) for choose in (min, max))
-    decided = sum(sign == "every seed" for _, sign in found.values())
+    several = [sign for _, sign in found.values() if sign != "one seed"]
+    alike = several.count("every seed")
+    decided = f"Of {len(several)} differences of several seeds, {alike} have one sign in every seed."
     return [
         f"The lowest of the other rows is *{best}*, at {found[best][0]:+.3f} from {names[0]}. The highest is *{last}*, "
-        f"at {found[last][0]:+.3f}. Of {len(found)} differences, {decided} have one sign in every seed of several."
+        f"at {found[last][0]:+.3f}. {decided if several else 'No row has several seeds yet.'}"
     ]
 
 
