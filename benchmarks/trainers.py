@@ -2,8 +2,8 @@
 
 Every contender is configs/quickstart.toml with other mixers, its MLPs as wide as makes all equal in parameters. A step
 has the same number of tokens at every length. Contenders train in turn, round after round, each in a process of its
-own; figures are medians over the steps of all rounds but each run's first. Run `make quickstart` once before, for its
-data.
+own; figures are medians over the steps of all rounds but each run's first two. Run `make quickstart` once before, for
+its data.
 """
 
 from __future__ import annotations

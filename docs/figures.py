@@ -74,17 +74,19 @@ def trainers() -> str:
     """benchmarks.trainers: tokens a second by kind of model and length."""
     speeds = read("trainers_cpu.json")["tokens_per_second"]
     lengths = list(next(iter(speeds.values())))
-    rows = [["tokens/s with blocks of", *(f"{int(length):,} tokens" for length in lengths)]]
+    rows = [["tokens/s at sequence length", *(f"{int(length):,} tokens" for length in lengths)]]
     return made(rows + [[kind, *(f"{by[length]:,.0f}" for length in lengths)] for kind, by in speeds.items()])
 
 
 def presets() -> str:
     """benchmarks.presets: seconds beside OmegaNet's, and what packed documents add."""
     found = read("presets_cpu.json")
-    packed = found["packed_over_whole"]
-    rows = [["preset", "times OmegaNet's seconds", *(f"{name} documents, more" for name in packed)]]
+    packed, cuts = found["packed_over_whole"], found["documents"]
+    heads = [f"extra time: {len(cuts[name])} documents in {sum(cuts[name]):,} tokens" for name in packed]
+    rows = [["preset", "times OmegaNet's seconds", *heads]]
     for preset, ratio in found["of_omeganet"].items():
-        more = [f"{100 * (by[preset] - 1):+.0f} %" if preset in by else "" for by in packed.values()]
+        percents = [round(100 * (by[preset] - 1)) if preset in by else None for by in packed.values()]
+        more = ["" if n is None else f"{n:+d} %" if n else "0 %" for n in percents]
         rows.append([preset, f"{ratio:.2f}", *more])
     return made(rows)
 
