@@ -164,8 +164,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="rank the layouts of world=N devices by estimates (memory, waiting, bytes, MFU, hours), say why the others "
-        "fall out, and train nothing; what is given of parallel.*, train.micro_batch, train.recompute and "
+        help="rank the layouts of world=N devices by estimates (memory, waiting, bytes, MFU, hours), say why the "
+        "others fall out, and train nothing; what is given of parallel.*, train.micro_batch, train.recompute and "
         "recompute_layers stays. memory=, device=, mfu= and price= as for --dry-run",
     )
     return parser

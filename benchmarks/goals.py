@@ -176,7 +176,8 @@ GOALS = (
 
 def table(sections: Sections, estimates: Estimates | None = None) -> str:
     """Every goal with what this run measured; with estimates, also with the bounds that follow from them."""
-    head = ["what", "goal on one H200", *([] if estimates is None else ["bound by arithmetic"]), "measured", "measured / goal"]
+    bound = [] if estimates is None else ["bound by arithmetic"]
+    head = ["what", "goal on one H200", *bound, "measured", "measured / goal"]
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     return "\n".join([*rows, *(goal.row(sections, estimates) for goal in GOALS)]) + "\n"
 

@@ -95,8 +95,8 @@ FORMER = "former: "
 # Of the whole comparison; the numbers behind it are in the JSON.
 OBSERVED = (
     "At a rate of 0.006 OmegaNet ends 0.04 bits per byte ahead of ATLAS with a write every 8 tokens, in both seeds "
-    "that have run. In the first seed its short run at this rate exploded, with a gradient norm of 1e18. At 0.003 it ended "
-    "at 1.323, behind that ATLAS.",
+    "that have run. In the first seed its short run at this rate exploded, with a gradient norm of 1e18. At 0.003 it "
+    "ended at 1.323, behind that ATLAS.",
     "ATLAS at 0.012 is worse than at 0.006. None of its runs exploded.",
 )
 
@@ -151,8 +151,8 @@ def former(results: record.Record) -> list[str | record.Table]:
         return []
     return [
         "Starts and rates that were tried before, from the first seed where no other is named, and of ATLAS where no "
-        "other member is. *W2* is the length of its columns, *step* that of a write of 16 tokens. *A quarter* is one of the "
-        "tokens, else all of them:",
+        "other member is. *W2* is the length of its columns, *step* that of a write of 16 tokens. *A quarter* is one "
+        "of the tokens, else all of them:",
         record.Table(("start", "bits per byte", "largest gradient norm"), rows),
     ]
 
@@ -169,7 +169,8 @@ def describe(
         f"Bits per byte of held-out text after {tokens:,} tokens in {comparison.steps:,} steps, from "
         f"{record.seeds_said(comparison.seeds)}. All models have {protocol.parameters(config):,} parameters, equal "
         "within 1 %. By the protocol each contender trains at every learning rate for a quarter of the tokens, and at "
-        f"the best of them from every seed; the tables have what has run. *Difference*: the contender's bits less those of {names[0]}, so less than zero is better. "
+        f"the best of them from every seed; the tables have what has run. *Difference*: the contender's bits less "
+        f"those of {names[0]}, so less than zero is better. "
         "It counts where it has one sign in every seed."
         f"{standings.made(results, STAGE, names, comparison.seeds)}",
         [
