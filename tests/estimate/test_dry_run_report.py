@@ -58,6 +58,8 @@ def test_a_thousand_devices_on_one_processor(capsys: pytest.CaptureFixture[str])
         (["world=many"], "'world=many' is no number of devices"),
         (["memory=80"], "'memory=80' is no size; write a number and one of MiB, GiB"),
         (["memory=0GiB"], "'memory=0GiB' is no size"),
+        (["price=-1"], "'price=-1' is no price of a device for an hour; write a number: price=2.5"),
+        (["price=nan"], "'price=nan' is no price"),
         (["parallel.tensr=2"], "unknown config key"),
         (["device=H1"], "'device=H1' is unknown; choose one of A100, H100, H200, B200"),
         (["mfu=2"], "'mfu=2' is no share of a device's peak"),
@@ -83,12 +85,12 @@ def test_the_device_is_said_and_the_time_follows_from_it(
     assert main([str(LARGE), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "device, assumed: none is seen here" in said and "(assumed: H100; memory= or device= says otherwise)" in said
-    assert main([str(LARGE), "--dry-run", "device=A100", "mfu=0.5", "world=8"]) == 0
+    assert main([str(LARGE), "--dry-run", "device=A100", "mfu=0.5", "world=1"]) == 0
     said = capsys.readouterr().out
     assert "assumed" not in said
     config = load(LARGE)
     tokens = config.train.steps * config.train.global_batch * config.model.seq_length
-    rate = 8 * 312e12 * 0.5 / flops_per_token(config).training
+    rate = 312e12 * 0.5 / flops_per_token(config).training
     for line in (f"{rate:,.0f}", f"{tokens / rate / 3600:,.3g}", "50%"):
         assert line in said
 

@@ -141,6 +141,28 @@ def test_the_shipped_340m_on_sixty_four_devices(
         assert replace(again, parallel=replace(again.parallel, devices_per_node=8)) == one.config
         assert one.memory <= 80 * 2**30
     assert len(plan.fitting) + len(plan.others) == 84
+    hours = 64 * first.hours
+    assert first.hours == pytest.approx(28610 * first.seconds / 3600)
+    assert f"the run with the first: {hours:,.3g} device hours (price=2.5 adds what they cost)" in said
+
+
+def test_the_dry_run_says_the_planners_time_and_what_the_run_costs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layout that recomputes and sends, with Muon: none of it is free."""
+    monkeypatch.setenv("COLUMNS", "250")
+    words = ["parallel.tensor=2", "train.recompute=true", "train.optimizer=muon"]
+    assert main([str(LARGE), *words, "--dry-run", "world=8", "device=H100", "price=2.5"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    machine = Machine.of(["device=H100"])
+    planner = Planner(in_nodes(load(LARGE, words)), 8, machine, frozenset(), bf16=True)
+    found = planner.estimate(planner.config, 0.0)
+    assert f"seconds a step │ {found.seconds:,.3g}" in said
+    for what in ("recomputation", "messages", "Muon's products"):
+        assert f"of these, {what} │ {found.spent[what] / found.seconds:.1%}" in said and found.spent[what] > 0
+    assert f"hours of the run │ {found.hours:,.3g}" in said
+    assert f"device hours │ {8 * found.hours:,.3g}" in said
+    assert f"cost, at 2.5 a device hour │ {20 * found.hours:,.3g}" in said
 
 
 @pytest.mark.parametrize(
