@@ -94,9 +94,9 @@ OPTIMIZERS: dict[str, Contender] = {
 FORMER = "former: "
 # Of the whole comparison; the numbers behind it are in the JSON.
 OBSERVED = (
-    "At a rate of 0.006 OmegaNet ends 0.04 bits per byte ahead of ATLAS with a write every 8 tokens, in both seeds "
-    "that have run. In the first seed its short run at this rate exploded, with a gradient norm of 1e18. At 0.003 it "
-    "ended at 1.323, behind that ATLAS.",
+    "At a rate of 0.006 OmegaNet ends 0.04 bits per byte ahead of ATLAS with a write every 8 tokens, in every seed. "
+    "Its short run at this rate exploded in the first seed, with a gradient norm of 1e18; none of its whole runs did. "
+    "At 0.003 it ended at 1.323, behind that ATLAS.",
     "ATLAS at 0.012 is worse than at 0.006. None of its runs exploded.",
 )
 
