@@ -28,7 +28,7 @@ def layout(tensor: int, pipeline: int, context: int, data: int) -> Layout:
     return Layout(tensor * pipeline * context * data, parallel, CUTS[pipeline])
 
 
-# Every pair of these; the others go on from the last of them, and the first goes on from them.
+# Pairs of these; the others go on from the last of them, and the first goes on from them.
 MATRIX = {f"t{t} p{p} d{d}": layout(t, p, 1, d) for t, p, d in product((1, 2), repeat=3)}
 OTHERS = {
     "t1 p1 c2 d1": layout(1, 1, 2, 1),
@@ -42,7 +42,11 @@ OTHERS = {
     "interleaved": LAYOUTS["interleaved"],
 }
 ALL = MATRIX | OTHERS
-PAIRS = [*product(MATRIX, MATRIX), *product(["t2 p2 d2"], OTHERS), *product(OTHERS, ["t1 p1 d1"])]
+# From and to: a degree moves in four ways, and any two of the three in all sixteen. Each layout is left and entered.
+MOVES = [(1, 1), (1, 2), (2, 1), (2, 2)]
+MOVED = [tuple(zip(MOVES[t], MOVES[p], MOVES[t ^ p][::-1], strict=True)) for t, p in product(range(4), repeat=2)]
+WITHIN = [tuple("t{} p{} d{}".format(*degrees) for degrees in pair) for pair in MOVED]
+PAIRS = [*WITHIN, *product(["t2 p2 d2"], OTHERS), *product(OTHERS, ["t1 p1 d1"])]
 
 
 def losses(folder: Path) -> list[float]:

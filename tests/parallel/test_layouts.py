@@ -26,9 +26,10 @@ TOLERANCE = 1e-4
 EXACT = 1e-6  # of float64; core sums gradient norms in float32
 STEPS = 10
 SHORT = ("memory", "tensor")  # the layout that `make test` tries
-# Muon's own Newton-Schulz sees gradients of which the layouts agree to rounding.
-WITH = ("memory", "hybrid", *(("muon",) if find_spec("emerging_optimizers") else ()))
-CASES = [(base, layout) for base in WITH for layout in LAYOUTS if fits(base, layout)]
+# Muon's own Newton-Schulz sees gradients of which the layouts agree to rounding. Each way to share is there once.
+OF_MUON = ("data", "tensor", "sequence", "interleaved", "context handoff", "tensor x pipeline x context")
+CASES = [(base, layout) for base in ("memory", "hybrid") for layout in LAYOUTS if fits(base, layout)]
+CASES += [("muon", layout) for layout in OF_MUON if find_spec("emerging_optimizers")]
 MARKED = [case if case == SHORT else pytest.param(*case, marks=pytest.mark.parallel) for case in CASES]
 WORDS = {
     "memory": ["memory.preset=omeganet", "model.pattern=M-*-M-"],
