@@ -1,7 +1,8 @@
 """What the recipe search tries and the project does not have; `recipe_rows.py` names these as a row's trial.
 
 A trial changes the running process, which trains one model and ends. It takes only whole chunks, as training brings
-them. No tests hold its results. What wins is written into `atlas_kernels` with its tests, and leaves this file.
+them. Tests hold that each runs, not what it gives. What wins is written into `atlas_kernels` with its tests, and leaves
+this file.
 
 The numbers that docstrings begin with are those of `recipe_rows.HYPOTHESES`.
 """
@@ -65,7 +66,7 @@ class Trial(OrthogonalWrites):
         alphas = [self.of_weights[n] if w else torch.ones_like(self.of_weights[n]) for w in self.written]
         directions, written, moved = [], [], []
         for j, (W, S, (wide, narrow)) in enumerate(zip(weights, momentum, factors, strict=True)):
-            formed = self.thetas[n] * S.unsqueeze(1) + wide.mT.unsqueeze(1) @ (self.sums[n] * narrow.unsqueeze(1))
+            formed = self.formed(n, S, wide, narrow)
             new = formed[:, : len(self.writes)]
             O = self.direction(j, new) if self.written[j] else torch.zeros_like(new)  # noqa: E741
             directions.append(O)

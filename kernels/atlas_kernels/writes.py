@@ -189,10 +189,7 @@ class OrthogonalWrites:
         alphas, of_writes = self.of_weights[n], self.of_writes[n]
         orthogonal, written, moved = [], [], []
         for W, S, (wide, narrow) in zip(weights, momentum, factors, strict=True):
-            # [G, K', wide, narrow]: the momentum at each formed token, all from one product with `wide`.
-            sides = (self.sums[n] * narrow.unsqueeze(2)).flatten(2)
-            gradients = torch.bmm(wide.mT, sides).unflatten(-1, (-1, narrow.shape[-1])).transpose(1, 2)
-            formed = self.thetas[n] * S.unsqueeze(1) + gradients
+            formed = self.formed(n, S, wide, narrow)
             steps, coefficients = self.rule.ns_steps, self.rule.ns_coefficients
             O = newton_schulz(formed[:, : len(self.writes)], steps, coefficients)  # noqa: E741
             orthogonal.append(O)
@@ -200,6 +197,12 @@ class OrthogonalWrites:
             moved.append(formed[:, -1])
         reader = _OrthogonalReader(alphas, of_writes, self.writes, weights, tuple(orthogonal))
         return reader, lambda: (tuple(written), tuple(moved))
+
+    def formed(self, n: int, S: Tensor, wide: Tensor, narrow: Tensor) -> Tensor:
+        """[G, K', wide, narrow]: the momentum at each formed token of chunk n, all from one product with `wide`."""
+        sides = (self.sums[n] * narrow.unsqueeze(2)).flatten(2)
+        gradients = torch.bmm(wide.mT, sides).unflatten(-1, (-1, narrow.shape[-1])).transpose(1, 2)
+        return self.thetas[n] * S.unsqueeze(1) + gradients
 
 
 def orthogonal_writes(
