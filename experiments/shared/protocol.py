@@ -92,7 +92,8 @@ def trained(base: Path, words: list[str], directory: Path, trial: str = "", keep
     if trial:
         trials.install(trial)
     status = record.train_quietly([str(base), *words, f"run.directory={directory}"], directory)
-    records = read(directory) if (directory / METRICS).is_file() else []
+    metrics = directory / METRICS  # empty where the first step failed
+    records = read(directory) if metrics.is_file() and metrics.stat().st_size else []
     config = load(base, words)
     found: record.Cell = {"bits_per_byte": None, "parameters": parameters(config), "words": words, "trial": trial}
     if records:

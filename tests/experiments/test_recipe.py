@@ -57,6 +57,18 @@ def test_quick_leaves_a_table_and_does_nothing_twice(tiny: Path, no_more_jobs: C
     assert recipe.main(words) == 0
 
 
+def test_a_run_whose_first_step_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(words: list[str], directory: Path) -> int:
+        directory.mkdir()
+        (directory / "metrics.jsonl").touch()
+        (directory / "log.txt").write_text("atlas-train: step 1: loss is nan\n")
+        return 1
+
+    monkeypatch.setattr(protocol.record, "train_quietly", fails)
+    cell = protocol.trained(tiny_run.write(tmp_path), [], tmp_path / "failed")
+    assert cell["wrong"] == "status 1: atlas-train: step 1: loss is nan" and cell["bits_per_byte"] is None
+
+
 def test_its_bytes_are_made_anew_where_python_was_updated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [tmp_path / f"{number}.py" for number in range(40)]
     for file in files:
