@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from atlas_kernels import MemoryRule, layer_start, memories, op
@@ -46,8 +47,9 @@ def test_their_base_is_the_memorys_own() -> None:
 
 
 def stepped() -> tuple[Tensor, list[Tensor]]:
-    """What a layer of CONFIG gives for random tokens, and gradients of its weights."""
+    """What a layer of CONFIG gives for random tokens, and gradients of its weights; the same at each call."""
     torch.manual_seed(7)
+    model_parallel_cuda_manual_seed(7)
     layer = build_mixer("M", CONFIG)
     out = layer(torch.randn(32, 2, 32))
     y = out[0] if isinstance(out, tuple) else out
@@ -58,7 +60,8 @@ def stepped() -> tuple[Tensor, list[Tensor]]:
 @pytest.mark.parametrize("name", [*trials.WRITERS, *trials.PATCHES])
 def test_each_runs_in_a_layer_and_changes_it(single_process_megatron: None, name: str) -> None:
     before, _ = stepped()
+    assert torch.equal(stepped()[0], before)
     trials.install(name)
-    after, found = stepped()
-    assert found and all(torch.isfinite(value).all() for value in (after, *found))
+    after, gradients_of_weights = stepped()
+    assert gradients_of_weights and all(torch.isfinite(value).all() for value in (after, *gradients_of_weights))
     assert (after - before).abs().max() > 1e-6
